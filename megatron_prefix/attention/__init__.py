@@ -1,0 +1,1 @@
+"""Exact attention over packed rows in which prefixes are shared."""

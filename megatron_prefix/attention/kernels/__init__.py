@@ -1,0 +1,72 @@
+"""Attention kernels: the registry, and the choice of one."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+from megatron_prefix.attention.kernels.base import Kernel
+from megatron_prefix.attention.kernels.reference import ReferenceKernel
+from megatron_prefix.attention.kernels.torch_cpu import TorchCpuKernel
+
+__all__ = ["Kernel", "kernel_names", "select_kernel"]
+
+logger = logging.getLogger(__name__)
+
+_KERNELS: tuple[Kernel, ...] = (TorchCpuKernel(), ReferenceKernel())
+"""Best first. A new kernel is one file and one entry here."""
+
+
+def kernel_names() -> tuple[str, ...]:
+    """The names that `select_kernel` takes."""
+    return tuple(kernel.name for kernel in _KERNELS)
+
+
+def select_kernel(
+    name: str | None, *, device: torch.device | str, dtype: torch.dtype, head_dim: int
+) -> Kernel:
+    """The attention kernel called `name`, or the best that the inputs allow.
+
+    Args:
+        name: one of `kernel_names()`, or None for the best. The reference kernel, which holds all
+            scores of a segment in memory, is only ever chosen by name.
+        device, dtype, head_dim: of q, k and v.
+
+    Raises:
+        ValueError: the name is unknown, or that kernel (or without a name, every kernel) cannot
+            compute these inputs.
+
+    The first choice for each kind of input is logged.
+    """
+    device = torch.device(device)
+    reasons = {kernel.name: kernel.unsupported(device, dtype, head_dim) for kernel in _KERNELS}
+    usable = [kernel for kernel in _KERNELS if reasons[kernel.name] is None]
+    inputs = f"device {device}, {dtype}, head_dim {head_dim}"
+    if name is not None:
+        if name not in reasons:
+            raise ValueError(
+                f"unknown attention kernel {name!r}: choose one of {', '.join(kernel_names())}, or "
+                "None for the best one"
+            )
+        if reasons[name] is not None:
+            choices = ", ".join(kernel.name for kernel in usable) or "none"
+            raise ValueError(
+                f"attention kernel {name!r} cannot compute {inputs}: {reasons[name]}. Kernels that "
+                f"can: {choices}"
+            )
+        kernel = next(kernel for kernel in usable if kernel.name == name)
+    else:
+        automatic = [kernel for kernel in usable if kernel.automatic]
+        if not automatic:
+            why = "; ".join(f"{n}: {reason or 'must be named'}" for n, reason in reasons.items())
+            raise ValueError(f"no attention kernel for {inputs} ({why})")
+        kernel = automatic[0]
+    _log_choice(kernel.name, device.type, dtype, head_dim)
+    return kernel
+
+
+@functools.cache
+def _log_choice(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> None:
+    logger.info("attention kernel %s for %s, %s, head_dim %d", name, device_type, dtype, head_dim)

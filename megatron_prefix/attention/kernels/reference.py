@@ -1,0 +1,97 @@
+"""The oracle: dense attention, one rectangle at a time, in float32 or wider."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class ReferenceKernel:
+    """Materialises the scores of every rectangle. Any device, dtype and head dimension."""
+
+    name = "reference"
+    automatic = False
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """See `Kernel.unsupported`."""
+        return None if dtype.is_floating_point else f"dtype {dtype} is not a floating-point type"
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out, lse = q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:2], dtype=wide)
+        for queries, keys in _rectangles(cu_q, cu_k):
+            scores = _scores(q[queries], k[keys], wide, causal, scale)
+            lse[queries] = scores.logsumexp(-1).T
+            values = _to_query_heads(v[keys], q, wide)
+            out[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`."""
+        wide = lse.dtype
+        dout, out = dout.to(wide), out.to(wide)
+        dq, dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (q, k, v))
+        for queries, keys in _rectangles(cu_q, cu_k):
+            scores = _scores(q[queries], k[keys], wide, causal, scale)
+            p = torch.exp(scores - lse[queries].T[:, :, None])
+            dp = torch.einsum("qhd,khd->hqk", dout[queries], _to_query_heads(v[keys], q, wide))
+            ds = p * (dp - (dout * out)[queries].sum(-1).T[:, :, None]) * scale
+            dq[queries] = torch.einsum("hqk,khd->qhd", ds, _to_query_heads(k[keys], q, wide))
+            dk[keys] = _to_key_heads(torch.einsum("hqk,qhd->khd", ds, q[queries].to(wide)), k)
+            dv[keys] = _to_key_heads(torch.einsum("hqk,qhd->khd", p, dout[queries]), k)
+        return dq, dk, dv
+
+
+def _rectangles(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
+    q_bounds, k_bounds = cu_q.tolist(), cu_k.tolist()
+    for i in range(len(q_bounds) - 1):
+        yield slice(*q_bounds[i : i + 2]), slice(*k_bounds[i : i + 2])
+
+
+def _scores(q: Tensor, k: Tensor, wide: torch.dtype, causal: bool, scale: float) -> Tensor:
+    """scale q k^T of one rectangle [H, nq, nk], -inf where the causal mask hides a key."""
+    scores = scale * torch.einsum("qhd,khd->hqk", q.to(wide), _to_query_heads(k, q, wide))
+    if causal:
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores
+
+
+def _to_query_heads(x: Tensor, q: Tensor, wide: torch.dtype) -> Tensor:
+    """[n, Hk, D] -> [n, H, D]: every key/value head once per query head that reads it."""
+    return x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def _to_key_heads(x: Tensor, k: Tensor) -> Tensor:
+    """[n, H, D] -> [n, Hk, D]: the sum over the query heads of each key/value head."""
+    return x.unflatten(1, (k.shape[1], -1)).sum(2)

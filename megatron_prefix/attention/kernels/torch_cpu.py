@@ -1,0 +1,120 @@
+"""torch's own flash attention for CPUs, which never materialises the scores.
+
+    aten::_scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, scale) -> out, lse
+    aten::_scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, ...)
+
+They take [batch, heads, length, dim] with any strides but for the last dimension. What they ask of
+their caller, seen in torch 2.6 and 2.13:
+
+- An empty batch or length is a division by zero that ends the process. None reaches them.
+- Key/value heads that several query heads share are read in place since torch 2.9; before, the op
+  reads beyond the end of k and v. There they are expanded.
+- Backward runs one thread per sequence and key/value head. Where that leaves threads idle, shared
+  heads are expanded too.
+- In float16 and bfloat16 backward rounds dq, dk and dv after every block of at most 256 queries,
+  and is slower than in float32 on CPUs without matrix units. Both are computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_prefix.attention.kernels.cpu_batches import split_into_batches
+
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_READS_SHARED_HEADS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 9)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class TorchCpuKernel:
+    """Flash attention on the CPU, for any head dimension. float64 is computed in float64."""
+
+    name = "torch_cpu"
+    automatic = True
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """See `Kernel.unsupported`."""
+        if device.type != "cpu":
+            return f"device {device} is not a CPU"
+        if dtype not in _DTYPES:
+            return f"{dtype} is none of {', '.join(map(str, _DTYPES))}"
+        return None
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out, lse = q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:2], dtype=wide)
+        for batch in split_into_batches(cu_q, cu_k, causal=causal):
+            if batch.queries.length == 0:
+                continue
+            queries = batch.queries.read(q).to(wide)
+            keys, values = (batch.keys.read(x).to(wide) for x in (k, v))
+            if not _READS_SHARED_HEADS:
+                keys, values = (_to_query_heads(x, q.shape[1]) for x in (keys, values))
+            batch_out, batch_lse = _FORWARD(queries, keys, values, 0.0, causal, scale=scale)
+            out = batch.queries.write(out, batch_out)
+            lse = batch.queries.write(lse, batch_lse)
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`."""
+        wide = lse.dtype
+        dq, dk, dv = (x.new_empty(x.shape, dtype=wide) for x in (q, k, v))
+        for batch in split_into_batches(cu_q, cu_k, causal=causal):
+            if batch.queries.length == 0:
+                batch.keys.read(dk).zero_()
+                batch.keys.read(dv).zero_()
+                continue
+            queries, douts, outs = (batch.queries.read(x).to(wide) for x in (q, dout, out))
+            keys, values = (batch.keys.read(x).to(wide) for x in (k, v))
+            idle_threads = batch.keys.count * k.shape[1] < torch.get_num_threads()
+            if idle_threads or not _READS_SHARED_HEADS:
+                keys, values = (_to_query_heads(x, q.shape[1]) for x in (keys, values))
+            batch_lse = batch.queries.read(lse)
+            batch_dq, batch_dk, batch_dv = _BACKWARD(
+                douts, queries, keys, values, outs, batch_lse, 0.0, causal, scale=scale
+            )
+            dq = batch.queries.write(dq, batch_dq)
+            dk = batch.keys.write(dk, _to_key_heads(batch_dk, k.shape[1]))
+            dv = batch.keys.write(dv, _to_key_heads(batch_dv, k.shape[1]))
+        return dq, dk, dv
+
+
+def _to_query_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[count, Hk, length, D] -> [count, H, length, D]; a view where Hk is 1 or H."""
+    group = num_heads // x.shape[1]
+    return x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2)
+
+
+def _to_key_heads(x: Tensor, num_key_heads: int) -> Tensor:
+    """[count, H or Hk, length, D] -> [count, Hk, length, D], summed over the heads of a group."""
+    return x if x.shape[1] == num_key_heads else x.unflatten(1, (num_key_heads, -1)).sum(2)

@@ -1,0 +1,160 @@
+"""The two Megatron modules that share prefixes, as layers over the user's own classes.
+
+`prefix_self_attention(C)` and `prefix_core_attention(C)` return subclasses of the Megatron classes
+C that a layer spec names (local or Transformer Engine). Parameters, checkpoint keys and behaviour
+are those of C, until a batch carries `PrefixPackedSeqParams`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_prefix.attention.function import prefix_attention
+from megatron_prefix.attention.kernels import select_kernel
+from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.support import refuse_unsupported
+
+
+class _PrefixSelfAttention:
+    """Turns GPTModel's RoPE table into one row per token of the packed row."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See Megatron's `Attention.forward`."""
+        if isinstance(packed_seq_params, PrefixPackedSeqParams) and rotary_pos_emb is not None:
+            # Megatron takes a table of exactly T rows token by token, in every release.
+            rows = packed_seq_params.position_ids
+            rotary_pos_emb = (
+                tuple(table[rows] for table in rotary_pos_emb)
+                if isinstance(rotary_pos_emb, tuple)
+                else rotary_pos_emb[rows]
+            )
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            *args,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+            **kwargs,
+        )
+
+
+class _PrefixCoreAttention:
+    """Attention in stages over a packed row with shared prefixes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = kwargs["config"] if "config" in kwargs else args[0]
+        refuse_unsupported(config)
+        super().__init__(*args, **kwargs)
+        softmax_scale = kwargs.get("softmax_scale")
+        self.prefix_softmax_scale = (
+            1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """query [T, heads, dim], key and value [T, kv heads, dim] -> [T, heads * dim]."""
+        if not isinstance(packed_seq_params, PrefixPackedSeqParams):
+            return super().forward(
+                query,
+                key,
+                value,
+                attention_mask,
+                attn_mask_type=attn_mask_type,
+                attention_bias=attention_bias,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
+        if attention_bias is not None:
+            raise ValueError(
+                "attention_bias cannot be combined with shared prefixes: leave it None for batches "
+                "that carry PrefixPackedSeqParams"
+            )
+        kernel = select_kernel(
+            packed_seq_params.kernel,
+            device=query.device,
+            dtype=query.dtype,
+            head_dim=query.shape[-1],
+        )
+        out = prefix_attention(
+            query,
+            key,
+            value,
+            packed_seq_params.plan,
+            scale=self.prefix_softmax_scale,
+            kernel=kernel,
+        )
+        return out.reshape(out.shape[0], -1)
+
+
+@functools.cache
+def prefix_self_attention(base: type) -> type:
+    """The subclass of a Megatron self attention class that takes shared prefixes.
+
+    A class that already does is returned as it is.
+    """
+    if issubclass(base, _PrefixSelfAttention):
+        return base
+    return type(f"Prefix{base.__name__}", (_PrefixSelfAttention, base), {})
+
+
+@functools.cache
+def prefix_core_attention(base: type) -> type:
+    """The subclass of a Megatron core attention class that takes shared prefixes.
+
+    A class that already does is returned as it is.
+    """
+    if issubclass(base, _PrefixCoreAttention):
+        return base
+    return type(f"Prefix{base.__name__}", (_PrefixCoreAttention, base), {})
+
+
+class PrefixTorchNorm:
+    """Megatron's `WrappedTorchNorm`, also under sequence parallelism.
+
+    The weight is marked `sequence_parallel`, so that `finalize_model_grads` adds up the partial
+    gradients of the ranks' sequence shards, as it does for Transformer Engine's norms.
+    """
+
+    def __new__(
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
+    ) -> torch.nn.Module:
+        """Build the torch norm that `config.normalization` names."""
+        classes = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        if config.normalization not in classes:
+            raise ValueError(
+                f"normalization={config.normalization!r} has no torch norm: use one of "
+                f"{sorted(classes)}, or a Transformer Engine layer spec"
+            )
+        for option in ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm"):
+            if getattr(config, option):
+                raise ValueError(
+                    f"{option}=True needs Transformer Engine's norm: set it to False, or use a "
+                    "Transformer Engine layer spec"
+                )
+        norm = classes[config.normalization](hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm

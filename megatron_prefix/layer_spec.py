@@ -1,0 +1,135 @@
+"""Layer specs whose attention takes shared prefixes.
+
+`prefix_grouped(spec)` rewrites any Megatron-Core spec; `prefix_grouped_layer_spec` is a ready one
+for Megatron-LM's `--spec megatron_prefix.layer_spec prefix_grouped_layer_spec`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import Any, TypeVar
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_module
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
+
+from megatron_prefix.attention.megatron_modules import (
+    PrefixTorchNorm,
+    prefix_core_attention,
+    prefix_self_attention,
+)
+
+Spec = TypeVar("Spec")
+
+
+def prefix_grouped(spec: Spec) -> Spec:
+    """A copy of a Megatron-Core spec in which self attention takes shared prefixes.
+
+    Args:
+        spec: a layer `ModuleSpec`, `TransformerBlockSubmodules`, or any dataclass of specs (local,
+            Transformer Engine, MoE, heterogeneous). It is not changed.
+
+    Returns:
+        The same structure with every `SelfAttention` and its core attention replaced by subclasses
+        of themselves; everything else as it was. Torch norms also take sequence parallelism.
+
+    Raises:
+        ValueError: the spec has no self attention that can share prefixes.
+    """
+    grouped, found = _rewrite(copy.deepcopy(spec))
+    if not found:
+        raise ValueError(
+            f"prefix_grouped: no SelfAttention in this spec ({spec!r:.200}). Multi-latent "
+            "attention and state-space layers cannot share prefixes; pass a GPT layer or block spec"
+        )
+    return grouped
+
+
+def _rewrite(spec: Any) -> tuple[Any, bool]:
+    """The rewritten spec, and whether a self attention was found in it."""
+    if isinstance(spec, functools.partial):
+        keywords, found = _rewrite(dict(spec.keywords))
+        return functools.partial(spec.func, *spec.args, **keywords), found
+    if isinstance(spec, ModuleSpec):
+        return _rewrite_module_spec(spec)
+    if spec is WrappedTorchNorm:
+        return PrefixTorchNorm, False
+    if isinstance(spec, (list, tuple)):
+        parts = [_rewrite(part) for part in spec]
+        return type(spec)(part for part, _ in parts), any(found for _, found in parts)
+    if isinstance(spec, dict):
+        parts = {key: _rewrite(part) for key, part in spec.items()}
+        return {k: part for k, (part, _) in parts.items()}, any(f for _, f in parts.values())
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        found_any = False
+        for field in dataclasses.fields(spec):
+            part, found = _rewrite(getattr(spec, field.name))
+            setattr(spec, field.name, part)
+            found_any = found_any or found
+        return spec, found_any
+    return spec, False
+
+
+def _rewrite_module_spec(spec: ModuleSpec) -> tuple[ModuleSpec, bool]:
+    spec.submodules, found = _rewrite(spec.submodules)
+    module = get_module(spec)
+    if isinstance(module, type) and issubclass(module, SelfAttention):
+        submodules = spec.submodules
+        assert isinstance(submodules, SelfAttentionSubmodules)
+        spec.module = prefix_self_attention(module)
+        submodules.core_attention = _prefix_core(submodules.core_attention)
+        return spec, True
+    return spec, found
+
+
+def _prefix_core(core: Any) -> Any:
+    if isinstance(core, ModuleSpec):
+        core.module = prefix_core_attention(get_module(core))
+        return core
+    return prefix_core_attention(get_module(core))
+
+
+def have_transformer_engine() -> bool:
+    """Whether Megatron-Core found Transformer Engine."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    return bool(gpt_layer_specs.HAVE_TE)
+
+
+class PrefixTransformerLayer(BaseTransformerLayer):
+    """Builds the decoder layer that the config asks for, with shared prefixes.
+
+    Transformer Engine's layer where it is installed, else the local one; QK norm, normalization
+    and experts as the config says. It exists for frameworks that name a spec before there is a
+    config, such as Megatron-LM's `--spec`.
+    """
+
+    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> Any:
+        """Return a Megatron `TransformerLayer`, built from the config's own spec."""
+        if config.num_moe_experts is not None and config.moe_layer_freq != 1:
+            raise ValueError(
+                f"moe_layer_freq={config.moe_layer_freq!r} mixes dense and expert layers, which "
+                "one layer spec cannot say: use "
+                "prefix_grouped(get_gpt_decoder_block_spec(config, ...))"
+            )
+        options = {"num_experts": config.num_moe_experts, "qk_layernorm": config.qk_layernorm}
+        if have_transformer_engine():
+            spec = get_gpt_layer_with_transformer_engine_spec(
+                **options, moe_grouped_gemm=config.moe_grouped_gemm
+            )
+        else:
+            spec = get_gpt_layer_local_spec(**options, normalization=config.normalization)
+        kwargs.pop("submodules", None)
+        return build_module(prefix_grouped(spec), config, *args, **kwargs)
+
+
+prefix_grouped_layer_spec = ModuleSpec(module=PrefixTransformerLayer)
+"""A layer spec for `--spec megatron_prefix.layer_spec prefix_grouped_layer_spec`."""

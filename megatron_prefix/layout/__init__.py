@@ -1,0 +1,29 @@
+"""From token lists to packed rows: the prefix tree, the microbatch plan, the layout of a row.
+
+Plain Python and NumPy. Data flows one way: `PrefixTree` -> `plan_microbatches` ->
+`microbatch_tree` -> `pack`.
+"""
+
+from megatron_prefix.layout.cost import ModelShape, activation_tokens
+from megatron_prefix.layout.packing import AttentionStage, PackedLayout, Segment, pack
+from megatron_prefix.layout.planner import (
+    GroupSlice,
+    MicrobatchPlan,
+    microbatch_tree,
+    plan_microbatches,
+)
+from megatron_prefix.layout.tree import PrefixTree
+
+__all__ = [
+    "AttentionStage",
+    "GroupSlice",
+    "MicrobatchPlan",
+    "ModelShape",
+    "PackedLayout",
+    "PrefixTree",
+    "Segment",
+    "activation_tokens",
+    "microbatch_tree",
+    "pack",
+    "plan_microbatches",
+]

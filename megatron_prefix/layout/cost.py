@@ -1,0 +1,164 @@
+"""What a model computes for a tree, in tokens and forward FLOPs.
+
+A multiply-add counts as two FLOPs. Counted are the matrix products of the layers and of the output
+layer, and attention's two products over the visible (query, key) pairs only. Not counted:
+embedding look-ups, norms, activations, softmax, rotary embedding. A backward pass costs twice the
+forward pass, so ratios are the same for both.
+
+All counts are Python integers, hence exact and equal on every machine: ranks that plan from them
+cannot come to differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_prefix.layout.tree import PrefixTree
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a decoder that its FLOPs depend on.
+
+    Of `num_layers` layers, `num_moe_layers` have experts instead of the dense MLP.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    """Of the dense layers."""
+    num_attention_heads: int
+    num_query_groups: int
+    """Key/value heads."""
+    kv_channels: int
+    """Size of one head."""
+    vocab_size: int
+    gated_linear_unit: bool
+    """Three matrix products in the MLP, else two."""
+    num_moe_layers: int = 0
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    moe_ffn_hidden_size: int = 0
+    """Of one expert."""
+    moe_shared_expert_ffn_hidden_size: int = 0
+    """Of the shared expert that every token runs; 0 for none."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "vocab_size",
+        )
+        if self.num_moe_layers:
+            positive += ("num_experts", "num_experts_per_token", "moe_ffn_hidden_size")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_query_groups={self.num_query_groups}"
+            )
+        if not 0 <= self.num_moe_layers <= self.num_layers:
+            raise ValueError(
+                f"num_moe_layers={self.num_moe_layers} must be between 0 and "
+                f"num_layers={self.num_layers}"
+            )
+
+    def linear_flops_per_token(self) -> int:
+        """QKV, attention projection, MLP, experts and router of all layers, for one token."""
+        h = self.hidden_size
+        heads_out = self.num_attention_heads + 2 * self.num_query_groups
+        qkv = 2 * h * heads_out * self.kv_channels
+        projection = 2 * self.num_attention_heads * self.kv_channels * h
+        matmuls = 3 if self.gated_linear_unit else 2
+        dense = matmuls * 2 * h * self.ffn_hidden_size
+        expert_width = (
+            self.num_experts_per_token * self.moe_ffn_hidden_size
+            + self.moe_shared_expert_ffn_hidden_size
+        )
+        moe = matmuls * 2 * h * expert_width + 2 * h * self.num_experts
+        num_dense_layers = self.num_layers - self.num_moe_layers
+        return (
+            self.num_layers * (qkv + projection)
+            + num_dense_layers * dense
+            + self.num_moe_layers * moe
+        )
+
+    def attention_flops_per_pair(self) -> int:
+        """QK^T and PV of all heads and layers, for one query that sees one key."""
+        return self.num_layers * 4 * self.num_attention_heads * self.kv_channels
+
+    def head_flops_per_label(self) -> int:
+        """The output layer, for one position whose label is scored."""
+        return 2 * self.hidden_size * self.vocab_size
+
+    def flops(self, *, tokens: int, pairs: int, labels: int) -> int:
+        """Forward FLOPs of so many tokens, visible (query, key) pairs and scored labels."""
+        return (
+            int(tokens) * self.linear_flops_per_token()
+            + int(pairs) * self.attention_flops_per_pair()
+            + int(labels) * self.head_flops_per_label()
+        )
+
+    def tree_flops(self, tree: PrefixTree, *, labels: np.ndarray | None = None) -> int:
+        """Forward FLOPs of a tree with every shared token computed once, without padding.
+
+        Args:
+            tree: the sequences.
+            labels: [nodes], scored labels of each node; None: those of `response_labels`.
+        """
+        labels = response_labels(tree) if labels is None else labels
+        return self.flops(
+            tokens=tree.grouped_tokens,
+            pairs=attention_pairs(tree).sum(),
+            labels=labels.sum(),
+        )
+
+    def ungrouped_flops(self, tree: PrefixTree, *, labels: np.ndarray | None = None) -> int:
+        """Forward FLOPs of the same sequences one by one, causal and without padding.
+
+        Args:
+            tree: the sequences.
+            labels: as in `tree_flops`; a node's labels are scored by each sequence through it.
+        """
+        labels = response_labels(tree) if labels is None else labels
+        lengths = tree.sequence_lengths - 1
+        return self.flops(
+            tokens=lengths.sum(),
+            pairs=(lengths * (lengths + 1) // 2).sum(),
+            labels=(labels * tree.multiplicity).sum(),
+        )
+
+
+def attention_pairs(tree: PrefixTree) -> np.ndarray:
+    """[nodes] int64: keys that each node's queries see, its own causally and all its ancestors'."""
+    n = tree.packed_lengths
+    return n * (n + 1) // 2 + n * tree.first_positions
+
+
+def response_labels(tree: PrefixTree) -> np.ndarray:
+    """[nodes] int64: labels that are scored when the loss is on the responses only.
+
+    All but those of a root that has children, which is the prompt. A root without children is a
+    sequence that shares nothing; all of it counts.
+    """
+    prompts = np.zeros(tree.num_nodes, dtype=bool)
+    for parent in tree.parents:
+        if parent >= 0 and tree.parents[parent] < 0:
+            prompts[parent] = True
+    return np.where(prompts, 0, tree.packed_lengths)
+
+
+def activation_tokens(tree: PrefixTree, *, pad_to_multiple: int = 1) -> int:
+    """Tokens of the packed row, padding included: what activations are held for.
+
+    A token budget is in these. At least one token, also for an empty tree.
+    """
+    return -(-max(tree.grouped_tokens, 1) // pad_to_multiple) * pad_to_multiple

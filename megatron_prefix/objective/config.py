@@ -1,0 +1,172 @@
+"""Which objective is optimised, and with which constants.
+
+A field left at None takes the value that goes with `name`; `ObjectiveConfig.resolved` fills them
+in. The papers:
+
+    grpo     Shao et al. 2024, DeepSeekMath (arXiv 2402.03300), eq. 3
+    dr_grpo  Liu et al. 2025, Understanding R1-Zero-Like Training (arXiv 2503.20783), fig. 1
+    dapo     Yu et al. 2025, DAPO (arXiv 2503.14476), eq. 8
+    gspo     Zheng et al. 2025, Group Sequence Policy Optimization (arXiv 2507.18071), eq. 5
+    cispo    MiniMax 2025, MiniMax-M1 (arXiv 2506.13585), eq. 4 and 5
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+ObjectiveName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+AdvantageKind = Literal["std", "mean", "leave_one_out"]
+Aggregation = Literal["sequence_mean", "token_mean", "constant"]
+KlEstimator = Literal["k1", "k2", "k3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Defaults:
+    advantage: AdvantageKind
+    clip_low: float
+    clip_high: float
+    aggregation: Aggregation
+
+
+_DEFAULTS: dict[str, _Defaults] = {
+    # The paper names its clip range without a number: 0.2 is PPO's.
+    "grpo": _Defaults(advantage="std", clip_low=0.2, clip_high=0.2, aggregation="sequence_mean"),
+    "dr_grpo": _Defaults(advantage="mean", clip_low=0.2, clip_high=0.2, aggregation="constant"),
+    "dapo": _Defaults(advantage="std", clip_low=0.2, clip_high=0.28, aggregation="token_mean"),
+    "gspo": _Defaults(advantage="std", clip_low=3e-4, clip_high=4e-4, aggregation="sequence_mean"),
+    # The paper has no lower bound and gives no upper one; a cap of 5 is our choice.
+    "cispo": _Defaults(advantage="std", clip_low=1.0, clip_high=4.0, aggregation="token_mean"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The objective and its constants.
+
+    Example:
+        ObjectiveConfig(name="dapo").resolved().clip_high == 0.28
+
+    Raises:
+        ValueError: a value is not allowed or does not go with another; the message names the
+            option, its value, and what would do.
+    """
+
+    name: ObjectiveName = "grpo"
+    """Which objective. It decides the form of the loss and the defaults of the fields below."""
+
+    advantage: AdvantageKind | None = None
+    """How a group's rewards become advantages (see `group_advantages`).
+    None: 'mean' for dr_grpo, 'std' for the others."""
+
+    advantage_epsilon: float = 1e-6
+    """Added to the standard deviation that advantage 'std' divides by. In units of reward."""
+
+    clip_low: float | None = None
+    """The ratio is clipped from below at 1 - clip_low; 1 means no lower bound.
+    None: 0.2; gspo 3e-4; cispo 1 (no bound, as in the paper)."""
+
+    clip_high: float | None = None
+    """The ratio is clipped from above at 1 + clip_high.
+    None: 0.2; dapo 0.28; gspo 4e-4; cispo 4 (no number in the paper)."""
+
+    aggregation: Aggregation | None = None
+    """How token losses add up to the batch's loss (see `token_weights`).
+    None: 'sequence_mean' for grpo and gspo, 'token_mean' for dapo and cispo, 'constant' for
+    dr_grpo."""
+
+    max_response_length: int | None = None
+    """The constant, in tokens, that aggregation 'constant' divides by; only for that one."""
+
+    kl_coefficient: float = 0.0
+    """Weight of the KL penalty against the reference policy; above 0 it needs reference
+    log-probabilities. The GRPO paper uses 0.04, the others 0."""
+
+    kl_estimator: KlEstimator = "k3"
+    """Estimator of that KL per token, not corrected by the ratio. What their gradients do is in
+    `losses.kl_per_token`; in short: k2 is the reverse KL's, k3 the forward KL's, k1 noise."""
+
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus, subtracted from the loss; above 0 it needs entropies."""
+
+    temperature: float = 1.0
+    """Logits are divided by this before log-probabilities are taken: the temperature that the
+    responses were sampled with."""
+
+    def __post_init__(self) -> None:
+        _one_of("name", self.name, get_args(ObjectiveName))
+        if self.advantage is not None:
+            _one_of("advantage", self.advantage, get_args(AdvantageKind))
+        if self.aggregation is not None:
+            _one_of("aggregation", self.aggregation, get_args(Aggregation))
+        _one_of("kl_estimator", self.kl_estimator, get_args(KlEstimator))
+        _require(
+            "clip_low",
+            self.clip_low,
+            self.clip_low is None or 0 <= self.clip_low <= 1,
+            "a number from 0 to 1, where 1 is no lower bound, or leave it out",
+        )
+        _require(
+            "clip_high",
+            self.clip_high,
+            self.clip_high is None or self.clip_high >= 0,
+            "a number of at least 0, or leave it out",
+        )
+        for option in ("advantage_epsilon", "kl_coefficient", "entropy_coefficient"):
+            value = getattr(self, option)
+            _require(option, value, math.isfinite(value) and value >= 0, "a number of at least 0")
+        _require(
+            "temperature",
+            self.temperature,
+            math.isfinite(self.temperature) and self.temperature > 0,
+            "a number above 0, the one that the responses were sampled with",
+        )
+        self._check_max_response_length()
+
+    def _check_max_response_length(self) -> None:
+        aggregation = self.aggregation or _DEFAULTS[self.name].aggregation
+        if aggregation != "constant":
+            if self.max_response_length is not None:
+                raise ValueError(
+                    f"max_response_length={self.max_response_length!r} is not used by "
+                    f"aggregation {aggregation!r} (name={self.name!r}): remove it, or set "
+                    "aggregation: constant"
+                )
+        elif self.max_response_length is None:
+            raise ValueError(
+                f"max_response_length=None, but aggregation 'constant' (name={self.name!r}) "
+                "divides by it: set max_response_length to the longest response, in tokens, that "
+                "can be sampled, or set aggregation: token_mean or sequence_mean"
+            )
+        else:
+            _require(
+                "max_response_length",
+                self.max_response_length,
+                self.max_response_length >= 1,
+                "a whole number of tokens, at least 1",
+            )
+
+    def resolved(self) -> ObjectiveConfig:
+        """This config with every field that was left at None filled in for its `name`.
+
+        `max_response_length` stays None where nothing divides by it.
+        """
+        missing = {
+            field.name: getattr(_DEFAULTS[self.name], field.name)
+            for field in dataclasses.fields(_Defaults)
+            if getattr(self, field.name) is None
+        }
+        return dataclasses.replace(self, **missing)
+
+
+def _one_of(option: str, value: Any, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{option}={value!r}: choose one of {', '.join(allowed)}")
+
+
+def _require(option: str, value: Any, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{option}={value!r}: set {wanted}")

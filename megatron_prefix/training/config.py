@@ -1,0 +1,325 @@
+"""The typed configuration of a run: what a YAML file may say, with every combination checked.
+
+Nothing here touches a process group or a GPU: a wrong file fails before anything starts. Names are
+Megatron's where Megatron has one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_prefix.training.config_loader import ConfigError, load_yaml
+
+from megatron_prefix.objective.config import ObjectiveConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """YaRN's scaling of the rotary frequencies (arXiv 2309.00071)."""
+
+    rotary_scaling_factor: float
+    """Longest position over `original_max_position_embeddings`."""
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    correction_range_round_to_int: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The GPTModel to build."""
+
+    vocab_size: int
+    """Tokens of the vocabulary, before padding."""
+    max_sequence_length: int
+    """Longest prompt plus response, in tokens."""
+    position_embedding_type: Literal["rope", "yarn", "learned_absolute", "none"] = "rope"
+    rotary_percent: float = 1.0
+    """Part of each head that is rotated."""
+    rotary_base: int = 10000
+    rope_scaling: bool = False
+    """Llama 3's scaling of the rotary frequencies."""
+    rope_scaling_factor: float = 8.0
+    yarn: YarnConfig | None = None
+    """Required by position_embedding_type: yarn."""
+    share_embeddings_and_output_weights: bool = False
+    """Tie the output layer to the word embedding."""
+    make_vocab_size_divisible_by: int = 1
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    activation: Literal["gelu", "silu", "relu", "squared_relu"] = "silu"
+    """The MLP's activation; with `gated_linear_unit: true`, silu makes SwiGLU."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Any other field of Megatron's `TransformerConfig`: num_layers, hidden_size, ..."""
+
+    def __post_init__(self) -> None:
+        if (self.position_embedding_type == "yarn") != (self.yarn is not None):
+            raise ConfigError(
+                f"yarn: {self.yarn} does not go with position_embedding_type: "
+                f"{self.position_embedding_type}; give both or neither"
+            )
+
+    def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
+        """The vocabulary that the embedding is built for."""
+        multiple = self.make_vocab_size_divisible_by * tensor_model_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is laid out; the data-parallel size is what remains of the world."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    expert_model_parallel_size: int = 1
+    sequence_parallel: bool | None = None
+    """Shard the row over tensor-parallel ranks between layers; null: when tensor parallel."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "expert_model_parallel_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1")
+        chunks = self.virtual_pipeline_model_parallel_size
+        if chunks is not None and chunks < 1:
+            raise ConfigError(
+                f"virtual_pipeline_model_parallel_size: {chunks} must be at least 1, or null"
+            )
+        if self.num_model_chunks > 1 and self.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                f"virtual_pipeline_model_parallel_size: {chunks} needs "
+                "pipeline_model_parallel_size of at least 2; set it, or set this to null"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError(
+                "sequence_parallel: true needs tensor_model_parallel_size of at least 2; set it, "
+                "or set this to null"
+            )
+
+    @property
+    def num_model_chunks(self) -> int:
+        """Model chunks per pipeline rank, 1 without interleaving."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        """`sequence_parallel`, resolved."""
+        if self.sequence_parallel is None:
+            return self.tensor_model_parallel_size > 1
+        return self.sequence_parallel
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model in a world of `world_size` ranks."""
+        if world_size % self.model_parallel_size:
+            raise ConfigError(
+                f"parallel: {world_size} processes do not divide by tensor_model_parallel_size x "
+                f"pipeline_model_parallel_size = {self.model_parallel_size}; start a multiple of it"
+            )
+        data_parallel = world_size // self.model_parallel_size
+        experts = self.expert_model_parallel_size
+        if (data_parallel * self.tensor_model_parallel_size) % experts:
+            raise ConfigError(
+                f"parallel.expert_model_parallel_size: {experts} does not divide the "
+                f"{data_parallel * self.tensor_model_parallel_size} ranks of a pipeline stage"
+            )
+        return data_parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Adam, its schedule and clipping, by Megatron's optimizer."""
+
+    lr: float = 1e-5
+    min_lr: float = 0.0
+    lr_warmup_steps: int = 0
+    lr_decay_steps: int | None = None
+    """Optimizer steps until min_lr; null: the whole run."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest global norm of the gradient; 0 clips nothing."""
+    use_distributed_optimizer: bool = True
+    """Shard the optimizer's state over data-parallel ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutsConfig:
+    """Where groups of responses come from."""
+
+    engine: Literal["file", "embedded"] = "file"
+    """`file` reads finished rollouts; `embedded` samples from the model being trained."""
+    paths: tuple[Path, ...] = ()
+    """JSONL or Parquet: rollouts for `file`, prompts (prompt, answer) for `embedded`."""
+    groups_per_step: int = 8
+    group_size: int | None = None
+    """Responses per prompt; required by `embedded`, checked by `file` where given."""
+    reward: str | None = None
+    """A registered reward or module:function, where records carry an answer and no rewards."""
+    epochs: int | None = None
+    """How often the files may be gone through; null: without end."""
+    max_response_length: int | None = None
+    """Tokens to sample at most (`embedded`)."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] = ()
+    """A response ends with the first of these, which it keeps."""
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ConfigError("paths: none given; name at least one JSONL or Parquet file")
+        if self.groups_per_step < 1:
+            raise ConfigError(f"groups_per_step: {self.groups_per_step} must be at least 1")
+        if self.engine == "embedded":
+            for name in ("group_size", "max_response_length", "reward"):
+                if getattr(self, name) is None:
+                    raise ConfigError(f"{name}: required by engine: embedded")
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature: {self.temperature} must be above 0")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p: {self.top_p} must be in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Sampling on prompts that are never trained on."""
+
+    paths: tuple[Path, ...]
+    """Prompts (prompt, answer) as JSONL or Parquet."""
+    num_prompts: int
+    """The first so many prompts of the files."""
+    every: int = 0
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The loop."""
+
+    steps: int
+    """Rollout batches to train on."""
+    token_budget: int
+    """Tokens of one microbatch row at most."""
+    allow_split: bool = True
+    """Split a group over microbatches when it exceeds the budget; its prefix then runs again."""
+    optimizer_steps_per_rollout: int = 1
+    """Optimizer steps that a rollout batch is divided into (and repeated, see epochs)."""
+    epochs_per_rollout: int = 1
+    """How often a rollout batch is trained on."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
+    """Of parameters and activations; float64 is for proofs, on the CPU."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in backward: none, core attention, or whole layers."""
+    log_prob_chunk_tokens: int = 1024
+    """Rows of logits that exist at once in the output layer."""
+    seed: int = 1234
+    device: Literal["cuda", "cpu"] = "cuda"
+    """`cpu` runs Megatron-Core on gloo, for laptops and tests."""
+    kernel: str | None = None
+    """Attention kernel by name; null: the best for the device."""
+    timeout_minutes: float = 10.0
+    """A collective that waits longer ends the run with an error."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "token_budget", "log_prob_chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1")
+        for name in ("optimizer_steps_per_rollout", "epochs_per_rollout"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1")
+        if self.dtype == "float64" and self.device != "cpu":
+            raise ConfigError("dtype: float64 runs on device: cpu only; set device: cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run leaves behind."""
+
+    directory: Path
+    """Metrics (metrics.jsonl, tensorboard/), checkpoints (checkpoints/), reward curve."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: only after the last step."""
+    save_last: bool = True
+    keep: int = 2
+    """Checkpoints kept; older ones are removed."""
+    load: Path | None = None
+    """A checkpoint whose weights to start from (weights only)."""
+    resume: bool = True
+    """Continue from this directory's latest checkpoint where there is one."""
+    tensorboard: bool = True
+    plot: bool = True
+    """Write reward.png."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    rollouts: RolloutsConfig
+    output: OutputConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    evaluation: EvaluationConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective.temperature != self.rollouts.temperature:
+            raise ConfigError(
+                f"objective.temperature: {self.objective.temperature} differs from "
+                f"rollouts.temperature: {self.rollouts.temperature}; log-probabilities are taken "
+                "at the temperature that was sampled with: set them equal"
+            )
+        if self.rollouts.groups_per_step < self.training.optimizer_steps_per_rollout:
+            raise ConfigError(
+                "training.optimizer_steps_per_rollout: "
+                f"{self.training.optimizer_steps_per_rollout} exceeds rollouts.groups_per_step: "
+                f"{self.rollouts.groups_per_step}; each optimizer step needs a group"
+            )
+        if (
+            self.parallel.expert_model_parallel_size > 1
+            and self.model.transformer.get("num_moe_experts") is None
+        ):
+            raise ConfigError(
+                "parallel.expert_model_parallel_size: "
+                f"{self.parallel.expert_model_parallel_size} needs "
+                "model.transformer.num_moe_experts; set it, or set this to 1"
+            )
+
+
+def load_run_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's YAML file; `overrides` are section.key=value.
+
+    Raises:
+        ConfigError: an unknown key, wrong type or impossible combination, naming the key, its
+            value and what would do.
+    """
+    config = load_yaml(path, RunConfig, overrides)
+    from megatron_prefix.training.model import transformer_config
+
+    transformer_config(config.model, config.parallel, config.training)
+    return config
+
+
+def config_summary(config: RunConfig) -> dict[str, Any]:
+    """The config as plain values, for logs and checkpoints."""
+    return dataclasses.asdict(config)

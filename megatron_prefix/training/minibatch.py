@@ -1,0 +1,155 @@
+"""From a rollout batch to the microbatches of each optimizer step.
+
+Every rank holds the same groups and derives the same plan; a rank builds the tensors of its own
+data-parallel share only. All normalisation (advantages within a group, weights over the optimizer
+step's sequences) happens here, before anything is split.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron_prefix.rollouts.records import RolloutGroup
+
+from megatron_prefix.batch import PackedBatch, TrainedSequence, build_batch
+from megatron_prefix.layout import (
+    MicrobatchPlan,
+    ModelShape,
+    PrefixTree,
+    microbatch_tree,
+    pack,
+    plan_microbatches,
+)
+from megatron_prefix.objective import ObjectiveConfig, group_advantages, token_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingConfig:
+    """How groups become microbatches."""
+
+    token_budget: int
+    """Tokens of one packed row at most, padding included."""
+    data_parallel_size: int
+    model_shape: ModelShape
+    """For the balance of work and the predicted FLOPs."""
+    allow_split: bool = True
+    pad_to_multiple: int = 1
+    """The tensor-parallel size under sequence parallelism."""
+    microbatch_multiple: int = 1
+    """The pipeline size under interleaving."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Minibatch:
+    """One optimizer step's share of this data-parallel rank, and what it is part of."""
+
+    plan: MicrobatchPlan
+    batches: list[PackedBatch]
+    """This rank's microbatches."""
+    knows_old_logprobs: bool
+    """Whether every group of the step came with them (the same answer on every rank)."""
+    packed_tokens: int
+    """Tokens that all ranks run, padding included."""
+    ungrouped_tokens: int
+    """Tokens that a run without sharing would have computed."""
+    flops: float
+    """Predicted forward FLOPs of all ranks."""
+    ungrouped_flops: float
+
+
+def split_groups(groups: Sequence[RolloutGroup], parts: int) -> list[list[RolloutGroup]]:
+    """Divide a rollout batch into `parts` runs of groups whose sizes differ by at most one."""
+    bounds = [round(i * len(groups) / parts) for i in range(parts + 1)]
+    return [list(groups[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+def trained_sequences(
+    groups: Sequence[RolloutGroup], objective: ObjectiveConfig
+) -> list[list[TrainedSequence]]:
+    """Advantages and weights of every response, over the whole optimizer step.
+
+    Returns:
+        For each group, for each of its responses, what the objective needs.
+    """
+    objective = objective.resolved()
+    lengths = [len(response) for group in groups for response in group.responses]
+    weights = iter(
+        token_weights(
+            lengths,
+            objective.aggregation,
+            max_response_length=objective.max_response_length,
+        )
+    )
+    sequences = []
+    for group in groups:
+        try:
+            advantages = group_advantages(
+                group.rewards, objective.advantage, eps=objective.advantage_epsilon
+            )
+        except ValueError as error:
+            raise ValueError(f"{group.source}: {error}") from error
+        old = group.old_logprobs or [None] * len(group.responses)
+        sequences.append(
+            [
+                TrainedSequence(
+                    first_trained=len(group.prompt),
+                    weight=float(next(weights)),
+                    advantage=float(advantage),
+                    old_logprobs=None if values is None else np.asarray(values),
+                )
+                for advantage, values in zip(advantages, old, strict=True)
+            ]
+        )
+    return sequences
+
+
+def build_minibatch(
+    groups: Sequence[RolloutGroup],
+    objective: ObjectiveConfig,
+    packing: PackingConfig,
+    *,
+    data_parallel_rank: int,
+    device: torch.device,
+    kernel: str | None = None,
+) -> Minibatch:
+    """Plan one optimizer step over all ranks and build this rank's microbatches.
+
+    Raises:
+        ValueError: a group or response that exceeds the token budget, or bad rewards, naming it.
+    """
+    trees = [PrefixTree.from_groups([(group.prompt, group.responses)]) for group in groups]
+    sequences = trained_sequences(groups, objective)
+    plan = plan_microbatches(
+        trees,
+        token_budget=packing.token_budget,
+        data_parallel_size=packing.data_parallel_size,
+        cost=packing.model_shape,
+        allow_split=packing.allow_split,
+        pad_to_multiple=packing.pad_to_multiple,
+        microbatch_multiple=packing.microbatch_multiple,
+        names=[group.source for group in groups],
+    )
+    batches: list[PackedBatch] = []
+    packed_tokens, flops = 0, 0.0
+    for rank, microbatches in enumerate(plan.microbatches):
+        for slices in microbatches:
+            tree = microbatch_tree(trees, slices)
+            flops += packing.model_shape.tree_flops(tree)
+            layout = pack(tree, pad_to_multiple=packing.pad_to_multiple)
+            packed_tokens += layout.num_tokens
+            if rank == data_parallel_rank:
+                members = [sequences[s.group][i] for s in slices for i in s.sequences]
+                batches.append(build_batch(layout, members, device=device, kernel=kernel))
+    return Minibatch(
+        plan=plan,
+        batches=batches,
+        knows_old_logprobs=all(group.old_logprobs is not None for group in groups),
+        packed_tokens=packed_tokens,
+        ungrouped_tokens=sum(tree.ungrouped_tokens for tree in trees),
+        flops=flops,
+        ungrouped_flops=sum(packing.model_shape.ungrouped_flops(tree) for tree in trees),
+    )

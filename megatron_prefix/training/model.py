@@ -1,0 +1,316 @@
+"""The GPTModel of a run: Megatron's own classes, our layer spec, our log-probability head."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import megatron.core
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_prefix.training.config_loader import ConfigError
+
+from megatron_prefix.layer_spec import have_transformer_engine, prefix_grouped
+from megatron_prefix.layout import ModelShape
+from megatron_prefix.support import UnsupportedOptionError, refuse_unsupported
+from megatron_prefix.training.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_prefix.training.head import LogProbHead
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "squared_relu": lambda x: torch.pow(F.relu(x), 2),
+}
+
+# Fields of TransformerConfig that other sections of the run's config decide.
+_DECIDED_ELSEWHERE = {
+    "activation_func": "model.activation",
+    "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
+    "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size": "parallel.expert_model_parallel_size",
+    "sequence_parallel": "parallel.sequence_parallel",
+    "params_dtype": "training.dtype",
+    "pipeline_dtype": "training.dtype",
+    "bf16": "training.dtype",
+    "fp16": "training.dtype",
+    "recompute_granularity": "training.recompute",
+    "recompute_modules": "training.recompute",
+    "calculate_per_token_loss": "objective.aggregation",
+    "variable_seq_lengths": "training.token_budget",
+    "finalize_model_grads_func": "the trainer",
+    "use_cpu_initialization": "training.device",
+}
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig
+) -> TransformerConfig:
+    """Megatron's config of the model.
+
+    Raises:
+        ConfigError: a key of `model.transformer` that Megatron does not know, of a wrong type, that
+            another section decides, or whose combination Megatron or shared prefixes refuse.
+    """
+    _check_transformer_keys(model.transformer)
+    known = typing.get_args(
+        inspect.signature(GPTModel.__init__).parameters["position_embedding_type"].annotation
+    )
+    if model.position_embedding_type not in known:
+        raise ConfigError(
+            f"model.position_embedding_type: {model.position_embedding_type} is not in "
+            f"megatron-core {megatron.core.__version__}, which knows {', '.join(known)}; choose "
+            "one of these or install a newer release"
+        )
+    dtype = DTYPES[training.dtype]
+    on_cpu = training.device == "cpu"
+    options: dict[str, Any] = {
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "moe_router_load_balancing_type": "none",
+        # Microbatches differ in length, which Megatron's variable lengths only allow with it.
+        "moe_token_dispatcher_type": "alltoall",
+        **model.transformer,
+        "activation_func": _ACTIVATIONS[model.activation],
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": (
+            parallel.virtual_pipeline_model_parallel_size if parallel.num_model_chunks > 1 else None
+        ),
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "sequence_parallel": parallel.uses_sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
+        # Our weights hold every denominator, so Megatron must not divide (see training/step.py).
+        "calculate_per_token_loss": True,
+        "use_cpu_initialization": on_cpu,
+    }
+    if parallel.num_model_chunks > 1:
+        # Otherwise two ranks pair up sends and receives of different chunks.
+        options.update(overlap_p2p_comm=True, batch_p2p_comm=False)
+    if parallel.expert_model_parallel_size > 1 and on_cpu:
+        options.setdefault("expert_tensor_parallel_size", 1)
+    if on_cpu:
+        for fusion in (
+            "bias_activation_fusion",
+            "bias_dropout_fusion",
+            "masked_softmax_fusion",
+            "gradient_accumulation_fusion",
+            "persist_layer_norm",
+            "apply_rope_fusion",
+            "moe_permute_fusion",
+        ):
+            options.setdefault(fusion, False)
+    if training.recompute == "full":
+        options.update(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        )
+    elif training.recompute == "selective":
+        options.update(recompute_granularity="selective", recompute_modules=["core_attn"])
+    try:
+        config = TransformerConfig(**options)
+        if model.yarn is not None:
+            # Megatron reads these off the config, but does not declare them.
+            for name, value in dataclasses.asdict(model.yarn).items():
+                setattr(config, f"yarn_{name}", value)
+        refuse_unsupported(config)
+    except UnsupportedOptionError as error:
+        raise ConfigError(f"model.transformer: {error}") from error
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"model.transformer: Megatron-Core refuses it: {error}") from error
+    if config.pipeline_model_parallel_size > 1:
+        layers, stages = (
+            config.num_layers,
+            (config.pipeline_model_parallel_size * parallel.num_model_chunks),
+        )
+        if layers % stages and not model.transformer.keys() & {
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+            "pipeline_model_parallel_layout",
+            "account_for_embedding_in_pipeline_split",
+        }:
+            raise ConfigError(
+                f"model.transformer.num_layers: {layers} does not divide by the {stages} pipeline "
+                "stages and chunks; change one of them"
+            )
+    return config
+
+
+def _check_transformer_keys(values: dict[str, Any]) -> None:
+    fields = {f.name: f for f in dataclasses.fields(TransformerConfig)}
+    hints = typing.get_type_hints(TransformerConfig)
+    for required in ("num_layers", "hidden_size", "num_attention_heads"):
+        if required not in values:
+            raise ConfigError(f"model.transformer.{required}: required, and missing")
+    for key, value in values.items():
+        if key in _DECIDED_ELSEWHERE:
+            raise ConfigError(
+                f"model.transformer.{key}: {value!r} is decided by {_DECIDED_ELSEWHERE[key]}; "
+                "remove it here"
+            )
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(
+                f"model.transformer.{key}: Megatron-Core's TransformerConfig has no such "
+                f"field{hint}"
+            )
+        _check_plain_type(f"model.transformer.{key}", value, hints[key])
+
+
+def _check_plain_type(key: str, value: Any, hint: Any) -> None:
+    """Refuse a number, string or flag where Megatron declares another plain type."""
+    accepted = set(typing.get_args(hint)) or {hint}
+    plain = {bool, int, float, str, type(None)}
+    if not accepted <= plain:
+        return
+    if float in accepted:
+        accepted.add(int)
+    if type(value) not in accepted:
+        names = " or ".join(sorted("null" if t is type(None) else t.__name__ for t in accepted))
+        raise ConfigError(f"{key}: {value!r} is not of type {names}")
+
+
+def build_gpt_model(
+    model: ModelConfig,
+    config: TransformerConfig,
+    *,
+    vp_stage: int | None = None,
+    shared_prefixes: bool = True,
+) -> GPTModel:
+    """This rank's GPTModel (chunk) in the current parallel state.
+
+    Args:
+        vp_stage: the chunk's index under interleaved pipelining.
+        shared_prefixes: False builds Megatron's unmodified spec.
+    """
+    # Releases before 0.15 know no vp_stage in is_pipeline_*_stage's signature order; by name only.
+    stage = {} if vp_stage is None else {"vp_stage": vp_stage}
+    pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage)
+    post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage)
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=use_transformer_engine(config), vp_stage=vp_stage
+    )
+    if shared_prefixes:
+        spec = prefix_grouped(spec)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
+        max_sequence_length=model.max_sequence_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
+        vp_stage=vp_stage,
+    )
+
+
+def model_shape(model: ModelConfig, config: TransformerConfig) -> ModelShape:
+    """The sizes that the cost model counts FLOPs by."""
+    experts: dict[str, int] = {}
+    if config.num_moe_experts is not None:
+        frequency = config.moe_layer_freq
+        experts = {
+            "num_moe_layers": (
+                len(range(0, config.num_layers, frequency))
+                if isinstance(frequency, int)
+                else sum(frequency)
+            ),
+            "num_experts": config.num_moe_experts,
+            "num_experts_per_token": config.moe_router_topk,
+            "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+            "moe_shared_expert_ffn_hidden_size": config.moe_shared_expert_intermediate_size or 0,
+        }
+    return ModelShape(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        vocab_size=model.vocab_size,
+        gated_linear_unit=config.gated_linear_unit,
+        **experts,
+    )
+
+
+def use_transformer_engine(config: TransformerConfig) -> bool:
+    """Transformer Engine's modules where they are installed and the model is not on the CPU."""
+    return have_transformer_engine() and not config.use_cpu_initialization
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelChunks:
+    """The chunks of the model on this rank: one, or one per virtual pipeline stage."""
+
+    wrapped: list[torch.nn.Module]
+    """In Megatron's DDP, as the schedules and optimizers take them."""
+    bare: list[GPTModel]
+    config: TransformerConfig
+    head: LogProbHead | None
+    """The log-probability head, on the last pipeline stage."""
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Parameters of all chunks; names carry the chunk's index where there are several."""
+        prefixes = [f"chunk{i}." if len(self.bare) > 1 else "" for i in range(len(self.bare))]
+        return [
+            (prefix + name, parameter)
+            for prefix, chunk in zip(prefixes, self.bare, strict=True)
+            for name, parameter in chunk.named_parameters()
+        ]
+
+
+def build_model_chunks(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    *,
+    use_distributed_optimizer: bool,
+) -> ModelChunks:
+    """Build, place and wrap this rank's model chunks for training."""
+    config = transformer_config(model, parallel, training)
+    stages = range(parallel.num_model_chunks) if parallel.num_model_chunks > 1 else [None]
+    bare = [build_gpt_model(model, config, vp_stage=stage) for stage in stages]
+    for chunk in bare:
+        if training.device == "cuda":
+            chunk.cuda(torch.cuda.current_device())
+    head = LogProbHead.install(
+        bare[-1], vocab_size=model.vocab_size, chunk_tokens=training.log_prob_chunk_tokens
+    )
+    inner = [Float16Module(config, c) if config.bf16 else c for c in bare]
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=use_distributed_optimizer,
+        grad_reduce_in_fp32=config.bf16,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=False,
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, c, disable_bucketing=i > 0)
+        for i, c in enumerate(inner)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return ModelChunks(wrapped=wrapped, bare=bare, config=config, head=head)

@@ -1,0 +1,306 @@
+"""The GRPO loop: rollouts, old and reference log-probabilities, optimizer steps, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron_prefix.rollouts.build import build_engine, build_evaluator
+from megatron_prefix.rollouts.engine import EndOfRollouts
+from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.training.checkpoint import CheckpointFolder
+
+from megatron_prefix.objective import PolicyMetrics
+from megatron_prefix.training.config import RunConfig, config_summary
+from megatron_prefix.training.metrics import MetricsLog, plot_reward, read_metrics
+from megatron_prefix.training.minibatch import (
+    Minibatch,
+    PackingConfig,
+    build_minibatch,
+    split_groups,
+)
+from megatron_prefix.training.model import ModelChunks, build_model_chunks, model_shape
+from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
+from megatron_prefix.training.runtime import Runtime, check_equal_across_ranks
+from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
+
+logger = logging.getLogger(__name__)
+
+
+class ReferencePolicy:
+    """A frozen copy of the weights that the KL term compares with."""
+
+    def __init__(self, chunks: ModelChunks) -> None:
+        self._parameters = [parameter for _, parameter in chunks.named_parameters()]
+        self._weights = [parameter.detach().clone() for parameter in self._parameters]
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the block the model has the reference weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, weight in zip(self._parameters, self._weights, strict=True):
+            current = parameter.detach().clone()
+            parameter.copy_(weight)
+            weight.copy_(current)
+
+
+class Trainer:
+    """One run, on this process."""
+
+    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.chunks = build_model_chunks(
+            config.model,
+            config.parallel,
+            config.training,
+            use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        )
+        self.optimizer = build_optimizer(config.optimizer, self.chunks)
+        self.scheduler = build_scheduler(
+            config.optimizer,
+            self.optimizer,
+            total_steps=config.training.steps
+            * config.training.optimizer_steps_per_rollout
+            * config.training.epochs_per_rollout,
+        )
+        self.packing = PackingConfig(
+            token_budget=config.training.token_budget,
+            data_parallel_size=runtime.data_parallel_size,
+            model_shape=model_shape(config.model, self.chunks.config),
+            allow_split=config.training.allow_split,
+            pad_to_multiple=(
+                config.parallel.tensor_model_parallel_size
+                if config.parallel.uses_sequence_parallel
+                else 1
+            ),
+            microbatch_multiple=(
+                config.parallel.pipeline_model_parallel_size
+                if config.parallel.num_model_chunks > 1
+                else 1
+            ),
+        )
+        self.engine = build_engine(config, self.chunks, runtime)
+        self.evaluator = build_evaluator(config, self.chunks, runtime)
+        self.checkpoints = CheckpointFolder(
+            config.output.directory / "checkpoints", keep=config.output.keep
+        )
+        self.step = 0
+        self.reference: ReferencePolicy | None = None
+        self._restore()
+
+    def _restore(self) -> None:
+        """Weights to start from, the reference policy, then the latest checkpoint."""
+        output = self.config.output
+        resuming = output.resume and self.checkpoints.latest_step() is not None
+        if output.load is not None and not resuming:
+            self.checkpoints.load_weights(output.load, self.chunks, self.optimizer)
+        if self.config.objective.kl_coefficient > 0:
+            if resuming:
+                self.checkpoints.load_weights(
+                    self.checkpoints.reference_path, self.chunks, self.optimizer
+                )
+            else:
+                self.checkpoints.save_reference(self.chunks)
+            self.reference = ReferencePolicy(self.chunks)
+        if resuming:
+            state = self.checkpoints.load_latest(self.chunks, self.optimizer, self.scheduler)
+            self.step = state["step"]
+            self.engine.load_state_dict(state["engine"])
+
+    def run(self) -> dict[str, Any]:
+        """Train to the configured number of steps.
+
+        Returns:
+            The last step's metrics, the same on every rank.
+        """
+        config, output = self.config, self.config.output
+        log = None
+        if self.runtime.is_main:
+            log = MetricsLog(
+                output.directory, resume_after=self.step, tensorboard=output.tensorboard
+            )
+        metrics: dict[str, Any] = {}
+        saved_step = self.step
+        try:
+            with self._progress() as progress:
+                if self.evaluator is not None and self.step == 0:
+                    metrics = {"eval": self.evaluator.evaluate()}
+                    self._log(log, 0, metrics)
+                while self.step < config.training.steps:
+                    try:
+                        groups = self.engine.next_groups(
+                            config.rollouts.groups_per_step, step=self.step
+                        )
+                    except EndOfRollouts as end:
+                        logger.info("stopping after step %d: %s", self.step, end)
+                        break
+                    metrics = self.train_on(groups)
+                    self.step += 1
+                    if self._evaluates_now():
+                        metrics["eval"] = self.evaluator.evaluate()
+                    self._log(log, self.step, metrics)
+                    progress(metrics)
+                    if output.save_every and self.step % output.save_every == 0:
+                        self._save()
+                        saved_step = self.step
+            if output.save_last and saved_step != self.step:
+                self._save()
+        finally:
+            if log is not None:
+                log.close()
+            self.engine.close()
+        if self.runtime.is_main and output.plot:
+            plot_reward(
+                read_metrics(output.directory / "metrics.jsonl"), output.directory / "reward.png"
+            )
+        return metrics
+
+    def train_on(self, groups: Sequence[RolloutGroup]) -> dict[str, Any]:
+        """All optimizer steps of one rollout batch; returns its metrics."""
+        started = time.perf_counter()
+        training = self.config.training
+        minibatches = [
+            build_minibatch(
+                part,
+                self.config.objective,
+                self.packing,
+                data_parallel_rank=self.runtime.data_parallel_rank,
+                device=self.runtime.device,
+                kernel=training.kernel,
+            )
+            for part in split_groups(groups, training.optimizer_steps_per_rollout)
+        ]
+        check_equal_across_ranks(
+            f"step {self.step + 1}: the plan of the rollout batch",
+            _fingerprint(groups, minibatches),
+            group=None,
+        )
+        # With a single optimizer step the old policy is the current one.
+        if len(minibatches) * training.epochs_per_rollout > 1:
+            for minibatch in minibatches:
+                if not minibatch.knows_old_logprobs:
+                    self._fill(minibatch, "old_logprobs")
+        if self.reference is not None:
+            with self.reference.in_place():
+                for minibatch in minibatches:
+                    self._fill(minibatch, "reference_logprobs")
+        reports: list[PolicyMetrics] = []
+        grad_norms = []
+        for _ in range(training.epochs_per_rollout):
+            for minibatch in minibatches:
+                result = train_step(
+                    self.chunks,
+                    self.optimizer,
+                    self.scheduler,
+                    minibatch.batches,
+                    self.config.objective,
+                )
+                reports += result.metrics
+                grad_norms.append(result.grad_norm)
+        return {
+            **self._rollout_metrics(groups),
+            **self._policy_metrics(reports),
+            "grad_norm": sum(grad_norms) / len(grad_norms),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **self._work_metrics(minibatches, time.perf_counter() - started),
+        }
+
+    def _fill(self, minibatch: Minibatch, name: str) -> None:
+        """Compute a kind of log-probabilities of every microbatch (on the last stage)."""
+        found = compute_logprobs(self.chunks, minibatch.batches, self.config.objective)
+        for batch, log_probs in zip(minibatch.batches, found, strict=False):
+            setattr(batch, name, log_probs)
+
+    def _rollout_metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        rewards = [reward for group in groups for reward in group.rewards]
+        lengths = [len(response) for group in groups for response in group.responses]
+        return {
+            "reward": sum(rewards) / len(rewards),
+            "response_length": sum(lengths) / len(lengths),
+        }
+
+    def _policy_metrics(self, reports: Sequence[PolicyMetrics]) -> dict[str, float]:
+        """Reduce the microbatches' sums over ranks into the step's means."""
+        total = sum(reports, start=PolicyMetrics.zeros(self.runtime.device))
+        sums = reduce_sums(total.stack(), contributes=self.runtime.reports_metrics)
+        return PolicyMetrics.from_stack(sums).means()
+
+    def _work_metrics(self, minibatches: Sequence[Minibatch], seconds: float) -> dict[str, float]:
+        packed = sum(minibatch.packed_tokens for minibatch in minibatches)
+        ungrouped = sum(minibatch.ungrouped_tokens for minibatch in minibatches)
+        flops = sum(minibatch.flops for minibatch in minibatches)
+        ungrouped_flops = sum(minibatch.ungrouped_flops for minibatch in minibatches)
+        return {
+            "tokens_computed": packed,
+            "tokens_ungrouped": ungrouped,
+            "flops_saved_fraction": 1.0 - flops / ungrouped_flops,
+            "train_seconds": seconds,
+            "tokens_per_second": packed / seconds,
+            "ungrouped_tokens_per_second": ungrouped / seconds,
+        }
+
+    def _evaluates_now(self) -> bool:
+        if self.evaluator is None:
+            return False
+        every = self.config.evaluation.every
+        return self.step == self.config.training.steps or bool(every and self.step % every == 0)
+
+    def _log(self, log: MetricsLog | None, step: int, metrics: dict[str, Any]) -> None:
+        if log is not None:
+            log.write(step, metrics)
+
+    def _save(self) -> None:
+        self.checkpoints.save(
+            self.step,
+            self.chunks,
+            self.optimizer,
+            self.scheduler,
+            state={
+                "step": self.step,
+                "engine": self.engine.state_dict(),
+                "config": config_summary(self.config),
+            },
+        )
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Any]:
+        """A progress bar on rank 0; elsewhere nothing."""
+        if not self.runtime.is_main:
+            yield lambda metrics: None
+            return
+        from tqdm import tqdm
+
+        with tqdm(
+            total=self.config.training.steps, initial=self.step, unit="step", dynamic_ncols=True
+        ) as bar:
+
+            def advance(metrics: dict[str, Any]) -> None:
+                shown = {k: metrics[k] for k in ("reward", "eval", "grad_norm") if k in metrics}
+                bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
+                bar.update(1)
+
+            yield advance
+
+
+def _fingerprint(groups: Sequence[RolloutGroup], minibatches: Sequence[Minibatch]) -> str:
+    """A short hash of the rollouts and of the plan, equal on ranks that hold the same."""
+    digest = hashlib.sha256()
+    for group in groups:
+        digest.update(repr(dataclasses.astuple(group)).encode())
+    for minibatch in minibatches:
+        digest.update(minibatch.plan.fingerprint().encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,25 @@
+"""Packaging of megatron_prefix."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAINING = ["psutil", "tqdm", "tensorboard", "matplotlib", "pyarrow"]
+
+setup(
+    name="megatron-prefix",
+    version="0.1.0",
+    description="GRPO on Megatron-Core with the prompt of each group computed once, exactly",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_prefix", "megatron_prefix.*"]),
+    install_requires=["torch>=2.6", "megatron-core>=0.14,<0.17", "pyyaml", "numpy"],
+    extras_require={
+        "train": TRAINING,
+        "gpu": ["transformer-engine[pytorch]", "flash-attn"],
+        "hf": ["transformers", "safetensors"],
+        "dev": [*TRAINING, "pytest", "pytest-timeout", "hypothesis", "ruff"],
+    },
+)

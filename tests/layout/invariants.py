@@ -1,0 +1,197 @@
+"""What has to hold for every packed layout and every microbatch plan.
+
+Both helpers go back to the sequences: none of the numbers they compare with comes from the code
+that built the layout, but for the nodes that sequences share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from megatron_prefix.layout import (
+    AttentionStage,
+    MicrobatchPlan,
+    ModelShape,
+    PackedLayout,
+    PrefixTree,
+    microbatch_tree,
+    pack,
+)
+
+
+def visible_keys(stages: Sequence[AttentionStage], num_tokens: int) -> np.ndarray:
+    """[T, T]: how many times each query (row) sees each key (column), from the stages alone."""
+    seen = np.zeros((num_tokens, num_tokens), dtype=np.int64)
+    for stage in stages:
+        for (q0, q1), (k0, k1) in zip(pairwise(stage.cu_q), pairwise(stage.cu_k), strict=True):
+            block = np.ones((q1 - q0, k1 - k0), dtype=np.int64)
+            if stage.causal:
+                assert q1 - q0 == k1 - k0, "a causal rectangle is a square"
+                block = np.tril(block)
+            queries = slice(stage.q_start + q0, stage.q_start + q1)
+            keys = slice(stage.k_start + k0, stage.k_start + k1)
+            seen[queries, keys] += block
+    return seen
+
+
+def assert_layout(layout: PackedLayout) -> None:
+    """Check all invariants of a packed layout against its sequences."""
+    _assert_positions(layout)
+    _assert_padding(layout)
+    _assert_level_order(layout)
+    _assert_stages(layout)
+    _assert_visibility(layout)
+
+
+def _assert_positions(layout: PackedLayout) -> None:
+    """Every labelled token once; inputs, labels and position ids along each sequence."""
+    tree = layout.tree
+    row_of_token: dict[tuple[int, int], int] = {}
+    users = np.zeros(layout.num_tokens, dtype=np.int64)
+    longest = 1
+    for i, path in enumerate(tree.sequences):
+        tokens = tree.sequence_tokens(i)
+        positions = layout.sequence_positions(i)
+        assert positions.dtype == np.int64 and len(positions) == len(tokens) - 1
+        np.testing.assert_array_equal(layout.input_ids[positions], tokens[:-1])
+        np.testing.assert_array_equal(layout.labels[positions], tokens[1:])
+        np.testing.assert_array_equal(layout.position_ids[positions], np.arange(len(positions)))
+        users[positions] += 1
+        longest = max(longest, len(positions))
+        labelled = [(node, j) for node in path for j in range(len(tree.tokens[node]))][1:]
+        for token, row in zip(labelled, positions.tolist(), strict=True):
+            assert row_of_token.setdefault(token, row) == row
+    rows = sorted(row_of_token.values())
+    assert rows == list(range(layout.num_tokens - layout.num_padding))
+    np.testing.assert_array_equal(layout.multiplicity, users)
+    assert layout.max_seqlen == longest == layout.position_ids.max() + 1
+
+
+def _assert_padding(layout: PackedLayout) -> None:
+    assert layout.num_tokens >= 1
+    for values in (layout.input_ids, layout.labels, layout.position_ids, layout.multiplicity):
+        assert values.dtype == np.int64 and values.shape == (layout.num_tokens,)
+        assert not values[layout.num_tokens - layout.num_padding :].any()
+
+
+def _assert_level_order(layout: PackedLayout) -> None:
+    segments = layout.segments
+    start = 0
+    for index, segment in enumerate(segments):
+        assert segment.start == start and segment.length > 0
+        start += segment.length
+        row = slice(segment.start, start)
+        assert (layout.multiplicity[row] == segment.multiplicity).all()
+        assert layout.position_ids[segment.start] == segment.first_position
+        level = slice(*layout.level_starts[segment.level : segment.level + 2])
+        assert level.start <= row.start and row.stop <= level.stop
+        if segment.parent < 0:
+            assert segment.level == 0
+        else:
+            assert segment.parent < index
+            assert segments[segment.parent].level == segment.level - 1
+    assert layout.level_starts[-1] == start == layout.num_tokens - layout.num_padding
+    # Siblings are adjacent and in their parents' order if parents never step back on a level.
+    for before, after in pairwise(segments):
+        assert before.level <= after.level <= before.level + 1
+        assert before.level < after.level or before.parent <= after.parent
+
+
+def _assert_stages(layout: PackedLayout) -> None:
+    first, *cross = layout.stages
+    assert first.causal and not any(stage.causal for stage in cross)
+    assert (first.q_start, first.q_stop) == (first.k_start, first.k_stop) == (0, layout.num_tokens)
+    num_levels = len(layout.level_starts) - 1
+    assert len(cross) == num_levels * (num_levels - 1) // 2
+    for stage in layout.stages:
+        for cu, start, stop, longest in (
+            (stage.cu_q, stage.q_start, stage.q_stop, stage.max_q),
+            (stage.cu_k, stage.k_start, stage.k_stop, stage.max_k),
+        ):
+            assert cu.dtype == np.int32
+            assert cu[0] == 0 and cu[-1] == stop - start > 0
+            assert (np.diff(cu) >= 0).all()
+            assert longest == np.diff(cu).max()
+        assert (np.diff(stage.cu_k) > 0).all(), "a rectangle without keys"
+
+
+def _assert_visibility(layout: PackedLayout) -> None:
+    """A query sees its own sequence up to itself, each position once, whatever the sequence."""
+    seen = visible_keys(layout.stages, layout.num_tokens)
+    expected = np.zeros_like(seen)
+    for i in range(layout.tree.num_sequences):
+        positions = layout.sequence_positions(i)
+        for t, query in enumerate(positions):
+            expected[query, positions[: t + 1]] = 1
+    padding = slice(layout.num_tokens - layout.num_padding, None)
+    expected[padding, padding] = np.tril(np.ones((layout.num_padding,) * 2, dtype=np.int64))
+    np.testing.assert_array_equal(seen, expected)
+
+
+def assert_plan(
+    plan: MicrobatchPlan,
+    trees: Sequence[PrefixTree],
+    *,
+    token_budget: int,
+    data_parallel_size: int,
+    cost: ModelShape,
+    allow_split: bool = True,
+    pad_to_multiple: int = 1,
+    microbatch_multiple: int = 1,
+) -> None:
+    """Check all invariants of a plan that was made with these arguments."""
+    ranks = plan.microbatches
+    assert len(ranks) == data_parallel_size
+    assert {len(rank) for rank in ranks} == {plan.num_microbatches}
+    assert plan.num_microbatches > 0 and plan.num_microbatches % microbatch_multiple == 0
+
+    microbatches = [slices for rank in ranks for slices in rank]
+    placed = [(s.group, i) for slices in microbatches for s in slices for i in s.sequences]
+    assert sorted(placed) == [(g, i) for g, t in enumerate(trees) for i in range(t.num_sequences)]
+    for slices in microbatches:
+        groups = [s.group for s in slices]
+        assert groups == sorted(set(groups)), "one slice of a group, in the order of the groups"
+        assert all(s.sequences == tuple(sorted(s.sequences)) != () for s in slices)
+        layout = pack(microbatch_tree(trees, slices), pad_to_multiple=pad_to_multiple)
+        assert layout.num_tokens <= token_budget
+        assert_layout(layout)
+
+    num_slices = [sum(s.group == g for m in microbatches for s in m) for g in range(len(trees))]
+    fits = [_row_length(tree, pad_to_multiple) <= token_budget for tree in trees]
+    if any(fit and n > 1 for fit, n in zip(fits, num_slices, strict=True)):
+        assert allow_split
+        # A group that fits was split: only to give each slot a slice, hence no slot has two.
+        assert all(len(slices) <= 1 for slices in microbatches)
+    if not all(microbatches):
+        # A slot is empty: nothing is left that could be divided, or put elsewhere.
+        assert all(len(slices) <= 1 for slices in microbatches)
+        branches = [_num_branches(tree) for tree in trees]
+        assert num_slices == (branches if allow_split else [1] * len(trees))
+
+    _assert_balance(plan, trees, cost)
+
+
+def _row_length(tree: PrefixTree, pad_to_multiple: int) -> int:
+    return pack(tree, pad_to_multiple=pad_to_multiple).num_tokens
+
+
+def _num_branches(tree: PrefixTree) -> int:
+    """Sequences' paths that no other path continues."""
+    paths = set(tree.sequences)
+    return len({p for p in paths if not any(o[: len(p)] == p and o != p for o in paths)})
+
+
+def _assert_balance(plan: MicrobatchPlan, trees: Sequence[PrefixTree], cost: ModelShape) -> None:
+    """Rows run from costly to cheap, and ranks differ no more than the microbatches of a row do."""
+    costs = [
+        [sum(cost.tree_flops(trees[s.group].subset(s.sequences)) for s in m) for m in rank]
+        for rank in plan.microbatches
+    ]
+    rows = list(zip(*costs, strict=True))
+    for before, after in pairwise(rows):
+        assert min(before) >= max(after)
+    work = [sum(rank) for rank in costs]
+    assert max(work) - min(work) <= max(max(row) - min(row) for row in rows)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+from megatron_prefix import layout
+
+
+def test_the_public_names_are_these():
+    assert layout.__all__ == [
+        "AttentionStage",
+        "GroupSlice",
+        "MicrobatchPlan",
+        "ModelShape",
+        "PackedLayout",
+        "PrefixTree",
+        "Segment",
+        "activation_tokens",
+        "microbatch_tree",
+        "pack",
+        "plan_microbatches",
+    ]
+    assert all(hasattr(layout, name) for name in layout.__all__)
+
+
+def test_planning_needs_the_standard_library_and_numpy_only():
+    allowed = {*sys.stdlib_module_names, "numpy", "megatron_prefix"}
+    for path in Path(layout.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            for name in names:
+                assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
+                assert not name.startswith("megatron_prefix") or name.startswith(
+                    "megatron_prefix.layout"
+                ), f"{path.name} imports {name}"

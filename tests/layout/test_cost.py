@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from megatron_prefix.layout import ModelShape, PrefixTree, activation_tokens, pack
+from megatron_prefix.layout.cost import attention_pairs, response_labels
+
+from .invariants import visible_keys
+from .strategies import SHAPE, trees
+
+TWO_LAYERS = ModelShape(
+    num_layers=2,
+    hidden_size=8,
+    ffn_hidden_size=20,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=3,
+    vocab_size=11,
+    gated_linear_unit=False,
+)
+
+
+def test_linear_flops_agree_with_a_hand_count():
+    # qkv 8 -> (4 + 2 + 2) * 3 = 24, projection 12 -> 8, MLP 8 -> 20 -> 8.
+    per_layer = 2 * (8 * 24 + 12 * 8 + 8 * 20 + 20 * 8)
+    assert TWO_LAYERS.linear_flops_per_token() == 2 * per_layer
+    # A gated MLP has its first product twice.
+    gated = dataclasses.replace(TWO_LAYERS, gated_linear_unit=True)
+    assert gated.linear_flops_per_token() == 2 * (per_layer + 2 * 8 * 20)
+
+
+def test_expert_layers_count_the_chosen_experts_the_shared_one_and_the_router():
+    moe = dataclasses.replace(
+        TWO_LAYERS,
+        gated_linear_unit=True,
+        num_moe_layers=1,
+        num_experts=6,
+        num_experts_per_token=2,
+        moe_ffn_hidden_size=5,
+        moe_shared_expert_ffn_hidden_size=7,
+    )
+    attention = 2 * (8 * 24 + 12 * 8)
+    dense = 2 * 3 * 8 * 20
+    experts = 2 * 3 * 8 * (5 + 5 + 7) + 2 * 8 * 6
+    assert moe.linear_flops_per_token() == 2 * attention + dense + experts
+
+
+def test_attention_and_head_flops_agree_with_a_hand_count():
+    # Per layer and head: 3 multiply-adds for the score and 3 for the value, two FLOPs each.
+    assert TWO_LAYERS.attention_flops_per_pair() == 2 * 4 * (2 * 3 + 2 * 3)
+    assert TWO_LAYERS.head_flops_per_label() == 2 * 8 * 11
+
+
+def test_a_group_agrees_with_a_hand_count():
+    tree = PrefixTree.from_groups([([1, 2, 3], [[4, 5], [6]])])
+    linear = TWO_LAYERS.linear_flops_per_token()
+    pair = TWO_LAYERS.attention_flops_per_pair()
+    head = TWO_LAYERS.head_flops_per_label()
+    # Prefix: 2 tokens; responses: 2 and 1, which see the 2 and themselves.
+    assert attention_pairs(tree).tolist() == [1 + 2, 3 + 4, 3]
+    assert TWO_LAYERS.tree_flops(tree) == 5 * linear + 13 * pair + 3 * head
+    # One by one: 4 tokens and 3 tokens.
+    assert TWO_LAYERS.ungrouped_flops(tree) == 7 * linear + (10 + 6) * pair + 3 * head
+
+
+def test_a_loss_on_the_prefix_too_scores_it_once_or_for_each_response():
+    tree = PrefixTree.from_groups([([1, 2, 3], [[4, 5], [6]])])
+    head = TWO_LAYERS.head_flops_per_label()
+    every_label = tree.packed_lengths
+    grouped = TWO_LAYERS.tree_flops(tree, labels=every_label) - TWO_LAYERS.tree_flops(tree)
+    assert grouped == 2 * head
+    ungrouped = TWO_LAYERS.ungrouped_flops(tree, labels=every_label)
+    assert ungrouped - TWO_LAYERS.ungrouped_flops(tree) == 2 * 2 * head
+
+
+def test_the_prompt_is_not_scored_but_a_lone_sequence_is():
+    tree = PrefixTree.from_sequences([[1, 2, 3], [1, 2, 4, 5], [1, 2, 4, 6], [8, 9]])
+    assert [t.tolist() for t in tree.tokens] == [[1, 2], [3], [4], [5], [6], [8, 9]]
+    assert response_labels(tree).tolist() == [0, 1, 1, 1, 1, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(trees())
+def test_pairs_are_those_that_the_stages_compute(tree):
+    layout = pack(tree)
+    seen = visible_keys(layout.stages, layout.num_tokens)
+    assert attention_pairs(tree).sum() == seen[: tree.grouped_tokens].sum()
+
+
+@settings(max_examples=100, deadline=None)
+@given(trees())
+def test_sharing_never_costs_flops(tree):
+    assert SHAPE.tree_flops(tree) <= SHAPE.ungrouped_flops(tree)
+    alone = [tree.subset([i]) for i in range(tree.num_sequences)]
+    labels = [t.packed_lengths for t in alone]
+    assert SHAPE.ungrouped_flops(tree, labels=tree.packed_lengths) == sum(
+        SHAPE.tree_flops(t, labels=n) for t, n in zip(alone, labels, strict=True)
+    )
+    assert SHAPE.tree_flops(tree.merge_chains(), labels=tree.merge_chains().packed_lengths) == (
+        SHAPE.tree_flops(tree, labels=tree.packed_lengths)
+    )
+
+
+@pytest.mark.parametrize("responses", [1, 4, 16])
+def test_a_long_prefix_makes_a_group_cost_what_one_sequence_costs(responses):
+    # (P + G R) / (G (P + R)) -> 1 / G as P grows, in attention and in the linear layers alike.
+    tree = PrefixTree.from_groups([(np.zeros(100_000, dtype=int), [[1, 2]] * responses)])
+    grouped, ungrouped = SHAPE.tree_flops(tree), SHAPE.ungrouped_flops(tree)
+    assert ungrouped / grouped == pytest.approx(responses, rel=1e-2)
+    if responses == 1:
+        assert ungrouped == grouped
+
+
+def test_activation_tokens_are_those_of_the_packed_row():
+    tree = PrefixTree.from_groups([([1, 2], [[3], [4, 5]])])
+    assert activation_tokens(tree) == pack(tree).num_tokens == 4
+    assert activation_tokens(tree, pad_to_multiple=3) == 6
+    assert activation_tokens(PrefixTree.from_groups([]), pad_to_multiple=3) == 3
+
+
+def test_counts_are_exact_beyond_64_bits():
+    huge = dataclasses.replace(SHAPE, num_layers=10**6, hidden_size=10**6)
+    flops = huge.flops(tokens=np.int64(10**9), pairs=np.int64(10**18), labels=np.int64(1))
+    assert flops == (
+        10**9 * huge.linear_flops_per_token()
+        + 10**18 * huge.attention_flops_per_pair()
+        + huge.head_flops_per_label()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
+        ({"num_query_groups": 3}, "num_attention_heads=4 must be a multiple of num_query_groups=3"),
+        ({"num_moe_layers": 1}, "num_experts=0 must be at least 1"),
+    ],
+)
+def test_an_impossible_shape_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TWO_LAYERS, **change)

@@ -1,0 +1,246 @@
+"""Every signature and private name of Megatron-Core that the package relies on.
+
+A new release fails here first, with the name that changed. Behaviour is tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import megatron.core
+import pytest
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing import dict_utils, mapping
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+    param_and_grad_buffer,
+)
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
+
+from megatron_prefix.support import REFUSALS
+
+VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
+
+SIGNATURES: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
+    (SelfAttention.forward, ("hidden_states", "attention_mask", "rotary_pos_emb")),
+    (SelfAttention.forward, ("packed_seq_params", "inference_context")),
+    (
+        DotProductAttention.__init__,
+        ("config", "layer_number", "attn_mask_type", "attention_type", "softmax_scale"),
+    ),
+    (
+        DotProductAttention.forward,
+        ("query", "key", "value", "attention_mask", "attn_mask_type", "attention_bias"),
+    ),
+    (DotProductAttention.forward, ("packed_seq_params",)),
+    (WrappedTorchNorm.__new__, ("config", "hidden_size", "eps")),
+    (
+        GPTModel.__init__,
+        (
+            "config",
+            "transformer_layer_spec",
+            "vocab_size",
+            "max_sequence_length",
+            "pre_process",
+            "post_process",
+            "parallel_output",
+            "share_embeddings_and_output_weights",
+            "position_embedding_type",
+            "rotary_percent",
+            "rotary_base",
+            "rope_scaling",
+            "rope_scaling_factor",
+            "vp_stage",
+        ),
+    ),
+    (GPTModel.forward, ("input_ids", "position_ids", "attention_mask", "packed_seq_params")),
+    (
+        gpt_layer_specs.get_gpt_decoder_block_spec,
+        ("config", "use_transformer_engine", "vp_stage"),
+    ),
+    (
+        gpt_layer_specs.get_gpt_layer_local_spec,
+        ("num_experts", "qk_layernorm", "normalization"),
+    ),
+    (
+        gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec,
+        ("num_experts", "moe_grouped_gemm", "qk_layernorm"),
+    ),
+    (tensor_parallel.ColumnParallelLinear.forward, ("input_", "weight")),
+    (
+        tensor_parallel.gather_from_sequence_parallel_region,
+        ("input_", "tensor_parallel_output_grad"),
+    ),
+    (tensor_parallel.copy_to_tensor_model_parallel_region, ("input_",)),
+    (
+        schedules.forward_backward_no_pipelining,
+        (
+            "forward_step_func",
+            "data_iterator",
+            "model",
+            "num_microbatches",
+            "seq_length",
+            "micro_batch_size",
+            "forward_only",
+            "collect_non_loss_data",
+        ),
+    ),
+    (finalize_model_grads, ("model", "num_tokens")),
+    (DistributedDataParallel.__init__, ("config", "ddp_config", "module", "disable_bucketing")),
+    (Float16Module.__init__, ("config", "module")),
+    (get_megatron_optimizer, ("config", "model_chunks")),
+    (
+        OptimizerParamScheduler.__init__,
+        (
+            "optimizer",
+            "init_lr",
+            "max_lr",
+            "min_lr",
+            "lr_warmup_steps",
+            "lr_decay_steps",
+            "lr_decay_style",
+            "start_wd",
+            "end_wd",
+            "wd_incr_steps",
+            "wd_incr_style",
+        ),
+    ),
+    (
+        parallel_state.initialize_model_parallel,
+        (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+            "distributed_timeout_minutes",
+        ),
+    ),
+    (parallel_state.is_pipeline_first_stage, ("ignore_virtual", "vp_stage")),
+    (parallel_state.is_pipeline_last_stage, ("ignore_virtual", "vp_stage")),
+    (rope_utils._apply_rotary_pos_emb_thd, ("t", "cu_seqlens", "freqs", "cp_group")),
+]
+
+DATACLASS_FIELDS: list[tuple[type, tuple[str, ...]]] = [
+    (
+        PackedSeqParams,
+        ("qkv_format", "cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"),
+    ),
+    (SelfAttentionSubmodules, ("linear_qkv", "core_attention", "q_layernorm", "k_layernorm")),
+    (ModuleSpec, ("module", "params", "submodules")),
+    (
+        mapping.ShardedTensor,
+        ("key", "data", "local_shape", "global_shape", "global_offset", "prepend_axis_num"),
+    ),
+    (
+        DistributedDataParallelConfig,
+        ("use_distributed_optimizer", "grad_reduce_in_fp32", "overlap_grad_reduce"),
+    ),
+    (
+        OptimizerConfig,
+        ("optimizer", "lr", "min_lr", "clip_grad", "bf16", "params_dtype", "adam_eps"),
+    ),
+    (
+        TransformerConfig,
+        (
+            "activation_func",
+            "calculate_per_token_loss",
+            "variable_seq_lengths",
+            "overlap_p2p_comm",
+            "batch_p2p_comm",
+            "recompute_granularity",
+            "recompute_method",
+            "recompute_num_layers",
+            "recompute_modules",
+            "finalize_model_grads_func",
+            "moe_layer_freq",
+            "moe_router_load_balancing_type",
+            "moe_aux_loss_coeff",
+            "use_cpu_initialization",
+        ),
+    ),
+]
+
+NAMES: list[tuple[Any, str]] = [
+    (megatron_random, "_get_cuda_rng_state"),
+    (megatron_random, "_set_cuda_rng_state"),
+    (gpt_layer_specs, "HAVE_TE"),
+    (dict_utils, "nested_values"),
+    (mapping, "apply_factories"),
+    (parallel_state, "destroy_model_parallel"),
+    (parallel_state, "get_data_parallel_group"),
+    (DistributedDataParallel, "zero_grad_buffer"),
+    (DistributedDataParallel, "broadcast_params"),
+]
+
+# Options that came or went with a release: (first, last), None for open ends.
+OPTION_RELEASES: dict[str, tuple[tuple[int, int] | None, tuple[int, int] | None]] = {
+    "softmax_type": ((0, 15), None),
+    "experimental_attention_variant": ((0, 16), None),
+    "qk_clip": ((0, 16), None),
+    "cuda_graph_impl": ((0, 15), None),
+    "fused_single_qkv_rope": ((0, 15), None),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    SIGNATURES,
+    ids=[getattr(function, "__qualname__", str(function)) for function, _ in SIGNATURES],
+)
+def test_functions_take_the_parameters_we_pass(
+    function: Callable[..., Any], parameters: tuple[str, ...]
+) -> None:
+    signature = inspect.signature(function)
+    missing = [name for name in parameters if name not in signature.parameters]
+    assert not missing, f"{function.__qualname__}{signature} lacks {missing}"
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields"), DATACLASS_FIELDS, ids=[cls.__name__ for cls, _ in DATACLASS_FIELDS]
+)
+def test_dataclasses_have_the_fields_we_use(cls: type, fields: tuple[str, ...]) -> None:
+    present = {field.name for field in dataclasses.fields(cls)}
+    assert not set(fields) - present
+
+
+@pytest.mark.parametrize(("owner", "name"), NAMES, ids=[name for _, name in NAMES])
+def test_names_we_use_exist(owner: Any, name: str) -> None:
+    assert hasattr(owner, name)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=[refusal.option for refusal in REFUSALS])
+def test_refused_options_are_options_of_this_release(refusal: Any) -> None:
+    """A renamed option would no longer be refused: this is where that shows."""
+    first, last = OPTION_RELEASES.get(refusal.option, (None, None))
+    expected = (first is None or first <= VERSION) and (last is None or last >= VERSION)
+    present = refusal.option in {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert present == expected
+
+
+def test_buckets_know_the_ranks_that_their_gradients_are_sharded_over() -> None:
+    source = inspect.getsource(param_and_grad_buffer)
+    assert "self.intra_distributed_optimizer_instance_group = " in source
+    assert "grad_data" in source
+
+
+def test_a_layer_spec_class_may_be_any_base_transformer_layer() -> None:
+    assert issubclass(TransformerLayer, BaseTransformerLayer)
