@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAINING = ["psutil", "tqdm", "tensorboard", "matplotlib", "pyarrow"]
+TRAINING = ["psutil", "tqdm", "tensorboard", "matplotlib", "pyarrow<25"]
 
 setup(
     name="megatron-prefix",

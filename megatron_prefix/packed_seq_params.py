@@ -8,6 +8,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_prefix.attention.function import prefix_attention
+from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.attention.stages import AttentionPlan
 from megatron_prefix.layout import PackedLayout
 
@@ -46,3 +48,17 @@ class PrefixPackedSeqParams(PackedSeqParams):
             position_ids=torch.from_numpy(layout.position_ids).to(device, non_blocking=True),
             kernel=kernel,
         )
+
+    def attend(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        """The core attention of one layer. A subclass may keep k and v, or add earlier ones.
+
+        Args:
+            layer_number: of the layer in the whole model, from 1.
+            q: [T, heads, dim], rotated; k and v: [T, kv heads, dim], k rotated.
+            scale: factor of q k^T before the softmax.
+
+        Returns:
+            [T, heads, dim] in q's dtype.
+        """
+        kernel = select_kernel(self.kernel, device=q.device, dtype=q.dtype, head_dim=q.shape[-1])
+        return prefix_attention(q, k, v, self.plan, scale=scale, kernel=kernel)

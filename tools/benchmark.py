@@ -94,7 +94,7 @@ def make_batch(tree: PrefixTree, shape: Shape) -> PackedBatch:
         )
         for i in range(shape.group_size)
     ]
-    return build_batch(pack(tree), sequences, device=torch.device("cpu"))
+    return build_batch(pack(tree.merge_chains()), sequences, device=torch.device("cpu"))
 
 
 def run_step(chunks: ModelChunks, batch: PackedBatch) -> float:

@@ -33,16 +33,15 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.training.config_loader import ConfigError, load_dataclass
-
 from megatron_prefix.objective import ObjectiveConfig
+from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.config import (
     ModelConfig,
     OptimizerSettings,
     ParallelConfig,
     TrainingConfig,
 )
+from megatron_prefix.training.config_loader import ConfigError, load_dataclass, read_yaml
 
 # grad_rel and param_rel are relative L2 errors per parameter, the worst one counts. float64's are
 # the project's promise; float32's and bfloat16's are the rounding of a few layers in that format.
@@ -572,7 +571,7 @@ def main() -> int:
     try:
         values = DEFAULT_MODEL
         if args.model is not None:
-            values = yaml.safe_load(args.model.read_text(encoding="utf-8"))
+            values = read_yaml(args.model)
             values = values.get("model", values)
         model = load_dataclass(ModelConfig, values, path="model")
         parallel = ParallelConfig(

@@ -77,7 +77,7 @@ class _PrefixAttention(torch.autograd.Function):
                 lse = stage_lse
                 out = stage_out.to(lse.dtype) if len(plan.stages) > 1 else stage_out
             else:
-                _merge_(out[stage.queries], lse[stage.queries], stage_out, stage_lse)
+                merge_(out[stage.queries], lse[stage.queries], stage_out, stage_lse)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale, ctx.kernel = plan, scale, kernel
@@ -115,8 +115,11 @@ class _PrefixAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def _merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    """Merge attention over other keys into out [n, H, D] and lse [n, H], in place."""
+def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Merge attention over other keys into out [n, H, D] and lse [n, H], in place.
+
+    `out` is in the dtype of the lse's, float32 or wider; `other_out` may be narrower.
+    """
     other_weight = torch.sigmoid(other_lse - lse)  # exp(other_lse - logaddexp(lse, other_lse))
     out.lerp_(other_out.to(out.dtype), other_weight.unsqueeze(-1))
     torch.logaddexp(lse, other_lse, out=lse)

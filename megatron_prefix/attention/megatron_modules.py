@@ -15,8 +15,6 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_prefix.attention.function import prefix_attention
-from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.support import refuse_unsupported
 
@@ -59,6 +57,7 @@ class _PrefixCoreAttention:
         config = kwargs["config"] if "config" in kwargs else args[0]
         refuse_unsupported(config)
         super().__init__(*args, **kwargs)
+        self.prefix_layer_number = kwargs["layer_number"] if "layer_number" in kwargs else args[1]
         softmax_scale = kwargs.get("softmax_scale")
         self.prefix_softmax_scale = (
             1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
@@ -92,19 +91,8 @@ class _PrefixCoreAttention:
                 "attention_bias cannot be combined with shared prefixes: leave it None for batches "
                 "that carry PrefixPackedSeqParams"
             )
-        kernel = select_kernel(
-            packed_seq_params.kernel,
-            device=query.device,
-            dtype=query.dtype,
-            head_dim=query.shape[-1],
-        )
-        out = prefix_attention(
-            query,
-            key,
-            value,
-            packed_seq_params.plan,
-            scale=self.prefix_softmax_scale,
-            kernel=kernel,
+        out = packed_seq_params.attend(
+            self.prefix_layer_number, query, key, value, scale=self.prefix_softmax_scale
         )
         return out.reshape(out.shape[0], -1)
 

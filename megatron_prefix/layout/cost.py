@@ -46,7 +46,7 @@ class ModelShape:
     """Of the shared expert that every token runs; 0 for none."""
 
     def __post_init__(self) -> None:
-        positive = (
+        positive: tuple[str, ...] = (
             "num_layers",
             "hidden_size",
             "ffn_hidden_size",

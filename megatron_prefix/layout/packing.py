@@ -231,7 +231,7 @@ def _cross_stages(
     by_level: list[list[int]] = [[] for _ in level_starts[1:]]
     for index, segment in enumerate(segments):
         by_level[segment.level].append(index)
-    stages = []
+    stages: list[AttentionStage] = []
     for m in range(1, len(by_level)):
         q_lengths = [segments[index].length for index in by_level[m]]
         # The segments of level m's queries on level m-1, m-2, ..., 0.

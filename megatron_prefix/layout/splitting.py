@@ -110,7 +110,7 @@ class SplittableGroup:
 
         branches: list[_Branch] = []
         passed: list[int] = []
-        stack = [(root,) for root in reversed(children[-1])]
+        stack: list[tuple[int, ...]] = [(root,) for root in reversed(children[-1])]
         while stack:
             path = stack.pop()
             passed += ending.get(path[-1], ())

@@ -11,9 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_prefix.training.config_loader import ConfigError
-
 from megatron_prefix.training.config import load_run_config
+from megatron_prefix.training.config_loader import ConfigError
 from megatron_prefix.training.runtime import runtime
 from megatron_prefix.training.trainer import Trainer
 

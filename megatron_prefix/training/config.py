@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_prefix.training.config_loader import ConfigError, load_yaml
-
 from megatron_prefix.objective.config import ObjectiveConfig
+from megatron_prefix.training.config_loader import ConfigError, load_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +183,10 @@ class RolloutsConfig:
     def __post_init__(self) -> None:
         if not self.paths:
             raise ConfigError("paths: none given; name at least one JSONL or Parquet file")
-        if self.groups_per_step < 1:
-            raise ConfigError(f"groups_per_step: {self.groups_per_step} must be at least 1")
+        for name in ("groups_per_step", "group_size", "epochs", "max_response_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: {value} must be at least 1")
         if self.engine == "embedded":
             for name in ("group_size", "max_response_length", "reward"):
                 if getattr(self, name) is None:
@@ -208,6 +209,16 @@ class EvaluationConfig:
     """Steps between evaluations; 0: only before the first and after the last step."""
     temperature: float = 0.0
     """0 takes the most likely token."""
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ConfigError("paths: none given; name at least one JSONL or Parquet file")
+        if self.num_prompts < 1:
+            raise ConfigError(f"num_prompts: {self.num_prompts} must be at least 1")
+        if self.every < 0:
+            raise ConfigError(f"every: {self.every} must be at least 0")
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature: {self.temperature} must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +300,7 @@ class RunConfig:
                 f"rollouts.temperature: {self.rollouts.temperature}; log-probabilities are taken "
                 "at the temperature that was sampled with: set them equal"
             )
+        self._check_sampling()
         if self.rollouts.groups_per_step < self.training.optimizer_steps_per_rollout:
             raise ConfigError(
                 "training.optimizer_steps_per_rollout: "
@@ -304,6 +316,25 @@ class RunConfig:
                 f"{self.parallel.expert_model_parallel_size} needs "
                 "model.transformer.num_moe_experts; set it, or set this to 1"
             )
+
+    def _check_sampling(self) -> None:
+        rollouts, model = self.rollouts, self.model
+        if self.evaluation is not None:
+            for name in ("reward", "max_response_length"):
+                if getattr(rollouts, name) is None:
+                    raise ConfigError(f"rollouts.{name}: required by evaluation")
+        length = rollouts.max_response_length
+        if length is not None and length >= model.max_sequence_length:
+            raise ConfigError(
+                f"rollouts.max_response_length: {length} leaves no room for a prompt within "
+                f"model.max_sequence_length: {model.max_sequence_length}; lower it"
+            )
+        for token in rollouts.stop_tokens:
+            if not 0 <= token < model.vocab_size:
+                raise ConfigError(
+                    f"rollouts.stop_tokens: {token} is outside the vocabulary of "
+                    f"{model.vocab_size} (0 to {model.vocab_size - 1})"
+                )
 
 
 def load_run_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:

@@ -55,7 +55,7 @@ class _NoStream:
     def wait_event(self, event: Any) -> None: ...
 
     def record_event(self, event: Any = None) -> Any:
-        return event
+        return _NoStream() if event is None else event
 
     def record(self, stream: Any = None) -> None: ...
 
@@ -127,6 +127,14 @@ def _replace_tensor_methods(float64: bool) -> None:
     def float_(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self if self.dtype == torch.float64 else original_float(self, *args, **kwargs)
 
+    original_softmax = torch.softmax
+
+    def softmax(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # The router of an expert layer asks for float32.
+        if input.dtype == torch.float64 and kwargs.get("dtype") == torch.float32:
+            kwargs["dtype"] = torch.float64
+        return original_softmax(input, *args, **kwargs)
+
     _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     _replace(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
     _replace(torch.Tensor, "record_stream", lambda self, stream: None)
@@ -134,6 +142,7 @@ def _replace_tensor_methods(float64: bool) -> None:
     _replace(torch.Tensor, "type", type_)
     if float64:
         _replace(torch.Tensor, "float", float_)
+        _replace(torch, "softmax", softmax)
 
 
 def _replace_torch_cuda() -> None:
@@ -166,9 +175,16 @@ def _replace_torch_cuda() -> None:
     _replace(megatron_random, "_set_cuda_rng_state", set_rng_state)
 
 
-def _repair_moe_router() -> None:
-    """Without Transformer Engine 0.16 and older leave `te_general_gemm` undefined."""
-    from megatron.core.transformer.moe import moe_utils
+def _repair_experts() -> None:
+    """Two places in the expert layers that only work as written with a GPU."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # Megatron turns split sizes into NumPy arrays only on their way off a GPU.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", split_sizes)
+    # Without Transformer Engine the router finds this name undefined.
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
@@ -179,8 +195,9 @@ def enable_cpu_device(*, float64: bool = False) -> None:
     """Run Megatron-Core on the CPU in this process from now on.
 
     Args:
-        float64: also let models be held in float64 (for proofs of equality): Megatron's
-            `Tensor.float()` keeps doubles, and its optimizers take doubles as main parameters.
+        float64: also let models be held in float64 (for proofs of equality): `Tensor.float()`
+            and the router's softmax keep doubles, and Megatron's optimizers take doubles as main
+            parameters.
 
     Calling it again with the same or a weaker choice changes nothing. `disable_cpu_device` puts
     everything back.
@@ -191,7 +208,7 @@ def enable_cpu_device(*, float64: bool = False) -> None:
         _replace(torch, name, _on_cpu(getattr(torch, name)))
     _replace_tensor_methods(float64)
     _replace_torch_cuda()
-    _repair_moe_router()
+    _repair_experts()
 
 
 def disable_cpu_device() -> None:

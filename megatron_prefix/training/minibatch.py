@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from megatron_prefix.rollouts.records import RolloutGroup
 
 from megatron_prefix.batch import PackedBatch, TrainedSequence, build_batch
 from megatron_prefix.layout import (
@@ -25,6 +24,7 @@ from megatron_prefix.layout import (
     plan_microbatches,
 )
 from megatron_prefix.objective import ObjectiveConfig, group_advantages, token_weights
+from megatron_prefix.rollouts.records import RolloutGroup
 
 
 @dataclass(frozen=True, kw_only=True)

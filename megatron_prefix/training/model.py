@@ -18,12 +18,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron_prefix.training.config_loader import ConfigError
 
 from megatron_prefix.layer_spec import have_transformer_engine, prefix_grouped
 from megatron_prefix.layout import ModelShape
 from megatron_prefix.support import UnsupportedOptionError, refuse_unsupported
 from megatron_prefix.training.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_prefix.training.config_loader import ConfigError
 from megatron_prefix.training.head import LogProbHead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

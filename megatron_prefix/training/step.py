@@ -111,7 +111,8 @@ def _loss(
     output: Tensor, non_loss_data: bool = False, *, batch: PackedBatch, objective: ObjectiveConfig
 ) -> Any:
     """output [1, N, 2] -> Megatron's (loss, token count, report), or the [E] log-probabilities."""
-    logprobs, entropy = output[0].index_select(0, batch.entry_labels).unbind(-1)
+    # Plain indexing: on CUDA its backward adds shared positions up in a fixed order.
+    logprobs, entropy = output[0][batch.entry_labels].unbind(-1)
     if non_loss_data:
         return logprobs.detach()
     loss, metrics = policy_loss(

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+
+from megatron_prefix.objective import PolicyMetrics
 from megatron_prefix.rollouts.build import build_engine, build_evaluator
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.checkpoint import CheckpointFolder
-
-from megatron_prefix.objective import PolicyMetrics
 from megatron_prefix.training.config import RunConfig, config_summary
 from megatron_prefix.training.metrics import MetricsLog, plot_reward, read_metrics
 from megatron_prefix.training.minibatch import (

@@ -1,10 +1,10 @@
-"""A fresh seed for every test, printed when it fails."""
+"""A fresh seed for every test, printed when it fails, and one thread unless it asks for more."""
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -18,3 +18,12 @@ def rng() -> Iterator[np.random.Generator]:
     print(f"TEST_SEED={seed}")
     torch.manual_seed(seed)
     yield np.random.default_rng(seed)
+
+
+@pytest.fixture(autouse=True)
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's threads for one test: small tensors gain nothing from a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

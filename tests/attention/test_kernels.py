@@ -41,9 +41,10 @@ def cu_seqlens(lengths: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize(("causal", "shapes"), CALLS)
 def test_forward_and_backward_of_each_rectangle(
-    rng, name, heads, kv_heads, causal, shapes, threads, with_threads
+    rng, set_threads, name, heads, kv_heads, causal, shapes, threads
 ):
-    with_threads(threads)
+    """With more threads than key heads, torch_cpu's backward takes another path."""
+    set_threads(threads)
     check_call(name, heads, kv_heads, causal, shapes)
 
 
@@ -103,14 +104,6 @@ def check_call(
     for share, expected in zip(grads, expected_grads, strict=True):
         assert share.shape == expected.shape
         assert torch.allclose(share, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.fixture
-def with_threads():
-    """Sets torch's threads; more of them than heads takes another path through the kernel."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def test_half_precision_gradients_are_not_rounded_block_by_block(rng):

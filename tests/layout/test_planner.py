@@ -117,6 +117,20 @@ def test_groups_are_split_where_ranks_would_have_nothing_to_do():
     assert [len(s) for s in slices_of(result, 0)] == [3, 3]
 
 
+def test_a_response_that_outweighs_the_others_leaves_no_slot_empty():
+    # Two even pieces are (20) and (1, 1, 1); a third one cannot make the largest smaller.
+    result = plan([group(5, 20, 1, 1, 1)], token_budget=64, data_parallel_size=3)
+    assert sorted(len(s) for s in slices_of(result, 0)) == [1, 1, 2]
+
+
+def test_slots_are_filled_where_the_budget_is_too_tight_for_balance():
+    # Nine bins are enough by first-fit decreasing; the cheapest bin first fails even with ten.
+    trees = [group(1, n) for n in [4] * 2 + [3] * 8 + [2] * 11]
+    result = plan(trees, token_budget=6, data_parallel_size=2)
+    assert result.num_microbatches == 5
+    assert all(slices for rank in result.microbatches for slices in rank)
+
+
 def test_slots_stay_empty_only_when_nothing_is_left_to_divide():
     result = plan([group(5, 9, 1, 1), group(3, 20)], token_budget=64, data_parallel_size=6)
     assert sorted(map(len, (m for rank in result.microbatches for m in rank))) == [0, 0, 1, 1, 1, 1]

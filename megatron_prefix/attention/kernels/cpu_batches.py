@@ -10,8 +10,8 @@ query has a zero dout.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,12 +89,17 @@ class Batch:
     keys: EqualRows | PaddedRows
 
 
-def split_into_batches(cu_q: Tensor, cu_k: Tensor, *, causal: bool) -> Iterator[Batch]:
+def split_into_batches(cu_q: Tensor, cu_k: Tensor, *, causal: bool) -> tuple[Batch, ...]:
     """Batches that together hold every rectangle once; those without queries have length 0."""
-    q_bounds, k_bounds = cu_q.tolist(), cu_k.tolist()
+    return _split(tuple(cu_q.tolist()), tuple(cu_k.tolist()), causal)
+
+
+@functools.lru_cache(maxsize=64)  # every layer, forward and backward, asks for the same few
+def _split(q_bounds: tuple[int, ...], k_bounds: tuple[int, ...], causal: bool) -> tuple[Batch, ...]:
     q_lengths = [stop - start for start, stop in itertools.pairwise(q_bounds)]
     k_lengths = [stop - start for start, stop in itertools.pairwise(k_bounds)]
     shapes = list(zip(q_lengths, k_lengths, strict=True))
+    batches: list[Batch] = []
     short: dict[int, list[EqualRows]] = {}
     for (q_length, k_length), same in itertools.groupby(range(len(shapes)), shapes.__getitem__):
         first, *others = same
@@ -104,7 +109,8 @@ def split_into_batches(cu_q: Tensor, cu_k: Tensor, *, causal: bool) -> Iterator[
             short.setdefault((q_length - 1).bit_length(), []).append(keys)
         else:
             queries = EqualRows(start=q_bounds[first], count=count, length=q_length)
-            yield Batch(queries=queries, keys=keys)
+            batches.append(Batch(queries=queries, keys=keys))
     for runs in short.values():
         rows = runs[0] if len(runs) == 1 else PaddedRows.collect(runs)
-        yield Batch(queries=rows, keys=rows)
+        batches.append(Batch(queries=rows, keys=rows))
+    return tuple(batches)

@@ -4,7 +4,7 @@
     aten::_scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, ...)
 
 They take [batch, heads, length, dim] with any strides but for the last dimension. What they ask of
-their caller, seen in torch 2.6 and 2.13:
+their caller, seen in torch 2.6, 2.9 and 2.13:
 
 - An empty batch or length is a division by zero that ends the process. None reaches them.
 - Key/value heads that several query heads share are read in place since torch 2.9; before, the op
@@ -24,7 +24,7 @@ from megatron_prefix.attention.kernels.cpu_batches import split_into_batches
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_READS_SHARED_HEADS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 9)
+_READS_SHARED_HEADS = torch.torch_version.TorchVersion(torch.__version__) >= "2.9"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

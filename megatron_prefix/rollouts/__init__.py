@@ -1,0 +1,1 @@
+"""Where groups of responses come from: engines, the files they read, and rewards."""

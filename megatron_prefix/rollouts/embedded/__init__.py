@@ -1,0 +1,1 @@
+"""Sampling from the live Megatron model: prompts computed once, responses from a cache."""

@@ -1,0 +1,148 @@
+"""The `embedded` engine: rollouts from the very model that is being trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+from megatron_prefix.rollouts.embedded.batch import SamplingOptions
+from megatron_prefix.rollouts.embedded.prompts import Prompt, prompt_stream
+from megatron_prefix.rollouts.embedded.sampler import Sampler
+from megatron_prefix.rollouts.records import RolloutGroup, validate_group
+from megatron_prefix.rollouts.rewards import RewardFunction, compute_rewards
+
+
+class EmbeddedEngine:
+    """Streams prompts, samples a group of responses to each, and rewards them.
+
+    Every rank reads all prompts, takes part in the sampling, and gets the same groups. They carry
+    no old log-probabilities: where the trainer needs these it computes them by the code that also
+    computes the loss, so that the first ratio of new to old is exactly one.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        paths: Sequence[str | PathLike[str]],
+        *,
+        vocab_size: int,
+        max_sequence_length: int,
+        group_size: int,
+        options: SamplingOptions,
+        reward: RewardFunction,
+        seed: int,
+        epochs: int | None = None,
+    ) -> None:
+        """Check the files' names; nothing is read yet.
+
+        Args:
+            sampler: of the model.
+            paths: prompts, see `embedded/prompts.py`.
+            vocab_size: token ids lie in [0, vocab_size).
+            max_sequence_length: tokens of a prompt and a response at most.
+            group_size: responses to each prompt.
+            options: of the sampling.
+            reward: of each response.
+            seed: of the sampling; the same seed and step give the same responses.
+            epochs: how often to go through the prompts; None is without end.
+
+        Raises:
+            ValueError: no paths, a file that is not there or of unknown format, or epochs below 1.
+        """
+        self._sampler = sampler
+        self._vocab_size = vocab_size
+        self._max_sequence_length = max_sequence_length
+        self._group_size = group_size
+        self._options = options
+        self._reward = reward
+        self._seed = seed
+        self._stream = prompt_stream(
+            paths,
+            vocab_size=vocab_size,
+            max_prompt_length=max_sequence_length - options.max_response_length,
+            epochs=epochs,
+        )
+
+    def next_groups(self, num_groups: int, *, step: int) -> list[RolloutGroup]:
+        """Sample the responses to the next `num_groups` prompts. Collective.
+
+        Args:
+            num_groups: how many.
+            step: rollout batches trained on so far; each has randomness of its own.
+
+        Raises:
+            EndOfRollouts: fewer prompts are left in the last epoch.
+            ValueError: a prompt that is wrong, or a reward that could not be computed, naming the
+                file and the line or row.
+        """
+        prompts = self._stream.take(num_groups)
+        groups = sample_groups(
+            self._sampler,
+            prompts,
+            self._options,
+            group_size=self._group_size,
+            reward=self._reward,
+            seed=self._seed,
+            step=step,
+        )
+        for group in groups:
+            validate_group(
+                group, vocab_size=self._vocab_size, max_positions=self._max_sequence_length
+            )
+        return groups
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the engine stands in its prompts; the randomness depends on the step alone."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`.
+
+        Raises:
+            ValueError: the files have changed since.
+        """
+        self._stream.load_state_dict(state)
+
+    def close(self) -> None:
+        """Close the file that is open."""
+        self._stream.close()
+
+
+def sample_groups(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    options: SamplingOptions,
+    *,
+    group_size: int,
+    reward: RewardFunction,
+    seed: int,
+    step: int,
+) -> list[RolloutGroup]:
+    """Responses to prompts with their rewards, on every rank. Collective.
+
+    Raises:
+        ValueError: see `Sampler.sample_with_logprobs` and `compute_rewards`.
+    """
+    sampled = sampler.sample_with_logprobs(
+        [prompt.tokens for prompt in prompts],
+        options,
+        num_responses=group_size,
+        seed=seed,
+        step=step,
+        sources=[prompt.source for prompt in prompts],
+    )
+    groups = []
+    for prompt, found in zip(prompts, sampled, strict=True):
+        responses = tuple(response.tokens for response in found)
+        group = RolloutGroup(
+            prompt=prompt.tokens,
+            responses=responses,
+            rewards=(0.0,) * len(responses),
+            finished=tuple(response[-1] in options.stop_tokens for response in responses),
+            answer=prompt.answer,
+            source=prompt.source,
+        )
+        groups.append(dataclasses.replace(group, rewards=compute_rewards(reward, group)))
+    return groups

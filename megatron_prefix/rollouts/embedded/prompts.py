@@ -1,0 +1,90 @@
+"""Prompts to sample from, read like rollouts: JSON Lines or Parquet, one prompt per record.
+
+    {"prompt": [5, 7], "answer": [1, 2]}
+
+What the answer is, is between the data and the reward function. Responses are passed over, so that
+a file of rollouts is a file of prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from megatron_prefix.rollouts.engine import EndOfRollouts
+from megatron_prefix.rollouts.parsing import parse_prompt
+from megatron_prefix.rollouts.record_files import FilePosition, Record
+from megatron_prefix.rollouts.records import check_tokens
+from megatron_prefix.rollouts.stream import RecordStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt."""
+
+    tokens: tuple[int, ...]
+    answer: Any
+    """What a reward function compares with; None if the record has none."""
+    source: str
+    """Where it stands, as errors name it: "file.jsonl:17"."""
+
+
+def prompt_stream(
+    paths: Sequence[str | PathLike[str]],
+    *,
+    vocab_size: int,
+    max_prompt_length: int,
+    epochs: int | None = None,
+) -> RecordStream[Prompt]:
+    """The prompts of files, in their order.
+
+    Args:
+        paths: .jsonl, .jsonl.gz and .parquet files.
+        vocab_size: token ids lie in [0, vocab_size).
+        max_prompt_length: tokens that leave room for a response.
+        epochs: how often to go through the files; None is without end.
+
+    Raises:
+        ValueError: at once for what is wrong with the names; while reading for a wrong record,
+            naming its file, line or row, and field.
+    """
+
+    def read(records: Iterator[Record]) -> Iterator[tuple[Prompt, FilePosition]]:
+        for record in records:
+            tokens, answer = parse_prompt(record)
+            check_tokens(f"{record.source}: prompt", tokens, vocab_size)
+            if len(tokens) > max_prompt_length:
+                raise ValueError(
+                    f"{record.source}: prompt: its {len(tokens)} tokens leave too little of the "
+                    f"model's max_sequence_length for a response; at most {max_prompt_length} "
+                    "tokens do (max_sequence_length less max_response_length)"
+                )
+            yield Prompt(tokens=tokens, answer=answer, source=record.source), record.end
+
+    return RecordStream(paths, read, epochs=epochs)
+
+
+def first_prompts(
+    paths: Sequence[str | PathLike[str]],
+    count: int,
+    *,
+    vocab_size: int,
+    max_prompt_length: int,
+) -> list[Prompt]:
+    """The first `count` prompts of files.
+
+    Raises:
+        ValueError: there are fewer, or a wrong one among them.
+    """
+    stream = prompt_stream(
+        paths, vocab_size=vocab_size, max_prompt_length=max_prompt_length, epochs=1
+    )
+    try:
+        return stream.take(count)
+    except EndOfRollouts as end:
+        names = ", ".join(str(path) for path in paths)
+        raise ValueError(f"{names}: fewer than the {count} prompts that were asked for") from end
+    finally:
+        stream.close()

@@ -1,0 +1,157 @@
+"""Items from a list of record files, epoch after epoch, from a position that can be saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from megatron_prefix.rollouts.engine import EndOfRollouts
+from megatron_prefix.rollouts.record_files import START, FilePosition, Record, open_record_file
+
+Item = TypeVar("Item")
+
+ItemReader = Callable[[Iterator[Record]], Iterable[tuple[Item, FilePosition]]]
+"""Makes items of one file's records; with each comes the position after its last record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPosition:
+    """Where a stream is to be read on."""
+
+    epoch: int = 0
+    """Times that all files have been gone through."""
+    file: int = 0
+    """Index of the file that is being read."""
+    within: FilePosition = START
+
+
+class RecordStream(Generic[Item]):
+    """Goes through files in their order, again and again; holds one item's records at a time.
+
+    A `take` happens whole or not at all: after an error the stream stands where it stood.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | PathLike[str]],
+        read_items: ItemReader[Item],
+        *,
+        epochs: int | None = None,
+    ) -> None:
+        """Check the files' names; nothing is read yet.
+
+        Args:
+            paths: .jsonl, .jsonl.gz and .parquet files.
+            read_items: makes items of a file's records; called anew for each file.
+            epochs: how often to go through the files; None is without end.
+
+        Raises:
+            ValueError: no paths, a file that is not there or of unknown format, or epochs below 1.
+        """
+        if not paths:
+            raise ValueError("paths: there are none; name at least one file of rollouts")
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"epochs={epochs}: set at least 1, or None to go on without end")
+        self._files = [open_record_file(Path(path)) for path in paths]
+        # By name without folder, so that the data may move between the runs.
+        self._identities = [[f.path.name, f.path.stat().st_size] for f in self._files]
+        self._read_items = read_items
+        self._epochs = epochs
+        self._position = StreamPosition()
+        self._reader: Generator[tuple[Item, StreamPosition], None, None] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Times that all files have been gone through."""
+        return self._position.epoch
+
+    def take(self, count: int) -> list[Item]:
+        """The next `count` items.
+
+        Raises:
+            EndOfRollouts: fewer are left in the last epoch.
+            ValueError: a record that is wrong, or files without a single item.
+        """
+        if count < 1:
+            raise ValueError(f"{count} groups were asked for; ask for at least 1")
+        try:
+            if self._reader is None:
+                self._reader = self._read_from(self._position)
+            batch = list(itertools.islice(self._reader, count))
+            if len(batch) < count:
+                raise EndOfRollouts(
+                    f"the files of rollouts have been gone through (epochs={self._epochs}): "
+                    f"{len(batch)} groups are left, {count} were asked for"
+                )
+        except BaseException:
+            self.close()
+            raise
+        self._position = batch[-1][1]
+        return [item for item, _ in batch]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and the files that it is a position of, as plain values."""
+        return {
+            "epoch": self._position.epoch,
+            "file": self._position.file,
+            "offset": self._position.within.offset,
+            "number": self._position.within.number,
+            "files": [list(identity) for identity in self._identities],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the stream stood that gave `state`.
+
+        Raises:
+            ValueError: the files are not the ones of `state`, by name and size.
+        """
+        saved = [list(identity) for identity in state["files"]]
+        if saved != self._identities:
+            raise ValueError(
+                "the files of rollouts have changed: the saved position is one in "
+                f"{_listed(saved)}, but there are {_listed(self._identities)}; continue with the "
+                "same files, or start a new run"
+            )
+        self.close()
+        self._position = StreamPosition(
+            epoch=state["epoch"],
+            file=state["file"],
+            within=FilePosition(offset=state["offset"], number=state["number"]),
+        )
+
+    def close(self) -> None:
+        """Close the file that is open; a later `take` opens it again where it stood."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+
+    def _read_from(
+        self, position: StreamPosition
+    ) -> Generator[tuple[Item, StreamPosition], None, None]:
+        """Items from `position` on, each with the position after it."""
+        while self._epochs is None or position.epoch < self._epochs:
+            # From the start of an epoch something has to come, or this would never end.
+            empty = position == StreamPosition(epoch=position.epoch)
+            for index in range(position.file, len(self._files)):
+                position = dataclasses.replace(
+                    position,
+                    file=index,
+                    within=position.within if index == position.file else START,
+                )
+                with closing(self._files[index].records(position.within)) as records:
+                    for item, end in self._read_items(records):
+                        empty = False
+                        yield item, dataclasses.replace(position, within=end)
+            if empty:
+                raise ValueError(f"no record in {', '.join(str(f.path) for f in self._files)}")
+            position = StreamPosition(epoch=position.epoch + 1)
+
+
+def _listed(identities: Sequence[Sequence[Any]]) -> str:
+    return ", ".join(f"{name} ({size} bytes)" for name, size in identities)

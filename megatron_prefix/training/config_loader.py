@@ -1,0 +1,413 @@
+"""From a YAML file to nested dataclasses, strictly, and back.
+
+The dataclasses say everything: their field names are the keys, their annotations the types, a field
+without a default is required. Nothing is guessed: a wrong key or value is a `ConfigError` that
+names it by its dotted key (`training.token_budget`).
+
+Understood are int, float, bool, str, pathlib.Path, Any, Literal, `X | None` and other unions,
+list[X], tuple[X, ...], dict[str, X] and dataclasses of these.
+
+YAML is read as version 1.1 by the safe loader, with two differences: a key that is there twice is
+an error, and 1e-4 is a number, as in version 1.2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+
+Config = TypeVar("Config")
+
+_EXPONENT_FLOAT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and its value."""
+
+
+def load_yaml(path: str | Path, cls: type[Config], overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file into a dataclass.
+
+    Args:
+        path: the file. An empty one is a mapping without keys.
+        cls: the dataclass of the whole file.
+        overrides: `section.key=value`, where the value is YAML; each replaces or adds what the
+            file says, and of two for the same key the last one holds.
+
+    Raises:
+        ConfigError: the file is no YAML mapping, or does not fit `cls`; the message does not name
+            the file, which the caller knows.
+        OSError: the file cannot be read.
+    """
+    values = read_yaml(path)
+    for override in overrides:
+        _apply_override(values, override)
+    return load_dataclass(cls, values)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that is a mapping, as plain values.
+
+    Raises:
+        ConfigError: not UTF-8, not YAML, not a mapping, or a key that is there twice, naming the
+            line.
+        OSError: the file cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not a text file in UTF-8: {error}") from error
+    values = _parse(text)
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"the file is not a mapping of keys to values but {_shown(values)}")
+    return values
+
+
+def load_dataclass(cls: type[Config], mapping: Mapping[str, Any], *, path: str = "") -> Config:
+    """Convert plain values into a dataclass, checking every key and type.
+
+    Args:
+        cls: a dataclass.
+        mapping: its fields by name; nested dataclasses are mappings too.
+        path: dotted key of the mapping, put in front of every key in errors.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value that is not of its field's type or not
+            one of its choices. A ValueError of the dataclass's own checks becomes one too.
+    """
+    if not isinstance(mapping, Mapping):
+        _refuse(path, mapping, cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for key in mapping:
+        if key not in fields:
+            raise ConfigError(f"{_join(path, key)}: unknown key; {_suggestion(key, cls)}")
+    missing = [
+        name for name, field in fields.items() if _is_required(field) and name not in mapping
+    ]
+    if missing:
+        keys = ", ".join(_join(path, name) for name in missing)
+        raise ConfigError(f"{keys}: required, but not set")
+    annotations = typing.get_type_hints(cls)
+    values = {
+        key: _convert(annotations[key], value, _join(path, key)) for key, value in mapping.items()
+    }
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ConfigError(_located(path, str(error), fields)) from error
+
+
+def dump_yaml(config: Any) -> str:
+    """Write a dataclass as YAML that `load_yaml` reads as an equal one.
+
+    Within Any, tuples come back as lists.
+
+    Raises:
+        ConfigError: a value that YAML has no form for, within Any.
+    """
+    try:
+        return yaml.dump(
+            _plain(config),
+            Dumper=_Dumper,
+            sort_keys=False,
+            default_flow_style=None,
+            allow_unicode=True,
+            width=100,
+        )
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not representable as YAML: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a mapping's second use of a key."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        # Here, where the keys that << merges in have not joined yet: those may be overridden.
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.composer.ComposerError(
+                        problem=f"the key {key.value} is there twice", problem_mark=key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what only `_Loader` reads as a number, and writes no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_dict(self, data: Mapping[str, Any]) -> yaml.MappingNode:
+        # A key per line; lists of plain values stay on one (default_flow_style=None).
+        return self.represent_mapping("tag:yaml.org,2002:map", data, flow_style=False)
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # PyYAML loses Unicode's line breaks in any style but the one that escapes them.
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+_Dumper.add_representer(dict, _Dumper.represent_dict)
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(f"^(?:{_EXPONENT_FLOAT.pattern})$"),
+        list("-+.0123456789"),
+    )
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{where}{error.problem or error.context}") from error
+    # The constructors of dates and numbers raise plain ValueErrors; nesting may be too deep.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"not readable as YAML: {error}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    try:
+        value = _parse(text)
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+    section = values
+    for depth, key in enumerate(keys[:-1], start=1):
+        # A section may be absent or null in the file.
+        if section.get(key) is None:
+            section[key] = {}
+        if not isinstance(section[key], dict):
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(keys[:depth])} is {_shown(section[key])}, which "
+                "has no keys of its own"
+            )
+        # Where the file has an alias, another section is the same object.
+        section[key] = dict(section[key])
+        section = section[key]
+    section[keys[-1]] = value
+
+
+def _convert(annotation: Any, value: Any, path: str) -> Any:
+    """A plain value as an annotation wants it."""
+    origin = get_origin(annotation)
+    if annotation is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(annotation, value, path)
+    if origin is Literal:
+        for choice in get_args(annotation):
+            if type(choice) is type(value) and choice == value:
+                return choice
+        _refuse(path, value, annotation)
+    if origin in (list, tuple):
+        return _convert_sequence(annotation, value, path)
+    if origin is dict:
+        return _convert_dict(annotation, value, path)
+    if dataclasses.is_dataclass(annotation):
+        return load_dataclass(annotation, value, path=path)
+    if annotation is Path:
+        if isinstance(value, (str, Path)) and str(value):
+            return Path(value)
+        _refuse(path, value, annotation)
+    if annotation is float:
+        return _convert_float(value, path)
+    if annotation in (int, bool, str, types.NoneType):
+        # By identity: a bool is an int to isinstance.
+        if type(value) is annotation:
+            return value
+        _refuse(path, value, annotation)
+    raise TypeError(f"{path}: no conversion to {annotation!r}")
+
+
+def _convert_float(value: Any, path: str) -> float:
+    if type(value) in (int, float):
+        try:
+            number = float(value)
+        except OverflowError:
+            _refuse(path, value, float)
+        if not math.isnan(number):
+            return number
+    # What a YAML 1.1 loader, or a shell, made text of.
+    elif isinstance(value, str) and _EXPONENT_FLOAT.fullmatch(value):
+        return float(value)
+    _refuse(path, value, float)
+
+
+def _convert_union(annotation: Any, value: Any, path: str) -> Any:
+    if value is None and types.NoneType in get_args(annotation):
+        return None
+    members = [member for member in get_args(annotation) if member is not types.NoneType]
+    if len(members) == 1:
+        # Its own error says more, a nested key for example.
+        return _convert(members[0], value, path)
+    for member in members:
+        try:
+            return _convert(member, value, path)
+        except ConfigError:
+            continue
+    _refuse(path, value, annotation)
+
+
+def _convert_sequence(annotation: Any, value: Any, path: str) -> Any:
+    if not isinstance(value, (list, tuple)):
+        _refuse(path, value, annotation)
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin is list or members[1:] == (...,):
+        members = (members[0],) * len(value)
+    elif len(members) != len(value):
+        _refuse(path, value, annotation)
+    return origin(
+        _convert(member, item, f"{path}[{i}]")
+        for i, (member, item) in enumerate(zip(members, value, strict=True))
+    )
+
+
+def _convert_dict(annotation: Any, value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        _refuse(path, value, annotation)
+    for key in value:
+        if not isinstance(key, str):
+            raise ConfigError(f"{_join(path, key)}: the key is not text; {_quoting(key)}")
+    member = get_args(annotation)[1]
+    return {key: _convert(member, item, _join(path, key)) for key, item in value.items()}
+
+
+def _refuse(path: str, value: Any, annotation: Any) -> typing.NoReturn:
+    """Raise for a value that is not of its type."""
+    message = f"expected {_described(annotation)}, got {_shown(value)}"
+    choices = _choices(annotation)
+    if isinstance(value, str) and choices:
+        close = difflib.get_close_matches(value, [c for c in choices if isinstance(c, str)], n=1)
+        message += "".join(f"; did you mean {choice}?" for choice in close)
+    elif str in _members(annotation) or any(isinstance(choice, str) for choice in choices):
+        message += f"; {_quoting(value)}" if isinstance(value, (bool, int, float)) else ""
+    elif int in _members(annotation) and isinstance(value, float) and value.is_integer():
+        message += f"; write {int(value)}"
+    elif get_origin(annotation) in (list, tuple) and not isinstance(value, (Mapping, type(None))):
+        message += f"; write [{_shown(value)}]"
+    raise ConfigError(f"{path}: {message}" if path else message)
+
+
+def _quoting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "YAML reads yes, no, on, off, true and false as true or false: put text in quotes"
+    return "put text in quotes"
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    return get_args(annotation) if is_union else (annotation,)
+
+
+def _choices(annotation: Any) -> list[Any]:
+    return [
+        choice
+        for member in _members(annotation)
+        if get_origin(member) is Literal
+        for choice in get_args(member)
+    ]
+
+
+def _described(annotation: Any) -> str:
+    """A type as a user of YAML knows it."""
+    names = {bool: "bool (true or false)", types.NoneType: "null", Path: "path", Any: "anything"}
+    if annotation in names:
+        return names[annotation]
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_described(member) for member in members)
+    if origin is Literal:
+        shown = [choice if isinstance(choice, str) else _shown(choice) for choice in members]
+        return f"one of {', '.join(shown)}"
+    if origin is tuple and members[1:] != (...,):
+        return f"list of {len(members)}: {', '.join(_described(member) for member in members)}"
+    if origin in (list, tuple):
+        return f"list of {_described(members[0])}"
+    if origin is dict or dataclasses.is_dataclass(annotation):
+        return "mapping of keys to values"
+    return annotation.__name__
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML writes it, shortened."""
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except (TypeError, ValueError):
+        # A mapping whose keys are lists, or one that an alias has put into itself.
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _suggestion(key: Any, cls: type) -> str:
+    """Where an unknown key may have been meant to go."""
+    annotations = typing.get_type_hints(cls)
+    valid = [field.name for field in dataclasses.fields(cls) if field.init]
+    meant = difflib.get_close_matches(key, valid, n=1) if isinstance(key, str) else []
+    # A key of a section that was written without its section.
+    meant = meant or [
+        f"{name}.{key}"
+        for name in valid
+        for member in _members(annotations[name])
+        if dataclasses.is_dataclass(member)
+        and key in {field.name for field in dataclasses.fields(member)}
+    ]
+    question = f"did you mean {' or '.join(meant)}? " if meant else ""
+    return f"{question}Valid keys: {', '.join(valid)}"
+
+
+def _located(path: str, message: str, fields: Mapping[str, Any]) -> str:
+    """A dataclass's own error with the dotted key in front of it.
+
+    A message that begins with the name of a field continues the key: `rollouts` and `top_p: 2 ...`
+    make `rollouts.top_p: 2 ...`.
+    """
+    if not path:
+        return message
+    begins_with_field = re.split(r"\W", message, maxsplit=1)[0] in fields
+    return f"{path}.{message}" if begins_with_field else f"{path}: {message}"
+
+
+def _join(path: str, key: Any) -> str:
+    name = key if isinstance(key, str) else _shown(key)
+    return f"{path}.{name}" if path else name
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: _plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.init
+        }
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,131 @@
+"""Small real GPTModels for tests, unmodified and with shared prefixes, from the same weights."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_prefix.layout import PackedLayout, PrefixTree, pack
+from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.training.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_prefix.training.model import build_gpt_model, transformer_config
+from megatron_prefix.training.runtime import runtime
+
+TRAINING = TrainingConfig(steps=1, token_budget=1024, dtype="float64", device="cpu")
+
+BASE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 48,
+    "gated_linear_unit": True,
+}
+
+
+def model_config(transformer: dict[str, Any] | None = None, **options: Any) -> ModelConfig:
+    """A small model; `transformer` and `options` change it."""
+    values = {"vocab_size": 61, "max_sequence_length": 64, **options}
+    return ModelConfig(**values, transformer={**BASE, **(transformer or {})})
+
+
+@contextlib.contextmanager
+def single_process(float64: bool = True) -> Iterator[None]:
+    """Megatron's state for one process on the CPU."""
+    with runtime(ParallelConfig(), device="cpu", seed=3, timeout_minutes=2, float64=float64):
+        yield
+
+
+def model_pair(
+    config: ModelConfig, training: TrainingConfig = TRAINING
+) -> tuple[GPTModel, GPTModel]:
+    """An unmodified model without recompute, and one with shared prefixes, of equal weights."""
+    plain = dataclasses.replace(training, recompute="none")
+    reference = build_gpt_model(
+        config, transformer_config(config, ParallelConfig(), plain), shared_prefixes=False
+    )
+    grouped = build_gpt_model(config, transformer_config(config, ParallelConfig(), training))
+    randomise(reference)
+    grouped.load_state_dict(reference.state_dict())
+    return reference, grouped
+
+
+@torch.no_grad()
+def randomise(model: GPTModel) -> None:
+    """Norms and biases too: at their initial ones and zeros errors could hide."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+
+
+def random_groups(
+    rng: np.random.Generator, shapes: list[tuple[int, list[int]]], vocab_size: int = 61
+) -> PrefixTree:
+    """Groups of random tokens; a shape is (prefix length, response lengths)."""
+    return PrefixTree.from_groups(
+        [
+            (rng.integers(0, vocab_size, prefix), [rng.integers(0, vocab_size, n) for n in lengths])
+            for prefix, lengths in shapes
+        ]
+    )
+
+
+def packed_logits(model: GPTModel, layout: PackedLayout) -> Tensor:
+    """[T, vocab] logits of a packed row."""
+    return model(
+        torch.from_numpy(layout.input_ids)[None],
+        torch.from_numpy(layout.position_ids)[None],
+        None,
+        packed_seq_params=PrefixPackedSeqParams.from_layout(layout, torch.device("cpu")),
+    )[0]
+
+
+def sequence_logits(model: GPTModel, tokens: np.ndarray) -> Tensor:
+    """[len - 1, vocab] logits of one whole sequence, unpacked."""
+    inputs = torch.from_numpy(tokens)[None, :-1]
+    length = inputs.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    return model(inputs, torch.arange(length)[None], causal)[0]
+
+
+def assert_equal_training(
+    reference: GPTModel, grouped: GPTModel, tree: PrefixTree, tolerance: float
+) -> None:
+    """Logits of every sequence, and gradients of every parameter for a random linear loss.
+
+    Args:
+        tolerance: of relative L2 errors.
+    """
+    layout = pack(tree)
+    logits = packed_logits(grouped, layout)
+    loss, expected_loss = logits.new_zeros(()), logits.new_zeros(())
+    for i in range(tree.num_sequences):
+        expected = sequence_logits(reference, tree.sequence_tokens(i))
+        found = logits[torch.from_numpy(layout.sequence_positions(i))]
+        assert relative_error(found, expected) <= tolerance
+        weights = torch.randn_like(expected)
+        loss = loss + (found * weights).sum()
+        expected_loss = expected_loss + (expected * weights).sum()
+    loss.backward()
+    expected_loss.backward()
+    whole = sum(float(p.grad.norm()) ** 2 for p in reference.parameters()) ** 0.5
+    for (name, parameter), expected in zip(
+        grouped.named_parameters(), reference.parameters(), strict=True
+    ):
+        assert expected.grad is not None, name
+        error = float((parameter.grad - expected.grad).norm())
+        # A gradient that is zero in exact arithmetic has no relative error.
+        scale = max(float(expected.grad.norm()), 1e-6 * whole)
+        assert error <= tolerance * scale, f"{name}: {error / scale:.1e}"
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """L2 norm of the difference over that of the expected."""
+    return float((found - expected).norm() / expected.norm())

@@ -1,0 +1,235 @@
+"""Layers with shared prefixes against the unmodified GPTModel, one whole sequence at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import megatron.core
+import numpy as np
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
+
+from megatron_prefix.attention.megatron_modules import _PrefixCoreAttention, _PrefixSelfAttention
+from megatron_prefix.layer_spec import prefix_grouped, prefix_grouped_layer_spec
+from megatron_prefix.layout import PrefixTree
+from megatron_prefix.training.config import ParallelConfig, YarnConfig
+from megatron_prefix.training.config_loader import ConfigError
+from megatron_prefix.training.model import transformer_config
+from tests.megatron.models import (
+    TRAINING,
+    assert_equal_training,
+    model_config,
+    model_pair,
+    random_groups,
+    relative_error,
+    sequence_logits,
+    single_process,
+)
+
+SHAPES = [(9, [4, 6, 1]), (1, [5, 1]), (12, [3]), (5, [1, 17, 2])]
+HAS_YARN = tuple(int(x) for x in megatron.core.__version__.split(".")[:2]) >= (0, 15)
+
+MODELS: dict[str, dict[str, Any]] = {
+    "rope": {},
+    "llama 3 scaled rope": {"rope_scaling": True, "rope_scaling_factor": 4.0},
+    "partial rotary": {"rotary_percent": 0.5},
+    "another rotary base": {"rotary_base": 500},
+    "learned absolute positions": {"position_embedding_type": "learned_absolute"},
+    "no positions": {"position_embedding_type": "none"},
+    "tied embeddings": {"share_embeddings_and_output_weights": True},
+    "padded vocabulary": {"make_vocab_size_divisible_by": 16},
+    "qk norm": {"transformer": {"qk_layernorm": True}},
+    "biases": {"transformer": {"add_bias_linear": True, "add_qkv_bias": True}},
+    "layer norm, gelu": {
+        "activation": "gelu",
+        "transformer": {"normalization": "LayerNorm", "gated_linear_unit": False},
+    },
+    "interleaved rotary": {"transformer": {"rotary_interleaved": True}},
+    "multi-head": {"transformer": {"num_query_groups": 4}},
+    "multi-query": {"transformer": {"num_query_groups": 1}},
+    "wide heads": {"transformer": {"kv_channels": 80}},
+    "softmax scale": {"transformer": {"softmax_scale": 0.7}},
+    "experts": {
+        "transformer": {
+            "num_moe_experts": 4,
+            "moe_router_topk": 2,
+            "moe_ffn_hidden_size": 24,
+            "moe_grouped_gemm": False,
+        }
+    },
+    "experts in every other layer": {
+        "transformer": {
+            "num_moe_experts": 4,
+            "moe_router_topk": 2,
+            "moe_layer_freq": [0, 1],
+            "moe_shared_expert_intermediate_size": 16,
+            "moe_ffn_hidden_size": 24,
+        }
+    },
+}
+if HAS_YARN:
+    MODELS["yarn"] = {
+        "position_embedding_type": "yarn",
+        "yarn": YarnConfig(rotary_scaling_factor=4.0, original_max_position_embeddings=16),
+    }
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
+def test_training_equals_the_unmodified_model(options: dict[str, Any]) -> None:
+    rng = np.random.default_rng()
+    with single_process():
+        reference, grouped = model_pair(model_config(**options))
+        assert_equal_training(reference, grouped, random_groups(rng, SHAPES), 1e-11)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_activations_give_the_same_gradients(recompute: str) -> None:
+    training = dataclasses.replace(TRAINING, recompute=recompute)
+    with single_process():
+        reference, grouped = model_pair(model_config(), training)
+        assert_equal_training(
+            reference, grouped, random_groups(np.random.default_rng(), SHAPES), 1e-11
+        )
+
+
+def test_deep_trees_of_common_prefixes_train_equally() -> None:
+    rng = np.random.default_rng()
+    stems = [rng.integers(0, 3, 20) for _ in range(3)]
+    sequences = [
+        np.concatenate([stems[rng.integers(3)][: rng.integers(2, 20)], rng.integers(0, 61, 5)])
+        for _ in range(8)
+    ]
+    with single_process():
+        reference, grouped = model_pair(model_config())
+        assert_equal_training(reference, grouped, PrefixTree.from_sequences(sequences), 1e-11)
+
+
+def test_float32_and_bfloat16_stay_within_their_rounding() -> None:
+    # Two layers in each format, against the same weights in it; relative L2 error.
+    for dtype, tolerance in (("float32", 2e-5), ("bfloat16", 6e-2)):
+        training = dataclasses.replace(TRAINING, dtype=dtype)
+        with single_process(float64=False):
+            reference, grouped = model_pair(model_config(), training)
+            if dtype == "bfloat16":
+                reference.bfloat16()
+                grouped.bfloat16()
+            assert_equal_training(
+                reference, grouped, random_groups(np.random.default_rng(), SHAPES), tolerance
+            )
+
+
+def test_a_batch_without_prefix_params_runs_as_megatrons_own() -> None:
+    tokens = np.random.default_rng().integers(0, 61, 20)
+    with single_process():
+        reference, grouped = model_pair(model_config())
+        assert torch.equal(sequence_logits(grouped, tokens), sequence_logits(reference, tokens))
+
+
+def test_the_ready_layer_spec_trains_equally_and_keeps_the_parameters_names() -> None:
+    config = model_config({"qk_layernorm": True})
+    with single_process():
+        reference, _ = model_pair(config)
+        model = GPTModel(
+            config=transformer_config(config, ParallelConfig(), TRAINING),
+            transformer_layer_spec=prefix_grouped_layer_spec,
+            vocab_size=61,
+            max_sequence_length=64,
+            position_embedding_type="rope",
+        )
+        model.load_state_dict(reference.state_dict())
+        assert_equal_training(
+            reference, model, random_groups(np.random.default_rng(), SHAPES), 1e-11
+        )
+
+
+def test_the_ready_layer_spec_says_what_it_cannot_build() -> None:
+    config = model_config({"num_moe_experts": 2, "moe_layer_freq": 2, "moe_ffn_hidden_size": 8})
+    with (
+        single_process(),
+        pytest.raises(ValueError, match=r"moe_layer_freq=2 .*get_gpt_decoder_block_spec"),
+    ):
+        GPTModel(
+            config=transformer_config(config, ParallelConfig(), TRAINING),
+            transformer_layer_spec=prefix_grouped_layer_spec,
+            vocab_size=61,
+            max_sequence_length=64,
+        )
+
+
+def test_rewriting_a_spec_leaves_the_original_alone_and_may_be_repeated() -> None:
+    config = model_config()
+    with single_process():
+        spec = get_gpt_decoder_block_spec(
+            transformer_config(config, ParallelConfig(), TRAINING), use_transformer_engine=False
+        )
+        grouped = prefix_grouped(prefix_grouped(spec))
+    attention = spec.layer_specs[0].submodules.self_attention
+    assert not issubclass(attention.module, _PrefixSelfAttention)
+    for layer in grouped.layer_specs:
+        attention = layer.submodules.self_attention
+        assert issubclass(attention.module, _PrefixSelfAttention)
+        assert issubclass(attention.submodules.core_attention, _PrefixCoreAttention)
+
+
+def test_a_spec_without_self_attention_is_refused() -> None:
+    mlp = get_gpt_layer_local_spec().submodules.mlp
+    with pytest.raises(ValueError, match="no SelfAttention"):
+        prefix_grouped(mlp)
+
+
+REFUSED: dict[str, Any] = {
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
+    "multi_latent_attention": True,
+    "mtp_num_layers": 1,
+    "window_size": [4, 0],
+}
+REFUSED_WITH_EXPERTS: dict[str, Any] = {
+    "moe_aux_loss_coeff": 0.01,
+    "moe_z_loss_coeff": 0.001,
+    "moe_router_enable_expert_bias": True,
+    "moe_expert_capacity_factor": 1.0,
+    "moe_input_jitter_eps": 0.01,
+}
+
+
+@pytest.mark.parametrize("option", [*REFUSED, *REFUSED_WITH_EXPERTS])
+def test_what_would_differ_from_the_repeated_prompt_is_refused_by_name(option: str) -> None:
+    transformer = {option: {**REFUSED, **REFUSED_WITH_EXPERTS}[option]}
+    if option in REFUSED_WITH_EXPERTS:
+        transformer |= {
+            "num_moe_experts": 4,
+            "moe_ffn_hidden_size": 8,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_router_score_function": "sigmoid",
+        }
+        if option == "moe_router_enable_expert_bias":
+            transformer["moe_router_load_balancing_type"] = "none"
+    if option == "multi_latent_attention":
+        pytest.importorskip("megatron.core")
+    with pytest.raises(ConfigError, match=rf"{option}="):
+        transformer_config(model_config(transformer), ParallelConfig(), TRAINING)
+
+
+def test_building_the_model_refuses_too_when_the_config_is_the_users_own() -> None:
+    config = transformer_config(model_config(), ParallelConfig(), TRAINING)
+    config.attention_dropout = 0.1
+    with single_process(), pytest.raises(ValueError, match=r"attention_dropout=0\.1 .* Set"):
+        GPTModel(
+            config=config,
+            transformer_layer_spec=prefix_grouped(get_gpt_layer_local_spec()),
+            vocab_size=61,
+            max_sequence_length=64,
+        )
+
+
+def test_relative_error_is_zero_only_for_equals() -> None:
+    values = torch.randn(5)
+    assert relative_error(values, values) == 0
+    assert relative_error(values + 1e-3, values) > 0

@@ -1,0 +1,124 @@
+"""Files of records for the tests: written in every format, and drawn at random."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import strategies as st
+
+from megatron_prefix.rollouts.file_engine import FileEngine
+from megatron_prefix.rollouts.records import RolloutGroup
+
+VOCAB_SIZE = 32
+MAX_POSITIONS = 16
+FORMATS = [".jsonl", ".jsonl.gz", ".parquet"]
+
+
+def write(path: Path, records: Sequence[dict[str, Any]], *, row_group_size: int = 3) -> Path:
+    """Write records in the format that the path's name says."""
+    if path.suffix == ".parquet":
+        names = dict.fromkeys(name for record in records for name in record)
+        columns = {name: [record.get(name) for record in records] for name in names}
+        pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    else:
+        text = "".join(json.dumps(record) + "\n" for record in records).encode()
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+def engine(*paths: Path, **options: Any) -> FileEngine:
+    options = {"vocab_size": VOCAB_SIZE, "max_positions": MAX_POSITIONS, **options}
+    return FileEngine(paths, **options)
+
+
+def whole_record(group: RolloutGroup) -> dict[str, Any]:
+    """The record of a whole group, without its source and what it has not."""
+    record = {
+        "prompt": list(group.prompt),
+        "responses": [list(response) for response in group.responses],
+        "rewards": list(group.rewards),
+        "answer": group.answer,
+    }
+    if group.old_logprobs is not None:
+        record["old_logprobs"] = [list(values) for values in group.old_logprobs]
+    if group.finished is not None:
+        record["finished"] = list(group.finished)
+    return record
+
+
+def flat_records(group: RolloutGroup, name: str | int) -> list[dict[str, Any]]:
+    """The records of one response each of a group."""
+    whole = whole_record(group)
+    columns = {
+        "response": whole["responses"],
+        "reward": whole["rewards"],
+        "old_logprobs": whole.get("old_logprobs"),
+        "finished": whole.get("finished"),
+    }
+    return [
+        {"group": name, "prompt": whole["prompt"], "answer": group.answer}
+        | {field: values[r] for field, values in columns.items() if values is not None}
+        for r in range(len(group.responses))
+    ]
+
+
+def numbered_groups(count: int) -> list[RolloutGroup]:
+    """Groups that differ, with one to three responses of unequal lengths."""
+    return [
+        RolloutGroup(
+            prompt=(n % VOCAB_SIZE, n // VOCAB_SIZE),
+            responses=tuple(tuple(range(1, 2 + (n + r) % 4)) for r in range(1 + n % 3)),
+            rewards=tuple(n + r / 4 for r in range(1 + n % 3)),
+            answer=[n],
+            source="",
+        )
+        for n in range(count)
+    ]
+
+
+def contents(groups: Sequence[RolloutGroup]) -> list[tuple[Any, ...]]:
+    """All fields but the source."""
+    return [
+        (g.prompt, g.responses, g.rewards, g.old_logprobs, g.finished, g.answer) for g in groups
+    ]
+
+
+@st.composite
+def group_strategy(draw: st.DrawFn) -> RolloutGroup:
+    tokens = st.integers(0, VOCAB_SIZE - 1)
+    responses = draw(st.lists(st.lists(tokens, min_size=1, max_size=6), min_size=1, max_size=4))
+    count = len(responses)
+    finite = st.floats(allow_nan=False, allow_infinity=False)
+    old_logprobs = finished = None
+    if draw(st.booleans()):
+        old_logprobs = tuple(
+            tuple(draw(st.floats(-1e9, 0.0)) for _ in response) for response in responses
+        )
+    if draw(st.booleans()):
+        finished = tuple(draw(st.booleans()) for _ in responses)
+    return RolloutGroup(
+        prompt=tuple(draw(st.lists(tokens, min_size=1, max_size=10))),
+        responses=tuple(map(tuple, responses)),
+        rewards=tuple(draw(st.lists(finite, min_size=count, max_size=count))),
+        old_logprobs=old_logprobs,
+        finished=finished,
+        answer=draw(st.none() | st.text(max_size=4)),
+        source="",
+    )
+
+
+def mixed_records(groups: Sequence[RolloutGroup], flat: Sequence[bool]) -> list[dict[str, Any]]:
+    """Records of the groups, some whole and some one response at a time."""
+    return list(
+        itertools.chain.from_iterable(
+            flat_records(group, n) if is_flat else [whole_record(group)]
+            for n, (group, is_flat) in enumerate(zip(groups, flat, strict=True))
+        )
+    )

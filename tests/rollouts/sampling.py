@@ -1,0 +1,104 @@
+"""Small models that sample, and naive decoding with the unmodified model to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_prefix.rollouts.embedded.sampler import Sampler
+from megatron_prefix.training.config import ModelConfig, ParallelConfig
+from megatron_prefix.training.full_tensors import (
+    FullTensors,
+    full_parameters,
+    load_full_parameters,
+)
+from megatron_prefix.training.model import (
+    ModelChunks,
+    build_gpt_model,
+    build_model_chunks,
+    transformer_config,
+)
+from tests.megatron.models import TRAINING, model_config, sequence_logits
+
+CPU = torch.device("cpu")
+
+# The padding of the vocabulary must never be drawn, so there is some in every layout.
+PADDED_VOCABULARY: dict[str, Any] = {"vocab_size": 61, "make_vocab_size_divisible_by": 8}
+
+
+def sampling_model(config: ModelConfig, *, spread: float = 1.0) -> ModelChunks:
+    """A model in one process whose distributions are neither flat nor certain.
+
+    Args:
+        spread: larger for more certain ones.
+    """
+    chunks = build_model_chunks(config, ParallelConfig(), TRAINING, use_distributed_optimizer=False)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in chunks.bare[0].named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            if parameter.dim() == 1:
+                parameter.add_(noise, alpha=0.2)
+            elif name == "output_layer.weight":
+                parameter.copy_(noise * spread / parameter.shape[1] ** 0.5)
+                parameter[config.vocab_size :] *= 100
+            else:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+    return chunks
+
+
+def sampler(chunks: ModelChunks, **options: Any) -> Sampler:
+    return Sampler(chunks, device=CPU, **options)
+
+
+def unmodified(config: ModelConfig, weights: FullTensors | ModelChunks) -> GPTModel:
+    """Megatron's own model, of the same weights."""
+    if isinstance(weights, ModelChunks):
+        weights = full_parameters(weights)
+    megatron_config = transformer_config(config, ParallelConfig(), TRAINING)
+    model = build_gpt_model(config, megatron_config, shared_prefixes=False)
+    load_full_parameters(
+        ModelChunks(wrapped=[], bare=[model], config=megatron_config, head=None), weights
+    )
+    return model
+
+
+@torch.no_grad()
+def next_token_logits(model: GPTModel, tokens: Sequence[int], vocab_size: int) -> Tensor:
+    """[len(tokens), vocab_size]: what follows each token, by a forward pass of all of them."""
+    return sequence_logits(model, np.array([*tokens, 0]))[:, :vocab_size]
+
+
+def greedy_response(
+    model: GPTModel, prompt: Sequence[int], length: int, vocab_size: int
+) -> tuple[int, ...]:
+    """The likeliest token, again and again, each by a forward pass of everything before it."""
+    tokens = list(prompt)
+    for _ in range(length):
+        tokens.append(int(next_token_logits(model, tokens, vocab_size)[-1].argmax()))
+    return tuple(tokens[len(prompt) :])
+
+
+def random_prompts(lengths: Sequence[int], *, common: int = 0, seed: int = 0) -> list[list[int]]:
+    """Prompts of random tokens that begin with the same `common` ones."""
+    rng = np.random.default_rng(seed)
+    beginning = rng.integers(0, 61, common).tolist()
+    return [beginning + rng.integers(0, 61, length - common).tolist() for length in lengths]
+
+
+__all__ = [
+    "CPU",
+    "PADDED_VOCABULARY",
+    "greedy_response",
+    "model_config",
+    "next_token_logits",
+    "random_prompts",
+    "sampler",
+    "sampling_model",
+    "unmodified",
+]
