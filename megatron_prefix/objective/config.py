@@ -8,6 +8,9 @@ in. The papers:
     dapo     Yu et al. 2025, DAPO (arXiv 2503.14476), eq. 8
     gspo     Zheng et al. 2025, Group Sequence Policy Optimization (arXiv 2507.18071), eq. 5
     cispo    MiniMax 2025, MiniMax-M1 (arXiv 2506.13585), eq. 4 and 5
+
+`supervised` is the negative log-likelihood of the responses, for a warm start: it looks neither at
+rewards nor at a ratio.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-ObjectiveName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+ObjectiveName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "supervised"]
 AdvantageKind = Literal["std", "mean", "leave_one_out"]
 Aggregation = Literal["sequence_mean", "token_mean", "constant"]
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -40,6 +43,10 @@ _DEFAULTS: dict[str, _Defaults] = {
     "gspo": _Defaults(advantage="std", clip_low=3e-4, clip_high=4e-4, aggregation="sequence_mean"),
     # The paper has no lower bound and gives no upper one; a cap of 5 is our choice.
     "cispo": _Defaults(advantage="std", clip_low=1.0, clip_high=4.0, aggregation="token_mean"),
+    # Advantages and ratios take no part in it.
+    "supervised": _Defaults(
+        advantage="mean", clip_low=0.2, clip_high=0.2, aggregation="token_mean"
+    ),
 }
 
 
@@ -75,8 +82,8 @@ class ObjectiveConfig:
 
     aggregation: Aggregation | None = None
     """How token losses add up to the batch's loss (see `token_weights`).
-    None: 'sequence_mean' for grpo and gspo, 'token_mean' for dapo and cispo, 'constant' for
-    dr_grpo."""
+    None: 'sequence_mean' for grpo and gspo, 'constant' for dr_grpo, 'token_mean' for the
+    others."""
 
     max_response_length: int | None = None
     """The constant, in tokens, that aggregation 'constant' divides by; only for that one."""

@@ -36,6 +36,7 @@ def policy_loss(
         grpo, dr_grpo, dapo   -min(r A, clip(r) A)
         gspo                  the same, r being the geometric mean of r over the sequence
         cispo                 -stop_gradient(clip(r)) A logprob
+        supervised            -logprob
 
         + kl_coefficient * KL estimate - entropy_coefficient * entropy
 
@@ -88,7 +89,9 @@ def policy_loss(
         log_ratio = _sequence_mean(log_ratio, sequence_ids, num_sequences)[sequence_ids]
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    if config.name == "cispo":
+    if config.name == "supervised":
+        token_loss = -logprobs
+    elif config.name == "cispo":
         token_loss = -(clipped_ratio.detach() * advantages * logprobs)
     else:
         token_loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
@@ -171,6 +174,9 @@ def _clipped(ratio: Tensor, advantages: Tensor, config: ObjectiveConfig) -> tupl
     The minimum of the clipped objectives takes the clipped side only where the advantage would
     push the ratio further out; cispo clips its weight whatever the advantage.
     """
+    if config.name == "supervised":
+        nothing = torch.zeros_like(ratio, dtype=torch.bool)
+        return nothing, nothing
     low, high = ratio < 1 - config.clip_low, ratio > 1 + config.clip_high
     if config.name == "cispo":
         return low, high

@@ -31,6 +31,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_prefix.training.model import ModelChunks
+from megatron_prefix.training.torch_adam import initialise_adam, load_optimizer_state
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ class CheckpointFolder:
             raise ValueError(f"{self.directory}: no complete checkpoint")
         path = self.path(step)
         state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+        initialise_adam(optimizer)
         model = _model_state(chunks)
         wanted = {
             **model,
@@ -144,7 +146,7 @@ class CheckpointFolder:
             logger.info("%s: saved at another layout, random states start anew", path)
         loaded = _load(wanted, path)
         _load_model(chunks, loaded)
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer_state(optimizer, loaded["optimizer"])
         scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:
             _set_random_state(loaded["random"])

@@ -111,6 +111,14 @@ def test_cispo():
     expect(gradient, [-0.48, -0.2, 0.1, 0.24, 0.2])
 
 
+def test_supervised_is_the_mean_negative_log_likelihood_whatever_the_rewards():
+    loss, gradient, metrics = run(ObjectiveConfig(name="supervised"))
+    # weights 1/5; (.51082562 + 1.60943791 + 1.60943791 + .51082562 + .91629073) / 5
+    expect(loss, 1.03136356)
+    expect(gradient, [-0.2] * 5)
+    assert metrics.means()["clip_fraction"] == 0
+
+
 def test_cispo_has_no_lower_bound_and_caps_weights_at_5_by_default():
     config = ObjectiveConfig(name="cispo")
     logprobs = torch.tensor([0.0, -9.0], dtype=torch.float64, requires_grad=True)

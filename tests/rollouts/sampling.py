@@ -23,7 +23,7 @@ from megatron_prefix.training.model import (
     build_model_chunks,
     transformer_config,
 )
-from tests.megatron.models import TRAINING, model_config, sequence_logits
+from tests.megatron.models import TRAINING, sequence_logits
 
 CPU = torch.device("cpu")
 
@@ -89,16 +89,3 @@ def random_prompts(lengths: Sequence[int], *, common: int = 0, seed: int = 0) ->
     rng = np.random.default_rng(seed)
     beginning = rng.integers(0, 61, common).tolist()
     return [beginning + rng.integers(0, 61, length - common).tolist() for length in lengths]
-
-
-__all__ = [
-    "CPU",
-    "PADDED_VOCABULARY",
-    "greedy_response",
-    "model_config",
-    "next_token_logits",
-    "random_prompts",
-    "sampler",
-    "sampling_model",
-    "unmodified",
-]

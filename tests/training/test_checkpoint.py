@@ -53,7 +53,7 @@ def _run(
     """Train for `steps` (after loading), optionally save, and return the whole parameters."""
     parallel = ParallelConfig(**layout)
     training = dataclasses.replace(TRAINING, dtype=dtype)
-    config = model_config({"num_layers": 4})
+    config = model_config({"num_layers": 4}, vocab_size=64)
     with runtime(
         parallel, device="cpu", seed=rank, timeout_minutes=1, float64=dtype == "float64"
     ) as place:
@@ -168,7 +168,7 @@ def test_a_model_of_another_size_is_refused_by_the_checkpoints_name(tmp_path: Pa
 def _load_into_a_larger_model(rank: int, world_size: int, folder: Path) -> None:
     with runtime(ParallelConfig(), device="cpu", seed=0, timeout_minutes=1, float64=True):
         chunks = build_model_chunks(
-            model_config({"num_layers": 4, "ffn_hidden_size": 64}),
+            model_config({"num_layers": 4, "ffn_hidden_size": 64}, vocab_size=64),
             ParallelConfig(),
             TRAINING,
             use_distributed_optimizer=True,
