@@ -56,6 +56,12 @@ REFUSALS: tuple[Refusal, ...] = (
         instead="multi_latent_attention: false",
     ),
     Refusal(
+        option="mrope_section",
+        refused=_is_set,
+        why="multimodal rotary tables already hold one row per token",
+        instead="position_embedding_type: rope and mrope_section: null",
+    ),
+    Refusal(
         option="mtp_num_layers",
         refused=_positive,
         why="multi-token prediction rolls labels over the borders of segments",

@@ -98,7 +98,7 @@ class FileEngine:
         """Continue from a `state_dict` with exactly the groups that would have come next.
 
         Raises:
-            ValueError: the files have changed since, by name or size.
+            ValueError: the files have changed since (see `RecordStream.load_state_dict`).
         """
         self._stream.load_state_dict(state)
 

@@ -14,6 +14,7 @@ from typing import IO, Any, Protocol
 # Rows of a Parquet file that are Python objects at once, and bytes of a column read at once.
 _PARQUET_ROWS = 64
 _PARQUET_BUFFER_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,10 @@ class RecordFile(Protocol):
         """
         ...
 
+    def can_continue_at(self, position: FilePosition) -> bool:
+        """Whether as many lines or rows as `position` says come before it."""
+        ...
+
 
 def open_record_file(path: Path) -> RecordFile:
     """The reader of a file, by the end of its name.
@@ -92,6 +97,19 @@ class JsonLinesFile:
                         source=source,
                         end=FilePosition(offset=offset, number=number),
                     )
+
+    def can_continue_at(self, position: FilePosition) -> bool:
+        """Whether a line begins at the offset, after so many lines."""
+        left, number, last = position.offset, 0, b"\n"
+        try:
+            with self._open() as file:
+                while left and (block := file.read(min(left, _BLOCK_BYTES))):
+                    left -= len(block)
+                    number += block.count(b"\n")
+                    last = block[-1:]
+        except (gzip.BadGzipFile, zlib.error, EOFError):
+            return False
+        return left == 0 and last == b"\n" and number == position.number
 
     def _open(self) -> gzip.GzipFile | IO[bytes]:
         if self.path.name.lower().endswith(".gz"):
@@ -134,6 +152,14 @@ class ParquetFile:
                 source=f"{self.path}: row {row}",
                 end=FilePosition(offset=row + 1, number=row + 1),
             )
+
+    def can_continue_at(self, position: FilePosition) -> bool:
+        """Whether there are so many rows."""
+        try:
+            with self._open(self.path) as file:
+                return position.number <= file.metadata.num_rows
+        except self._errors as error:
+            raise ValueError(f"{self.path}: not readable as Parquet: {error}") from error
 
     def _rows(self, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
         row = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any, Generic, TypeVar
 
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.record_files import START, FilePosition, Record, open_record_file
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -109,21 +112,33 @@ class RecordStream(Generic[Item]):
         """Continue where the stream stood that gave `state`.
 
         Raises:
-            ValueError: the files are not the ones of `state`, by name and size.
+            ValueError: the files are not the ones of `state`, by name, or one of another size
+                (a later line may have been corrected) no longer has the position in it.
         """
         saved = [list(identity) for identity in state["files"]]
-        if saved != self._identities:
-            raise ValueError(
-                "the files of rollouts have changed: the saved position is one in "
-                f"{_listed(saved)}, but there are {_listed(self._identities)}; continue with the "
-                "same files, or start a new run"
-            )
-        self.close()
-        self._position = StreamPosition(
+        position = StreamPosition(
             epoch=state["epoch"],
             file=state["file"],
             within=FilePosition(offset=state["offset"], number=state["number"]),
         )
+        if saved != self._identities:
+            same_names = [name for name, _ in saved] == [name for name, _ in self._identities]
+            if not same_names or not self._files[position.file].can_continue_at(position.within):
+                raise ValueError(
+                    "the files of rollouts have changed: the saved position is one in "
+                    f"{_listed(saved)}, but there are {_listed(self._identities)}; continue with "
+                    "the same files, or start a new run"
+                )
+            logger.warning(
+                "the files of rollouts have changed since, from %s to %s: continuing in %s after "
+                "line or row %d",
+                _listed(saved),
+                _listed(self._identities),
+                self._files[position.file].path,
+                position.within.number,
+            )
+        self.close()
+        self._position = position
 
     def close(self) -> None:
         """Close the file that is open; a later `take` opens it again where it stood."""

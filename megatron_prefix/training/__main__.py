@@ -9,12 +9,17 @@ import argparse
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 from megatron_prefix.training.config import load_run_config
 from megatron_prefix.training.config_loader import ConfigError
 from megatron_prefix.training.runtime import runtime
 from megatron_prefix.training.trainer import Trainer
+
+_GRACE_S = 10.0
+"""So long the other ranks wait for rank 0 to report what all of them met; when it ends, torchrun
+ends them. One that still runs then has met it alone."""
 
 
 def main() -> int:
@@ -30,12 +35,13 @@ def main() -> int:
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"[rank {rank}] %(levelname)s %(name)s: %(message)s",
     )
+    # At INFO it lists every parameter.
+    logging.getLogger("megatron").setLevel(logging.WARNING)
     try:
         config = load_run_config(args.config, tuple(args.overrides))
         config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
     except (ConfigError, OSError) as error:
-        if rank == 0:
-            print(f"error: {args.config}: {error}", file=sys.stderr)
+        _report(f"{args.config}: {error}", rank)
         return 2
     training = config.training
     with runtime(
@@ -48,11 +54,17 @@ def main() -> int:
         try:
             Trainer(config, place).run()
         except ValueError as error:
-            # Every rank sees the same rollouts and plans, so every rank gets here.
-            if rank == 0:
-                print(f"error: {error}", file=sys.stderr)
+            _report(str(error), rank)
             return 1
     return 0
+
+
+def _report(message: str, rank: int) -> None:
+    """Print an error once, though every rank has met it."""
+    if rank != 0:
+        time.sleep(_GRACE_S)
+        message = f"rank {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

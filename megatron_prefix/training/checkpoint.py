@@ -17,6 +17,7 @@ import os
 import random
 import re
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prefix.training.model import ModelChunks
 from megatron_prefix.training.torch_adam import initialise_adam, load_optimizer_state
@@ -74,6 +76,18 @@ class CheckpointFolder:
         found = [max(self.steps(), default=None)]
         dist.broadcast_object_list(found, src=0)
         return found[0]
+
+    def set_aside(self) -> None:
+        """Rename what an earlier run left here to the first free of `checkpoints.1`, `.2`, ...
+
+        Its steps would otherwise be taken for later ones of the run that begins now.
+        """
+        if dist.get_rank() == 0 and self.steps():
+            names = (self.directory.with_name(f"{self.directory.name}.{i}") for i in count(1))
+            free = next(name for name in names if not name.exists())
+            logger.warning("%s: of an earlier run, renamed to %s", self.directory, free.name)
+            os.replace(self.directory, free)
+        dist.barrier()
 
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
@@ -156,9 +170,16 @@ class CheckpointFolder:
     def load_weights(path: Path, chunks: ModelChunks, optimizer: MegatronOptimizer) -> None:
         """Load the weights only, from a checkpoint of this or any Megatron trainer.
 
+        Args:
+            path: a checkpoint, or a run's folder of them, whose newest is taken.
+
         Raises:
             ValueError: the folder holds no distributed checkpoint, or it does not fit the model.
         """
+        folder = CheckpointFolder(path, keep=1)
+        newest = folder.latest_step()
+        if newest is not None:
+            path = folder.path(newest)
         _load_model(chunks, _load(_model_state(chunks), path))
         optimizer.reload_model_params()
 
@@ -199,6 +220,10 @@ def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
         return dist_checkpointing.load(wanted, str(path))
     except dist_checkpointing.core.CheckpointingException as error:
         raise ValueError(f"{path}: does not fit this model: {error}") from error
+    except CheckpointException as error:
+        # torch collects what each rank raised while it planned its reads.
+        reasons = sorted({str(exception) for exception, _ in error.failures.values()})
+        raise ValueError(f"{path}: does not fit this model: {'; '.join(reasons)}") from error
 
 
 def _layout() -> dict[str, int]:

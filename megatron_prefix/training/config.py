@@ -11,8 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_prefix.attention.kernels import kernel_names
 from megatron_prefix.objective.config import ObjectiveConfig
 from megatron_prefix.training.config_loader import ConfigError, load_yaml
+
+
+def _at_least(section: Any, least: int, *names: str) -> None:
+    """Refuse the first of the fields that is below `least`; None is no value."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not value >= least:
+            raise ConfigError(f"{name}: {value} must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +65,11 @@ class ModelConfig:
     """Any other field of Megatron's `TransformerConfig`: num_layers, hidden_size, ..."""
 
     def __post_init__(self) -> None:
+        _at_least(self, 1, "vocab_size", "make_vocab_size_divisible_by")
+        # One position predicts, another is predicted.
+        _at_least(self, 2, "max_sequence_length")
+        if not 0 < self.rotary_percent <= 1:
+            raise ConfigError(f"rotary_percent: {self.rotary_percent} must be in (0, 1]")
         if (self.position_embedding_type == "yarn") != (self.yarn is not None):
             raise ConfigError(
                 f"yarn: {self.yarn} does not go with position_embedding_type: "
@@ -81,13 +95,13 @@ class ParallelConfig:
     """Shard the row over tensor-parallel ranks between layers; null: when tensor parallel."""
 
     def __post_init__(self) -> None:
-        for name in (
+        _at_least(
+            self,
+            1,
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
             "expert_model_parallel_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1")
+        )
         chunks = self.virtual_pipeline_model_parallel_size
         if chunks is not None and chunks < 1:
             raise ConfigError(
@@ -157,6 +171,17 @@ class OptimizerSettings:
     use_distributed_optimizer: bool = True
     """Shard the optimizer's state over data-parallel ranks."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "lr", "min_lr", "lr_warmup_steps", "weight_decay", "clip_grad")
+        _at_least(self, 1, "lr_decay_steps")
+        if self.min_lr > self.lr:
+            raise ConfigError(f"min_lr: {self.min_lr} exceeds lr: {self.lr}; lower it")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be in [0, 1)")
+        if not self.adam_eps > 0:
+            raise ConfigError(f"adam_eps: {self.adam_eps} must be above 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutsConfig:
@@ -183,10 +208,7 @@ class RolloutsConfig:
     def __post_init__(self) -> None:
         if not self.paths:
             raise ConfigError("paths: none given; name at least one JSONL or Parquet file")
-        for name in ("groups_per_step", "group_size", "epochs", "max_response_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: {value} must be at least 1")
+        _at_least(self, 1, "groups_per_step", "group_size", "epochs", "max_response_length")
         if self.engine == "embedded":
             for name in ("group_size", "max_response_length", "reward"):
                 if getattr(self, name) is None:
@@ -213,12 +235,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not self.paths:
             raise ConfigError("paths: none given; name at least one JSONL or Parquet file")
-        if self.num_prompts < 1:
-            raise ConfigError(f"num_prompts: {self.num_prompts} must be at least 1")
-        if self.every < 0:
-            raise ConfigError(f"every: {self.every} must be at least 0")
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature: {self.temperature} must be at least 0")
+        _at_least(self, 1, "num_prompts")
+        _at_least(self, 0, "every", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,12 +268,22 @@ class TrainingConfig:
     """A collective that waits longer ends the run with an error."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "token_budget", "log_prob_chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1")
-        for name in ("optimizer_steps_per_rollout", "epochs_per_rollout"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1")
+        _at_least(
+            self,
+            1,
+            "steps",
+            "token_budget",
+            "log_prob_chunk_tokens",
+            "optimizer_steps_per_rollout",
+            "epochs_per_rollout",
+        )
+        if not self.timeout_minutes > 0:
+            raise ConfigError(f"timeout_minutes: {self.timeout_minutes} must be above 0")
+        if self.kernel is not None and self.kernel not in kernel_names():
+            raise ConfigError(
+                f"kernel: there is none named {self.kernel}; choose one of "
+                f"{', '.join(kernel_names())}, or null for the best"
+            )
         if self.dtype == "float64" and self.device != "cpu":
             raise ConfigError("dtype: float64 runs on device: cpu only; set device: cpu")
 
@@ -272,12 +300,17 @@ class OutputConfig:
     keep: int = 2
     """Checkpoints kept; older ones are removed."""
     load: Path | None = None
-    """A checkpoint whose weights to start from (weights only)."""
+    """A checkpoint, or a folder whose newest is taken, to start from (weights only)."""
     resume: bool = True
-    """Continue from this directory's latest checkpoint where there is one."""
+    """Continue from this directory's latest checkpoint where there is one; false starts anew and
+    renames the checkpoints that are there to checkpoints.1, .2, ..."""
     tensorboard: bool = True
     plot: bool = True
     """Write reward.png."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "save_every")
+        _at_least(self, 1, "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +334,12 @@ class RunConfig:
                 "at the temperature that was sampled with: set them equal"
             )
         self._check_sampling()
+        tensor = self.parallel.tensor_model_parallel_size
+        if self.parallel.uses_sequence_parallel and self.training.token_budget < tensor:
+            raise ConfigError(
+                f"training.token_budget: {self.training.token_budget} is less than a token for "
+                f"each of the {tensor} tensor-parallel ranks; raise it"
+            )
         if self.rollouts.groups_per_step < self.training.optimizer_steps_per_rollout:
             raise ConfigError(
                 "training.optimizer_steps_per_rollout: "

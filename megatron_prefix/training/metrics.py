@@ -25,7 +25,9 @@ class MetricsLog:
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_after]
+        kept = []
+        if resume_after:
+            kept = [row for row in read_metrics(self.path) if row["step"] <= resume_after]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, self.path)

@@ -76,6 +76,7 @@ def trained_sequences(
         For each group, for each of its responses, what the objective needs.
     """
     objective = objective.resolved()
+    _check_old_logprobs(groups)
     lengths = [len(response) for group in groups for response in group.responses]
     weights = iter(
         token_weights(
@@ -105,6 +106,16 @@ def trained_sequences(
             ]
         )
     return sequences
+
+
+def _check_old_logprobs(groups: Sequence[RolloutGroup]) -> None:
+    """All or none: otherwise a response's ratio would depend on which groups share its row."""
+    known = {group.old_logprobs is not None: group.source for group in groups}
+    if len(known) > 1:
+        raise ValueError(
+            f"{known[False]}: old_logprobs: missing, but {known[True]}, of the same optimizer step, "
+            "has them; give them for all groups or for none"
+        )
 
 
 def build_minibatch(

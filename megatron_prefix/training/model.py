@@ -35,6 +35,18 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "squared_relu": lambda x: torch.pow(F.relu(x), 2),
 }
 
+_SIZES = {
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
+}
+
 # Fields of TransformerConfig that other sections of the run's config decide.
 _DECIDED_ELSEWHERE = {
     "activation_func": "model.activation",
@@ -135,6 +147,7 @@ def transformer_config(
         raise ConfigError(f"model.transformer: {error}") from error
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"model.transformer: Megatron-Core refuses it: {error}") from error
+    _check_sizes(model, config)
     if config.pipeline_model_parallel_size > 1:
         layers, stages = (
             config.num_layers,
@@ -159,6 +172,9 @@ def _check_transformer_keys(values: dict[str, Any]) -> None:
     for required in ("num_layers", "hidden_size", "num_attention_heads"):
         if required not in values:
             raise ConfigError(f"model.transformer.{required}: required, and missing")
+    for size in _SIZES & values.keys():
+        if type(values[size]) is int and values[size] < 1:
+            raise ConfigError(f"model.transformer.{size}: {values[size]} must be at least 1")
     for key, value in values.items():
         if key in _DECIDED_ELSEWHERE:
             raise ConfigError(
@@ -173,6 +189,46 @@ def _check_transformer_keys(values: dict[str, Any]) -> None:
                 f"field{hint}"
             )
         _check_plain_type(f"model.transformer.{key}", value, hints[key])
+
+
+def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:
+    """What Megatron would only find, by an assertion, when it builds the layers."""
+    tensor = config.tensor_model_parallel_size
+    groups = config.num_query_groups
+
+    def refuse(key: str, what: str) -> typing.NoReturn:
+        raise ConfigError(f"model.transformer.{key}: {getattr(config, key)} {what}")
+
+    if config.num_attention_heads % groups:
+        refuse(
+            "num_query_groups", f"does not divide num_attention_heads: {config.num_attention_heads}"
+        )
+    if groups % tensor:
+        refuse("num_query_groups", f"does not divide by tensor_model_parallel_size: {tensor}")
+    if config.ffn_hidden_size % tensor:
+        refuse("ffn_hidden_size", f"does not divide by tensor_model_parallel_size: {tensor}")
+    if model.position_embedding_type in ("rope", "yarn"):
+        rotated = int(config.kv_channels * model.rotary_percent)
+        if rotated < 2 or rotated % 2:
+            refuse(
+                "kv_channels",
+                f"(the size of a head) times rotary_percent: {model.rotary_percent} gives {rotated} "
+                "rotated channels; it must be an even number of at least 2",
+            )
+    if config.normalization not in ("LayerNorm", "RMSNorm"):
+        refuse("normalization", "is none that GPTModel has; choose LayerNorm or RMSNorm")
+    if config.num_moe_experts is not None:
+        if config.num_moe_experts % config.expert_model_parallel_size:
+            refuse(
+                "num_moe_experts",
+                f"does not divide by expert_model_parallel_size: "
+                f"{config.expert_model_parallel_size}",
+            )
+        if config.moe_router_topk > config.num_moe_experts:
+            refuse("moe_router_topk", f"exceeds num_moe_experts: {config.num_moe_experts}")
+        frequency = config.moe_layer_freq
+        if isinstance(frequency, list) and len(frequency) != config.num_layers:
+            refuse("moe_layer_freq", f"needs one entry for each of {config.num_layers} layers")
 
 
 def _check_plain_type(key: str, value: Any, hint: Any) -> None:

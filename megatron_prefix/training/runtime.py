@@ -135,6 +135,31 @@ def set_seed(seed: int) -> None:
     model_parallel_cuda_manual_seed(stage_seed)
 
 
+@contextlib.contextmanager
+def raise_together() -> Iterator[None]:
+    """Raise a ValueError of any rank on all of them, so that none is left waiting. Collective.
+
+    For blocks whose ranks compute the same: user's data and user's functions are read on every
+    rank, and may fail on one alone.
+
+    Raises:
+        ValueError: the block's own where every rank has the same; otherwise that of the first rank
+            that has one, naming the rank.
+    """
+    error = None
+    try:
+        yield
+    except ValueError as caught:
+        error = caught
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else str(error))
+    if error is not None and len(set(messages)) == 1:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise ValueError(f"rank {rank} of {len(messages)}: {message}") from error
+
+
 def check_equal_across_ranks(what: str, value: str, *, group: dist.ProcessGroup | None) -> None:
     """Raise on every rank of `group` if `value` is not the same everywhere.
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,7 +28,11 @@ from megatron_prefix.training.minibatch import (
 )
 from megatron_prefix.training.model import ModelChunks, build_model_chunks, model_shape
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
-from megatron_prefix.training.runtime import Runtime, check_equal_across_ranks
+from megatron_prefix.training.runtime import (
+    Runtime,
+    check_equal_across_ranks,
+    raise_together,
+)
 from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
 
 logger = logging.getLogger(__name__)
@@ -93,8 +98,9 @@ class Trainer:
                 else 1
             ),
         )
-        self.engine = build_engine(config, self.chunks, runtime)
-        self.evaluator = build_evaluator(config, self.chunks, runtime)
+        with raise_together():
+            self.engine = build_engine(config, self.chunks, runtime)
+            self.evaluator = build_evaluator(config, self.chunks, runtime)
         self.checkpoints = CheckpointFolder(
             config.output.directory / "checkpoints", keep=config.output.keep
         )
@@ -108,6 +114,8 @@ class Trainer:
         resuming = output.resume and self.checkpoints.latest_step() is not None
         if output.load is not None and not resuming:
             self.checkpoints.load_weights(output.load, self.chunks, self.optimizer)
+        if not resuming:
+            self.checkpoints.set_aside()
         if self.config.objective.kl_coefficient > 0:
             if resuming:
                 self.checkpoints.load_weights(
@@ -138,20 +146,16 @@ class Trainer:
         try:
             with self._progress() as progress:
                 if self.evaluator is not None and self.step == 0:
-                    metrics = {"eval": self.evaluator.evaluate()}
+                    metrics = {"eval": self._evaluate()}
                     self._log(log, 0, metrics)
                 while self.step < config.training.steps:
-                    try:
-                        groups = self.engine.next_groups(
-                            config.rollouts.groups_per_step, step=self.step
-                        )
-                    except EndOfRollouts as end:
-                        logger.info("stopping after step %d: %s", self.step, end)
+                    groups = self._next_groups()
+                    if groups is None:
                         break
                     metrics = self.train_on(groups)
                     self.step += 1
                     if self._evaluates_now():
-                        metrics["eval"] = self.evaluator.evaluate()
+                        metrics["eval"] = self._evaluate()
                     self._log(log, self.step, metrics)
                     progress(metrics)
                     if output.save_every and self.step % output.save_every == 0:
@@ -169,21 +173,49 @@ class Trainer:
             )
         return metrics
 
+    def _next_groups(self) -> list[RolloutGroup] | None:
+        """The next rollout batch; None at the end of the rollouts."""
+        groups = None
+        with raise_together():
+            try:
+                groups = self.engine.next_groups(
+                    self.config.rollouts.groups_per_step, step=self.step
+                )
+            except EndOfRollouts as end:
+                logger.info("stopping after step %d: %s", self.step, end)
+        check_equal_across_ranks(
+            f"step {self.step + 1}: whether there are rollouts",
+            str(groups is not None),
+            group=None,
+        )
+        return groups
+
+    def _evaluate(self) -> float:
+        assert self.evaluator is not None
+        with raise_together():
+            score = self.evaluator.evaluate()
+        return score
+
     def train_on(self, groups: Sequence[RolloutGroup]) -> dict[str, Any]:
-        """All optimizer steps of one rollout batch; returns its metrics."""
+        """All optimizer steps of one rollout batch; returns its metrics.
+
+        Raises:
+            ValueError: a group that cannot be trained on, or a gradient that is not finite.
+        """
         started = time.perf_counter()
         training = self.config.training
-        minibatches = [
-            build_minibatch(
-                part,
-                self.config.objective,
-                self.packing,
-                data_parallel_rank=self.runtime.data_parallel_rank,
-                device=self.runtime.device,
-                kernel=training.kernel,
-            )
-            for part in split_groups(groups, training.optimizer_steps_per_rollout)
-        ]
+        with raise_together():
+            minibatches = [
+                build_minibatch(
+                    part,
+                    self.config.objective,
+                    self.packing,
+                    data_parallel_rank=self.runtime.data_parallel_rank,
+                    device=self.runtime.device,
+                    kernel=training.kernel,
+                )
+                for part in split_groups(groups, training.optimizer_steps_per_rollout)
+            ]
         check_equal_across_ranks(
             f"step {self.step + 1}: the plan of the rollout batch",
             _fingerprint(groups, minibatches),
@@ -209,6 +241,13 @@ class Trainer:
                     minibatch.batches,
                     self.config.objective,
                 )
+                # The same on every rank, and before anything of this step can be saved.
+                if not math.isfinite(result.grad_norm):
+                    raise ValueError(
+                        f"step {self.step + 1}: the gradient's norm is {result.grad_norm}, and so "
+                        "the weights are lost; look for extreme old_logprobs or lower optimizer.lr, "
+                        "and continue from the last checkpoint"
+                    )
                 reports += result.metrics
                 grad_norms.append(result.grad_norm)
         return {

@@ -189,6 +189,7 @@ REFUSED: dict[str, Any] = {
     "multi_latent_attention": True,
     "mtp_num_layers": 1,
     "window_size": [4, 0],
+    "mrope_section": [2, 1, 1],
 }
 REFUSED_WITH_EXPERTS: dict[str, Any] = {
     "moe_aux_loss_coeff": 0.01,

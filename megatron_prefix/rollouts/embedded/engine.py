@@ -101,7 +101,7 @@ class EmbeddedEngine:
         """Continue from a `state_dict`.
 
         Raises:
-            ValueError: the files have changed since.
+            ValueError: the files have changed since (see `RecordStream.load_state_dict`).
         """
         self._stream.load_state_dict(state)
 
