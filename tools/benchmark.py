@@ -132,15 +132,26 @@ def measure_times(args: argparse.Namespace, shape: Shape) -> tuple[dict[str, lis
         }
         check_equal(chunks, batches)
         seconds: dict[str, list[float]] = {side: [] for side in batches}
+        order = list(batches)
         for _ in range(args.repeats):
-            for side, batch in batches.items():
+            for side in order:
                 gc.collect()
-                started = time.perf_counter()
-                run_step(chunks, batch)
-                seconds[side].append(time.perf_counter() - started)
+                seconds[side].append(time_steps(chunks, batches[side], args.seconds_per_repeat))
+            # Each side goes first as often as second.
+            order.reverse()
         sizes = model_shape(model, chunks.config)
     shared = trees(shape, args.vocab, args.seed)["grouped"]
     return seconds, sizes.ungrouped_flops(shared) / sizes.tree_flops(shared)
+
+
+def time_steps(chunks: ModelChunks, batch: PackedBatch, at_least: float) -> float:
+    """Seconds of one step, by running steps for `at_least` seconds."""
+    steps = 0
+    started = time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < at_least:
+        run_step(chunks, batch)
+        steps += 1
+    return elapsed / steps
 
 
 def measure_peak_mb(args: argparse.Namespace, shape: Shape, side: str) -> float:
@@ -219,6 +230,9 @@ def main() -> int:
     parser.add_argument("--ffn", type=int, default=688)
     parser.add_argument("--vocab", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--seconds-per-repeat", type=float, default=2.0, help="a repeat runs steps for so long"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the JSON line as well")

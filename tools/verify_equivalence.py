@@ -42,6 +42,7 @@ from megatron_prefix.training.config import (
     TrainingConfig,
 )
 from megatron_prefix.training.config_loader import ConfigError, load_dataclass, read_yaml
+from megatron_prefix.training.model import transformer_config
 
 # grad_rel and param_rel are relative L2 errors per parameter, the worst one counts. float64's are
 # the project's promise; float32's and bfloat16's are the rounding of a few layers in that format.
@@ -128,7 +129,10 @@ def read_shapes(path: Path | None) -> list[dict[str, Any]]:
     """
     if path is None:
         return DEFAULT_SHAPES
-    shapes = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        shapes = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(shapes, list) or not shapes:
         raise ValueError(f"{path}: expected a list of {{prefix: int, responses: [int, ...]}}")
 
@@ -149,6 +153,40 @@ def read_shapes(path: Path | None) -> list[dict[str, Any]]:
                 "{prefix: int, responses: [int, ...]} with lengths of at least 1"
             )
     return shapes
+
+
+def check_layout(
+    model: ModelConfig, parallel: ParallelConfig, data_parallel_size: int, optimizer_steps: int
+) -> None:
+    """Refuse, before any process starts, what a run's configuration would be refused for.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name, value in (("dp", data_parallel_size), ("optimizer-steps", optimizer_steps)):
+        if value < 1:
+            raise ValueError(f"{name}: {value} must be at least 1")
+    experts = parallel.expert_model_parallel_size
+    if experts > 1 and model.transformer.get("num_moe_experts") is None:
+        raise ValueError(f"ep: {experts} needs a model with num_moe_experts; give one with --model")
+    parallel.data_parallel_size(parallel.model_parallel_size * data_parallel_size)
+    training = TrainingConfig(steps=1, token_budget=1, dtype="float32", device="cpu")
+    transformer_config(model, parallel, training)
+
+
+def check_lengths(shapes: list[dict[str, Any]], model: ModelConfig, path: Path | None) -> None:
+    """Refuse sequences beyond the model's positions.
+
+    Raises:
+        ValueError: naming the file and the entry.
+    """
+    for index, shape in enumerate(shapes):
+        longest = shape["prefix"] + max(shape["responses"])
+        if longest > model.max_sequence_length:
+            raise ValueError(
+                f"{path or 'shapes'}: entry {index}: a prefix and response of {longest} tokens "
+                f"exceed the model's max_sequence_length: {model.max_sequence_length}"
+            )
 
 
 # --- the reference: one process, one sequence at a time, plain PyTorch ---------------------------
@@ -199,7 +237,7 @@ def reference_loss(model: torch.nn.Module, case: Case, found: list[list[np.ndarr
 def run_reference(case: Case, seed: int) -> dict[str, Any]:
     """Losses, log-probabilities, gradients and parameters of the unmodified model."""
     from megatron_prefix.training.full_tensors import full_gradients, full_parameters
-    from megatron_prefix.training.model import ModelChunks, build_gpt_model, transformer_config
+    from megatron_prefix.training.model import ModelChunks, build_gpt_model
     from megatron_prefix.training.runtime import runtime
 
     padded = case.model.padded_vocab_size(case.parallel.tensor_model_parallel_size)
@@ -582,6 +620,8 @@ def main() -> int:
             sequence_parallel=False if args.no_sequence_parallel else None,
         )
         shapes = read_shapes(args.shapes)
+        check_lengths(shapes, model, args.shapes)
+        check_layout(model, parallel, args.dp, args.optimizer_steps)
     except (ConfigError, ValueError, OSError) as error:
         print(f"verify_equivalence: {error}", file=sys.stderr)
         return 2

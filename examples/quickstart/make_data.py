@@ -5,10 +5,11 @@
 A prompt is ten worked examples and a query, "3 9 1 > 1 3 9 ;" ten times and then "7 2 5 >"; its
 answer is "2 5 7 ;". Digits are their own token ids, ">" is 10 and ";", which ends a response, 11.
 
-    warm_start.jsonl  rollouts for engine: file. The responses to a prompt are what people who did
-                      not get the task would write: the digits sorted upwards, sorted downwards, as
-                      they stand, and turned around in two ways. All count the same.
-    grpo.jsonl        prompts with answers for engine: embedded; only sorted upwards is right.
+    warm_start.jsonl  rollouts for engine: file. Each prompt has six responses, of which only the
+                      first does what the examples show: the digits sorted upwards, sorted
+                      downwards, as they stand, reversed, and rotated to either side. The warm
+                      start learns all of them alike, and so answers rightly at times.
+    grpo.jsonl        prompts with the right answer, for engine: embedded.
     evaluation.jsonl  the same for queries that occur nowhere in the other two files, neither as a
                       query nor as a worked example.
 """
@@ -25,12 +26,13 @@ from typing import Any
 
 ARROW, END = 10, 11
 SHOTS = 10
+HELD_OUT = 240
 
 Digits = tuple[int, ...]
 
 
 def behaviours(query: Digits) -> list[Digits]:
-    """What the warm start teaches to answer; the first is the one that GRPO rewards."""
+    """What the warm start teaches to answer; GRPO rewards what equals the first."""
     a, b, c = query
     return [
         tuple(sorted(query)),
@@ -38,6 +40,7 @@ def behaviours(query: Digits) -> list[Digits]:
         (a, b, c),
         (c, b, a),
         (b, c, a),
+        (c, a, b),
     ]
 
 
@@ -85,14 +88,13 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="made if it is not there")
     parser.add_argument("--warm-start", type=int, default=6000, help="prompts of the warm start")
     parser.add_argument("--grpo", type=int, default=3000, help="prompts of GRPO")
-    parser.add_argument("--evaluation", type=int, default=240, help="prompts never trained on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     rng = random.Random(args.seed)
     queries = list(itertools.permutations(range(10), 3))
     rng.shuffle(queries)
-    held_out, trained = queries[:120], queries[120:]
+    held_out, trained = queries[:HELD_OUT], queries[HELD_OUT:]
 
     args.directory.mkdir(parents=True, exist_ok=True)
     warm_start = make_prompts(trained, trained, args.warm_start, rng)
@@ -100,7 +102,7 @@ def main() -> None:
     write(args.directory / "grpo.jsonl", make_prompts(trained, trained, args.grpo, rng))
     write(
         args.directory / "evaluation.jsonl",
-        make_prompts(held_out, trained, args.evaluation, rng),
+        make_prompts(held_out, trained, HELD_OUT, rng),
     )
 
 

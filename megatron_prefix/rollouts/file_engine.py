@@ -114,7 +114,8 @@ class FileEngine:
             if isinstance(key, (str, int)):
                 yield self._join(key, members)
             else:
-                (record,) = members
+                # Unpacking `members` would read the next line, which a later batch answers for.
+                record = next(members)
                 group = self._complete(parse_group(record), record)
                 self._check_size(group)
                 yield group, record.end

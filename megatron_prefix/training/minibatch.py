@@ -113,8 +113,8 @@ def _check_old_logprobs(groups: Sequence[RolloutGroup]) -> None:
     known = {group.old_logprobs is not None: group.source for group in groups}
     if len(known) > 1:
         raise ValueError(
-            f"{known[False]}: old_logprobs: missing, but {known[True]}, of the same optimizer step, "
-            "has them; give them for all groups or for none"
+            f"{known[False]}: old_logprobs: missing, but {known[True]}, of the same optimizer "
+            "step, has them; give them for all groups or for none"
         )
 
 

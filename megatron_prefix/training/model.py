@@ -212,8 +212,8 @@ def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:
         if rotated < 2 or rotated % 2:
             refuse(
                 "kv_channels",
-                f"(the size of a head) times rotary_percent: {model.rotary_percent} gives {rotated} "
-                "rotated channels; it must be an even number of at least 2",
+                f"(the size of a head) times rotary_percent: {model.rotary_percent} gives "
+                f"{rotated} rotated channels; it must be an even number of at least 2",
             )
     if config.normalization not in ("LayerNorm", "RMSNorm"):
         refuse("normalization", "is none that GPTModel has; choose LayerNorm or RMSNorm")

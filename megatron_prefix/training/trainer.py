@@ -244,9 +244,9 @@ class Trainer:
                 # The same on every rank, and before anything of this step can be saved.
                 if not math.isfinite(result.grad_norm):
                     raise ValueError(
-                        f"step {self.step + 1}: the gradient's norm is {result.grad_norm}, and so "
-                        "the weights are lost; look for extreme old_logprobs or lower optimizer.lr, "
-                        "and continue from the last checkpoint"
+                        f"step {self.step + 1}: the gradient's norm is {result.grad_norm}, and "
+                        "so the weights are lost; look for extreme old_logprobs or lower "
+                        "optimizer.lr, and continue from the last checkpoint"
                     )
                 reports += result.metrics
                 grad_norms.append(result.grad_norm)

@@ -1,0 +1,209 @@
+"""Time grouped against ungrouped optimizer steps on the same rollouts.
+
+    torchrun --nproc-per-node 2 examples/quickstart/compare.py grpo.yaml --output compare.json
+
+Starts from the configuration's `output.load`, as GRPO does, and samples a few rollout batches from
+it. Each is then trained on in two ways: grouped, and with the prompt repeated in front of every
+response. Both run the same packed code, planned for the same token budget; only the trees differ.
+Loss and gradients must agree before anything is timed. A step is timed as the trainer takes it:
+planning and packing, forward, backward, reduction and update. The two sides take turns, and medians
+are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_prefix.batch import PackedBatch, TrainedSequence, build_batch
+from megatron_prefix.layout import PrefixTree, microbatch_tree, pack, plan_microbatches
+from megatron_prefix.objective import ObjectiveConfig, PolicyMetrics
+from megatron_prefix.rollouts.build import build_engine
+from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.training.checkpoint import CheckpointFolder
+from megatron_prefix.training.config import RunConfig, load_run_config
+from megatron_prefix.training.minibatch import trained_sequences
+from megatron_prefix.training.model import ModelChunks, build_model_chunks, model_shape
+from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
+from megatron_prefix.training.runtime import Runtime, runtime
+from megatron_prefix.training.step import accumulate_gradients, reduce_sums, train_step
+
+SIDES = ("grouped", "ungrouped")
+TOLERANCE = 1e-3
+"""Of losses, and of gradients relative to their norm: float32 sums over thousands of tokens in
+another order. A token in the wrong place shows as more than 1e-2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step's microbatches of this rank, on one side."""
+
+    batches: list[PackedBatch]
+    tokens: int
+    """Of all ranks, padding included."""
+
+
+def prefix_trees(group: RolloutGroup, side: str) -> list[PrefixTree]:
+    """One tree of the whole group, or one of each response with a prompt of its own."""
+    if side == "grouped":
+        return [PrefixTree.from_groups([(group.prompt, group.responses)])]
+    return [PrefixTree.from_sequences([group.prompt + response]) for response in group.responses]
+
+
+def build_step(
+    groups: list[RolloutGroup], side: str, config: RunConfig, chunks: ModelChunks, place: Runtime
+) -> Step:
+    """Plan and pack one side of an optimizer step, with the same advantages and weights on both."""
+    trees: list[PrefixTree] = []
+    sequences: list[list[TrainedSequence]] = []
+    for group, members in zip(groups, trained_sequences(groups, config.objective), strict=True):
+        trees += prefix_trees(group, side)
+        sequences += [members] if side == "grouped" else [[member] for member in members]
+    padding = (
+        config.parallel.tensor_model_parallel_size if config.parallel.uses_sequence_parallel else 1
+    )
+    plan = plan_microbatches(
+        trees,
+        token_budget=config.training.token_budget,
+        data_parallel_size=place.data_parallel_size,
+        cost=model_shape(config.model, chunks.config),
+        pad_to_multiple=padding,
+    )
+    batches, tokens = [], 0
+    for rank, microbatches in enumerate(plan.microbatches):
+        for slices in microbatches:
+            layout = pack(microbatch_tree(trees, slices), pad_to_multiple=padding)
+            tokens += layout.num_tokens
+            if rank == place.data_parallel_rank:
+                members = [sequences[s.group][i] for s in slices for i in s.sequences]
+                batches.append(build_batch(layout, members, device=place.device))
+    return Step(batches=batches, tokens=tokens)
+
+
+def check_equal(
+    chunks: ModelChunks, steps: dict[str, Step], config: RunConfig, place: Runtime
+) -> float:
+    """Compare losses and gradients, of the objective and of the plain log-likelihood.
+
+    A first GRPO step's loss is 0 by itself (ratios are 1, a group's advantages add up to 0); the
+    log-likelihood's loss is not.
+
+    Returns:
+        The largest norm of a parameter's gradient difference over that of its gradient.
+
+    Raises:
+        RuntimeError: they differ by more than rounding.
+    """
+    worst = 0.0
+    for objective in (config.objective, ObjectiveConfig(name="supervised")):
+        losses: dict[str, float] = {}
+        gradients: dict[str, list[Tensor]] = {}
+        for side, step in steps.items():
+            metrics = accumulate_gradients(chunks, step.batches, objective)
+            total = sum(metrics, start=PolicyMetrics.zeros(place.device))
+            sums = reduce_sums(total.stack(), contributes=place.reports_metrics)
+            losses[side] = PolicyMetrics.from_stack(sums).means()["policy_loss"]
+            gradients[side] = [p.main_grad.clone() for _, p in chunks.named_parameters()]
+        error = max(
+            float((a - b).norm() / b.norm().clamp(min=1e-12))
+            for a, b in zip(gradients["grouped"], gradients["ungrouped"], strict=True)
+        )
+        errors: list[float] = [0.0] * place.world_size
+        dist.all_gather_object(errors, error)
+        worst = max(worst, *errors)
+        if not worst < TOLERANCE or not abs(losses["grouped"] - losses["ungrouped"]) < TOLERANCE:
+            raise RuntimeError(
+                f"{objective.name}: losses {losses}, gradients differ by {worst:.1e}: not the same "
+                "step, so no times are reported"
+            )
+    return worst
+
+
+def compare(config: RunConfig, place: Runtime, *, num_batches: int, repeats: int) -> dict[str, Any]:
+    """Tokens and median seconds of an optimizer step on each side, and their ratios."""
+    chunks = build_model_chunks(
+        config.model,
+        config.parallel,
+        config.training,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+    )
+    optimizer = build_optimizer(config.optimizer, chunks)
+    scheduler = build_scheduler(config.optimizer, optimizer, total_steps=config.training.steps)
+    if config.output.load is not None:
+        CheckpointFolder.load_weights(config.output.load, chunks, optimizer)
+    engine = build_engine(config, chunks, place)
+    rollouts = [
+        engine.next_groups(config.rollouts.groups_per_step, step=i) for i in range(num_batches)
+    ]
+    engine.close()
+
+    worst = 0.0
+    tokens = dict.fromkeys(SIDES, 0)
+    for groups in rollouts:
+        steps = {side: build_step(groups, side, config, chunks, place) for side in SIDES}
+        worst = max(worst, check_equal(chunks, steps, config, place))
+        for side, step in steps.items():
+            tokens[side] += step.tokens
+
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    for _ in tqdm(range(repeats), unit="repeat", desc="compare", disable=not place.is_main):
+        for groups in rollouts:
+            for side in SIDES:
+                dist.barrier()
+                started = time.perf_counter()
+                step = build_step(groups, side, config, chunks, place)
+                train_step(chunks, optimizer, scheduler, step.batches, config.objective)
+                dist.barrier()
+                seconds[side].append(time.perf_counter() - started)
+    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    return {
+        "gradient_difference": worst,
+        "tokens_grouped": tokens["grouped"] // num_batches,
+        "tokens_ungrouped": tokens["ungrouped"] // num_batches,
+        "tokens_saved_frac": 1 - tokens["grouped"] / tokens["ungrouped"],
+        "seconds_grouped": medians["grouped"],
+        "seconds_ungrouped": medians["ungrouped"],
+        "speedup_vs_ungrouped": medians["ungrouped"] / medians["grouped"],
+    }
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, as in the file")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--batches", type=int, default=3, help="rollout batches to train on")
+    parser.add_argument("--repeats", type=int, default=7, help="steps per batch and side")
+    args = parser.parse_args()
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    config = load_run_config(args.config, tuple(args.overrides))
+    training = config.training
+    with runtime(
+        config.parallel,
+        device=training.device,
+        seed=training.seed,
+        timeout_minutes=training.timeout_minutes,
+        float64=training.dtype == "float64",
+    ) as place:
+        result = compare(config, place, num_batches=args.batches, repeats=args.repeats)
+        if place.is_main:
+            args.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The proof tool: it passes where it should, and it is able to fail."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_prefix.training.config import ModelConfig, ParallelConfig
+from megatron_prefix.training.config_loader import load_dataclass
+
+# One-token prompts and responses, a group of one, very unequal responses.
+SHAPES = [
+    {"prefix": 11, "responses": [3, 7, 1, 5]},
+    {"prefix": 1, "responses": [2, 4]},
+    {"prefix": 9, "responses": [6]},
+    {"prefix": 5, "responses": [20, 1]},
+]
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """tools/verify_equivalence.py; its processes find it by the path that they inherit."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "tools"))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    import verify_equivalence
+
+    return verify_equivalence
+
+
+def _model(tool: ModuleType, **transformer: Any) -> ModelConfig:
+    values = {
+        **tool.DEFAULT_MODEL,
+        "transformer": {**tool.DEFAULT_MODEL["transformer"], "hidden_size": 32, **transformer},
+    }
+    return load_dataclass(ModelConfig, values)
+
+
+def _assert_exact(tool: ModuleType, report: dict[str, Any]) -> None:
+    assert report["ok"]
+    for name, bound in tool.TOLERANCES["float64"].items():
+        assert report[name] <= bound
+
+
+def test_interleaved_pipeline_tensor_parallel_recompute_and_a_split_group(
+    tool: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    report = tool.verify(
+        model=_model(tool),
+        shapes=SHAPES,
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+        ),
+        recompute="full",
+        # The first group packs to 23 tokens and more.
+        token_budget=26,
+    )
+    _assert_exact(tool, report)
+    split = capfd.readouterr().out.split("data-parallel rank, ")[1].split(" groups split")[0]
+    assert int(split) >= 1
+
+
+def test_three_steps_of_the_distributed_optimizer(tool: ModuleType) -> None:
+    report = tool.verify(
+        model=_model(tool),
+        shapes=SHAPES,
+        parallel=ParallelConfig(),
+        data_parallel_size=2,
+        optimizer_steps=3,
+    )
+    _assert_exact(tool, report)
+
+
+def test_experts_on_two_ranks(tool: ModuleType) -> None:
+    report = tool.verify(
+        model=_model(tool, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24),
+        shapes=SHAPES,
+        parallel=ParallelConfig(expert_model_parallel_size=2),
+        data_parallel_size=2,
+    )
+    _assert_exact(tool, report)
+
+
+def test_a_weight_that_is_off_by_a_millionth_is_found(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = tool.spawn
+
+    def disturb(job: str, *args: Any) -> Any:
+        result = original(job, *args)
+        if job == "reference":
+            result["initial"]["decoder.layers.self_attention.linear_proj.weight"][1] *= 1 + 1e-6
+        return result
+
+    monkeypatch.setattr(tool, "spawn", disturb)
+    report = tool.verify(model=_model(tool), shapes=SHAPES[:2], parallel=ParallelConfig())
+    assert not report["ok"]
+    # Small, and still far above what it accepts.
+    for name in ("logprob_abs", "grad_rel", "param_rel"):
+        assert tool.TOLERANCES["float64"][name] < report[name] < 1e-2, name
+
+
+def _main(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["verify_equivalence.py", *arguments])
+    return tool.main()
+
+
+def test_the_last_line_is_the_report_and_a_failure_the_exit_status(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = {"loss_rel": 0.0, "logprob_abs": 0.0, "grad_rel": 1.0, "param_rel": 0.0, "ok": False}
+    monkeypatch.setattr(tool, "verify", lambda **options: report)
+    assert _main(tool, monkeypatch) == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
+    report["ok"] = True
+    assert _main(tool, monkeypatch) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prefix: 3", r"expected a list of {prefix: int, responses: [int, ...]}"),
+        ("[]", r"expected a list of {prefix: int, responses: [int, ...]}"),
+        ("[{prefix: 3, responses: [1]}, {prefix: 0, responses: [1]}]", "entry 1 is {'prefix': 0,"),
+        ("[{prefix: 3, responses: []}]", "entry 0 is {'prefix': 3, 'responses': []}"),
+        ("[{prefix: 3, responses: [1, 0]}]", "entry 0 is {'prefix': 3, 'responses': [1, 0]}"),
+        ("[{prefix: 3, responses: [1], reward: 1}]", "entry 0 is {'prefix': 3,"),
+        ("[{prefix: 3}]", "entry 0 is {'prefix': 3}"),
+        ("[{prefix: 3, responses: [200]}]", "entry 0: "),
+        ("[{prefix: ", "not readable as YAML"),
+    ],
+)
+def test_wrong_shapes_end_with_status_2_and_name_the_entry(
+    tool: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(tool, "verify", lambda **options: pytest.fail("it went on"))
+    path = tmp_path / "shapes.yaml"
+    path.write_text(text)
+    assert _main(tool, monkeypatch, "--shapes", str(path)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"verify_equivalence: {path}: ") and message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vpp", "2"], "virtual_pipeline_model_parallel_size: 2 needs"),
+        (["--tp", "0"], "tensor_model_parallel_size: 0 must be at least 1"),
+        (["--tp", "3"], "num_attention_heads (4) must be a multiple"),
+        (["--pp", "3"], "num_layers: 4 does not divide by the 3 pipeline stages"),
+        (["--ep", "2", "--dp", "2"], "ep: 2 needs a model with num_moe_experts"),
+        (["--dp", "0"], "dp: 0 must be at least 1"),
+        (["--model", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_an_impossible_layout_ends_with_status_2(
+    tool: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(tool, "verify", lambda **options: pytest.fail("it went on"))
+    assert _main(tool, monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("verify_equivalence: ") and message in error, error
