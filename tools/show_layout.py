@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_prefix.layout import PackedLayout, PrefixTree, pack
+from megatron_prefix.shapes import read_shapes
 
 EXAMPLE = [{"prefix": 12, "responses": [5, 7, 4]}, {"prefix": 6, "responses": [3, 5]}]
 SELF_STAGE, CROSS_STAGE = 1, 2
@@ -123,7 +123,11 @@ def main() -> int:
     args = parser.parse_args()
     shapes = EXAMPLE
     if args.shapes is not None:
-        shapes = yaml.safe_load(args.shapes.read_text(encoding="utf-8"))
+        try:
+            shapes = read_shapes(args.shapes)
+        except (ValueError, OSError) as error:
+            print(f"show_layout: {error}", file=sys.stderr)
+            return 2
     draw(shapes, args.out)
     print(args.out)
     return 0

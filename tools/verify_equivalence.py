@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.multiprocessing as mp
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.shapes import read_shapes
 from megatron_prefix.training.config import (
     ModelConfig,
     OptimizerSettings,
@@ -119,40 +119,6 @@ def draw_groups(shapes: list[dict[str, Any]], vocab_size: int, seed: int) -> lis
         )
         for index, shape in enumerate(shapes)
     ]
-
-
-def read_shapes(path: Path | None) -> list[dict[str, Any]]:
-    """The groups' shapes: [{prefix: int, responses: [int, ...]}, ...].
-
-    Raises:
-        ValueError: naming the file and the entry that is not of this form.
-    """
-    if path is None:
-        return DEFAULT_SHAPES
-    try:
-        shapes = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(shapes, list) or not shapes:
-        raise ValueError(f"{path}: expected a list of {{prefix: int, responses: [int, ...]}}")
-
-    def positive(value: Any) -> bool:
-        return type(value) is int and value >= 1
-
-    for index, shape in enumerate(shapes):
-        if (
-            not isinstance(shape, dict)
-            or set(shape) != {"prefix", "responses"}
-            or not positive(shape["prefix"])
-            or not isinstance(shape["responses"], list)
-            or not shape["responses"]
-            or not all(positive(length) for length in shape["responses"])
-        ):
-            raise ValueError(
-                f"{path}: entry {index} is {shape!r}; expected "
-                "{prefix: int, responses: [int, ...]} with lengths of at least 1"
-            )
-    return shapes
 
 
 def check_layout(
@@ -619,7 +585,7 @@ def main() -> int:
             expert_model_parallel_size=args.ep,
             sequence_parallel=False if args.no_sequence_parallel else None,
         )
-        shapes = read_shapes(args.shapes)
+        shapes = DEFAULT_SHAPES if args.shapes is None else read_shapes(args.shapes)
         check_lengths(shapes, model, args.shapes)
         check_layout(model, parallel, args.dp, args.optimizer_steps)
     except (ConfigError, ValueError, OSError) as error:

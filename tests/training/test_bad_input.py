@@ -64,8 +64,8 @@ BAD_RECORDS: dict[str, tuple[list[Any], str]] = {
     "malformed line": ([GOOD[0], '{"prompt": [1,'], r":2: not a JSON object: "),
     "group over the budget": (
         [GOOD[0], _changed(responses=[[7] * 15] * 2 + [[8] * 15, [9] * 15])],
-        r":2\) packs to \d+ tokens, over token_budget=48, and allow_split is off; raise token_budget "
-        r"or set allow_split",
+        r":2\) packs to \d+ tokens, over token_budget=48, and allow_split is off; raise "
+        r"token_budget or set allow_split",
     ),
 }
 

@@ -1,0 +1,44 @@
+"""The shapes of groups as a YAML file, which the tools share.
+
+- {prefix: 4096, responses: [512, 380, 700]}
+- {prefix: 900, responses: [64, 64]}
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def read_shapes(path: Path) -> list[dict[str, Any]]:
+    """The groups' shapes: [{prefix: int, responses: [int, ...]}, ...].
+
+    Raises:
+        ValueError: naming the file and the entry that is not of this form.
+    """
+    try:
+        shapes = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(shapes, list) or not shapes:
+        raise ValueError(f"{path}: expected a list of {{prefix: int, responses: [int, ...]}}")
+
+    def positive(value: Any) -> bool:
+        return type(value) is int and value >= 1
+
+    for index, shape in enumerate(shapes):
+        if (
+            not isinstance(shape, dict)
+            or set(shape) != {"prefix", "responses"}
+            or not positive(shape["prefix"])
+            or not isinstance(shape["responses"], list)
+            or not shape["responses"]
+            or not all(positive(length) for length in shape["responses"])
+        ):
+            raise ValueError(
+                f"{path}: entry {index} is {shape!r}; expected "
+                "{prefix: int, responses: [int, ...]} with lengths of at least 1"
+            )
+    return shapes

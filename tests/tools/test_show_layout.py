@@ -1,0 +1,29 @@
+"""tools/show_layout.py draws what the stages compute."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "show_layout.py"
+
+
+def test_it_writes_a_png_for_the_given_shapes(tmp_path: Path) -> None:
+    shapes = tmp_path / "shapes.yaml"
+    shapes.write_text("- {prefix: 5, responses: [2, 3]}\n- {prefix: 1, responses: [4]}\n")
+    out = tmp_path / "layout.png"
+    subprocess.run([sys.executable, TOOL, "--shapes", shapes, "--out", out], check=True)
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_shapes_are_named(tmp_path: Path) -> None:
+    shapes = tmp_path / "shapes.yaml"
+    shapes.write_text("- {prefix: 5, responses: [2, 0]}\n")
+    run = subprocess.run(
+        [sys.executable, TOOL, "--shapes", shapes, "--out", tmp_path / "layout.png"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert "entry 0" in run.stderr
