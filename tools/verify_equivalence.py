@@ -335,12 +335,8 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
             token_budget=training.token_budget,
             data_parallel_size=place.data_parallel_size,
             model_shape=model_shape(case.model, chunks.config),
-            pad_to_multiple=(
-                parallel.tensor_model_parallel_size if parallel.uses_sequence_parallel else 1
-            ),
-            microbatch_multiple=(
-                parallel.pipeline_model_parallel_size if parallel.num_model_chunks > 1 else 1
-            ),
+            pad_to_multiple=parallel.pad_to_multiple,
+            microbatch_multiple=parallel.microbatch_multiple,
         )
         minibatch = build_minibatch(
             case.groups,

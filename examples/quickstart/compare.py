@@ -70,9 +70,7 @@ def build_step(
     for group, members in zip(groups, trained_sequences(groups, config.objective), strict=True):
         trees += prefix_trees(group, side)
         sequences += [members] if side == "grouped" else [[member] for member in members]
-    padding = (
-        config.parallel.tensor_model_parallel_size if config.parallel.uses_sequence_parallel else 1
-    )
+    padding = config.parallel.pad_to_multiple
     plan = plan_microbatches(
         trees,
         token_budget=config.training.token_budget,

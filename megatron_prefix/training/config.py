@@ -131,6 +131,16 @@ class ParallelConfig:
         return self.sequence_parallel
 
     @property
+    def pad_to_multiple(self) -> int:
+        """What the length of a packed row must be a multiple of."""
+        return self.tensor_model_parallel_size if self.uses_sequence_parallel else 1
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the number of microbatches must be a multiple of: the interleaved schedule's."""
+        return self.pipeline_model_parallel_size if self.num_model_chunks > 1 else 1
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size

@@ -87,16 +87,8 @@ class Trainer:
             data_parallel_size=runtime.data_parallel_size,
             model_shape=model_shape(config.model, self.chunks.config),
             allow_split=config.training.allow_split,
-            pad_to_multiple=(
-                config.parallel.tensor_model_parallel_size
-                if config.parallel.uses_sequence_parallel
-                else 1
-            ),
-            microbatch_multiple=(
-                config.parallel.pipeline_model_parallel_size
-                if config.parallel.num_model_chunks > 1
-                else 1
-            ),
+            pad_to_multiple=config.parallel.pad_to_multiple,
+            microbatch_multiple=config.parallel.microbatch_multiple,
         )
         with raise_together():
             self.engine = build_engine(config, self.chunks, runtime)

@@ -237,29 +237,50 @@ def test_a_closed_engine_has_no_file_open_and_can_read_on(tmp_path):
     assert contents(reader.next_groups(1, step=0)) == contents(numbered_groups(2)[1:])
 
 
-def test_the_data_may_move_between_runs_but_not_change(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    groups = numbered_groups(3)
-    path = write(tmp_path / "a.jsonl", [whole_record(g) for g in groups])
+def _after_two_groups(path):
     reader = engine(path)
     reader.next_groups(2, step=0)
     state = reader.state_dict()
     reader.close()
+    return state
+
+
+def test_the_data_may_move_between_runs(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    groups = numbered_groups(3)
+    path = write(tmp_path / "a.jsonl", [whole_record(g) for g in groups])
+    state = _after_two_groups(path)
 
     moved = Path(shutil.copy(path, tmp_path / "elsewhere"))
     other = engine(moved)
     other.load_state_dict(state)
     assert contents(other.next_groups(1, step=0)) == contents(groups[2:])
+    with pytest.raises(ValueError, match="the files of rollouts have changed"):
+        engine(moved, moved).load_state_dict(state)
+
+
+def test_what_comes_after_the_position_may_change_between_runs(tmp_path):
+    groups = numbered_groups(4)
+    path = write(tmp_path / "a.jsonl", [whole_record(g) for g in groups[:3]])
+    state = _after_two_groups(path)
+
+    write(path, [whole_record(g) for g in groups])
+    other = engine(path)
+    other.load_state_dict(state)
+    assert contents(other.next_groups(2, step=0)) == contents(groups[2:])
+
+
+def test_what_came_before_the_position_may_not_change_its_length(tmp_path):
+    path = write(tmp_path / "a.jsonl", [whole_record(g) for g in numbered_groups(3)])
+    state = _after_two_groups(path)
 
     size = path.stat().st_size
-    path.write_text(path.read_text() + "\n")
+    path.write_text(" " + path.read_text())
     with pytest.raises(
         ValueError,
         match=rf"changed: .* in a.jsonl \({size} bytes\), but there are a.jsonl \({size + 1} bytes",
     ):
         engine(path).load_state_dict(state)
-    with pytest.raises(ValueError, match="the files of rollouts have changed"):
-        engine(moved, moved).load_state_dict(state)
 
 
 def test_the_engine_is_a_rollout_engine(tmp_path):
