@@ -81,7 +81,10 @@ def _compare_sides(rank: int, world_size: int) -> list[str]:
             use_distributed_optimizer=False,
         )
         grouped = benchmark.make_batch(trees["grouped"], shape)
-        shifted = dataclasses.replace(grouped, position_ids=grouped.position_ids.flip(1))
+        flipped = grouped.params.position_ids.flip(0)
+        shifted = dataclasses.replace(
+            grouped, params=dataclasses.replace(grouped.params, position_ids=flipped)
+        )
         doubled = dataclasses.replace(grouped, weights=grouped.weights * 2)
         for side in (grouped, benchmark.make_batch(other["grouped"], shape), shifted, doubled):
             batches = {
