@@ -4,7 +4,8 @@
 
 Forward and backward of a real Megatron GPTModel on the CPU, float32. Both sides are packed without
 padding and run through the same layers, attention kernels and log-probability head; the ungrouped
-side repeats the prompt in every sequence. Repeats are interleaved and medians reported. Before a
+side repeats the prompt in every sequence. The sides take turns step
+by step and the median of the repeats' ratios is reported. Before a
 ratio is printed, loss and gradients of both sides must agree. Peak memory is measured in a process
 of its own per side: the growth of the resident set over the model that is already built.
 
@@ -132,26 +133,33 @@ def measure_times(args: argparse.Namespace, shape: Shape) -> tuple[dict[str, lis
         }
         check_equal(chunks, batches)
         seconds: dict[str, list[float]] = {side: [] for side in batches}
-        order = list(batches)
         for _ in range(args.repeats):
-            for side in order:
-                gc.collect()
-                seconds[side].append(time_steps(chunks, batches[side], args.seconds_per_repeat))
-            # Each side goes first as often as second.
-            order.reverse()
+            for side, time_of_a_step in time_steps(chunks, batches, args.seconds).items():
+                seconds[side].append(time_of_a_step)
         sizes = model_shape(model, chunks.config)
     shared = trees(shape, args.vocab, args.seed)["grouped"]
     return seconds, sizes.ungrouped_flops(shared) / sizes.tree_flops(shared)
 
 
-def time_steps(chunks: ModelChunks, batch: PackedBatch, at_least: float) -> float:
-    """Seconds of one step, by running steps for `at_least` seconds."""
-    steps = 0
-    started = time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < at_least:
-        run_step(chunks, batch)
-        steps += 1
-    return elapsed / steps
+def time_steps(
+    chunks: ModelChunks, batches: dict[str, PackedBatch], at_least: float
+) -> dict[str, float]:
+    """Seconds of one step of each side, over steps that take turns for `at_least` seconds each.
+
+    Turns within a repeat, in alternating order, since a machine's speed may drift by more than what
+    is measured.
+    """
+    total = dict.fromkeys(batches, 0.0)
+    order, rounds = list(batches), 0
+    while min(total.values()) < at_least:
+        for side in order:
+            gc.collect()
+            started = time.perf_counter()
+            run_step(chunks, batches[side])
+            total[side] += time.perf_counter() - started
+        order.reverse()
+        rounds += 1
+    return {side: seconds / rounds for side, seconds in total.items()}
 
 
 def measure_peak_mb(args: argparse.Namespace, shape: Shape, side: str) -> float:
@@ -193,7 +201,9 @@ def benchmark(args: argparse.Namespace, shape: Shape) -> dict[str, float]:
         side: in_fresh_process(measure_peak_mb, args, shape, side)
         for side in ("grouped", "ungrouped")
     }
-    time_ratio = statistics.median(seconds["ungrouped"]) / statistics.median(seconds["grouped"])
+    time_ratio = statistics.median(
+        u / g for u, g in zip(seconds["ungrouped"], seconds["grouped"], strict=True)
+    )
     return {
         "G": shape.group_size,
         "prefix": shape.prefix,
@@ -230,9 +240,7 @@ def main() -> int:
     parser.add_argument("--ffn", type=int, default=688)
     parser.add_argument("--vocab", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--seconds-per-repeat", type=float, default=2.0, help="a repeat runs steps for so long"
-    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each side in a repeat")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the JSON line as well")
