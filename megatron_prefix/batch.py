@@ -3,6 +3,8 @@
 Legend: T tokens of the row, N labelled positions (where some sequence trains on the label),
 E entries. An entry is one trained token of one sequence; a position that several sequences share
 (a response that branches) is one label and several entries, so each keeps its own advantage.
+
+Under context parallelism all of these are what this rank holds of the row.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prefix.layout import PackedLayout
@@ -48,11 +51,15 @@ class PackedBatch:
     """[E] int64: index into the N labels."""
     sequence_ids: Tensor
     """[E] int64: sequence of this microbatch, 0 .. num_sequences - 1."""
+    sequence_tokens: Tensor
+    """[E] int64: which of its sequence's trained tokens each is, from 0."""
     weights: Tensor
     """[E] float64"""
     advantages: Tensor
     """[E] float64"""
     num_sequences: int
+    context_parallel_group: dist.ProcessGroup | None = None
+    """The ranks that the row is distributed over; None: all of it is here."""
     old_logprobs: Tensor | None = None
     """[E]"""
     reference_logprobs: Tensor | None = None
@@ -70,6 +77,8 @@ def build_batch(
     *,
     device: torch.device,
     kernel: str | None = None,
+    context_parallel_group: dist.ProcessGroup | None = None,
+    check_equal: bool = True,
 ) -> PackedBatch:
     """Tensors of a packed layout and its sequences' training data.
 
@@ -78,17 +87,78 @@ def build_batch(
         sequences: one for each sequence of `layout.tree`, in its order.
         device: where the tensors go.
         kernel: attention kernel by name; None takes the best for the device.
+        context_parallel_group, check_equal: see `PrefixPackedSeqParams.from_layout`.
 
     Raises:
         ValueError: a sequence's old log-probabilities do not match its trained tokens.
     """
     assert len(sequences) == layout.tree.num_sequences
-    positions, ids, old = [], [], []
+    params = PrefixPackedSeqParams.from_layout(
+        layout,
+        device,
+        kernel=kernel,
+        context_parallel_group=context_parallel_group,
+        check_equal=check_equal,
+    )
+    entries = _all_entries(layout, sequences)
+    # Where this rank has each position of the row, -1 for those of other ranks.
+    places = np.full(layout.num_tokens, -1, dtype=np.int64)
+    rows = params.own_rows
+    places[rows[rows >= 0]] = np.flatnonzero(rows >= 0)
+    entries = entries.select(places[entries.positions] >= 0)
+    label_positions, entry_labels = np.unique(places[entries.positions], return_inverse=True)
+    per_sequence = np.array([(s.weight, s.advantage) for s in sequences]).reshape(-1, 2)
+
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+
+    return PackedBatch(
+        input_ids=params.own(layout.input_ids)[None],
+        position_ids=params.position_ids[None],
+        params=params,
+        label_positions=on_device(label_positions),
+        labels=on_device(layout.labels[rows[label_positions]]),
+        entry_labels=on_device(entry_labels.reshape(-1)),
+        sequence_ids=on_device(entries.sequences),
+        sequence_tokens=on_device(entries.tokens),
+        weights=on_device(per_sequence[entries.sequences, 0]),
+        advantages=on_device(per_sequence[entries.sequences, 1]),
+        num_sequences=len(sequences),
+        context_parallel_group=context_parallel_group,
+        old_logprobs=None if entries.old_logprobs is None else on_device(entries.old_logprobs),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entries:
+    """[E] each, sequence by sequence."""
+
+    positions: np.ndarray
+    """In the packed row."""
+    sequences: np.ndarray
+    tokens: np.ndarray
+    old_logprobs: np.ndarray | None
+
+    def select(self, chosen: np.ndarray) -> _Entries:
+        old = self.old_logprobs
+        return _Entries(
+            positions=self.positions[chosen],
+            sequences=self.sequences[chosen],
+            tokens=self.tokens[chosen],
+            old_logprobs=None if old is None else old[chosen],
+        )
+
+
+def _all_entries(layout: PackedLayout, sequences: Sequence[TrainedSequence]) -> _Entries:
+    """The trained tokens of every sequence of the row."""
+    none = np.zeros(0, dtype=np.int64)
+    positions, ids, tokens, old = [none], [none], [none], [np.zeros(0)]
     for i, sequence in enumerate(sequences):
         # The position that predicts token j is entry j - 1 of the sequence's positions.
         trained = layout.sequence_positions(i)[sequence.first_trained - 1 :]
         positions.append(trained)
         ids.append(np.full(len(trained), i, dtype=np.int64))
+        tokens.append(np.arange(len(trained)))
         if sequence.old_logprobs is not None:
             if len(sequence.old_logprobs) != len(trained):
                 raise ValueError(
@@ -96,25 +166,10 @@ def build_batch(
                     f"{len(trained)} trained tokens"
                 )
             old.append(np.asarray(sequence.old_logprobs, dtype=np.float64))
-    entry_positions = np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64)
-    sequence_ids = np.concatenate(ids) if ids else np.zeros(0, dtype=np.int64)
-    label_positions, entry_labels = np.unique(entry_positions, return_inverse=True)
-    per_sequence = np.array([(s.weight, s.advantage) for s in sequences]).reshape(-1, 2)
-    knows_old = bool(sequences) and len(old) == len(sequences)
-
-    def on_device(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
-
-    return PackedBatch(
-        input_ids=on_device(layout.input_ids)[None],
-        position_ids=on_device(layout.position_ids)[None],
-        params=PrefixPackedSeqParams.from_layout(layout, device, kernel=kernel),
-        label_positions=on_device(label_positions),
-        labels=on_device(layout.labels[label_positions]),
-        entry_labels=on_device(entry_labels.reshape(-1)),
-        sequence_ids=on_device(sequence_ids),
-        weights=on_device(per_sequence[sequence_ids, 0]),
-        advantages=on_device(per_sequence[sequence_ids, 1]),
-        num_sequences=len(sequences),
-        old_logprobs=on_device(np.concatenate(old)) if knows_old else None,
+    knows_old = bool(sequences) and len(old) == len(sequences) + 1
+    return _Entries(
+        positions=np.concatenate(positions),
+        sequences=np.concatenate(ids),
+        tokens=np.concatenate(tokens),
+        old_logprobs=np.concatenate(old) if knows_old else None,
     )

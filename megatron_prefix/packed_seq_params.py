@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_prefix.agreement import check_equal_across_ranks
+from megatron_prefix.attention.comm_types import CommType
+from megatron_prefix.attention.context_parallel import ContextParallelPlan
 from megatron_prefix.attention.function import prefix_attention
 from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.attention.stages import AttentionPlan
-from megatron_prefix.layout import PackedLayout
+from megatron_prefix.layout import PackedLayout, shard_layout
 
 
 @dataclass
 class PrefixPackedSeqParams(PackedSeqParams):
     """`PackedSeqParams` of one packed row in which prefixes are shared.
 
-    To Megatron it is one packed sequence of T tokens (`cu_seqlens = [0, T]`); the two fields it
+    Under context parallelism it describes this rank's part of the row; T are the tokens of that
+    part. To Megatron it is one packed sequence of T tokens (`cu_seqlens = [0, T]`); the fields it
     adds are what our attention reads. `max_seqlen_*` are the longest logical path, since GPTModel
     sizes its RoPE table by them.
     """
 
-    plan: AttentionPlan = None
+    plan: AttentionPlan | ContextParallelPlan = None
     """The attention stages of the row."""
     position_ids: Tensor = None
     """[T] int64: each token's position in its own sequence."""
@@ -32,10 +38,41 @@ class PrefixPackedSeqParams(PackedSeqParams):
 
     @classmethod
     def from_layout(
-        cls, layout: PackedLayout, device: torch.device, *, kernel: str | None = None
+        cls,
+        layout: PackedLayout,
+        device: torch.device,
+        *,
+        kernel: str | None = None,
+        context_parallel_group: dist.ProcessGroup | None = None,
+        check_equal: bool = True,
     ) -> PrefixPackedSeqParams:
-        """Params of a packed layout, with its tensors on `device`."""
-        cu_seqlens = torch.tensor([0, layout.num_tokens], dtype=torch.int32).to(
+        """Params of a packed layout, with its tensors on `device`.
+
+        Args:
+            layout: the packed row, the same on every rank of the group; its length a multiple of
+                the group's size.
+            device: of the model.
+            kernel: attention kernel by name; None takes the best for the device.
+            context_parallel_group: the ranks that the row is distributed over; None, or a group of
+                one, for the whole row here.
+            check_equal: compare the ranks' plans (a small collective), since different ones would
+                let them wait for each other. False where the caller has seen to it.
+
+        Raises:
+            ValueError: the row does not divide by the group's size.
+            RuntimeError: the ranks have different rows; it shows all of them.
+        """
+        size = 1 if context_parallel_group is None else dist.get_world_size(context_parallel_group)
+        if size == 1:
+            plan = AttentionPlan.from_layout(layout, device)
+        else:
+            shards = shard_layout(layout, size)
+            if check_equal:
+                check_equal_across_ranks(
+                    "the packed row", shards.summary(), group=context_parallel_group
+                )
+            plan = ContextParallelPlan(shards, context_parallel_group, device)
+        cu_seqlens = torch.tensor([0, plan.num_tokens], dtype=torch.int32).to(
             device, non_blocking=True
         )
         return cls(
@@ -44,21 +81,61 @@ class PrefixPackedSeqParams(PackedSeqParams):
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=layout.max_seqlen,
             max_seqlen_kv=layout.max_seqlen,
-            plan=AttentionPlan.from_layout(layout, device),
-            position_ids=torch.from_numpy(layout.position_ids).to(device, non_blocking=True),
+            plan=plan,
+            position_ids=_own(plan, layout.position_ids, device),
             kernel=kernel,
         )
 
-    def attend(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    @property
+    def own_rows(self) -> np.ndarray:
+        """[T] int64: position in the packed row of each of this rank's tokens; -1 on padding that
+        context parallelism has moved."""
+        if isinstance(self.plan, ContextParallelPlan):
+            return self.plan.rows
+        return np.arange(self.plan.num_tokens)
+
+    def own(self, row: np.ndarray) -> Tensor:
+        """This rank's part of a row's values, such as `layout.input_ids`; 0 on padding.
+
+        Args:
+            row: [tokens of the whole row, ...]
+
+        Returns:
+            [T, ...], on the params' device.
+        """
+        return _own(self.plan, row, self.position_ids.device)
+
+    def attend(
+        self,
+        layer_number: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        comm_type: CommType,
+    ) -> Tensor:
         """The core attention of one layer. A subclass may keep k and v, or add earlier ones.
 
         Args:
             layer_number: of the layer in the whole model, from 1.
             q: [T, heads, dim], rotated; k and v: [T, kv heads, dim], k rotated.
             scale: factor of q k^T before the softmax.
+            comm_type: the layer's kind of context-parallel communication.
 
         Returns:
             [T, heads, dim] in q's dtype.
         """
         kernel = select_kernel(self.kernel, device=q.device, dtype=q.dtype, head_dim=q.shape[-1])
+        if isinstance(self.plan, ContextParallelPlan):
+            return self.plan.attend(comm_type, layer_number, q, k, v, scale=scale, kernel=kernel)
         return prefix_attention(q, k, v, self.plan, scale=scale, kernel=kernel)
+
+
+def _own(
+    plan: AttentionPlan | ContextParallelPlan, row: np.ndarray, device: torch.device
+) -> Tensor:
+    if isinstance(plan, ContextParallelPlan):
+        row = row[plan.rows]
+        row[plan.rows < 0] = 0
+    return torch.from_numpy(np.ascontiguousarray(row)).to(device, non_blocking=True)

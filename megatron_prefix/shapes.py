@@ -2,6 +2,10 @@
 
 - {prefix: 4096, responses: [512, 380, 700]}
 - {prefix: 900, responses: [64, 64]}
+- {system: 200, prefix: 700, responses: [64, 64]}
+
+`system` are tokens that the prompts of all groups with it begin with, before `prefix` tokens of
+their own.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import yaml
 
 
 def read_shapes(path: Path) -> list[dict[str, Any]]:
-    """The groups' shapes: [{prefix: int, responses: [int, ...]}, ...].
+    """The groups' shapes: [{prefix: int, responses: [int, ...]}, ...], `system` where given.
 
     Raises:
         ValueError: naming the file and the entry that is not of this form.
@@ -31,7 +35,8 @@ def read_shapes(path: Path) -> list[dict[str, Any]]:
     for index, shape in enumerate(shapes):
         if (
             not isinstance(shape, dict)
-            or set(shape) != {"prefix", "responses"}
+            or set(shape) - {"system"} != {"prefix", "responses"}
+            or not positive(shape.get("system", 1))
             or not positive(shape["prefix"])
             or not isinstance(shape["responses"], list)
             or not shape["responses"]

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_prefix.attention.comm_types import COMM_TYPES
+
 
 class UnsupportedOptionError(ValueError):
     """An option of the model's config that cannot work with shared prefixes."""
@@ -44,10 +46,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(option="hidden_dropout", refused=_positive, why=_DROPOUT, instead="hidden_dropout: 0"),
     Refusal(
-        option="context_parallel_size",
-        refused=lambda v: v is not None and v > 1,
-        why="segments are not yet distributed over context-parallel ranks",
-        instead="context_parallel_size: 1",
+        option="hybrid_context_parallel",
+        refused=_is_set,
+        why="it gives every sequence a context-parallel group of its own",
+        instead="hybrid_context_parallel: false",
     ),
     Refusal(
         option="multi_latent_attention",
@@ -172,6 +174,7 @@ def refuse_unsupported(config: Any) -> None:
             )
     _refuse_load_balancing(config)
     _refuse_fused_yarn(config)
+    _refuse_comm_types(config)
 
 
 def _refuse_load_balancing(config: Any) -> None:
@@ -205,3 +208,26 @@ def _refuse_fused_yarn(config: Any) -> None:
             "apply_rope_fusion=True drops YaRN's attention scale for packed sequences. Set "
             "apply_rope_fusion: false"
         )
+
+
+def _refuse_comm_types(config: Any) -> None:
+    """Kinds that are not ours, and heads that cannot be exchanged."""
+    size = config.context_parallel_size
+    if size == 1 or config.cp_comm_type is None:
+        return
+    kinds = config.cp_comm_type
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind not in COMM_TYPES:
+            raise UnsupportedOptionError(
+                f"cp_comm_type={kind!r} cannot be combined with shared prefixes. Set cp_comm_type: "
+                f"{', '.join(COMM_TYPES[:-1])} or {COMM_TYPES[-1]}"
+            )
+        for option in ("num_attention_heads", "num_query_groups"):
+            heads = getattr(config, option)
+            if kind == "a2a" and heads % (config.tensor_model_parallel_size * size):
+                raise UnsupportedOptionError(
+                    f"cp_comm_type='a2a' needs {option}={heads} to be a multiple of "
+                    f"tensor_model_parallel_size x context_parallel_size = "
+                    f"{config.tensor_model_parallel_size} x {size}. Set cp_comm_type: all_gather "
+                    "or p2p"
+                )

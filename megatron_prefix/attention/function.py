@@ -13,6 +13,8 @@ Shapes: T packed tokens, H query heads, Hk key/value heads, D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_prefix.attention.kernels import Kernel
-from megatron_prefix.attention.stages import AttentionPlan
+from megatron_prefix.attention.stages import AttentionPlan, StageTensors
 
 
 def prefix_attention(
@@ -42,7 +44,7 @@ def prefix_attention(
     Raises:
         ValueError: the shapes or dtypes of q, k, v and the plan do not belong together.
     """
-    _check(q, k, v, plan)
+    check_shapes(q, k, v, plan.num_tokens)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return _PrefixAttention.apply(q, k, v, plan, scale, kernel)
 
@@ -61,26 +63,13 @@ class _PrefixAttention(torch.autograd.Function):
         kernel: Kernel,
     ) -> Tensor:
         """Compute the self stage into the packed output, then merge the cross stages into it."""
-        for stage in plan.stages:
-            stage_out, stage_lse = kernel.forward(
-                q[stage.queries],
-                k[stage.keys],
-                v[stage.keys],
-                stage.cu_q,
-                stage.cu_k,
-                stage.max_q,
-                stage.max_k,
-                causal=stage.causal,
-                scale=scale,
-            )
-            if stage is plan.stages[0]:
-                lse = stage_lse
-                out = stage_out.to(lse.dtype) if len(plan.stages) > 1 else stage_out
-            else:
-                merge_(out[stage.queries], lse[stage.queries], stage_out, stage_lse)
+        compute = StageCompute(kernel, scale)
+        self_stage, *cross_stages = plan.stages
+        out, lse = compute.first(self_stage, q, k, v, wide=bool(cross_stages))
+        compute.merge(cross_stages, q, k, v, out, lse)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale, ctx.kernel = plan, scale, kernel
+        ctx.plan, ctx.compute = plan, compute
         return out
 
     @staticmethod
@@ -88,31 +77,115 @@ class _PrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Add up the stages' shares of dq, dk and dv, in the order of the stages."""
         q, k, v, out, lse = ctx.saved_tensors
-        dout = dout.contiguous()
-        stages = ctx.plan.stages
-        for stage in stages:
-            dq_share, dk_share, dv_share = ctx.kernel.backward(
-                dout[stage.queries],
-                q[stage.queries],
-                k[stage.keys],
-                v[stage.keys],
-                out[stage.queries],
-                lse[stage.queries],
-                stage.cu_q,
-                stage.cu_k,
-                stage.max_q,
-                stage.max_k,
-                causal=stage.causal,
-                scale=ctx.scale,
-            )
-            if stage is stages[0]:
-                wide = lse.dtype if len(stages) > 1 else q.dtype
-                dq, dk, dv = dq_share.to(wide), dk_share.to(wide), dv_share.to(wide)
-            else:
-                dq[stage.queries] += dq_share
-                dk[stage.keys] += dk_share
-                dv[stage.keys] += dv_share
+        merged = MergedAttention(q=q, out=out, lse=lse, dout=dout.contiguous())
+        self_stage, *cross_stages = ctx.plan.stages
+        dq, dk, dv = ctx.compute.first_shares(self_stage, merged, k, v, wide=bool(cross_stages))
+        ctx.compute.add_shares(cross_stages, merged, k, v, dq, dk, dv)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedAttention:
+    """What the backward of every stage reads of the queries: out and lse over all their keys."""
+
+    q: Tensor
+    """[T, H, D]"""
+    out: Tensor
+    """[T, H, D]"""
+    lse: Tensor
+    """[T, H]"""
+    dout: Tensor
+    """[T, H, D], contiguous"""
+
+
+@dataclass(frozen=True)
+class StageCompute:
+    """Stages through one kernel: forward merged, backward added up."""
+
+    kernel: Kernel
+    scale: float
+
+    def first(
+        self, stage: StageTensors, q: Tensor, k: Tensor, v: Tensor, *, wide: bool
+    ) -> tuple[Tensor, Tensor]:
+        """out [T, H, D] and lse [T, H] of a stage over the whole row; `wide`: in lse's dtype."""
+        out, lse = self._forward(stage, q, k, v)
+        return (out.to(lse.dtype) if wide else out), lse
+
+    def merge(
+        self,
+        stages: Iterable[StageTensors],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Merge stages against the keys k, v into out and lse, in place."""
+        for stage in stages:
+            stage_out, stage_lse = self._forward(stage, q, k, v)
+            merged_out, merged_lse = out[stage.queries], lse[stage.queries]
+            merge_(merged_out, merged_lse, stage_out, stage_lse)
+            if isinstance(stage.queries, Tensor):  # copies, not views
+                out[stage.queries], lse[stage.queries] = merged_out, merged_lse
+
+    def first_shares(
+        self, stage: StageTensors, merged: MergedAttention, k: Tensor, v: Tensor, *, wide: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of a stage over the whole row; `wide`: in lse's dtype, to be added to."""
+        dtype = merged.lse.dtype if wide else merged.q.dtype
+        dq, dk, dv = (share.to(dtype) for share in self._backward(stage, merged, k, v))
+        return dq, dk, dv
+
+    def add_shares(
+        self,
+        stages: Iterable[StageTensors],
+        merged: MergedAttention,
+        k: Tensor,
+        v: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """Add the stages' shares against the keys k, v to dq, and to dk and dv of these keys."""
+        for stage in stages:
+            dq_share, dk_share, dv_share = self._backward(stage, merged, k, v)
+            dq[stage.queries] += dq_share
+            dk[stage.keys] += dk_share
+            dv[stage.keys] += dv_share
+
+    def _forward(
+        self, stage: StageTensors, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.kernel.forward(
+            q[stage.queries],
+            k[stage.keys],
+            v[stage.keys],
+            stage.cu_q,
+            stage.cu_k,
+            stage.max_q,
+            stage.max_k,
+            causal=stage.causal,
+            scale=self.scale,
+        )
+
+    def _backward(
+        self, stage: StageTensors, merged: MergedAttention, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.kernel.backward(
+            merged.dout[stage.queries],
+            merged.q[stage.queries],
+            k[stage.keys],
+            v[stage.keys],
+            merged.out[stage.queries],
+            merged.lse[stage.queries],
+            stage.cu_q,
+            stage.cu_k,
+            stage.max_q,
+            stage.max_k,
+            causal=stage.causal,
+            scale=self.scale,
+        )
 
 
 def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
@@ -125,12 +198,13 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
     torch.logaddexp(lse, other_lse, out=lse)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> None:
+    """Raise a ValueError unless q, k and v are [num_tokens, heads, head_dim] and go together."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 3:
         raise ValueError(f"{shapes}: expected [tokens, heads, head_dim] for each")
-    if not q.shape[0] == k.shape[0] == v.shape[0] == plan.num_tokens:
-        raise ValueError(f"{shapes}: the attention plan is for {plan.num_tokens} tokens")
+    if not q.shape[0] == k.shape[0] == v.shape[0] == num_tokens:
+        raise ValueError(f"{shapes}: the attention plan is for {num_tokens} tokens")
     if not q.shape[2] == k.shape[2] == v.shape[2]:
         raise ValueError(
             f"{shapes}: head_dim {q.shape[2]}, {k.shape[2]}, {v.shape[2]} must be the same for q, "

@@ -7,14 +7,19 @@ are those of C, until a batch carries `PrefixPackedSeqParams`.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_prefix.attention.comm_types import layer_comm_type
 from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.support import refuse_unsupported
 
@@ -32,22 +37,59 @@ class _PrefixSelfAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """See Megatron's `Attention.forward`."""
-        if isinstance(packed_seq_params, PrefixPackedSeqParams) and rotary_pos_emb is not None:
-            # Megatron takes a table of exactly T rows token by token, in every release.
-            rows = packed_seq_params.position_ids
-            rotary_pos_emb = (
-                tuple(table[rows] for table in rotary_pos_emb)
-                if isinstance(rotary_pos_emb, tuple)
-                else rotary_pos_emb[rows]
+        if not isinstance(packed_seq_params, PrefixPackedSeqParams):
+            context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        else:
+            context = _rotary_without_context_parallel(self)
+            if rotary_pos_emb is not None:
+                # Megatron takes a table of exactly T rows token by token, in every release.
+                rows = packed_seq_params.position_ids
+                rotary_pos_emb = (
+                    tuple(table[rows] for table in rotary_pos_emb)
+                    if isinstance(rotary_pos_emb, tuple)
+                    else rotary_pos_emb[rows]
+                )
+        with context:
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                *args,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
             )
-        return super().forward(
-            hidden_states,
-            attention_mask,
-            *args,
-            rotary_pos_emb=rotary_pos_emb,
-            packed_seq_params=packed_seq_params,
-            **kwargs,
-        )
+
+
+class _OneRank:
+    """Stands in for a process group of this rank alone."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _rotary_without_context_parallel(attention: Any) -> Iterator[None]:
+    """Within the block, Megatron's rotary embedding takes its table as this rank's own.
+
+    It asks the self attention's context-parallel group, and nothing else of the self attention
+    does, whose slice of a table to take; ours has the rows of this rank's tokens only.
+    """
+    # `pg_collection` since 0.15, `model_comm_pgs` before.
+    name = "pg_collection" if hasattr(attention, "pg_collection") else "model_comm_pgs"
+    groups = getattr(attention, name)
+    if groups.cp.size() == 1:
+        yield
+        return
+    alone = copy.copy(groups)
+    alone.cp = _OneRank()
+    setattr(attention, name, alone)
+    try:
+        yield
+    finally:
+        setattr(attention, name, groups)
 
 
 class _PrefixCoreAttention:
@@ -56,8 +98,20 @@ class _PrefixCoreAttention:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         config = kwargs["config"] if "config" in kwargs else args[0]
         refuse_unsupported(config)
+        prefix_only = config.context_parallel_size > 1 and isinstance(self, DotProductAttention)
+        if prefix_only:
+            # Megatron's own dot-product attention refuses context parallelism; ours never asks it.
+            base_config = copy.copy(config)
+            base_config.context_parallel_size = 1
+            if "config" in kwargs:
+                kwargs = {**kwargs, "config": base_config}
+            else:
+                args = (base_config, *args[1:])
         super().__init__(*args, **kwargs)
+        self.config = config
+        self.prefix_only = prefix_only
         self.prefix_layer_number = kwargs["layer_number"] if "layer_number" in kwargs else args[1]
+        self.prefix_comm_type = layer_comm_type(config, self.prefix_layer_number)
         softmax_scale = kwargs.get("softmax_scale")
         self.prefix_softmax_scale = (
             1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
@@ -76,6 +130,12 @@ class _PrefixCoreAttention:
     ) -> Tensor:
         """query [T, heads, dim], key and value [T, kv heads, dim] -> [T, heads * dim]."""
         if not isinstance(packed_seq_params, PrefixPackedSeqParams):
+            if self.prefix_only:
+                raise ValueError(
+                    f"context_parallel_size={self.config.context_parallel_size}: batches without "
+                    "PrefixPackedSeqParams need Transformer Engine's attention; give the batch "
+                    "these params, or use a Transformer Engine layer spec"
+                )
             return super().forward(
                 query,
                 key,
@@ -92,7 +152,12 @@ class _PrefixCoreAttention:
                 "that carry PrefixPackedSeqParams"
             )
         out = packed_seq_params.attend(
-            self.prefix_layer_number, query, key, value, scale=self.prefix_softmax_scale
+            self.prefix_layer_number,
+            query,
+            key,
+            value,
+            scale=self.prefix_softmax_scale,
+            comm_type=self.prefix_comm_type,
         )
         return out.reshape(out.shape[0], -1)
 

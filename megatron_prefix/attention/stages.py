@@ -8,6 +8,7 @@ gather and no copy.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from megatron_prefix.layout.packing import PackedLayout
+    from megatron_prefix.layout.packing import AttentionStage, PackedLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,11 @@ class StageTensors:
 
     causal: bool
     """Causal squares, else full rectangles."""
-    queries: slice
-    """The stage's query tokens in the packed row."""
+    queries: slice | Tensor
+    """The stage's query tokens in the row: a slice, or (seldom, under context parallelism) [n]
+    int64 rows."""
     keys: slice
-    """The stage's key tokens in the packed row."""
+    """The stage's key tokens in the row, or in the buffer of keys that it is called with."""
     cu_q: Tensor
     """[n+1] int32: bounds of the n rectangles' queries, relative to `queries`."""
     cu_k: Tensor
@@ -37,6 +39,32 @@ class StageTensors:
     """The longest rectangle's number of queries."""
     max_k: int
     """The longest rectangle's number of keys."""
+
+
+def stage_tensors(
+    stages: Iterable[AttentionStage], device: torch.device | str
+) -> tuple[StageTensors, ...]:
+    """The same stages with their tensors on `device`."""
+
+    def on_device(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+    return tuple(
+        StageTensors(
+            causal=stage.causal,
+            queries=(
+                slice(stage.q_start, stage.q_stop)
+                if stage.query_rows is None
+                else on_device(stage.query_rows, torch.int64)
+            ),
+            keys=slice(stage.k_start, stage.k_stop),
+            cu_q=on_device(stage.cu_q, torch.int32),
+            cu_k=on_device(stage.cu_k, torch.int32),
+            max_q=stage.max_q,
+            max_k=stage.max_k,
+        )
+        for stage in stages
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +87,4 @@ class AttentionPlan:
         self_stage = layout.stages[0]
         assert self_stage.causal, "the first stage is the self stage"
         assert (self_stage.q_start, self_stage.q_stop) == (0, layout.num_tokens)
-
-        def bounds(cu_seqlens: np.ndarray) -> Tensor:
-            return torch.tensor(cu_seqlens, dtype=torch.int32).to(device, non_blocking=True)
-
-        stages = tuple(
-            StageTensors(
-                causal=stage.causal,
-                queries=slice(stage.q_start, stage.q_stop),
-                keys=slice(stage.k_start, stage.k_stop),
-                cu_q=bounds(stage.cu_q),
-                cu_k=bounds(stage.cu_k),
-                max_q=stage.max_q,
-                max_k=stage.max_k,
-            )
-            for stage in layout.stages
-        )
-        return cls(stages=stages, num_tokens=layout.num_tokens)
+        return cls(stages=stage_tensors(layout.stages, device), num_tokens=layout.num_tokens)

@@ -1,7 +1,7 @@
 """From token lists to packed rows: the prefix tree, the microbatch plan, the layout of a row.
 
 Plain Python and NumPy. Data flows one way: `PrefixTree` -> `plan_microbatches` ->
-`microbatch_tree` -> `pack`.
+`microbatch_tree` -> `pack`, and under context parallelism -> `shard_layout` -> `RankStages`.
 """
 
 from megatron_prefix.layout.cost import ModelShape, activation_tokens
@@ -12,18 +12,24 @@ from megatron_prefix.layout.planner import (
     microbatch_tree,
     plan_microbatches,
 )
+from megatron_prefix.layout.shard_stages import GatheredStages, RankStages
+from megatron_prefix.layout.sharding import ContextShards, shard_layout
 from megatron_prefix.layout.tree import PrefixTree
 
 __all__ = [
     "AttentionStage",
+    "ContextShards",
+    "GatheredStages",
     "GroupSlice",
     "MicrobatchPlan",
     "ModelShape",
     "PackedLayout",
     "PrefixTree",
+    "RankStages",
     "Segment",
     "activation_tokens",
     "microbatch_tree",
     "pack",
     "plan_microbatches",
+    "shard_layout",
 ]

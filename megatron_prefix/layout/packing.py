@@ -74,6 +74,9 @@ class AttentionStage:
     """Queries of the longest rectangle."""
     max_k: int
     """Keys of the longest rectangle."""
+    query_rows: np.ndarray | None = None
+    """[cu_q[-1]] int64: the queries' rows where they are no slice; `q_start`, `q_stop` enclose
+    them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -164,7 +167,9 @@ def pack(tree: PrefixTree, *, pad_to_multiple: int = 1, pad_to: int | None = Non
         multiplicity[row] = np.repeat([s.multiplicity for s in segments], lengths)
 
     self_lengths = np.append(lengths, num_padding) if num_padding else lengths
-    self_stage = _stage((0, num_tokens), (0, num_tokens), self_lengths, self_lengths, causal=True)
+    self_stage = attention_stage(
+        (0, num_tokens), (0, num_tokens), self_lengths, self_lengths, causal=True
+    )
     return PackedLayout(
         tree=tree,
         segments=segments,
@@ -243,7 +248,7 @@ def _cross_stages(
             queries_of_key = np.zeros(len(keys), dtype=np.int64)
             np.add.at(queries_of_key, np.array(ancestors) - keys[0], q_lengths)
             stages_of_level.append(
-                _stage(
+                attention_stage(
                     (level_starts[m], level_starts[m + 1]),
                     (level_starts[a], level_starts[a + 1]),
                     queries_of_key,
@@ -255,17 +260,19 @@ def _cross_stages(
     return stages
 
 
-def _stage(
+def attention_stage(
     queries: tuple[int, int],
     keys: tuple[int, int],
     q_lengths: np.ndarray,
     k_lengths: np.ndarray,
     *,
     causal: bool,
+    query_rows: np.ndarray | None = None,
 ) -> AttentionStage:
+    """A stage from the bounds of its queries and keys and its rectangles' lengths."""
     cu_q = np.append(0, np.cumsum(q_lengths)).astype(np.int32)
     cu_k = np.append(0, np.cumsum(k_lengths)).astype(np.int32)
-    assert cu_q[-1] == queries[1] - queries[0]
+    assert cu_q[-1] == (queries[1] - queries[0] if query_rows is None else len(query_rows))
     assert cu_k[-1] == keys[1] - keys[0]
     return AttentionStage(
         causal=causal,
@@ -277,4 +284,5 @@ def _stage(
         cu_k=cu_k,
         max_q=int(q_lengths.max()),
         max_k=int(k_lengths.max()),
+        query_rows=query_rows,
     )

@@ -9,7 +9,10 @@ Legend: E entries; all log-probabilities and entropies in nats.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prefix.objective.config import KlEstimator, ObjectiveConfig
@@ -27,6 +30,7 @@ def policy_loss(
     config: ObjectiveConfig,
     reference_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
+    context_parallel_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, PolicyMetrics]:
     """The loss, a plain sum of weight * token loss over the entries, and its metrics.
 
@@ -41,7 +45,8 @@ def policy_loss(
         + kl_coefficient * KL estimate - entropy_coefficient * entropy
 
     The weights normalise over the global batch (`token_weights`), so losses and gradients of
-    microbatches and ranks add up, provided that gspo gets all entries of a sequence in one call.
+    microbatches and ranks add up, provided that gspo gets all entries of a sequence in one call,
+    or in the calls of one context-parallel group.
 
     Args:
         logprobs: [E] log-probabilities under the policy that is trained.
@@ -57,6 +62,8 @@ def policy_loss(
             otherwise only reported.
         entropy: [E] of the predicted distributions; needed for an entropy_coefficient above 0,
             otherwise only reported.
+        context_parallel_group: the ranks that this microbatch is distributed over; gspo sums each
+            sequence over them (collective, backward too). None: all entries are here.
 
     Returns:
         The loss (a scalar in the dtype of logprobs, at least float32; 0 with a graph for no
@@ -86,7 +93,9 @@ def policy_loss(
 
     log_ratio = logprobs - old
     if config.name == "gspo":
-        log_ratio = _sequence_mean(log_ratio, sequence_ids, num_sequences)[sequence_ids]
+        log_ratio = _sequence_mean(log_ratio, sequence_ids, num_sequences, context_parallel_group)[
+            sequence_ids
+        ]
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     if config.name == "supervised":
@@ -156,8 +165,15 @@ def kl_per_token(logprobs: Tensor, reference_logprobs: Tensor, estimator: KlEsti
     return torch.expm1(difference) - difference
 
 
-def _sequence_mean(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+def _sequence_mean(
+    values: Tensor,
+    sequence_ids: Tensor,
+    num_sequences: int,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
     """[num_sequences] means of the entries of each sequence; 0 for one without entries.
+
+    Over the entries of all ranks of `group`.
 
     Accumulating index_put and plain indexing, since the CUDA kernels of index_add and of
     index_select's backward add in no fixed order.
@@ -165,7 +181,31 @@ def _sequence_mean(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> 
     zeros = values.new_zeros(num_sequences)
     sums = zeros.index_put((sequence_ids,), values, accumulate=True)
     counts = zeros.index_put((sequence_ids,), torch.ones_like(values), accumulate=True)
+    if group is not None:
+        sums, counts = _SumOverRanks.apply(torch.stack((sums, counts)), group).unbind()
     return sums / counts.clamp(min=1)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over a group's ranks, each of which goes on to a loss of its own.
+
+    The losses are added up, so the gradient of the sum is that of all ranks together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """The same on every rank."""
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Summed over the ranks' losses."""
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 def _clipped(ratio: Tensor, advantages: Tensor, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:

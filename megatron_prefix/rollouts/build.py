@@ -92,5 +92,9 @@ def _sampler(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Sample
         chunks,
         device=runtime.device,
         kernel=config.training.kernel,
-        max_cached_tokens=_CACHED_PER_TRAINED_TOKEN * config.training.token_budget,
+        max_cached_tokens=(
+            _CACHED_PER_TRAINED_TOKEN
+            * config.training.token_budget
+            // config.parallel.context_parallel_size
+        ),
     )

@@ -88,6 +88,9 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    """Ranks that a packed row is distributed over; `model.transformer.cp_comm_type` says how they
+    communicate."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline rank (interleaved schedule)."""
     expert_model_parallel_size: int = 1
@@ -100,6 +103,7 @@ class ParallelConfig:
             1,
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
+            "context_parallel_size",
             "expert_model_parallel_size",
         )
         chunks = self.virtual_pipeline_model_parallel_size
@@ -133,7 +137,8 @@ class ParallelConfig:
     @property
     def pad_to_multiple(self) -> int:
         """What the length of a packed row must be a multiple of."""
-        return self.tensor_model_parallel_size if self.uses_sequence_parallel else 1
+        tensor = self.tensor_model_parallel_size if self.uses_sequence_parallel else 1
+        return self.context_parallel_size * tensor
 
     @property
     def microbatch_multiple(self) -> int:
@@ -142,24 +147,29 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        """Ranks that work on one packed row: tensor, pipeline and context parallel."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model in a world of `world_size` ranks."""
+        """Packed rows that run side by side in a world of `world_size` ranks."""
         if world_size % self.model_parallel_size:
             raise ConfigError(
                 f"parallel: {world_size} processes do not divide by tensor_model_parallel_size x "
-                f"pipeline_model_parallel_size = {self.model_parallel_size}; start a multiple of it"
+                "pipeline_model_parallel_size x context_parallel_size = "
+                f"{self.model_parallel_size}; start a multiple of it"
             )
-        data_parallel = world_size // self.model_parallel_size
         experts = self.expert_model_parallel_size
-        if (data_parallel * self.tensor_model_parallel_size) % experts:
+        ranks_of_stage = world_size // self.pipeline_model_parallel_size
+        if ranks_of_stage % experts:
             raise ConfigError(
                 f"parallel.expert_model_parallel_size: {experts} does not divide the "
-                f"{data_parallel * self.tensor_model_parallel_size} ranks of a pipeline stage"
+                f"{ranks_of_stage} ranks of a pipeline stage"
             )
-        return data_parallel
+        return world_size // self.model_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,9 +266,12 @@ class TrainingConfig:
     steps: int
     """Rollout batches to train on."""
     token_budget: int
-    """Tokens of one microbatch row at most."""
+    """Tokens of one microbatch row at most, over all context-parallel ranks together."""
     allow_split: bool = True
     """Split a group over microbatches when it exceeds the budget; its prefix then runs again."""
+    sharing: Literal["groups", "everything"] = "groups"
+    """What is shared within a microbatch: the prompt of each group, or whatever its sequences have
+    in common, such as a system prompt of several groups or equal beginnings of responses."""
     optimizer_steps_per_rollout: int = 1
     """Optimizer steps that a rollout batch is divided into (and repeated, see epochs)."""
     epochs_per_rollout: int = 1
@@ -344,11 +357,12 @@ class RunConfig:
                 "at the temperature that was sampled with: set them equal"
             )
         self._check_sampling()
-        tensor = self.parallel.tensor_model_parallel_size
-        if self.parallel.uses_sequence_parallel and self.training.token_budget < tensor:
+        shortest = self.parallel.pad_to_multiple
+        if self.training.token_budget < shortest:
+            kinds = "tensor- and context" if self.parallel.context_parallel_size > 1 else "tensor"
             raise ConfigError(
                 f"training.token_budget: {self.training.token_budget} is less than a token for "
-                f"each of the {tensor} tensor-parallel ranks; raise it"
+                f"each of the {shortest} {kinds}-parallel ranks; raise it"
             )
         if self.rollouts.groups_per_step < self.training.optimizer_steps_per_rollout:
             raise ConfigError(

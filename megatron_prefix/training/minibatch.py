@@ -10,9 +10,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_prefix.batch import PackedBatch, TrainedSequence, build_batch
 from megatron_prefix.layout import (
@@ -38,9 +40,11 @@ class PackingConfig:
     """For the balance of work and the predicted FLOPs."""
     allow_split: bool = True
     pad_to_multiple: int = 1
-    """The tensor-parallel size under sequence parallelism."""
+    """Context-parallel ranks, times tensor-parallel ones under sequence parallelism."""
     microbatch_multiple: int = 1
     """The pipeline size under interleaving."""
+    sharing: Literal["groups", "everything"] = "groups"
+    """See `TrainingConfig.sharing`. Microbatches are planned by groups in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,13 @@ class Minibatch:
     flops: float
     """Predicted forward FLOPs of all ranks."""
     ungrouped_flops: float
+
+    def distribution(self) -> str:
+        """How this rank thinks its rows are distributed over context-parallel ranks."""
+        return "; ".join(
+            f"microbatch {index}: {batch.params.plan.shards.summary()}"
+            for index, batch in enumerate(self.batches)
+        )
 
 
 def split_groups(groups: Sequence[RolloutGroup], parts: int) -> list[list[RolloutGroup]]:
@@ -126,8 +137,11 @@ def build_minibatch(
     data_parallel_rank: int,
     device: torch.device,
     kernel: str | None = None,
+    context_parallel_group: dist.ProcessGroup | None = None,
 ) -> Minibatch:
     """Plan one optimizer step over all ranks and build this rank's microbatches.
+
+    Not collective: context-parallel ranks compare `Minibatch.distribution` before they run it.
 
     Raises:
         ValueError: a group or response that exceeds the token budget, or bad rewards, naming it.
@@ -149,12 +163,25 @@ def build_minibatch(
     for rank, microbatches in enumerate(plan.microbatches):
         for slices in microbatches:
             tree = microbatch_tree(trees, slices)
+            if packing.sharing == "everything":
+                tree = PrefixTree.from_sequences(
+                    tree.sequence_tokens(i) for i in range(tree.num_sequences)
+                )
             flops += packing.model_shape.tree_flops(tree)
             layout = pack(tree, pad_to_multiple=packing.pad_to_multiple)
             packed_tokens += layout.num_tokens
             if rank == data_parallel_rank:
                 members = [sequences[s.group][i] for s in slices for i in s.sequences]
-                batches.append(build_batch(layout, members, device=device, kernel=kernel))
+                batches.append(
+                    build_batch(
+                        layout,
+                        members,
+                        device=device,
+                        kernel=kernel,
+                        context_parallel_group=context_parallel_group,
+                        check_equal=False,
+                    )
+                )
     return Minibatch(
         plan=plan,
         batches=batches,

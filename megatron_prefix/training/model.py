@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_prefix.attention.comm_types import repair_comm_type_list
 from megatron_prefix.layer_spec import have_transformer_engine, prefix_grouped
 from megatron_prefix.layout import ModelShape
 from megatron_prefix.support import UnsupportedOptionError, refuse_unsupported
@@ -53,6 +54,7 @@ _DECIDED_ELSEWHERE = {
     "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
     "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline_model_parallel_size",
+    "context_parallel_size": "parallel.context_parallel_size",
     "expert_model_parallel_size": "parallel.expert_model_parallel_size",
     "sequence_parallel": "parallel.sequence_parallel",
     "params_dtype": "training.dtype",
@@ -104,6 +106,7 @@ def transformer_config(
         "virtual_pipeline_model_parallel_size": (
             parallel.virtual_pipeline_model_parallel_size if parallel.num_model_chunks > 1 else None
         ),
+        "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "sequence_parallel": parallel.uses_sequence_parallel,
         "params_dtype": dtype,
@@ -143,6 +146,7 @@ def transformer_config(
             for name, value in dataclasses.asdict(model.yarn).items():
                 setattr(config, f"yarn_{name}", value)
         refuse_unsupported(config)
+        repair_comm_type_list(config)
     except UnsupportedOptionError as error:
         raise ConfigError(f"model.transformer: {error}") from error
     except (ValueError, AssertionError, TypeError) as error:

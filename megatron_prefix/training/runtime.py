@@ -32,6 +32,8 @@ class Runtime:
     world_size: int
     data_parallel_rank: int
     data_parallel_size: int
+    context_parallel_group: dist.ProcessGroup | None
+    """The ranks that a packed row is distributed over; None where each has whole rows."""
     tensor_parallel_rank: int
     is_last_stage: bool
     """On the last pipeline stage (of its last chunk under interleaving)."""
@@ -43,7 +45,7 @@ class Runtime:
 
     @property
     def reports_metrics(self) -> bool:
-        """One rank per data-parallel replica: its last stage, first tensor-parallel rank."""
+        """One rank for each part of a packed row: on the last stage, the first tensor-parallel."""
         return self.is_last_stage and self.tensor_parallel_rank == 0
 
 
@@ -100,6 +102,7 @@ def runtime(
                 if parallel.num_model_chunks > 1
                 else None
             ),
+            context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=1 if parallel.expert_model_parallel_size > 1 else None,
             distributed_timeout_minutes=max(1, round(timeout_minutes)),
@@ -111,6 +114,11 @@ def runtime(
             world_size=world_size,
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            context_parallel_group=(
+                parallel_state.get_context_parallel_group()
+                if parallel.context_parallel_size > 1
+                else None
+            ),
             tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
             is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         )
@@ -158,18 +166,3 @@ def raise_together() -> Iterator[None]:
     for rank, message in enumerate(messages):
         if message is not None:
             raise ValueError(f"rank {rank} of {len(messages)}: {message}") from error
-
-
-def check_equal_across_ranks(what: str, value: str, *, group: dist.ProcessGroup | None) -> None:
-    """Raise on every rank of `group` if `value` is not the same everywhere.
-
-    Called before anything whose difference would let ranks wait for each other forever.
-
-    Raises:
-        RuntimeError: naming `what`, the ranks and their values.
-    """
-    values: list[tuple[int, str] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, (dist.get_rank(), value), group=group)
-    if len({v for _, v in values}) > 1:
-        listed = "; ".join(f"rank {r}: {v}" for r, v in values)
-        raise RuntimeError(f"{what} differs between ranks ({listed})")

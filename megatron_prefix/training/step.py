@@ -1,10 +1,10 @@
 """One optimizer step over packed microbatches, by Megatron's own schedules.
 
 Scaling, in one place: the per-token weights of a batch already hold every denominator over the
-global batch, so a step's loss is the plain sum over all microbatches and data-parallel ranks.
-Megatron is kept from dividing it: `calculate_per_token_loss=True` turns off its division by the
-number of microbatches and by the data-parallel size, and `finalize_without_division` turns off the
-division by a token count that this mode would do instead.
+global batch, so a step's loss is the plain sum over all microbatches, data- and context-parallel
+ranks. Megatron is kept from dividing it: `calculate_per_token_loss=True` turns off its division by
+the number of microbatches and by the sizes of these groups, and `finalize_without_division` turns
+off the division by a token count that this mode would do instead.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ def _loss(
         config=objective,
         reference_logprobs=batch.reference_logprobs,
         entropy=entropy,
+        context_parallel_group=batch.context_parallel_group,
     )
     # The count is not used (see the head of the file), but its type and place are Megatron's.
     num_tokens = torch.zeros((), dtype=torch.int, device=loss.device)

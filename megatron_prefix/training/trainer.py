@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_prefix.agreement import check_equal_across_ranks
 from megatron_prefix.objective import PolicyMetrics
 from megatron_prefix.rollouts.build import build_engine, build_evaluator
 from megatron_prefix.rollouts.engine import EndOfRollouts
@@ -28,11 +29,7 @@ from megatron_prefix.training.minibatch import (
 )
 from megatron_prefix.training.model import ModelChunks, build_model_chunks, model_shape
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
-from megatron_prefix.training.runtime import (
-    Runtime,
-    check_equal_across_ranks,
-    raise_together,
-)
+from megatron_prefix.training.runtime import Runtime, raise_together
 from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
 
 logger = logging.getLogger(__name__)
@@ -89,6 +86,7 @@ class Trainer:
             allow_split=config.training.allow_split,
             pad_to_multiple=config.parallel.pad_to_multiple,
             microbatch_multiple=config.parallel.microbatch_multiple,
+            sharing=config.training.sharing,
         )
         with raise_together():
             self.engine = build_engine(config, self.chunks, runtime)
@@ -205,6 +203,7 @@ class Trainer:
                     data_parallel_rank=self.runtime.data_parallel_rank,
                     device=self.runtime.device,
                     kernel=training.kernel,
+                    context_parallel_group=self.runtime.context_parallel_group,
                 )
                 for part in split_groups(groups, training.optimizer_steps_per_rollout)
             ]
@@ -213,6 +212,12 @@ class Trainer:
             _fingerprint(groups, minibatches),
             group=None,
         )
+        if self.runtime.context_parallel_group is not None:
+            check_equal_across_ranks(
+                f"step {self.step + 1}: how packed rows are distributed",
+                "; ".join(minibatch.distribution() for minibatch in minibatches),
+                group=self.runtime.context_parallel_group,
+            )
         # With a single optimizer step the old policy is the current one.
         if len(minibatches) * training.epochs_per_rollout > 1:
             for minibatch in minibatches:

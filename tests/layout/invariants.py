@@ -13,10 +13,12 @@ import numpy as np
 
 from megatron_prefix.layout import (
     AttentionStage,
+    ContextShards,
     MicrobatchPlan,
     ModelShape,
     PackedLayout,
     PrefixTree,
+    RankStages,
     microbatch_tree,
     pack,
 )
@@ -195,3 +197,110 @@ def _assert_balance(plan: MicrobatchPlan, trees: Sequence[PrefixTree], cost: Mod
         assert min(before) >= max(after)
     work = [sum(rank) for rank in costs]
     assert max(work) - min(work) <= max(max(row) - min(row) for row in rows)
+
+
+def assert_shards(shards: ContextShards) -> None:
+    """Check all invariants of a distributed row, and of the stages of each kind, on every rank."""
+    layout, cp = shards.layout, shards.num_ranks
+    ranks = [RankStages(shards, rank) for rank in range(cp)]
+    rows = [rank.rows() for rank in ranks]
+    assert all(len(r) == shards.tokens_per_rank == layout.num_tokens // cp for r in rows)
+    placed = np.concatenate(rows)
+    assert sorted(placed[placed >= 0]) == list(range(layout.num_tokens - layout.num_padding))
+    assert sorted(shards.order) == list(range(cp))
+    for r in rows:
+        end = int((r >= 0).sum())
+        assert (r[end:] == -1).all(), "padding is at the end"
+    assert (shards.early >= 0).all() and (shards.late >= 0).all()
+    _assert_places(shards, rows)
+    _assert_work(shards, rows)
+    _assert_shard_visibility(shards, ranks, rows)
+
+
+def _assert_places(shards: ContextShards, rows: Sequence[np.ndarray]) -> None:
+    """Segments whole or in chunks as said; below a whole segment all are whole, on its rank."""
+    segments = shards.layout.segments
+    sharded = set(shards.sharded.tolist())
+    for index, segment in enumerate(segments):
+        rank = int(shards.rank_of_segment[index])
+        assert (rank < 0) == (index in sharded)
+        positions = np.arange(segment.start, segment.start + segment.length)
+        if rank >= 0:
+            assert np.isin(positions, rows[rank]).all()
+        if segment.parent >= 0 and segment.parent not in sharded:
+            assert rank == shards.rank_of_segment[segment.parent]
+        if index in sharded:
+            at = shards.sharded.tolist().index(index)
+            by_place = np.argsort(shards.order)
+            chunks = [(shards.early_starts[at, r], shards.early[at, r], r) for r in by_place]
+            chunks += [(shards.late_starts[at, r], shards.late[at, r], r) for r in by_place[::-1]]
+            start = 0
+            for chunk_start, length, r in chunks:
+                assert chunk_start == start
+                start += length
+                chunk = positions[chunk_start:start]
+                # What travels is the beginning of the rank's row.
+                assert np.isin(chunk, rows[r][: shards.shard_tokens[r]]).all()
+            assert start == segment.length
+
+
+def _assert_work(shards: ContextShards, rows: Sequence[np.ndarray]) -> None:
+    """A query sees as many keys as its position says, and itself."""
+    keys = shards.layout.position_ids + 1
+    work = [int(keys[r[r >= 0]].sum()) for r in rows]
+    assert shards.attention_pairs.tolist() == work
+
+
+def _assert_shard_visibility(
+    shards: ContextShards, ranks: Sequence[RankStages], rows: Sequence[np.ndarray]
+) -> None:
+    """With every kind of communication each query sees what it sees in the whole row, once."""
+    layout = shards.layout
+    expected = visible_keys(layout.stages, layout.num_tokens)
+    all_shards = np.concatenate([r[:n] for r, n in zip(rows, shards.shard_tokens, strict=True)])
+    padding = layout.num_tokens - layout.num_padding
+    for rank, stages in enumerate(ranks):
+        row = rows[rank]
+        local = stages.local()
+        assert local[0].causal and (local[0].q_start, local[0].q_stop) == (0, len(row))
+        assert not any(stage.causal for stage in local[1:])
+        gathered = stages.from_all_shards()
+        assert len(set(gathered.source.tolist())) == len(gathered.source), "a key travels once"
+        by_kind = {
+            "all_gather": [(gathered.stages, all_shards[gathered.source])],
+            "p2p": [
+                (stages.from_shard(r), rows[r][: shards.shard_tokens[r]])
+                for r in range(shards.num_ranks)
+            ],
+        }
+        for remote in by_kind.values():
+            seen = np.zeros_like(expected)
+            for kind_stages, keys in [(local, row), *remote]:
+                for stage in kind_stages:
+                    _add_visible(seen, stage, row, keys)
+            mine = row[row >= 0]
+            np.testing.assert_array_equal(seen[mine, :padding], expected[mine, :padding])
+            others = np.setdiff1d(np.arange(padding), mine)
+            assert not seen[others].any()
+
+
+def _add_visible(
+    seen: np.ndarray, stage: AttentionStage, row: np.ndarray, keys: np.ndarray
+) -> None:
+    queries = row[stage.q_start : stage.q_stop]
+    if stage.query_rows is not None:
+        assert stage.query_rows.min() >= stage.q_start and stage.query_rows.max() < stage.q_stop
+        queries = row[stage.query_rows]
+    stage_keys = keys[stage.k_start : stage.k_stop]
+    assert stage.cu_q[-1] == len(queries) and stage.cu_k[-1] == len(stage_keys)
+    assert (np.diff(stage.cu_k) > 0).all(), "a rectangle without keys"
+    for (q0, q1), (k0, k1) in zip(pairwise(stage.cu_q), pairwise(stage.cu_k), strict=True):
+        block = np.ones((q1 - q0, k1 - k0), dtype=np.int64)
+        if stage.causal:
+            block = np.tril(block)
+        q, k = queries[q0:q1], stage_keys[k0:k1]
+        if (k < 0).any():
+            assert stage.causal and (q < 0).all() and (k < 0).all(), "padding sees only itself"
+            continue
+        assert (q >= 0).all()
+        np.add.at(seen, (q[:, None], k[None, :]), block)

@@ -10,16 +10,20 @@ from megatron_prefix import layout
 def test_the_public_names_are_these():
     assert layout.__all__ == [
         "AttentionStage",
+        "ContextShards",
+        "GatheredStages",
         "GroupSlice",
         "MicrobatchPlan",
         "ModelShape",
         "PackedLayout",
         "PrefixTree",
+        "RankStages",
         "Segment",
         "activation_tokens",
         "microbatch_tree",
         "pack",
         "plan_microbatches",
+        "shard_layout",
     ]
     assert all(hasattr(layout, name) for name in layout.__all__)
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.comm_types import CommType
 from megatron_prefix.attention.function import merge_
 from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.attention.stages import StageTensors
@@ -273,10 +274,19 @@ class PrefillSeqParams(PrefixPackedSeqParams):
 
     cache: KeyValueCache = None
 
-    def attend(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer_number: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        comm_type: CommType,
+    ) -> Tensor:
         """Attention within the row, as in training."""
         self.cache.store_prompts(layer_number, k, v)
-        return super().attend(layer_number, q, k, v, scale=scale)
+        return super().attend(layer_number, q, k, v, scale=scale, comm_type=comm_type)
 
 
 @dataclass
@@ -287,7 +297,16 @@ class DecodeSeqParams(PrefixPackedSeqParams):
     slot: int = 0
     """Tokens of each response that come before."""
 
-    def attend(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer_number: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        comm_type: CommType,
+    ) -> Tensor:
         """Attention to the cache; 0 for padding."""
         n = self.cache.num_responses
         out = torch.zeros_like(q)

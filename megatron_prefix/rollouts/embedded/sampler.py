@@ -29,8 +29,8 @@ class Sampler:
     """Samples from the live model.
 
     Every rank calls it with the same arguments and gets all responses. Prompts are divided over
-    data-parallel ranks; each copy of the model runs a batch of prompts once, as one packed row, and
-    then all their responses together, one token per step.
+    data- and context-parallel ranks; each copy of the model runs a batch of prompts once, as one
+    packed row, and then all their responses together, one token per step.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class Sampler:
         self._device = device
         self._kernel = kernel
         self._max_cached_tokens = max_cached_tokens
-        self._data_group = parallel_state.get_data_parallel_group()
+        # Rows of a few tokens per response are not worth distributing: each context-parallel rank
+        # samples for prompts of its own.
+        self._data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         config = chunks.config
         # Expert-parallel ranks wait for each other in every layer, so all of them take every step.
         self._in_step = config.expert_model_parallel_size > 1

@@ -1,0 +1,43 @@
+"""Which kind of context-parallel communication a layer uses: Megatron's option `cp_comm_type`.
+
+all_gather   every rank gathers all shards' keys and values, while its own segments attend to
+             themselves; gathered again in backward. The default.
+p2p          shards go round a ring, one at a time: memory for two of them, more and smaller
+             attention calls.
+a2a          heads are exchanged: every rank computes its share of the heads over the whole row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+CommType = Literal["all_gather", "p2p", "a2a"]
+
+COMM_TYPES: tuple[str, ...] = get_args(CommType)
+
+
+def layer_comm_type(config: Any, layer_number: int) -> CommType:
+    """The kind of one layer.
+
+    Args:
+        config: Megatron's `TransformerConfig`; its `cp_comm_type` is None, one kind, or a list of
+            one for each layer.
+        layer_number: of the layer in the whole model, from 1.
+    """
+    kinds = config.cp_comm_type
+    if kinds is None:
+        return "all_gather"
+    if isinstance(kinds, str):
+        return kinds
+    return kinds[layer_number - 1 + len(kinds) - config.num_layers]
+
+
+def repair_comm_type_list(config: Any) -> None:
+    """Let Megatron build its layers from a list of kinds, which its releases index from 1.
+
+    `TransformerLayer` reads `cp_comm_type[layer_number]`, beyond the end for the last layer. A copy
+    of the first entry is put in front; `layer_comm_type` reads both forms.
+    """
+    kinds = config.cp_comm_type
+    if isinstance(kinds, list) and len(kinds) == config.num_layers:
+        config.cp_comm_type = [kinds[0], *kinds]

@@ -1,0 +1,141 @@
+"""The candidate: shared prefixes, packed, parallel, through the trainer's own step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from equivalence.case import Case
+from megatron_prefix.batch import PackedBatch
+from megatron_prefix.layout import MicrobatchPlan
+from megatron_prefix.objective import PolicyMetrics
+from megatron_prefix.training.full_tensors import (
+    full_gradients,
+    full_parameters,
+    load_full_parameters,
+)
+from megatron_prefix.training.minibatch import PackingConfig, build_minibatch
+from megatron_prefix.training.model import build_model_chunks, model_shape
+from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
+from megatron_prefix.training.runtime import runtime
+from megatron_prefix.training.step import (
+    accumulate_gradients,
+    compute_logprobs,
+    reduce_sums,
+    train_step,
+)
+
+
+def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any] | None:
+    """The same quantities by the trainer's own code; on rank 0, None elsewhere."""
+    parallel, training = case.parallel, case.training
+    with runtime(
+        parallel,
+        device="cpu",
+        seed=1,
+        timeout_minutes=training.timeout_minutes,
+        float64=training.dtype == "float64",
+    ) as place:
+        chunks = build_model_chunks(
+            case.model,
+            parallel,
+            training,
+            use_distributed_optimizer=case.optimizer.use_distributed_optimizer,
+        )
+        load_full_parameters(chunks, initial)
+        optimizer = build_optimizer(case.optimizer, chunks)
+        optimizer.reload_model_params()
+        scheduler = build_scheduler(case.optimizer, optimizer, total_steps=training.steps)
+        packing = PackingConfig(
+            token_budget=training.token_budget,
+            data_parallel_size=place.data_parallel_size,
+            model_shape=model_shape(case.model, chunks.config),
+            pad_to_multiple=parallel.pad_to_multiple,
+            microbatch_multiple=parallel.microbatch_multiple,
+            sharing=training.sharing,
+        )
+        minibatch = build_minibatch(
+            case.groups,
+            case.objective,
+            packing,
+            data_parallel_rank=place.data_parallel_rank,
+            device=place.device,
+            context_parallel_group=place.context_parallel_group,
+        )
+        slices = minibatch.plan.microbatches[place.data_parallel_rank]
+        for batch, parts in zip(minibatch.batches, slices, strict=True):
+            values = [case.reference_logprobs[p.group][i] for p in parts for i in p.sequences]
+            batch.reference_logprobs = _values_of_entries(batch, values)
+        found = compute_logprobs(chunks, minibatch.batches, case.objective)
+        mine = []
+        if place.reports_metrics:
+            for batch, parts, logprobs in zip(minibatch.batches, slices, found, strict=True):
+                names = [(p.group, i) for p in parts for i in p.sequences]
+                for sequence, token, value in zip(
+                    batch.sequence_ids.tolist(),
+                    batch.sequence_tokens.tolist(),
+                    logprobs.tolist(),
+                    strict=True,
+                ):
+                    mine.append((names[sequence], token, value))
+        gathered: list[Any] = [None] * place.world_size
+        dist.all_gather_object(gathered, mine)
+        result: dict[str, Any] = {
+            "logprobs": _by_sequence(gathered),
+            "num_microbatches": minibatch.plan.num_microbatches,
+            "packed_tokens": minibatch.packed_tokens,
+            "ungrouped_tokens": minibatch.ungrouped_tokens,
+            "split": _num_splits(minibatch.plan),
+            "losses": [],
+        }
+
+        def loss_of(metrics: list[PolicyMetrics]) -> float:
+            objective = case.objective
+            total = torch.zeros(1, dtype=torch.float64)
+            for m in metrics:
+                total += m.policy_loss + objective.kl_coefficient * m.kl
+                total -= objective.entropy_coefficient * m.entropy
+            return float(reduce_sums(total, contributes=place.reports_metrics)[0])
+
+        accumulate_gradients(chunks, minibatch.batches, case.objective)
+        result["gradients"] = full_gradients(chunks)
+        for _ in range(max(1, training.steps)):
+            step = train_step(chunks, optimizer, scheduler, minibatch.batches, case.objective)
+            result["losses"].append(loss_of(step.metrics))
+        result["parameters"] = full_parameters(chunks)
+        return result if place.is_main else None
+
+
+def _values_of_entries(batch: PackedBatch, values: list[np.ndarray]) -> torch.Tensor:
+    """[E] each entry's value, from those of all trained tokens of the microbatch's sequences."""
+    starts = np.cumsum([0, *map(len, values)])
+    flat = torch.from_numpy(np.concatenate([*values, np.zeros(0)]))
+    return flat[torch.from_numpy(starts)[batch.sequence_ids] + batch.sequence_tokens]
+
+
+def _by_sequence(
+    ranks: list[list[tuple[tuple[int, int], int, float]]],
+) -> dict[tuple[int, int], np.ndarray]:
+    """The log-probabilities that all ranks have found, in the order of each sequence's tokens."""
+    found: dict[tuple[int, int], dict[int, float]] = {}
+    for part in ranks:
+        for name, token, value in part:
+            assert token not in found.setdefault(name, {}), f"{name}: token {token} ran twice"
+            found[name][token] = value
+    return {
+        name: np.array([values.get(token, np.nan) for token in range(max(values) + 1)])
+        for name, values in found.items()
+    }
+
+
+def _num_splits(plan: MicrobatchPlan) -> int:
+    """Groups that run in more than one microbatch."""
+    runs: dict[int, int] = {}
+    for rank in plan.microbatches:
+        for microbatch in rank:
+            for part in microbatch:
+                runs[part.group] = runs.get(part.group, 0) + 1
+    return sum(count > 1 for count in runs.values())

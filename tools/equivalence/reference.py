@@ -1,0 +1,134 @@
+"""The reference: one process, one whole sequence at a time, plain PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from equivalence.case import LEARNING_RATE, WEIGHT_DECAY, Case, with_old_logprobs
+from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.training.config import ParallelConfig
+from megatron_prefix.training.full_tensors import full_gradients, full_parameters
+from megatron_prefix.training.model import ModelChunks, build_gpt_model, transformer_config
+from megatron_prefix.training.runtime import runtime
+
+
+def sequence_logprobs(model: torch.nn.Module, case: Case, group: RolloutGroup, index: int) -> Any:
+    """[response tokens] log-probabilities and entropies of one response, by a whole forward."""
+    tokens = torch.tensor([*group.prompt, *group.responses[index]])
+    inputs = tokens[:-1][None]
+    length = inputs.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    logits = model(inputs, torch.arange(length)[None], causal)[0, len(group.prompt) - 1 :]
+    logits = logits[:, : case.model.vocab_size]
+    if logits.dtype == torch.bfloat16:
+        logits = logits.to(torch.float32)
+    logprobs = torch.log_softmax(logits / case.objective.temperature, dim=-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(1, tokens[len(group.prompt) :][:, None])[:, 0], entropy
+
+
+def reference_loss(model: torch.nn.Module, case: Case, found: list[list[np.ndarray]] | None) -> Any:
+    """GRPO's loss over all sequences as in the paper: group by group, sequence by sequence.
+
+    Or GSPO's, whose ratio is one for the sequence: the geometric mean over its tokens.
+    """
+    objective = case.objective
+    low, high = {"grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}[objective.name]
+    num_sequences = sum(len(group.responses) for group in case.groups)
+    total = 0.0
+    for g, group in enumerate(case.groups):
+        rewards = torch.tensor(group.rewards, dtype=torch.float64)
+        spread = rewards.std(unbiased=True) if len(rewards) > 1 else torch.zeros(())
+        centred = (rewards - rewards.mean()) / (spread + objective.advantage_epsilon)
+        for i in range(len(group.responses)):
+            logprobs, entropy = sequence_logprobs(model, case, group, i)
+            if found is not None:
+                found[g].append(logprobs.detach().to(torch.float64).numpy())
+            old = torch.tensor(group.old_logprobs[i], dtype=logprobs.dtype)
+            log_ratio = logprobs - old
+            if objective.name == "gspo":
+                log_ratio = log_ratio.mean().expand_as(log_ratio)
+            ratio = torch.exp(log_ratio)
+            clipped = torch.clamp(ratio, 1 - low, 1 + high)
+            surrogate = torch.minimum(ratio * centred[i], clipped * centred[i])
+            drift = torch.tensor(case.reference_logprobs[g][i], dtype=logprobs.dtype) - logprobs
+            kl = torch.exp(drift) - drift - 1
+            token_loss = -surrogate + objective.kl_coefficient * kl
+            token_loss = token_loss - objective.entropy_coefficient * entropy
+            loss = token_loss.mean() / num_sequences
+            loss.backward()
+            total += float(loss)
+    return total
+
+
+def run_reference(case: Case, seed: int) -> dict[str, Any]:
+    """Losses, log-probabilities, gradients and parameters of the unmodified model."""
+    padded = case.model.padded_vocab_size(case.parallel.tensor_model_parallel_size)
+    model_config = dataclasses.replace(case.model, vocab_size=padded)
+    training = dataclasses.replace(case.training, recompute="none")
+    with runtime(
+        ParallelConfig(),
+        device="cpu",
+        seed=seed,
+        timeout_minutes=10,
+        float64=training.dtype == "float64",
+    ):
+        config = transformer_config(model_config, ParallelConfig(), training)
+        model = build_gpt_model(model_config, config, shared_prefixes=False)
+        if config.bf16:
+            model.bfloat16()
+        _disturb(model, seed)
+        chunks = ModelChunks(wrapped=[], bare=[model], config=config, head=None)
+        result: dict[str, Any] = {"initial": full_parameters(chunks)}
+        with torch.no_grad():
+            result["sampled"] = [
+                [
+                    sequence_logprobs(model, case, g, i)[0].to(torch.float64).numpy()
+                    for i in range(len(g.responses))
+                ]
+                for g in case.groups
+            ]
+        case = with_old_logprobs(case, result["sampled"], seed)
+        result["case"] = case
+        optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": [p for p in model.parameters() if p.dim() > 1],
+                    "weight_decay": WEIGHT_DECAY,
+                },
+                {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+            ],
+            lr=LEARNING_RATE,
+            betas=(case.optimizer.adam_beta1, case.optimizer.adam_beta2),
+            eps=case.optimizer.adam_eps,
+        )
+        result["losses"] = []
+        for step in range(max(1, case.training.steps)):
+            optimizer.zero_grad()
+            found: list[list[np.ndarray]] | None = [[] for _ in case.groups] if step == 0 else None
+            result["losses"].append(reference_loss(model, case, found))
+            if step == 0:
+                result["logprobs"] = found
+                for parameter in model.parameters():
+                    gradient = parameter.grad
+                    parameter.main_grad = (
+                        torch.zeros_like(parameter) if gradient is None else gradient.clone()
+                    )
+                result["gradients"] = full_gradients(chunks)
+            optimizer.step()
+        result["parameters"] = full_parameters(chunks)
+    return result
+
+
+def _disturb(model: torch.nn.Module, seed: int) -> None:
+    """Random norms and biases too: at their initial ones and zeros errors could hide."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(0.2 * noise.to(parameter.dtype))
