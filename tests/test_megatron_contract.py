@@ -14,6 +14,7 @@ import megatron.core
 import pytest
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import dict_utils, mapping
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -129,6 +130,7 @@ SIGNATURES: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
             "virtual_pipeline_model_parallel_size",
+            "context_parallel_size",
             "expert_model_parallel_size",
             "expert_tensor_parallel_size",
             "distributed_timeout_minutes",
@@ -163,6 +165,8 @@ DATACLASS_FIELDS: list[tuple[type, tuple[str, ...]]] = [
         (
             "activation_func",
             "calculate_per_token_loss",
+            "context_parallel_size",
+            "cp_comm_type",
             "variable_seq_lengths",
             "overlap_p2p_comm",
             "batch_p2p_comm",
@@ -187,6 +191,8 @@ NAMES: list[tuple[Any, str]] = [
     (mapping, "apply_factories"),
     (parallel_state, "destroy_model_parallel"),
     (parallel_state, "get_data_parallel_group"),
+    (parallel_state, "get_context_parallel_group"),
+    (filesystem_async, "_results_queue"),
     (DistributedDataParallel, "zero_grad_buffer"),
     (DistributedDataParallel, "broadcast_params"),
 ]
@@ -196,6 +202,7 @@ OPTION_RELEASES: dict[str, tuple[tuple[int, int] | None, tuple[int, int] | None]
     "softmax_type": ((0, 15), None),
     "experimental_attention_variant": ((0, 16), None),
     "qk_clip": ((0, 16), None),
+    "hybrid_context_parallel": ((0, 16), None),
     "cuda_graph_impl": ((0, 15), None),
     "fused_single_qkv_rope": ((0, 15), None),
 }

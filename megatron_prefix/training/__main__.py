@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_prefix.training.config import load_run_config
 from megatron_prefix.training.config_loader import ConfigError
-from megatron_prefix.training.runtime import runtime
+from megatron_prefix.training.runtime import Runtime, runtime
 from megatron_prefix.training.trainer import Trainer
 
 _GRACE_S = 10.0
 """So long the other ranks wait for rank 0 to report what all of them met; when it ends, torchrun
 ends them. One that still runs then has met it alone."""
+
+_ENDING = threading.Lock()
+"""Held for ever by the thread that ends the process."""
 
 
 def main() -> int:
@@ -51,12 +57,38 @@ def main() -> int:
         timeout_minutes=training.timeout_minutes,
         float64=training.dtype == "float64",
     ) as place:
+        place.liveness.end_with_others(
+            lambda lost: _end(place, lost, "another rank found it; here nothing has failed yet")
+        )
         try:
             Trainer(config, place).run()
         except ValueError as error:
             _report(str(error), rank)
             return 1
+        except Exception as error:
+            lost = place.liveness.lost_ranks()
+            if not lost:
+                raise
+            first_line = (str(error).splitlines() or [""])[0]
+            _end(place, lost, f"here it shows as {type(error).__name__}: {first_line}")
     return 0
+
+
+def _end(place: Runtime, lost: list[int], how: str) -> NoReturn:
+    """End this rank because others are gone, without waiting for anything of theirs."""
+    with _ENDING:
+        names = ", ".join(map(str, lost))
+        print(
+            f"error: rank {place.rank}: lost rank {names} (ended or stopped) in the middle of the "
+            f"run; {how}. Find out why it ended and start the run again; it continues from its "
+            "last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        place.liveness.leave(lost)
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(1)
 
 
 def _report(message: str, rank: int) -> None:

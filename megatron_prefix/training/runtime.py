@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_prefix.training.config import ParallelConfig
 from megatron_prefix.training.cpu_device import disable_cpu_device, enable_cpu_device
+from megatron_prefix.training.liveness import Liveness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Runtime:
     context_parallel_group: dist.ProcessGroup | None
     """The ranks that a packed row is distributed over; None where each has whole rows."""
     tensor_parallel_rank: int
+    liveness: Liveness
+    """Tells which ranks are gone after a collective has failed."""
     is_last_stage: bool
     """On the last pipeline stage (of its last chunk under interleaving)."""
 
@@ -85,6 +88,7 @@ def runtime(
     previous_dtype = torch.get_default_dtype()
     if float64:
         torch.set_default_dtype(torch.float64)
+    liveness = None
     try:
         started_here = not dist.is_initialized()
         if started_here:
@@ -105,9 +109,10 @@ def runtime(
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=1 if parallel.expert_model_parallel_size > 1 else None,
-            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+            distributed_timeout_minutes=timeout_minutes,
         )
         set_seed(seed)
+        liveness = Liveness(rank, world_size)
         yield Runtime(
             device=torch_device,
             rank=rank,
@@ -120,9 +125,12 @@ def runtime(
                 else None
             ),
             tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+            liveness=liveness,
             is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         )
     finally:
+        if liveness is not None:
+            liveness.close()
         parallel_state.destroy_model_parallel()
         if dist.is_initialized() and started_here:
             dist.destroy_process_group()

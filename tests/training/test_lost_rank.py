@@ -1,0 +1,178 @@
+"""A rank that dies or hangs in the middle of a step: the others end, and say which one it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_prefix.training.liveness import Liveness
+from tests.distributed import run_distributed
+from tests.training.runs import (
+    good_records,
+    read_rows,
+    run_values,
+    torchrun,
+    write_config,
+    write_records,
+)
+
+TIMEOUT_MINUTES = 0.4  # of the process groups
+
+
+def _config(folder: Path, *, steps: int) -> Path:
+    """A run on two context-parallel ranks, of two pipeline stages."""
+    records = write_records(folder / "rollouts.jsonl", good_records(4))
+    values = run_values(
+        folder / "out",
+        records=records,
+        parallel={"context_parallel_size": 2, "pipeline_model_parallel_size": 2},
+        training={"steps": steps, "timeout_minutes": TIMEOUT_MINUTES},
+        output={"save_every": 2},
+    )
+    return write_config(folder / "run.yaml", values)
+
+
+@contextlib.contextmanager
+def _ranks(config: Path, world_size: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """One process per rank without an agent that would end them, as srun starts them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root = Path(__file__).resolve().parents[2]
+    folder, processes = config.parent, []
+    try:
+        for rank in range(world_size):
+            environment = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+                "OMP_NUM_THREADS": "1",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-W", "ignore", "-m", "megatron_prefix.training", str(config)],
+                    stdout=subprocess.DEVNULL,
+                    stderr=(folder / f"stderr_{rank}").open("w"),
+                    env=environment,
+                    start_new_session=True,
+                )
+            )
+        yield processes
+    finally:
+        for process in processes:
+            # Megatron's checkpoints leave a helper process behind a killed one.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait_for_steps(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_rows(folder / "out")) < count:
+        assert time.monotonic() < deadline, "the run did not come that far"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_ends_the_others_in_time_with_an_error_that_names_it(
+    how: signal.Signals, tmp_path: Path
+) -> None:
+    config = _config(tmp_path, steps=1_000_000)
+    with _ranks(config, 4) as processes:
+        _wait_for_steps(tmp_path, 5)
+        lost = 2
+        processes[lost].send_signal(how)
+        started = time.monotonic()
+        for rank, process in enumerate(processes):
+            if rank == lost:
+                continue
+            process.wait(timeout=60 * TIMEOUT_MINUTES + 60)
+            stderr = (tmp_path / f"stderr_{rank}").read_text()
+            assert process.returncode == 1, stderr
+            (error,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+            assert error.startswith(f"error: rank {rank}: lost rank {lost} (ended or stopped)")
+        # Within the timeout, and the seconds that the look at the others takes.
+        assert time.monotonic() - started < 60 * TIMEOUT_MINUTES + 30
+
+
+def test_torchrun_names_the_lost_rank_and_the_run_continues_from_its_checkpoint(
+    tmp_path: Path,
+) -> None:
+    endless = _config(tmp_path, steps=1_000_000)
+    with _killed_when(tmp_path, steps=5):
+        done = torchrun(endless, processes=4, timeout=200)
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    reached = len(read_rows(tmp_path / "out"))
+    newest = max(path.name for path in (tmp_path / "out" / "checkpoints").glob("step_??????"))
+    saved = int(newest.removeprefix("step_"))
+    assert 0 <= reached - saved <= 2  # of the steps since, none is promised
+
+    done = torchrun(_config(tmp_path, steps=saved + 2), processes=4, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_rows(tmp_path / "out")] == list(range(1, saved + 3))
+
+
+@contextlib.contextmanager
+def _killed_when(folder: Path, *, steps: int) -> Iterator[None]:
+    """Kill rank 1 of the run in `folder` when it has taken so many steps."""
+    script = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "config, metrics, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])\n"
+        "def rank_one():\n"
+        "    for path in Path('/proc').glob('[0-9]*'):\n"
+        "        try:\n"
+        "            command = (path / 'cmdline').read_bytes().decode().split('\\0')\n"
+        "            environ = (path / 'environ').read_bytes().decode().split('\\0')\n"
+        "        except OSError:\n"
+        "            continue\n"
+        "        if config in command and 'RANK=1' in environ:\n"
+        "            return int(path.name)\n"
+        "while not metrics.exists() or metrics.read_text().count('\\n') < steps:\n"
+        "    time.sleep(0.02)\n"
+        "os.kill(rank_one(), signal.SIGKILL)\n"
+    )
+    killer = subprocess.Popen(
+        [
+            *(sys.executable, "-c", script, str(folder / "run.yaml")),
+            *(str(folder / "out" / "metrics.jsonl"), str(steps)),
+        ]
+    )
+    try:
+        yield
+        assert killer.wait(timeout=10) == 0
+    finally:
+        killer.kill()
+        killer.wait()
+
+
+def test_ranks_without_a_signal_of_life_are_those_that_have_closed() -> None:
+    found = run_distributed(_silent, 3)
+    assert found == [[1], None, [1]]
+
+
+def _silent(rank: int, world_size: int) -> list[int] | None:
+    liveness = Liveness(rank, world_size)
+    time.sleep(2.5)
+    if rank == 1:
+        liveness.close()
+    dist.barrier()
+    silent = None if rank == 1 else liveness.lost_ranks()
+    dist.barrier()
+    return silent
