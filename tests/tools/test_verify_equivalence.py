@@ -157,7 +157,7 @@ def test_wrong_shapes_end_with_status_2_and_name_the_entry(
     [
         (["--vpp", "2"], "virtual_pipeline_model_parallel_size: 2 needs"),
         (["--tp", "0"], "tensor_model_parallel_size: 0 must be at least 1"),
-        (["--tp", "3"], "num_attention_heads (4) must be a multiple"),
+        (["--tp", "3"], "num_attention_heads (8) must be a multiple"),
         (["--pp", "3"], "num_layers: 4 does not divide by the 3 pipeline stages"),
         (["--ep", "2", "--dp", "2"], "ep: 2 needs a model with num_moe_experts"),
         (["--dp", "0"], "dp: 0 must be at least 1"),

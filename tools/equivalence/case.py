@@ -26,6 +26,9 @@ DEFAULT_SHAPES: list[dict[str, Any]] = [
     {"prefix": 30, "responses": [8]},
     {"prefix": 9, "responses": [2, 40, 1, 5, 3]},
     {"prefix": 1, "responses": [1]},
+    {"system": 19, "prefix": 40, "responses": [21, 17, 33, 9]},
+    {"system": 19, "prefix": 3, "responses": [11, 90]},
+    {"system": 19, "prefix": 1, "responses": [7]},
 ]
 
 DEFAULT_MODEL: dict[str, Any] = {
@@ -36,8 +39,8 @@ DEFAULT_MODEL: dict[str, Any] = {
     "transformer": {
         "num_layers": 4,
         "hidden_size": 64,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
         "ffn_hidden_size": 96,
         "gated_linear_unit": True,
         "qk_layernorm": True,
