@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -85,8 +86,10 @@ def trees(shape: Shape, vocab: int, seed: int) -> dict[str, PrefixTree]:
     }
 
 
-def make_batch(tree: PrefixTree, shape: Shape) -> PackedBatch:
-    """One packed row whose response tokens are trained on."""
+def make_batch(
+    tree: PrefixTree, shape: Shape, context_parallel_group: dist.ProcessGroup | None = None
+) -> PackedBatch:
+    """One packed row whose response tokens are trained on, or this rank's part of it."""
     sequences = [
         TrainedSequence(
             first_trained=shape.prefix,
@@ -95,7 +98,13 @@ def make_batch(tree: PrefixTree, shape: Shape) -> PackedBatch:
         )
         for i in range(shape.group_size)
     ]
-    return build_batch(pack(tree.merge_chains()), sequences, device=torch.device("cpu"))
+    ranks = 1 if context_parallel_group is None else dist.get_world_size(context_parallel_group)
+    return build_batch(
+        pack(tree.merge_chains(), pad_to_multiple=ranks),
+        sequences,
+        device=torch.device("cpu"),
+        context_parallel_group=context_parallel_group,
+    )
 
 
 def run_step(chunks: ModelChunks, batch: PackedBatch) -> float:

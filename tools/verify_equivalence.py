@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
 import tempfile
 import traceback
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,6 +39,7 @@ from equivalence.case import (
     with_comm_types,
 )
 from equivalence.comparison import TOLERANCES, compare
+from ranks import run_ranks
 
 from megatron_prefix.attention.comm_types import COMM_TYPES
 from megatron_prefix.objective import ObjectiveConfig
@@ -54,15 +53,7 @@ from megatron_prefix.training.config import (
 from megatron_prefix.training.config_loader import ConfigError, load_dataclass, read_yaml
 
 
-def _worker(rank: int, world_size: int, port: int, job: str, folder: Path, seed: int) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+def _worker(rank: int, job: str, folder: Path, seed: int) -> None:
     try:
         # Written by this very run in its own temporary folder.
         inputs = torch.load(folder / "inputs.pt", weights_only=False)
@@ -84,15 +75,7 @@ def _worker(rank: int, world_size: int, port: int, job: str, folder: Path, seed:
 
 def spawn(job: str, world_size: int, folder: Path, seed: int) -> Any:
     """Run a job on fresh processes and return what rank 0 saved."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(
-        _worker,
-        args=(world_size, port, job, folder, seed),
-        nprocs=world_size,
-        start_method="spawn",
-    )
+    run_ranks(_worker, world_size, job, folder, seed)
     return torch.load(folder / f"{job}.pt", weights_only=False)
 
 

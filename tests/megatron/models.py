@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import megatron.core
 import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -18,6 +19,7 @@ from megatron_prefix.training.config import ModelConfig, ParallelConfig, Trainin
 from megatron_prefix.training.model import build_gpt_model, transformer_config
 from megatron_prefix.training.runtime import runtime
 
+HAS_YARN = tuple(int(x) for x in megatron.core.__version__.split(".")[:2]) >= (0, 15)
 TRAINING = TrainingConfig(steps=1, token_budget=1024, dtype="float64", device="cpu")
 
 BASE: dict[str, Any] = {

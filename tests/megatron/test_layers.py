@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import megatron.core
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ from megatron_prefix.training.config import ParallelConfig, YarnConfig
 from megatron_prefix.training.config_loader import ConfigError
 from megatron_prefix.training.model import transformer_config
 from tests.megatron.models import (
+    HAS_YARN,
     TRAINING,
     assert_equal_training,
     model_config,
@@ -33,7 +33,6 @@ from tests.megatron.models import (
 )
 
 SHAPES = [(9, [4, 6, 1]), (1, [5, 1]), (12, [3]), (5, [1, 17, 2])]
-HAS_YARN = tuple(int(x) for x in megatron.core.__version__.split(".")[:2]) >= (0, 15)
 
 MODELS: dict[str, dict[str, Any]] = {
     "rope": {},

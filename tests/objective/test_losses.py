@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prefix.objective import (
@@ -23,6 +24,7 @@ from megatron_prefix.objective import (
     token_weights,
 )
 from megatron_prefix.objective.losses import kl_per_token
+from tests.distributed import run_distributed
 
 SEQUENCE_IDS = torch.tensor([0, 0, 1, 1, 1])
 PROBABILITIES = torch.tensor([0.6, 0.2, 0.2, 0.6, 0.4], dtype=torch.float64)
@@ -354,3 +356,45 @@ def test_wrong_arguments_are_named(change, message):
     } | change
     with pytest.raises(ValueError, match=message):
         policy_loss(arguments.pop("logprobs"), **arguments)
+
+
+def _gspo(
+    rank: int, world_size: int, entries: dict[str, torch.Tensor]
+) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of every second entry, with the sequences' ratios over both ranks."""
+    mine = {name: values[rank::world_size] for name, values in entries.items()}
+    logprobs = mine.pop("logprobs").requires_grad_()
+    loss, _ = policy_loss(
+        logprobs,
+        **mine,
+        num_sequences=4,
+        config=ObjectiveConfig(name="gspo", clip_low=0.3, clip_high=0.3),
+        context_parallel_group=dist.group.WORLD if world_size > 1 else None,
+    )
+    loss.backward()
+    return float(loss), logprobs.grad
+
+
+def test_gspo_of_responses_that_are_split_over_ranks() -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(count: int) -> torch.Tensor:
+        return torch.randn(count, generator=generator, dtype=torch.float64)
+
+    # Sequence 2 has one entry, so one rank has none of it; sequence 3 has none at all.
+    sequence_ids = torch.tensor([0] * 5 + [1] * 4 + [2])
+    entries = {
+        "logprobs": normal(10),
+        "old_logprobs": normal(10),
+        "advantages": normal(4)[sequence_ids],
+        "weights": normal(10).abs(),
+        "sequence_ids": sequence_ids,
+    }
+    whole = {name: values.clone() for name, values in entries.items()}
+    expected_loss, expected_gradient = _gspo(0, 1, whole)
+    ranks = run_distributed(_gspo, 2, entries)
+    assert sum(loss for loss, _ in ranks) == pytest.approx(expected_loss, rel=1e-13)
+    gradient = torch.empty(10, dtype=torch.float64)
+    for rank, (_, found) in enumerate(ranks):
+        gradient[rank::2] = found
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-13, atol=1e-15)

@@ -230,6 +230,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {},
     "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": False},
     "tp2, sequence parallel": {"tensor_model_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
     "pp2": {"pipeline_model_parallel_size": 2},
     "pp2, vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
 }

@@ -108,3 +108,24 @@ def test_sides_that_compute_different_things_get_no_ratio() -> None:
     assert equal == "equal"
     for message in different:
         assert "differ" in message and "no ratio is reported" in message
+
+
+def test_context_parallel_rows_show_what_travelled() -> None:
+    tool = TOOL.with_name("benchmark_context_parallel.py")
+    case = ["--case", "4,64,16", "--repeats", "1", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(tool), *case, *SIZES],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["kind"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
+    assert rows.keys() == {"all_gather", "p2p", "a2a"}
+    for kind in ("all_gather", "p2p"):
+        row = rows[kind]
+        # 63 sharded tokens, keys and values of 2 heads of 8 float32: one rank has 31, one 32.
+        assert row["forward_bytes"] == 32 * 2 * 2 * 8 * 4
+        assert row["least_forward_bytes"] == 63 * 2 * 2 * 8 * 4 // 2
+        assert row["backward_bytes"] > row["forward_bytes"]
+        assert row["seconds"] > 0

@@ -17,6 +17,20 @@ def test_it_writes_a_png_for_the_given_shapes(tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_it_draws_the_ranks_of_a_deeper_tree(tmp_path: Path) -> None:
+    shapes = tmp_path / "shapes.yaml"
+    shapes.write_text(
+        "- {system: 9, prefix: 5, responses: [2, 3]}\n"
+        "- {system: 9, prefix: 1, responses: [4, 30]}\n"
+        "- {prefix: 3, responses: [6]}\n"
+    )
+    out = tmp_path / "ranks.png"
+    subprocess.run(
+        [sys.executable, TOOL, "--shapes", shapes, "--cp", "4", "--out", out], check=True
+    )
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
 def test_wrong_shapes_are_named(tmp_path: Path) -> None:
     shapes = tmp_path / "shapes.yaml"
     shapes.write_text("- {prefix: 5, responses: [2, 0]}\n")

@@ -87,6 +87,55 @@ def test_experts_on_two_ranks(tool: ModuleType) -> None:
     _assert_exact(tool, report)
 
 
+# Prompts of fewer tokens than chunks, one response far longer than the rest, fewer responses than
+# ranks, a group of one, and groups whose prompts begin alike.
+SHAPES_OF_RANKS = [
+    {"prefix": 5, "responses": [19, 23, 18]},
+    {"system": 17, "prefix": 30, "responses": [9, 14, 7]},
+    {"system": 17, "prefix": 2, "responses": [41, 3]},
+    {"prefix": 22, "responses": [2, 60]},
+    {"prefix": 37, "responses": [12]},
+]
+
+
+def test_context_parallel_with_every_kind_pipelines_and_recompute(tool: ModuleType) -> None:
+    model = tool.with_comm_types(_model(tool), ["all_gather", "p2p", "a2a"])
+    report = tool.verify(
+        model=model,
+        shapes=SHAPES_OF_RANKS,
+        parallel=ParallelConfig(
+            context_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+        ),
+        recompute="full",
+        token_budget=110,
+        optimizer_steps=3,
+    )
+    _assert_exact(tool, report)
+
+
+def test_context_parallel_with_tensor_parallel_and_a_sequence_level_ratio(tool: ModuleType) -> None:
+    report = tool.verify(
+        model=tool.with_comm_types(_model(tool), ["a2a", "p2p"]),
+        shapes=SHAPES_OF_RANKS,
+        parallel=ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2),
+        objective="gspo",
+        token_budget=110,
+    )
+    _assert_exact(tool, report)
+
+
+def test_four_context_parallel_ranks_with_three_levels_of_sharing(tool: ModuleType) -> None:
+    report = tool.verify(
+        model=tool.with_comm_types(_model(tool), ["all_gather", "p2p"]),
+        shapes=SHAPES_OF_RANKS,
+        parallel=ParallelConfig(context_parallel_size=4),
+        sharing="everything",
+    )
+    _assert_exact(tool, report)
+
+
 def test_a_weight_that_is_off_by_a_millionth_is_found(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ MAX_SEQUENCE_LENGTH = 32
 
 TENSOR = {"tensor_model_parallel_size": 2}
 PIPELINE = {"pipeline_model_parallel_size": 2}
+CONTEXT = {"context_parallel_size": 2}
 DATA: dict[str, int] = {}
 
 

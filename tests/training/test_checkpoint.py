@@ -70,7 +70,7 @@ def _run(
             token_budget=64,
             data_parallel_size=place.data_parallel_size,
             model_shape=model_shape(config, chunks.config),
-            pad_to_multiple=parallel.tensor_model_parallel_size,
+            pad_to_multiple=parallel.pad_to_multiple,
             microbatch_multiple=2,
         )
         for step in steps:
@@ -80,6 +80,7 @@ def _run(
                 packing,
                 data_parallel_rank=place.data_parallel_rank,
                 device=place.device,
+                context_parallel_group=place.context_parallel_group,
             )
             train_step(chunks, optimizer, scheduler, minibatch.batches, ObjectiveConfig())
         if save:
@@ -108,6 +109,7 @@ def _assert_identical(found: FullTensors, expected: FullTensors) -> None:
 
 TENSOR = {"tensor_model_parallel_size": 2}
 PIPELINE = {"pipeline_model_parallel_size": 2}
+CONTEXT = {"context_parallel_size": 2}
 INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 
 
@@ -116,10 +118,11 @@ INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parall
     [
         (TENSOR, "float32", True),
         (INTERLEAVED, "bfloat16", True),
+        (CONTEXT, "float32", True),
         ({}, "bfloat16", True),
         ({}, "float32", False),
     ],
-    ids=["tensor", "interleaved", "data", "data, whole optimizer"],
+    ids=["tensor", "interleaved", "context", "data", "data, whole optimizer"],
 )
 def test_a_resumed_run_continues_bit_for_bit(
     tmp_path: Path, layout: dict[str, int], dtype: str, sharded: bool
@@ -156,8 +159,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FullTensors, 
 
 @pytest.mark.parametrize(
     "layout",
-    [TENSOR, PIPELINE, INTERLEAVED, {}],
-    ids=["tensor", "pipeline", "interleaved", "data"],
+    [TENSOR, PIPELINE, INTERLEAVED, CONTEXT, {}],
+    ids=["tensor", "pipeline", "interleaved", "context", "data"],
 )
 def test_another_layout_loads_the_same_weights_and_optimizer_state(
     saved: tuple[Path, FullTensors, FullTensors], layout: dict[str, int]

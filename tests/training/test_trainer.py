@@ -23,6 +23,7 @@ from megatron_prefix.training.step import compute_logprobs, reduce_sums
 from tests.distributed import run_distributed
 from tests.megatron.models import relative_error
 from tests.training.runs import (
+    CONTEXT,
     DATA,
     PIPELINE,
     TENSOR,
@@ -424,6 +425,8 @@ def _lay_out_differently(folder: Path) -> tuple[Run, dict[tuple[str, int], Run]]
         ("tensor", 16, TENSOR),
         ("pipeline", 256, PIPELINE),
         ("pipeline", 48, PIPELINE),
+        ("context", 256, CONTEXT),
+        ("context", 48, CONTEXT),
     ):
         changed = values(name, budget, parallel)
         changed["output"].update(start)

@@ -1,0 +1,186 @@
+"""Bytes and time of context-parallel training steps, for each kind of communication.
+
+    python tools/benchmark_context_parallel.py --cp 2 --json
+
+Forward and backward of a real Megatron GPTModel on `--cp` processes (CPU, gloo, one thread each).
+Bytes are those that the busiest rank has received in one layer, as counted where tensors are handed
+to torch.distributed; beside them the least that is possible, (cp - 1) / cp of the sharded tokens'
+keys and values, and what would travel if the whole packed row were gathered. Before a row is
+printed, loss and gradients of all kinds must agree. Kinds take turns step by step.
+
+The last line of stdout is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmark import TRAINING, Shape, make_batch, model_config, parse_case, run_step, trees
+from ranks import run_ranks
+
+from megatron_prefix.attention.comm_types import COMM_TYPES
+from megatron_prefix.layout import pack, shard_layout
+from megatron_prefix.training.config import ParallelConfig
+from megatron_prefix.training.model import ModelChunks, build_model_chunks
+from megatron_prefix.training.runtime import runtime
+
+DEFAULT_CASES = ((8, 2048, 256), (16, 2048, 256), (8, 2048, 512))
+LAYER = 1
+
+
+def set_comm_type(chunks: ModelChunks, kind: str) -> None:
+    """Let all layers communicate by this kind from now on."""
+    for chunk in chunks.bare:
+        for layer in chunk.decoder.layers:
+            layer.self_attention.core_attention.prefix_comm_type = kind
+
+
+def measure(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+    """This rank's seconds, bytes and loss for each kind, and what its row looks like."""
+    parallel = ParallelConfig(context_parallel_size=args.cp)
+    with runtime(parallel, device="cpu", seed=args.seed, timeout_minutes=10) as place:
+        chunks = build_model_chunks(
+            model_config(args), parallel, TRAINING, use_distributed_optimizer=False
+        )
+        tree = trees(shape, args.vocab, args.seed)["grouped"]
+        seconds: dict[str, list[float]] = {kind: [] for kind in args.kinds}
+        bytes_received: dict[str, dict[str, int]] = {}
+        losses, gradients = {}, {}
+        for repeat in range(args.repeats + 1):
+            for kind in args.kinds:
+                set_comm_type(chunks, kind)
+                batch = make_batch(tree, shape, place.context_parallel_group)
+                dist.barrier()
+                started = time.perf_counter()
+                loss = torch.tensor(run_step(chunks, batch))
+                dist.barrier()
+                if repeat:
+                    seconds[kind].append(time.perf_counter() - started)
+                    continue
+                # The first one warms up, and is looked at.
+                dist.all_reduce(loss)
+                losses[kind] = float(loss)
+                gradients[kind] = [p.main_grad.clone() for _, p in chunks.named_parameters()]
+                received = batch.params.plan.traffic.received
+                bytes_received[kind] = {
+                    direction: received[LAYER, direction] for direction in ("forward", "backward")
+                }
+        _check_equal(losses, gradients)
+        config = chunks.config
+        return {
+            "seconds": seconds,
+            "bytes": bytes_received,
+            "bytes_per_token": 2 * config.num_query_groups * config.kv_channels * 4,
+        }
+
+
+def _check_equal(losses: dict[str, float], gradients: dict[str, list[torch.Tensor]]) -> None:
+    first, *others = losses
+    for kind in others:
+        for a, b in zip(gradients[first], gradients[kind], strict=True):
+            error = float((a - b).norm() / a.norm().clamp(min=1e-12))
+            if not error < 2e-3:  # float32 sums over thousands of tokens in another order
+                raise RuntimeError(f"{first} and {kind}: gradients differ by {error:.1e}")
+        if not abs(losses[first] - losses[kind]) < 1e-4:
+            raise RuntimeError(f"losses differ, {losses}: nothing is reported")
+
+
+def _worker(rank: int, args: argparse.Namespace, shape: Shape, folder: str) -> None:
+    found = measure(args, shape)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def benchmark(args: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
+    """One row for each kind."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_ranks(_worker, args.cp, args, shape, folder)
+        ranks = [
+            json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8"))
+            for rank in range(args.cp)
+        ]
+    layout = pack(trees(shape, args.vocab, args.seed)["grouped"], pad_to_multiple=args.cp)
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        shards = shard_layout(layout, args.cp)
+        times.append(time.perf_counter() - started)
+    per_token = ranks[0]["bytes_per_token"]
+    others = (args.cp - 1) / args.cp
+    return [
+        {
+            **dataclasses.asdict(shape),
+            "cp": args.cp,
+            "kind": kind,
+            "seconds": statistics.median(
+                max(rank["seconds"][kind][i] for rank in ranks) for i in range(args.repeats)
+            ),
+            "forward_bytes": max(rank["bytes"][kind]["forward"] for rank in ranks),
+            "backward_bytes": max(rank["bytes"][kind]["backward"] for rank in ranks),
+            "least_forward_bytes": round(others * int(shards.shard_tokens.sum()) * per_token),
+            "whole_row_forward_bytes": round(others * layout.num_tokens * per_token),
+            "work_above_mean": shards.imbalance,
+            "padding": layout.num_padding / layout.num_tokens,
+            "dispatch_ms": 1e3 * statistics.median(times),
+        }
+        for kind in args.kinds
+    ]
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cp", type=int, default=2, help="context-parallel ranks")
+    parser.add_argument("--kinds", nargs="+", choices=COMM_TYPES, default=list(COMM_TYPES))
+    parser.add_argument("--case", type=parse_case, action="append", help="G,prefix,response")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--ffn", type=int, default=688)
+    parser.add_argument("--vocab", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the JSON line as well")
+    args = parser.parse_args()
+    if args.cp < 2:
+        parser.error(f"--cp: {args.cp} must be at least 2")
+    cases = args.case or [Shape(group_size=g, prefix=p, response=r) for g, p, r in DEFAULT_CASES]
+    print(
+        f"{'G':>3} {'prefix':>7} {'response':>8} {'kind':>10} {'seconds':>8} {'forward kB':>10} "
+        f"{'least':>8} {'whole row':>9} {'backward kB':>11} {'work':>6} {'dispatch ms':>11}"
+    )
+    rows = []
+    for shape in cases:
+        for row in benchmark(args, shape):
+            rows.append(row)
+            print(
+                f"{row['group_size']:>3} {row['prefix']:>7} {row['response']:>8} {row['kind']:>10} "
+                f"{row['seconds']:>8.2f} {row['forward_bytes'] / 1e3:>10.0f} "
+                f"{row['least_forward_bytes'] / 1e3:>8.0f} "
+                f"{row['whole_row_forward_bytes'] / 1e3:>9.0f} "
+                f"{row['backward_bytes'] / 1e3:>11.0f} {1 + row['work_above_mean']:>6.3f} "
+                f"{row['dispatch_ms']:>11.2f}",
+                flush=True,
+            )
+    if args.json:
+        print(json.dumps({"rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
