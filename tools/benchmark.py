@@ -236,23 +236,28 @@ def parse_case(text: str) -> Shape:
     return Shape(group_size=group_size, prefix=prefix, response=response)
 
 
-def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_common_arguments(parser: argparse.ArgumentParser, *, layers: int) -> None:
+    """The rollouts' shapes, the model's sizes and the output."""
     parser.add_argument("--case", type=parse_case, action="append", help="G,prefix,response")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=layers)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--ffn", type=int, default=688)
     parser.add_argument("--vocab", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the JSON line as well")
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser, layers=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each side in a repeat")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print the JSON line as well")
     args = parser.parse_args()
     cases = args.case or [Shape(group_size=g, prefix=p, response=r) for g, p, r in DEFAULT_CASES]
     print(

@@ -1,12 +1,14 @@
 """Bytes and time of context-parallel training steps, for each kind of communication.
 
     python tools/benchmark_context_parallel.py --cp 2 --json
+    python tools/benchmark_context_parallel.py --dispatch
 
 Forward and backward of a real Megatron GPTModel on `--cp` processes (CPU, gloo, one thread each).
 Bytes are those that the busiest rank has received in one layer, as counted where tensors are handed
 to torch.distributed; beside them the least that is possible, (cp - 1) / cp of the sharded tokens'
 keys and values, and what would travel if the whole packed row were gathered. Before a row is
-printed, loss and gradients of all kinds must agree. Kinds take turns step by step.
+printed, loss and gradients of all kinds must agree. Kinds take turns step by step. `--dispatch`
+only times the dispatcher, on a thousand segments and 64 ranks.
 
 The last line of stdout is a JSON object.
 """
@@ -23,16 +25,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark import TRAINING, Shape, make_batch, model_config, parse_case, run_step, trees
+from benchmark import (
+    TRAINING,
+    Shape,
+    add_common_arguments,
+    make_batch,
+    model_config,
+    run_step,
+    trees,
+)
 from ranks import run_ranks
 
 from megatron_prefix.attention.comm_types import COMM_TYPES
-from megatron_prefix.layout import pack, shard_layout
+from megatron_prefix.layout import ContextShards, PackedLayout, PrefixTree, pack, shard_layout
 from megatron_prefix.training.config import ParallelConfig
 from megatron_prefix.training.model import ModelChunks, build_model_chunks
 from megatron_prefix.training.runtime import runtime
@@ -112,11 +123,7 @@ def benchmark(args: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
             for rank in range(args.cp)
         ]
     layout = pack(trees(shape, args.vocab, args.seed)["grouped"], pad_to_multiple=args.cp)
-    times = []
-    for _ in range(20):
-        started = time.perf_counter()
-        shards = shard_layout(layout, args.cp)
-        times.append(time.perf_counter() - started)
+    shards, dispatch_ms = time_dispatch(layout, args.cp)
     per_token = ranks[0]["bytes_per_token"]
     others = (args.cp - 1) / args.cp
     return [
@@ -133,10 +140,52 @@ def benchmark(args: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
             "whole_row_forward_bytes": round(others * layout.num_tokens * per_token),
             "work_above_mean": shards.imbalance,
             "padding": layout.num_padding / layout.num_tokens,
-            "dispatch_ms": 1e3 * statistics.median(times),
+            "dispatch_ms": dispatch_ms,
         }
         for kind in args.kinds
     ]
+
+
+def time_dispatch(layout: PackedLayout, num_ranks: int) -> tuple[ContextShards, float]:
+    """The distributed row, and the median of 20 times in milliseconds."""
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        shards = shard_layout(layout, num_ranks)
+        times.append(time.perf_counter() - started)
+    return shards, 1e3 * statistics.median(times)
+
+
+def dispatch_rows(seed: int) -> list[dict[str, Any]]:
+    """The dispatcher's time and evenness for a thousand segments on 64 ranks."""
+    rng = np.random.default_rng(seed)
+
+    def groups(count: int, prefix: int, responses: int, longest: int) -> list[Any]:
+        return [
+            ([0] * prefix, [[0] * int(n) for n in rng.integers(50, longest, responses)])
+            for _ in range(count)
+        ]
+
+    cases = {
+        "one group": groups(1, 60000, 999, 1000),
+        "100 groups": groups(100, 2000, 9, 1000),
+        "1000 responses without a prompt": groups(1000, 1, 1, 2000),
+    }
+    rows = []
+    for name, case in cases.items():
+        layout = pack(PrefixTree.from_groups(case), pad_to_multiple=64)
+        shards, milliseconds = time_dispatch(layout, 64)
+        rows.append(
+            {
+                "case": name,
+                "segments": len(layout.segments),
+                "tokens_per_rank": shards.tokens_per_rank,
+                "dispatch_ms": milliseconds,
+                "work_above_mean": shards.imbalance,
+                "padding": layout.num_padding / layout.num_tokens,
+            }
+        )
+    return rows
 
 
 def main() -> int:
@@ -146,17 +195,20 @@ def main() -> int:
     )
     parser.add_argument("--cp", type=int, default=2, help="context-parallel ranks")
     parser.add_argument("--kinds", nargs="+", choices=COMM_TYPES, default=list(COMM_TYPES))
-    parser.add_argument("--case", type=parse_case, action="append", help="G,prefix,response")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--ffn", type=int, default=688)
-    parser.add_argument("--vocab", type=int, default=512)
+    add_common_arguments(parser, layers=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print the JSON line as well")
+    parser.add_argument("--dispatch", action="store_true", help="time the dispatcher alone")
     args = parser.parse_args()
+    if args.dispatch:
+        rows = dispatch_rows(args.seed)
+        for row in rows:
+            print(
+                f"{row['case']:<32} {row['segments']:>5} segments, {row['tokens_per_rank']:>6} "
+                f"tokens per rank: {row['dispatch_ms']:>6.1f} ms, work "
+                f"{1 + row['work_above_mean']:.3f} of the mean, padding {row['padding']:.4f}"
+            )
+        print(json.dumps({"dispatch": rows}))
+        return 0
     if args.cp < 2:
         parser.error(f"--cp: {args.cp} must be at least 2")
     cases = args.case or [Shape(group_size=g, prefix=p, response=r) for g, p, r in DEFAULT_CASES]

@@ -97,17 +97,10 @@ def draw(shapes: list[dict[str, Any]], path: Path) -> None:
     for axis, layout, title in zip(axes, layouts, ("ungrouped", "grouped"), strict=True):
         seen = mask(layout)
         axis.imshow(seen, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
-        for segment in layout.segments[1:]:
-            axis.axhline(segment.start - 0.5, color="white", linewidth=1)
-            axis.axvline(segment.start - 0.5, color="white", linewidth=1)
-        names = [_name(layout, i) for i in range(len(layout.segments))]
-        middles = [segment.start + segment.length / 2 - 0.5 for segment in layout.segments]
-        axis.set_xticks(middles, names, rotation=60, fontsize=8)
-        axis.set_yticks(middles, names, fontsize=8)
+        _label_segments(axis, layout, colour="white")
         axis.set_title(
             f"{title}: {layout.num_tokens} tokens, {np.count_nonzero(seen)} attention pairs"
         )
-        axis.set_xlabel("key")
     axes[0].set_ylabel("query")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours(i)) for i in (SELF_STAGE, CROSS_STAGE)]
     figure.legend(
@@ -141,28 +134,17 @@ def draw_ranks(shapes: list[dict[str, Any]], num_ranks: int, path: Path) -> None
     _draw_tree(tree_axis, shards, ranks, colours)
 
     seen = mask(layout) > 0
-    travels = np.zeros(layout.num_tokens, dtype=bool)
-    for index in shards.sharded:
-        segment = layout.segments[index]
-        travels[segment.start : segment.start + segment.length] = True
     cells = np.ones((*seen.shape, 3))
     cells[seen] = colours[np.broadcast_to(ranks[:, None], seen.shape)[seen]]
     # What a query sees of another rank's keys has come over the network.
     remote = seen & (ranks[:, None] != ranks[None, :])
     cells[remote] = 0.45 * cells[remote] + 0.55
     axis.imshow(cells, interpolation="nearest")
-    for segment in layout.segments[1:]:
-        axis.axhline(segment.start - 0.5, color="#888888", linewidth=0.5)
-        axis.axvline(segment.start - 0.5, color="#888888", linewidth=0.5)
-    names = [_name(layout, i) for i in range(len(layout.segments))]
-    middles = [segment.start + segment.length / 2 - 0.5 for segment in layout.segments]
-    axis.set_xticks(middles, names, rotation=60, fontsize=8)
-    axis.set_yticks(middles, names, fontsize=8)
-    axis.set_xlabel("key")
+    _label_segments(axis, layout, colour="#888888")
     axis.set_ylabel("query, in the colour of its rank; pale: the key is another rank's")
     axis.set_title(
         f"{layout.num_tokens} tokens on {num_ranks} ranks, {shards.tokens_per_rank} each; keys and "
-        f"values of {int(travels.sum())} tokens travel"
+        f"values of {int(shards.shard_tokens.sum())} tokens travel"
     )
     work = shards.attention_pairs
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[r]) for r in range(num_ranks)]
@@ -170,6 +152,18 @@ def draw_ranks(shapes: list[dict[str, Any]], num_ranks: int, path: Path) -> None
     figure.legend(handles, labels, loc="outside lower center", ncols=min(num_ranks, 4))
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _label_segments(axis: Any, layout: PackedLayout, *, colour: str) -> None:
+    """Borders and names of the segments along both axes."""
+    for segment in layout.segments[1:]:
+        axis.axhline(segment.start - 0.5, color=colour, linewidth=0.75)
+        axis.axvline(segment.start - 0.5, color=colour, linewidth=0.75)
+    names = [_name(layout, i) for i in range(len(layout.segments))]
+    middles = [segment.start + segment.length / 2 - 0.5 for segment in layout.segments]
+    axis.set_xticks(middles, names, rotation=60, fontsize=8)
+    axis.set_yticks(middles, names, fontsize=8)
+    axis.set_xlabel("key")
 
 
 def rank_of_token(shards: ContextShards) -> np.ndarray:

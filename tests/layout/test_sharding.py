@@ -104,7 +104,7 @@ def _random_forests(rng: np.random.Generator) -> dict[str, PrefixTree]:
 
 
 @pytest.mark.parametrize("cp", [2, 4, 8])
-def test_work_is_even_and_padding_small(cp: int) -> None:
+def test_work_and_what_ranks_receive_are_even_and_padding_small(cp: int) -> None:
     rng = np.random.default_rng()
     for name, tree in _random_forests(rng).items():
         shards = _shards(tree, cp, tp=4)
@@ -113,6 +113,9 @@ def test_work_is_even_and_padding_small(cp: int) -> None:
         # The promise is 5 %: the dispatcher aims at 2 and then rounds to tokens.
         assert shards.imbalance <= 0.025, (name, shards.imbalance)
         assert shards.layout.num_padding <= 0.02 * shards.layout.num_tokens, name
+        travelling = int(shards.shard_tokens.sum())
+        received = travelling - int(shards.shard_tokens.min())
+        assert received <= 1.05 * (cp - 1) / cp * travelling + 1, name
 
 
 def test_an_uneven_length_is_refused() -> None:

@@ -94,7 +94,7 @@ def split_into_batches(cu_q: Tensor, cu_k: Tensor, *, causal: bool) -> tuple[Bat
     return _split(tuple(cu_q.tolist()), tuple(cu_k.tolist()), causal)
 
 
-@functools.lru_cache(maxsize=64)  # every layer, forward and backward, asks for the same few
+@functools.lru_cache(maxsize=256)  # every layer, forward and backward, asks for the same few
 def _split(q_bounds: tuple[int, ...], k_bounds: tuple[int, ...], causal: bool) -> tuple[Batch, ...]:
     q_lengths = [stop - start for start, stop in itertools.pairwise(q_bounds)]
     k_lengths = [stop - start for start, stop in itertools.pairwise(k_bounds)]
