@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_prefix.attention.comm_types import CommType
-from megatron_prefix.attention.exchange import Exchange, Traffic
+from megatron_prefix.attention.exchange import Exchange, Recorder, Traffic
 from megatron_prefix.attention.function import (
     MergedAttention,
     StageCompute,
@@ -304,12 +304,12 @@ class _AllHeadsOfSomeRows(torch.autograd.Function):
         return _to_packed_row(dx, ctx.plan, record), None, None
 
 
-def _to_packed_row(x: Tensor, plan: ContextParallelPlan, record: Any) -> Tensor:
+def _to_packed_row(x: Tensor, plan: ContextParallelPlan, record: Recorder) -> Tensor:
     parts = plan.exchange.swap(x.transpose(0, 1).contiguous(), record)
     return parts.flatten(0, 1)[plan.row_order[0]]
 
 
-def _from_packed_row(x: Tensor, plan: ContextParallelPlan, record: Any) -> Tensor:
+def _from_packed_row(x: Tensor, plan: ContextParallelPlan, record: Recorder) -> Tensor:
     parts = x[plan.row_order[1]].unflatten(0, (plan.exchange.size, -1))
     return plan.exchange.swap(parts, record).transpose(0, 1)
 

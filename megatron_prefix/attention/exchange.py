@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Direction = Literal["forward", "backward"]
+Recorder = Callable[[int, int], None]
+"""Counts bytes: called with those sent and those received."""
 
 # The name since torch 2.13; the other one is deprecated.
 _all_gather_equal = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -67,7 +69,7 @@ class Exchange:
         self.shard_tokens = tuple(int(n) for n in shard_tokens)
         self.traffic = Traffic()
 
-    def recorder(self, layer_number: int, direction: Direction) -> Callable[[int, int], None]:
+    def recorder(self, layer_number: int, direction: Direction) -> Recorder:
         """Counts (sent, received) bytes of a layer in one direction."""
 
         def record(sent: int, received: int) -> None:
@@ -76,7 +78,7 @@ class Exchange:
 
         return record
 
-    def gather(self, shard: Tensor, record: Callable[[int, int], None]) -> Pending:
+    def gather(self, shard: Tensor, record: Recorder) -> Pending:
         """Start gathering the shards of all ranks, [all tokens, ...], in the order of the ranks."""
         counts = self.shard_tokens
         gathered = shard.new_empty(sum(counts), *shard.shape[1:])
@@ -94,7 +96,7 @@ class Exchange:
         )
         return Pending(tensor=gathered, works=works, keep=(shard,))
 
-    def reduce(self, shares: Tensor, record: Callable[[int, int], None]) -> Pending:
+    def reduce(self, shares: Tensor, record: Recorder) -> Pending:
         """Start collecting every rank's share of the gradient of this rank's shard.
 
         Args:
@@ -118,7 +120,7 @@ class Exchange:
         return Pending(tensor=received, works=[work], keep=(shares,))
 
     def rotate(
-        self, tensor: Tensor, num_tokens: int, record: Callable[[int, int], None]
+        self, tensor: Tensor, num_tokens: int, record: Recorder
     ) -> Pending:
         """Start sending a tensor to the next rank and receiving one of `num_tokens` rows."""
         received = tensor.new_empty(num_tokens, *tensor.shape[1:])
@@ -129,7 +131,7 @@ class Exchange:
         )
         return Pending(tensor=received, works=works, keep=(tensor,))
 
-    def swap(self, tensor: Tensor, record: Callable[[int, int], None]) -> Tensor:
+    def swap(self, tensor: Tensor, record: Recorder) -> Tensor:
         """Send part i of [ranks, ...] to rank i, and return the parts that came, by rank."""
         received = torch.empty_like(tensor)
         dist.all_to_all_single(received, tensor, group=self.group)
@@ -141,7 +143,7 @@ class Exchange:
         self,
         sends: Sequence[tuple[int, Tensor]],
         receives: Sequence[tuple[int, Tensor]],
-        record: Callable[[int, int], None],
+        record: Recorder,
     ) -> list[dist.Work]:
         operations = []
         for peer, tensor in sends:
