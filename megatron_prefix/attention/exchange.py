@@ -119,9 +119,7 @@ class Exchange:
         record(_bytes(shares) - own, _bytes(received) - own)
         return Pending(tensor=received, works=[work], keep=(shares,))
 
-    def rotate(
-        self, tensor: Tensor, num_tokens: int, record: Recorder
-    ) -> Pending:
+    def rotate(self, tensor: Tensor, num_tokens: int, record: Recorder) -> Pending:
         """Start sending a tensor to the next rank and receiving one of `num_tokens` rows."""
         received = tensor.new_empty(num_tokens, *tensor.shape[1:])
         works = self._send_and_receive(

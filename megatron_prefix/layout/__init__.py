@@ -5,6 +5,7 @@ Plain Python and NumPy. Data flows one way: `PrefixTree` -> `plan_microbatches` 
 """
 
 from megatron_prefix.layout.cost import ModelShape, activation_tokens
+from megatron_prefix.layout.dispatch import shard_layout
 from megatron_prefix.layout.packing import AttentionStage, PackedLayout, Segment, pack
 from megatron_prefix.layout.planner import (
     GroupSlice,
@@ -13,7 +14,7 @@ from megatron_prefix.layout.planner import (
     plan_microbatches,
 )
 from megatron_prefix.layout.shard_stages import GatheredStages, RankStages
-from megatron_prefix.layout.sharding import ContextShards, shard_layout
+from megatron_prefix.layout.sharding import ContextShards
 from megatron_prefix.layout.tree import PrefixTree
 
 __all__ = [
