@@ -62,7 +62,7 @@ def main() -> int:
         )
         try:
             Trainer(config, place).run()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             _report(str(error), rank)
             return 1
         except Exception as error:

@@ -141,6 +141,19 @@ def _command(rank: int, world_size: int, config: Path) -> tuple[int, str]:
     return run_command(config)
 
 
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "out"
+    in_the_way.write_text("a file")
+    records = write_records(tmp_path / "rollouts.jsonl", good_records(2))
+    values = run_values(in_the_way / "run", records=records)
+    config = write_config(tmp_path / "run.yaml", values)
+    ((status, stderr),) = run_distributed(_command, 1, config)
+    assert status == 1
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert "Not a directory" in line and str(in_the_way) in line
+    assert "Traceback" not in stderr and in_the_way.read_text() == "a file"
+
+
 REWARD = """
 import os
 
