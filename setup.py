@@ -20,6 +20,6 @@ setup(
         "train": TRAINING,
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
         "hf": ["transformers", "safetensors"],
-        "dev": [*TRAINING, "pytest", "pytest-timeout", "hypothesis", "ruff"],
+        "dev": [*TRAINING, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff"],
     },
 )

@@ -4,6 +4,7 @@
 #   bash tests/run.sh                          everything, on megatron-core 0.16.1
 #   bash tests/run.sh tests/layout -k tree     arguments go to pytest
 #   MEGATRON_CORE=0.15.3 bash tests/run.sh     another release
+#   TEST_PROCESSES=0 bash tests/run.sh         in one process, for a debugger
 #   TORCH=2.9.1 PYTHON=python3.12 bash tests/run.sh
 #
 # The environment is made once per combination, in .venv-tests/.
@@ -29,4 +30,5 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-exec "$venv/bin/python" -m pytest "${@:-tests}"
+# Files run side by side: tests that start processes wait a good part of their time.
+exec "$venv/bin/python" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile "${@:-tests}"

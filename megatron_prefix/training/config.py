@@ -157,9 +157,11 @@ class ParallelConfig:
     def data_parallel_size(self, world_size: int) -> int:
         """Packed rows that run side by side in a world of `world_size` ranks."""
         if world_size % self.model_parallel_size:
+            sizes = "tensor_model_parallel_size x pipeline_model_parallel_size"
+            if self.context_parallel_size > 1:
+                sizes += " x context_parallel_size"
             raise ConfigError(
-                f"parallel: {world_size} processes do not divide by tensor_model_parallel_size x "
-                "pipeline_model_parallel_size x context_parallel_size = "
+                f"parallel: {world_size} processes do not divide by {sizes} = "
                 f"{self.model_parallel_size}; start a multiple of it"
             )
         experts = self.expert_model_parallel_size
