@@ -20,6 +20,15 @@ setup(
         "train": TRAINING,
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
         "hf": ["transformers", "safetensors"],
-        "dev": [*TRAINING, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff"],
+        "dev": [
+            *TRAINING,
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "transformers",
+            "prefix_grouper==0.0.1.post1",
+        ],
     },
 )

@@ -44,7 +44,7 @@ class PackedBatch:
     """[1, T] int64"""
     params: PrefixPackedSeqParams
     label_positions: Tensor
-    """[N] int64: rows whose label is trained on, ascending."""
+    """[N] int64: rows of the model's output whose label is trained on, ascending."""
     labels: Tensor
     """[N] int64"""
     entry_labels: Tensor
@@ -79,6 +79,8 @@ def build_batch(
     kernel: str | None = None,
     context_parallel_group: dist.ProcessGroup | None = None,
     check_equal: bool = True,
+    trim_last_layer: bool = False,
+    output_multiple: int = 1,
 ) -> PackedBatch:
     """Tensors of a packed layout and its sequences' training data.
 
@@ -88,6 +90,10 @@ def build_batch(
         device: where the tensors go.
         kernel: attention kernel by name; None takes the best for the device.
         context_parallel_group, check_equal: see `PrefixPackedSeqParams.from_layout`.
+        trim_last_layer: the model's output has only the rows that are trained on (and some that
+            come with them), and its last layer computes no others; see
+            `PrefixPackedSeqParams.trim_last_layer`.
+        output_multiple: such an output's length is a multiple of this.
 
     Raises:
         ValueError: a sequence's old log-probabilities do not match its trained tokens.
@@ -107,6 +113,10 @@ def build_batch(
     places[rows[rows >= 0]] = np.flatnonzero(rows >= 0)
     entries = entries.select(places[entries.positions] >= 0)
     label_positions, entry_labels = np.unique(places[entries.positions], return_inverse=True)
+    output_positions = label_positions
+    if trim_last_layer:
+        output_rows = params.trim_last_layer(label_positions, multiple=output_multiple)
+        output_positions = np.searchsorted(output_rows, label_positions)
     per_sequence = np.array([(s.weight, s.advantage) for s in sequences]).reshape(-1, 2)
 
     def on_device(values: np.ndarray) -> Tensor:
@@ -116,7 +126,7 @@ def build_batch(
         input_ids=params.own(layout.input_ids)[None],
         position_ids=params.position_ids[None],
         params=params,
-        label_positions=on_device(label_positions),
+        label_positions=on_device(output_positions),
         labels=on_device(layout.labels[rows[label_positions]]),
         entry_labels=on_device(entry_labels.reshape(-1)),
         sequence_ids=on_device(entries.sequences),

@@ -19,8 +19,9 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import BaseTransformerLayer
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
 
+from megatron_prefix.attention.last_layer import prefix_transformer_layer
 from megatron_prefix.attention.megatron_modules import (
     PrefixTorchNorm,
     prefix_core_attention,
@@ -38,8 +39,9 @@ def prefix_grouped(spec: Spec) -> Spec:
             Transformer Engine, MoE, heterogeneous). It is not changed.
 
     Returns:
-        The same structure with every `SelfAttention` and its core attention replaced by subclasses
-        of themselves; everything else as it was. Torch norms also take sequence parallelism.
+        The same structure with every `SelfAttention`, its core attention and its layer replaced by
+        subclasses of themselves; everything else as it was. Torch norms also take sequence
+        parallelism.
 
     Raises:
         ValueError: the spec has no self attention that can share prefixes.
@@ -81,6 +83,9 @@ def _rewrite(spec: Any) -> tuple[Any, bool]:
 def _rewrite_module_spec(spec: ModuleSpec) -> tuple[ModuleSpec, bool]:
     spec.submodules, found = _rewrite(spec.submodules)
     module = get_module(spec)
+    if found and isinstance(module, type) and issubclass(module, TransformerLayer):
+        spec.module = prefix_transformer_layer(module)
+        return spec, True
     if isinstance(module, type) and issubclass(module, SelfAttention):
         submodules = spec.submodules
         assert isinstance(submodules, SelfAttentionSubmodules)

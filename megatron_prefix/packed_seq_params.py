@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from megatron_prefix.attention.context_parallel import ContextParallelPlan
 from megatron_prefix.attention.function import prefix_attention
 from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.attention.stages import AttentionPlan
-from megatron_prefix.layout import PackedLayout, shard_layout
+from megatron_prefix.layout import PackedLayout, rows_to_keep, shard_layout
 
 
 @dataclass
@@ -35,6 +36,12 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """[T] int64: each token's position in its own sequence."""
     kernel: str | None = None
     """Attention kernel by name; None takes the best for the device."""
+    last_layer: PrefixPackedSeqParams | None = None
+    """Params of the model's last layer, where it computes the output of some rows only."""
+    query_rows: Tensor | None = None
+    """[N] int64 ascending, in params of a trimmed last layer: the rows that attend."""
+    query_rows_host: np.ndarray | None = None
+    """The same on the host."""
 
     @classmethod
     def from_layout(
@@ -86,6 +93,37 @@ class PrefixPackedSeqParams(PackedSeqParams):
             kernel=kernel,
         )
 
+    def trim_last_layer(self, needed: np.ndarray, *, multiple: int = 1) -> np.ndarray:
+        """Let the model's last layer, and so the model, put out only the rows that are needed.
+
+        Args:
+            needed: [n] int64 rows of this rank's T tokens.
+            multiple: the number of rows that are put out is a multiple of this: the
+                tensor-parallel size, under sequence parallelism.
+
+        Returns:
+            [N] int64, ascending: the rows that are put out, the needed ones among them. (From a
+            segment's first needed row all to its end are, and others to fill up.)
+        """
+        is_needed = np.zeros(self.plan.num_tokens, dtype=bool)
+        is_needed[needed] = True
+        kept = rows_to_keep(self.plan.self_stage, is_needed, multiple=multiple)
+        rows = np.flatnonzero(kept)
+        if len(rows) == len(kept):
+            self.last_layer = None
+            return rows
+        device = self.position_ids.device
+        cu_seqlens_q = torch.tensor([0, len(rows)], dtype=torch.int32)
+        self.last_layer = dataclasses.replace(
+            self,
+            plan=self.plan.trimmed(kept),
+            cu_seqlens_q=cu_seqlens_q.to(device, non_blocking=True),
+            query_rows=torch.from_numpy(rows).to(device, non_blocking=True),
+            query_rows_host=rows,
+            last_layer=None,
+        )
+        return rows
+
     @property
     def own_rows(self) -> np.ndarray:
         """[T] int64: position in the packed row of each of this rank's tokens; -1 on padding that
@@ -119,12 +157,13 @@ class PrefixPackedSeqParams(PackedSeqParams):
 
         Args:
             layer_number: of the layer in the whole model, from 1.
-            q: [T, heads, dim], rotated; k and v: [T, kv heads, dim], k rotated.
+            q: [T, heads, dim], or [N, heads, dim] in a trimmed last layer, rotated; k and v:
+                [T, kv heads, dim], k rotated.
             scale: factor of q k^T before the softmax.
             comm_type: the layer's kind of context-parallel communication.
 
         Returns:
-            [T, heads, dim] in q's dtype.
+            Shaped like q, in its dtype.
         """
         kernel = select_kernel(self.kernel, device=q.device, dtype=q.dtype, head_dim=q.shape[-1])
         if isinstance(self.plan, ContextParallelPlan):

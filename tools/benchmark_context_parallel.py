@@ -16,7 +16,6 @@ The last line of stdout is a JSON object.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -31,15 +30,11 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark import (
-    TRAINING,
-    Shape,
-    add_common_arguments,
-    make_batch,
-    model_config,
-    run_step,
-    trees,
-)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from benchmark import add_common_arguments, model_sizes
+from benchmarks.levels import OBJECTIVE
+from benchmarks.shapes import Shape, make_batch, parse_case, training_config, trees
 from ranks import run_ranks
 
 from megatron_prefix.attention.comm_types import COMM_TYPES
@@ -47,8 +42,9 @@ from megatron_prefix.layout import ContextShards, PackedLayout, PrefixTree, pack
 from megatron_prefix.training.config import ParallelConfig
 from megatron_prefix.training.model import ModelChunks, build_model_chunks
 from megatron_prefix.training.runtime import runtime
+from megatron_prefix.training.step import accumulate_gradients
 
-DEFAULT_CASES = ((8, 2048, 256), (16, 2048, 256), (8, 2048, 512))
+DEFAULT_CASES = ("8,2048,256", "16,2048,256", "8,2048,512")
 LAYER = 1
 
 
@@ -64,7 +60,10 @@ def measure(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     parallel = ParallelConfig(context_parallel_size=args.cp)
     with runtime(parallel, device="cpu", seed=args.seed, timeout_minutes=10) as place:
         chunks = build_model_chunks(
-            model_config(args), parallel, TRAINING, use_distributed_optimizer=False
+            model_sizes(args).config(),
+            parallel,
+            training_config(),
+            use_distributed_optimizer=False,
         )
         tree = trees(shape, args.vocab, args.seed)["grouped"]
         seconds: dict[str, list[float]] = {kind: [] for kind in args.kinds}
@@ -76,7 +75,7 @@ def measure(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
                 batch = make_batch(tree, shape, place.context_parallel_group)
                 dist.barrier()
                 started = time.perf_counter()
-                loss = torch.tensor(run_step(chunks, batch))
+                loss = accumulate_gradients(chunks, [batch], OBJECTIVE)[0].policy_loss.float()
                 dist.barrier()
                 if repeat:
                     seconds[kind].append(time.perf_counter() - started)
@@ -128,7 +127,9 @@ def benchmark(args: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
     others = (args.cp - 1) / args.cp
     return [
         {
-            **dataclasses.asdict(shape),
+            "G": shape.group_size,
+            "prefix": shape.prefix,
+            "response": shape.response,
             "cp": args.cp,
             "kind": kind,
             "seconds": statistics.median(
@@ -211,7 +212,7 @@ def main() -> int:
         return 0
     if args.cp < 2:
         parser.error(f"--cp: {args.cp} must be at least 2")
-    cases = args.case or [Shape(group_size=g, prefix=p, response=r) for g, p, r in DEFAULT_CASES]
+    cases = args.case or [parse_case(text) for text in DEFAULT_CASES]
     print(
         f"{'G':>3} {'prefix':>7} {'response':>8} {'kind':>10} {'seconds':>8} {'forward kB':>10} "
         f"{'least':>8} {'whole row':>9} {'backward kB':>11} {'work':>6} {'dispatch ms':>11}"
@@ -221,7 +222,7 @@ def main() -> int:
         for row in benchmark(args, shape):
             rows.append(row)
             print(
-                f"{row['group_size']:>3} {row['prefix']:>7} {row['response']:>8} {row['kind']:>10} "
+                f"{row['G']:>3} {row['prefix']:>7} {row['response']:>8} {row['kind']:>10} "
                 f"{row['seconds']:>8.2f} {row['forward_bytes'] / 1e3:>10.0f} "
                 f"{row['least_forward_bytes'] / 1e3:>8.0f} "
                 f"{row['whole_row_forward_bytes'] / 1e3:>9.0f} "

@@ -92,6 +92,7 @@ def verify(
     distributed_optimizer: bool = True,
     objective: str = "grpo",
     sharing: str = "groups",
+    trim_last_layer: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Run both sides and compare; returns the report that the tool prints as JSON."""
@@ -105,6 +106,7 @@ def verify(
         device="cpu",
         log_prob_chunk_tokens=16,
         sharing=sharing,
+        trim_last_layer=trim_last_layer,
         timeout_minutes=5,
     )
     with tempfile.TemporaryDirectory(prefix="verify_equivalence_") as name:
@@ -168,6 +170,11 @@ def main() -> int:
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--objective", choices=["grpo", "gspo"], default="grpo")
     parser.add_argument("--sharing", choices=["groups", "everything"], default="groups")
+    parser.add_argument(
+        "--whole-last-layer",
+        action="store_true",
+        help="compute it also where nothing depends on it (training.trim_last_layer: false)",
+    )
     parser.add_argument("--token-budget", type=int, help="tokens of one microbatch at most")
     parser.add_argument("--seed", type=int, help="of weights and rollouts; a fresh one by default")
     args = parser.parse_args()
@@ -207,6 +214,7 @@ def main() -> int:
         distributed_optimizer=not args.no_distributed_optimizer,
         objective=args.objective,
         sharing=args.sharing,
+        trim_last_layer=not args.whole_last_layer,
         seed=seed,
     )
     print(json.dumps(report))

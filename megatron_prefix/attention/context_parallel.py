@@ -4,8 +4,8 @@ Every kind of communication (see `comm_types`) computes the same stages, merged 
 one rank. `all_gather` and `p2p` move the keys and values of the shards only: in forward while the
 rank's own segments attend to themselves, and in backward again, so that none are kept.
 
-Shapes: C tokens of this rank's row, of which the first n are its shard; T of all ranks' rows.
-H query heads, Hk key/value heads, D head dimension.
+Shapes: C tokens of this rank's row, of which the first n are its shard; N of them attend (all, but
+for a trimmed last layer); T of all ranks' rows. H query heads, Hk key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ from megatron_prefix.attention.function import (
 )
 from megatron_prefix.attention.kernels import Kernel
 from megatron_prefix.attention.stages import AttentionPlan, StageTensors, stage_tensors
-from megatron_prefix.layout import ContextShards, RankStages
+from megatron_prefix.layout import AttentionStage, ContextShards, RankStages, trim_stages
 
 
 class ContextParallelPlan:
     """The attention of one rank's row, for each kind of communication that is asked for."""
+
+    kept: np.ndarray | None = None
+    """[C] bool: the tokens that attend, in the plan of a trimmed last layer; None: all."""
 
     def __init__(
         self, shards: ContextShards, group: dist.ProcessGroup, device: torch.device
@@ -54,10 +57,31 @@ class ContextParallelPlan:
         self.rows = self._stages.rows()
         """[C] int64: position in the packed row of each token; -1 for padding."""
 
+    def trimmed(self, kept: np.ndarray) -> ContextParallelPlan:
+        """The plan of a layer in which only some of the rank's tokens attend.
+
+        Args:
+            kept: [C] bool, from `rows_to_keep`.
+        """
+        plan = ContextParallelPlan(self.shards, self.exchange.group, self.device)
+        plan.exchange = self.exchange  # one count of the traffic
+        plan.kept = kept
+        return plan
+
     @property
     def num_tokens(self) -> int:
         """C, padding included."""
         return self.shards.tokens_per_rank
+
+    @property
+    def num_queries(self) -> int:
+        """N: C, unless the plan is trimmed."""
+        return self.num_tokens if self.kept is None else int(self.kept.sum())
+
+    @property
+    def self_stage(self) -> AttentionStage:
+        """The causal squares over the rank's row."""
+        return self._stages.local()[0]
 
     @property
     def shard_tokens(self) -> int:
@@ -85,14 +109,14 @@ class ContextParallelPlan:
         Args:
             comm_type: the kind of communication.
             layer_number: what the traffic is counted under.
-            q: [C, H, D]; k and v: [C, Hk, D].
+            q: [N, H, D]; k and v: [C, Hk, D].
             scale: factor of q k^T before the softmax.
             kernel: what computes a stage.
 
         Returns:
-            [C, H, D] in q's dtype.
+            [N, H, D] in q's dtype.
         """
-        check_shapes(q, k, v, self.num_tokens)
+        check_shapes(q, k, v, num_queries=self.num_queries, num_tokens=self.num_tokens)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         compute = StageCompute(kernel, scale)
         if comm_type == "a2a":
@@ -103,6 +127,9 @@ class ContextParallelPlan:
     def _attend_by_heads(
         self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, compute: StageCompute
     ) -> Tensor:
+        if self.kept is not None:  # heads are exchanged for all tokens of the row
+            kept = torch.from_numpy(np.flatnonzero(self.kept)).to(self.device, non_blocking=True)
+            q = q.new_zeros(self.num_tokens, *q.shape[1:]).index_copy(0, kept, q)
         size = self.exchange.size
         heads = [x.shape[1] // size for x in (q, k, v)]
         # One message: rank i's query heads, key heads and value heads side by side.
@@ -111,12 +138,13 @@ class ContextParallelPlan:
         out = prefix_attention(
             *row.split(heads, dim=1), self.whole_row, scale=compute.scale, kernel=compute.kernel
         )
-        return _AllHeadsOfSomeRows.apply(out, self, layer_number).flatten(1, 2)
+        out = _AllHeadsOfSomeRows.apply(out, self, layer_number).flatten(1, 2)
+        return out if self.kept is None else out[kept]
 
     @cached_property
     def local(self) -> tuple[StageTensors, ...]:
         """The self stage over the rank's row, then what else needs no communication."""
-        return stage_tensors(self._stages.local(), self.device)
+        return self._tensors(self._stages.local())
 
     @cached_property
     def gathered(self) -> GatheredTensors:
@@ -124,16 +152,20 @@ class ContextParallelPlan:
         gathered = self._stages.from_all_shards()
         return GatheredTensors(
             source=torch.from_numpy(gathered.source).to(self.device, non_blocking=True),
-            stages=stage_tensors(gathered.stages, self.device),
+            stages=self._tensors(gathered.stages),
         )
 
     @cached_property
     def ring(self) -> tuple[tuple[StageTensors, ...], ...]:
         """The stages of `p2p`, by the rank whose shard they attend to."""
         return tuple(
-            stage_tensors(self._stages.from_shard(rank), self.device)
-            for rank in range(self.exchange.size)
+            self._tensors(self._stages.from_shard(rank)) for rank in range(self.exchange.size)
         )
+
+    def _tensors(self, stages: tuple[AttentionStage, ...]) -> tuple[StageTensors, ...]:
+        if self.kept is not None:
+            stages = trim_stages(stages, self.kept)
+        return stage_tensors(stages, self.device)
 
     @cached_property
     def whole_row(self) -> AttentionPlan:

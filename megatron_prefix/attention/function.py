@@ -8,7 +8,8 @@ its out and lse over its own keys; two are merged by
 Backward needs no such merge: a stage's backward with the merged out and lse yields that stage's
 share of dq, dk and dv, and the shares add up (see `Kernel.backward`).
 
-Shapes: T packed tokens, H query heads, Hk key/value heads, D head dimension.
+Shapes: T packed tokens, N of them attend (all, but for a trimmed last layer), H query heads, Hk
+key/value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -31,26 +32,26 @@ def prefix_attention(
     """Attention in which every token sees its ancestors' segments, and its own causally.
 
     Args:
-        q: [T, H, D]; k and v: [T, Hk, D] with H a multiple of Hk. Views are not copied as long as
-            their last dimension is contiguous.
+        q: [N, H, D], with N = T unless the plan is trimmed; k and v: [T, Hk, D] with H a multiple
+            of Hk. Views are not copied as long as their last dimension is contiguous.
         plan: the stages of this packed row, on q's device.
         scale: factor of q k^T before the softmax.
         kernel: what computes a stage, from `select_kernel`.
 
     Returns:
-        [T, H, D] in q's dtype. Merging, and adding up gradients of more than one stage, is done in
+        [N, H, D] in q's dtype. Merging, and adding up gradients of more than one stage, is done in
         float32 or wider, always in the same order.
 
     Raises:
         ValueError: the shapes or dtypes of q, k, v and the plan do not belong together.
     """
-    check_shapes(q, k, v, plan.num_tokens)
+    check_shapes(q, k, v, num_queries=plan.num_queries, num_tokens=plan.num_tokens)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return _PrefixAttention.apply(q, k, v, plan, scale, kernel)
 
 
 class _PrefixAttention(torch.autograd.Function):
-    """Saves q, k, v, out [T, H, D] and lse [T, H], whatever the number of stages."""
+    """Saves q, k, v, out [N, H, D] and lse [N, H], whatever the number of stages."""
 
     @staticmethod
     def forward(
@@ -89,13 +90,13 @@ class MergedAttention:
     """What the backward of every stage reads of the queries: out and lse over all their keys."""
 
     q: Tensor
-    """[T, H, D]"""
+    """[N, H, D]"""
     out: Tensor
-    """[T, H, D]"""
+    """[N, H, D]"""
     lse: Tensor
-    """[T, H]"""
+    """[N, H]"""
     dout: Tensor
-    """[T, H, D], contiguous"""
+    """[N, H, D], contiguous"""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class StageCompute:
     def first(
         self, stage: StageTensors, q: Tensor, k: Tensor, v: Tensor, *, wide: bool
     ) -> tuple[Tensor, Tensor]:
-        """out [T, H, D] and lse [T, H] of a stage over the whole row; `wide`: in lse's dtype."""
+        """out [N, H, D] and lse [N, H] of a stage of all queries; `wide`: in lse's dtype."""
         out, lse = self._forward(stage, q, k, v)
         return (out.to(lse.dtype) if wide else out), lse
 
@@ -132,10 +133,14 @@ class StageCompute:
     def first_shares(
         self, stage: StageTensors, merged: MergedAttention, k: Tensor, v: Tensor, *, wide: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of a stage over the whole row; `wide`: in lse's dtype, to be added to."""
+        """dq, dk, dv of a stage of all queries; `wide`: in lse's dtype, to be added to."""
         dtype = merged.lse.dtype if wide else merged.q.dtype
-        dq, dk, dv = (share.to(dtype) for share in self._backward(stage, merged, k, v))
-        return dq, dk, dv
+        dq, *d_keys = (share.to(dtype) for share in self._backward(stage, merged, k, v))
+        if d_keys[0].shape[0] < k.shape[0]:
+            shares, d_keys = d_keys, [torch.zeros_like(x, dtype=dtype) for x in (k, v)]
+            for all_keys, share in zip(d_keys, shares, strict=True):
+                all_keys[stage.keys] = share
+        return dq, *d_keys
 
     def add_shares(
         self,
@@ -198,13 +203,14 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
     torch.logaddexp(lse, other_lse, out=lse)
 
 
-def check_shapes(q: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> None:
-    """Raise a ValueError unless q, k and v are [num_tokens, heads, head_dim] and go together."""
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, *, num_queries: int, num_tokens: int) -> None:
+    """Raise a ValueError unless q [num_queries, heads, head_dim], k and v [num_tokens, ...] fit."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 3:
         raise ValueError(f"{shapes}: expected [tokens, heads, head_dim] for each")
-    if not q.shape[0] == k.shape[0] == v.shape[0] == num_tokens:
-        raise ValueError(f"{shapes}: the attention plan is for {num_tokens} tokens")
+    if not (q.shape[0] == num_queries and k.shape[0] == v.shape[0] == num_tokens):
+        queries = "" if num_queries == num_tokens else f" and {num_queries} queries"
+        raise ValueError(f"{shapes}: the attention plan is for {num_tokens} tokens{queries}")
     if not q.shape[2] == k.shape[2] == v.shape[2]:
         raise ValueError(
             f"{shapes}: head_dim {q.shape[2]}, {k.shape[2]}, {v.shape[2]} must be the same for q, "

@@ -20,12 +20,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prefix.attention.comm_types import layer_comm_type
+from megatron_prefix.attention.last_layer import query_key_value
 from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.support import refuse_unsupported
 
 
 class _PrefixSelfAttention:
     """Turns GPTModel's RoPE table into one row per token of the packed row."""
+
+    prefix_params: Any = None
+    """Of the batch that runs."""
 
     def forward(
         self,
@@ -44,11 +48,19 @@ class _PrefixSelfAttention:
             if rotary_pos_emb is not None:
                 # Megatron takes a table of exactly T rows token by token, in every release.
                 rows = packed_seq_params.position_ids
-                rotary_pos_emb = (
-                    tuple(table[rows] for table in rotary_pos_emb)
-                    if isinstance(rotary_pos_emb, tuple)
-                    else rotary_pos_emb[rows]
+                tables = rotary_pos_emb
+                if not isinstance(tables, tuple):
+                    tables = (tables, tables)
+                queries = packed_seq_params.query_rows
+                of_keys = tables[1][rows]
+                of_queries = (
+                    of_keys
+                    if queries is None and tables[0] is tables[1]
+                    else tables[0][rows if queries is None else rows[queries]]
                 )
+                rotary_pos_emb = (of_queries, of_keys)
+        # `get_query_key_value_tensors` is not given the params.
+        self.prefix_params = packed_seq_params
         with context:
             return super().forward(
                 hidden_states,
@@ -58,6 +70,22 @@ class _PrefixSelfAttention:
                 packed_seq_params=packed_seq_params,
                 **kwargs,
             )
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        """See Megatron's `SelfAttention`; in a trimmed last layer, queries of some rows only."""
+        params = self.prefix_params
+        if not isinstance(params, PrefixPackedSeqParams) or params.query_rows is None:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        found = query_key_value(self, hidden_states, params)
+        if found is not None:
+            return found
+        query, key, value, *gate = super().get_query_key_value_tensors(
+            hidden_states, *args, **kwargs
+        )
+        query, *gate = (x.index_select(0, params.query_rows) for x in (query, *gate))
+        return query, key, value, *gate
 
 
 class _OneRank:
@@ -128,7 +156,7 @@ class _PrefixCoreAttention:
         packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """query [T, heads, dim], key and value [T, kv heads, dim] -> [T, heads * dim]."""
+        """query [T or N, heads, dim], key and value [T, kv heads, dim] -> [T or N, heads * dim]."""
         if not isinstance(packed_seq_params, PrefixPackedSeqParams):
             if self.prefix_only:
                 raise ValueError(

@@ -8,16 +8,15 @@ gather and no copy.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_prefix.layout.packing import AttentionStage, PackedLayout
+from megatron_prefix.layout import AttentionStage, PackedLayout, trim_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +26,10 @@ class StageTensors:
     causal: bool
     """Causal squares, else full rectangles."""
     queries: slice | Tensor
-    """The stage's query tokens in the row: a slice, or (seldom, under context parallelism) [n]
-    int64 rows."""
-    keys: slice
-    """The stage's key tokens in the row, or in the buffer of keys that it is called with."""
+    """The stage's query tokens among those that attend: a slice, or (seldom) [n] int64 rows."""
+    keys: slice | Tensor
+    """The stage's key tokens in the row, or in the buffer of keys that it is called with: a slice,
+    or (seldom, in a trimmed last layer) [n] int64 rows."""
     cu_q: Tensor
     """[n+1] int32: bounds of the n rectangles' queries, relative to `queries`."""
     cu_k: Tensor
@@ -49,15 +48,14 @@ def stage_tensors(
     def on_device(values: np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
+    def rows(start: int, stop: int, rows: np.ndarray | None) -> slice | Tensor:
+        return slice(start, stop) if rows is None else on_device(rows, torch.int64)
+
     return tuple(
         StageTensors(
             causal=stage.causal,
-            queries=(
-                slice(stage.q_start, stage.q_stop)
-                if stage.query_rows is None
-                else on_device(stage.query_rows, torch.int64)
-            ),
-            keys=slice(stage.k_start, stage.k_stop),
+            queries=rows(stage.q_start, stage.q_stop, stage.query_rows),
+            keys=rows(stage.k_start, stage.k_stop, stage.key_rows),
             cu_q=on_device(stage.cu_q, torch.int32),
             cu_k=on_device(stage.cu_k, torch.int32),
             max_q=stage.max_q,
@@ -74,7 +72,12 @@ class AttentionPlan:
     stages: tuple[StageTensors, ...]
     """The self stage over the whole row, then the cross stages."""
     num_tokens: int
-    """Tokens of the packed row, with padding."""
+    """Tokens of the packed row, with padding: keys and values."""
+    num_queries: int
+    """Tokens that attend: all of the row, unless the plan is trimmed."""
+    source: tuple[AttentionStage, ...]
+    """What `stages` were made of."""
+    device: torch.device | str
 
     @classmethod
     def from_layout(cls, layout: PackedLayout, device: torch.device | str = "cpu") -> AttentionPlan:
@@ -87,4 +90,29 @@ class AttentionPlan:
         self_stage = layout.stages[0]
         assert self_stage.causal, "the first stage is the self stage"
         assert (self_stage.q_start, self_stage.q_stop) == (0, layout.num_tokens)
-        return cls(stages=stage_tensors(layout.stages, device), num_tokens=layout.num_tokens)
+        return cls(
+            stages=stage_tensors(layout.stages, device),
+            num_tokens=layout.num_tokens,
+            num_queries=layout.num_tokens,
+            source=layout.stages,
+            device=device,
+        )
+
+    def trimmed(self, kept: np.ndarray) -> AttentionPlan:
+        """The plan of a layer in which only some tokens attend.
+
+        Args:
+            kept: [T] bool, from `rows_to_keep`.
+        """
+        stages = trim_stages(self.source, kept)
+        return dataclasses.replace(
+            self,
+            stages=stage_tensors(stages, self.device),
+            num_queries=int(kept.sum()),
+            source=stages,
+        )
+
+    @property
+    def self_stage(self) -> AttentionStage:
+        """The causal squares over the whole row."""
+        return self.source[0]

@@ -16,6 +16,7 @@ from megatron_prefix.layout.planner import (
 from megatron_prefix.layout.shard_stages import GatheredStages, RankStages
 from megatron_prefix.layout.sharding import ContextShards
 from megatron_prefix.layout.tree import PrefixTree
+from megatron_prefix.layout.trimming import rows_to_keep, trim_stages
 
 __all__ = [
     "AttentionStage",
@@ -32,5 +33,7 @@ __all__ = [
     "microbatch_tree",
     "pack",
     "plan_microbatches",
+    "rows_to_keep",
     "shard_layout",
+    "trim_stages",
 ]

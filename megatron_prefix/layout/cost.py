@@ -11,6 +11,7 @@ cannot come to differ.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,34 +108,87 @@ class ModelShape:
             + int(labels) * self.head_flops_per_label()
         )
 
-    def tree_flops(self, tree: PrefixTree, *, labels: np.ndarray | None = None) -> int:
+    def last_layer_flops(self, *, tokens: int, pairs: int) -> int:
+        """What a trimmed last layer saves: all of it but keys and values, for so many tokens.
+
+        Args:
+            tokens: that it computes no query for.
+            pairs: keys that these would see.
+        """
+        last = dataclasses.replace(self, num_layers=1, num_moe_layers=min(self.num_moe_layers, 1))
+        keys_and_values = 4 * self.hidden_size * self.num_query_groups * self.kv_channels
+        return (
+            int(tokens) * (last.linear_flops_per_token() - keys_and_values)
+            + int(pairs) * last.attention_flops_per_pair()
+        )
+
+    def tree_flops(
+        self,
+        tree: PrefixTree,
+        *,
+        labels: np.ndarray | None = None,
+        trim_last_layer: bool = False,
+    ) -> int:
         """Forward FLOPs of a tree with every shared token computed once, without padding.
 
         Args:
             tree: the sequences.
             labels: [nodes], scored labels of each node; None: those of `response_labels`.
+            trim_last_layer: a node's positions before its scored ones, which are its last, are left
+                out of the last layer.
         """
         labels = response_labels(tree) if labels is None else labels
-        return self.flops(
+        flops = self.flops(
             tokens=tree.grouped_tokens,
             pairs=attention_pairs(tree).sum(),
             labels=labels.sum(),
         )
+        if trim_last_layer:
+            saved = tree.packed_lengths - labels
+            pairs = saved * (saved + 1) // 2 + saved * tree.first_positions
+            flops -= self.last_layer_flops(tokens=saved.sum(), pairs=pairs.sum())
+        return flops
 
-    def ungrouped_flops(self, tree: PrefixTree, *, labels: np.ndarray | None = None) -> int:
+    def ungrouped_flops(
+        self,
+        tree: PrefixTree,
+        *,
+        labels: np.ndarray | None = None,
+        trim_last_layer: bool = False,
+    ) -> int:
         """Forward FLOPs of the same sequences one by one, causal and without padding.
 
         Args:
             tree: the sequences.
             labels: as in `tree_flops`; a node's labels are scored by each sequence through it.
+            trim_last_layer: a sequence's positions before its first scored one are left out of
+                the last layer.
         """
         labels = response_labels(tree) if labels is None else labels
         lengths = tree.sequence_lengths - 1
-        return self.flops(
+        flops = self.flops(
             tokens=lengths.sum(),
             pairs=(lengths * (lengths + 1) // 2).sum(),
             labels=(labels * tree.multiplicity).sum(),
         )
+        if trim_last_layer:
+            saved = _positions_before_the_first_label(tree, labels)
+            flops -= self.last_layer_flops(
+                tokens=saved.sum(), pairs=(saved * (saved + 1) // 2).sum()
+            )
+        return flops
+
+
+def _positions_before_the_first_label(tree: PrefixTree, labels: np.ndarray) -> np.ndarray:
+    """[sequences] int64; labels are a node's last positions."""
+    before = []
+    for path in tree.sequences:
+        nodes = list(path)
+        with_labels = [i for i, node in enumerate(nodes) if labels[node] > 0]
+        end = with_labels[0] if with_labels else len(nodes)
+        count = tree.packed_lengths[nodes[: end + 1]].sum()
+        before.append(count - (labels[nodes[end]] if with_labels else 0))
+    return np.array(before, dtype=np.int64)
 
 
 def attention_pairs(tree: PrefixTree) -> np.ndarray:

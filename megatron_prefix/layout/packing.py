@@ -77,6 +77,8 @@ class AttentionStage:
     query_rows: np.ndarray | None = None
     """[cu_q[-1]] int64: the queries' rows where they are no slice; `q_start`, `q_stop` enclose
     them."""
+    key_rows: np.ndarray | None = None
+    """[cu_k[-1]] int64: the same of the keys."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -268,12 +270,13 @@ def attention_stage(
     *,
     causal: bool,
     query_rows: np.ndarray | None = None,
+    key_rows: np.ndarray | None = None,
 ) -> AttentionStage:
     """A stage from the bounds of its queries and keys and its rectangles' lengths."""
     cu_q = np.append(0, np.cumsum(q_lengths)).astype(np.int32)
     cu_k = np.append(0, np.cumsum(k_lengths)).astype(np.int32)
     assert cu_q[-1] == (queries[1] - queries[0] if query_rows is None else len(query_rows))
-    assert cu_k[-1] == keys[1] - keys[0]
+    assert cu_k[-1] == (keys[1] - keys[0] if key_rows is None else len(key_rows))
     return AttentionStage(
         causal=causal,
         q_start=queries[0],
@@ -285,4 +288,5 @@ def attention_stage(
         max_q=int(q_lengths.max()),
         max_k=int(k_lengths.max()),
         query_rows=query_rows,
+        key_rows=key_rows,
     )

@@ -274,6 +274,9 @@ class TrainingConfig:
     sharing: Literal["groups", "everything"] = "groups"
     """What is shared within a microbatch: the prompt of each group, or whatever its sequences have
     in common, such as a system prompt of several groups or equal beginnings of responses."""
+    trim_last_layer: bool = True
+    """The last layer computes queries, attention, projection and MLP only from the first trained
+    position of each segment on: nothing depends on others. The result is the same."""
     optimizer_steps_per_rollout: int = 1
     """Optimizer steps that a rollout batch is divided into (and repeated, see epochs)."""
     epochs_per_rollout: int = 1

@@ -59,7 +59,7 @@ class LogProbHead(ColumnParallelLinear):
         """Within the block the model returns [1, N, 2]: log-probability and entropy per label.
 
         Args:
-            label_positions: [N] rows of the packed row.
+            label_positions: [N] rows of the output layer's input.
             labels: [N] token ids.
             temperature: logits are divided by it.
             train_entropy: let gradients flow to the entropies.

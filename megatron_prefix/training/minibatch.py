@@ -45,6 +45,8 @@ class PackingConfig:
     """The pipeline size under interleaving."""
     sharing: Literal["groups", "everything"] = "groups"
     """See `TrainingConfig.sharing`. Microbatches are planned by groups in any case."""
+    trim_last_layer: bool = True
+    """See `TrainingConfig.trim_last_layer`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,9 @@ def build_minibatch(
         microbatch_multiple=packing.microbatch_multiple,
         names=[group.source for group in groups],
     )
+    context_parallel_size = 1
+    if context_parallel_group is not None:
+        context_parallel_size = dist.get_world_size(context_parallel_group)
     batches: list[PackedBatch] = []
     packed_tokens, flops = 0, 0.0
     for rank, microbatches in enumerate(plan.microbatches):
@@ -180,6 +185,8 @@ def build_minibatch(
                         kernel=kernel,
                         context_parallel_group=context_parallel_group,
                         check_equal=False,
+                        trim_last_layer=packing.trim_last_layer,
+                        output_multiple=packing.pad_to_multiple // context_parallel_size,
                     )
                 )
     return Minibatch(

@@ -87,6 +87,7 @@ class Trainer:
             pad_to_multiple=config.parallel.pad_to_multiple,
             microbatch_multiple=config.parallel.microbatch_multiple,
             sharing=config.training.sharing,
+            trim_last_layer=config.training.trim_last_layer,
         )
         with raise_together():
             self.engine = build_engine(config, self.chunks, runtime)

@@ -18,6 +18,7 @@ from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.attention.stages import AttentionPlan
 from megatron_prefix.layout.packing import PackedLayout, pack
 from megatron_prefix.layout.tree import PrefixTree
+from megatron_prefix.layout.trimming import rows_to_keep
 from tests.attention.oracle import (
     assert_close,
     attention_by_sequence,
@@ -308,6 +309,29 @@ def test_memory_stays_far_below_a_matrix_of_scores():
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.05
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5])
+def test_a_trimmed_plan_gives_the_rows_of_the_whole_one(rng, kernel, density):
+    layout = pack(random_tree(rng, max_depth=4), pad_to_multiple=2)
+    kept = rows_to_keep(layout.stages[0], rng.random(layout.num_tokens) < density, multiple=2)
+    rows = torch.from_numpy(np.flatnonzero(kept))
+    q, k, v = random_qkv(layout.num_tokens, 4, 2, 32, torch.float64)
+    dout = torch.randn(len(rows), 4, 32, dtype=torch.float64)
+
+    exact = tuple(x.clone().requires_grad_() for x in (q, k, v))
+    expected = dense_attention(*exact, visible_keys(layout), 0.2)[rows]
+    dq, *d_keys = gradients(expected, dout, exact)
+
+    inputs = tuple(x.clone().requires_grad_() for x in (q[rows], k, v))
+    plan = AttentionPlan.from_layout(layout, "cpu").trimmed(kept)
+    chosen = select_kernel(kernel, device="cpu", dtype=torch.float64, head_dim=32)
+    out = prefix_attention(*inputs, plan, scale=0.2, kernel=chosen)
+    assert_close(out, expected, TOLERANCES[torch.float64], "out")
+    found = gradients(out, dout, inputs)
+    for name, a, b in zip(("dq", "dk", "dv"), found, (dq[rows], *d_keys), strict=True):
+        assert_close(a, b, TOLERANCES[torch.float64], name)
 
 
 def test_the_plan_needs_only_stages_and_a_number_of_tokens(rng):

@@ -33,10 +33,14 @@ def visible_keys(stages: Sequence[AttentionStage], num_tokens: int) -> np.ndarra
             if stage.causal:
                 assert q1 - q0 == k1 - k0, "a causal rectangle is a square"
                 block = np.tril(block)
-            queries = slice(stage.q_start + q0, stage.q_start + q1)
-            keys = slice(stage.k_start + k0, stage.k_start + k1)
-            seen[queries, keys] += block
+            queries = _rows(stage.q_start, stage.query_rows, q0, q1)
+            keys = _rows(stage.k_start, stage.key_rows, k0, k1)
+            seen[queries[:, None], keys] += block
     return seen
+
+
+def _rows(start: int, rows: np.ndarray | None, first: int, stop: int) -> np.ndarray:
+    return np.arange(start + first, start + stop) if rows is None else rows[first:stop]
 
 
 def assert_layout(layout: PackedLayout) -> None:

@@ -77,6 +77,30 @@ def test_a_loss_on_the_prefix_too_scores_it_once_or_for_each_response():
     assert ungrouped - TWO_LAYERS.ungrouped_flops(tree) == 2 * 2 * head
 
 
+def test_a_trimmed_last_layer_saves_all_of_the_prompt_but_keys_and_values():
+    tree = PrefixTree.from_groups([([1, 2, 3], [[4, 5], [6]])])
+    # Query 8 -> 12, projection 12 -> 8, MLP 8 -> 20 -> 8.
+    token = 2 * (8 * 12 + 12 * 8 + 8 * 20 + 20 * 8)
+    pair = TWO_LAYERS.attention_flops_per_pair() // 2
+    saved = TWO_LAYERS.tree_flops(tree) - TWO_LAYERS.tree_flops(tree, trim_last_layer=True)
+    assert saved == 2 * token + 3 * pair
+    saved = TWO_LAYERS.ungrouped_flops(tree)
+    saved -= TWO_LAYERS.ungrouped_flops(tree, trim_last_layer=True)
+    assert saved == 2 * (2 * token + 3 * pair)
+
+
+@settings(max_examples=60, deadline=None)
+@given(trees())
+def test_a_trimmed_last_layer_saves_the_same_in_one_sequence_however_it_is_divided(tree):
+    labels = response_labels(tree)
+    for i in range(tree.num_sequences):
+        alone = tree.subset([i])
+        own = response_labels(alone)
+        options = {"labels": own, "trim_last_layer": True}
+        assert SHAPE.tree_flops(alone, **options) == SHAPE.ungrouped_flops(alone, **options)
+    assert SHAPE.tree_flops(tree, labels=labels, trim_last_layer=True) <= SHAPE.tree_flops(tree)
+
+
 def test_the_prompt_is_not_scored_but_a_lone_sequence_is():
     tree = PrefixTree.from_sequences([[1, 2, 3], [1, 2, 4, 5], [1, 2, 4, 6], [8, 9]])
     assert [t.tolist() for t in tree.tokens] == [[1, 2], [3], [4], [5], [6], [8, 9]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 
 from megatron_prefix.attention.megatron_modules import _PrefixCoreAttention, _PrefixSelfAttention
 from megatron_prefix.layer_spec import prefix_grouped, prefix_grouped_layer_spec
-from megatron_prefix.layout import PrefixTree
+from megatron_prefix.layout import PrefixTree, pack
 from megatron_prefix.training.config import ParallelConfig, YarnConfig
 from megatron_prefix.training.config_loader import ConfigError
 from megatron_prefix.training.model import transformer_config
@@ -26,6 +27,7 @@ from tests.megatron.models import (
     assert_equal_training,
     model_config,
     model_pair,
+    packed_logits,
     random_groups,
     relative_error,
     sequence_logits,
@@ -79,22 +81,51 @@ if HAS_YARN:
     }
 
 
+@pytest.mark.parametrize("trim_last_layer", [False, True], ids=["", "trimmed last layer"])
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
-def test_training_equals_the_unmodified_model(options: dict[str, Any]) -> None:
+def test_training_equals_the_unmodified_model(
+    options: dict[str, Any], trim_last_layer: bool
+) -> None:
     rng = np.random.default_rng()
     with single_process():
         reference, grouped = model_pair(model_config(**options))
-        assert_equal_training(reference, grouped, random_groups(rng, SHAPES), 1e-11)
+        tree = random_groups(rng, SHAPES)
+        assert_equal_training(reference, grouped, tree, 1e-11, trim_last_layer=trim_last_layer)
 
 
+def test_a_trimmed_last_layer_computes_nothing_for_other_rows() -> None:
+    tree = random_groups(np.random.default_rng(), [(30, [4, 6])])
+    layout = pack(tree)
+    rows: dict[str, list[int]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _, inputs: rows.setdefault(name, []).append(len(inputs[0]))
+
+    with single_process():
+        _, grouped = model_pair(model_config())
+        for number, layer in enumerate(grouped.decoder.layers, start=1):
+            layer.self_attention.linear_qkv.register_forward_pre_hook(note(f"{number} qkv"))
+            layer.self_attention.core_attention.register_forward_pre_hook(note(f"{number} query"))
+            layer.self_attention.linear_proj.register_forward_pre_hook(note(f"{number} projection"))
+            layer.mlp.register_forward_pre_hook(note(f"{number} mlp"))
+        grouped.output_layer.register_forward_pre_hook(note("output"))
+        packed_logits(grouped, layout, np.arange(29, 39))
+    first = {f"1 {name}": [39] for name in ("qkv", "query", "projection", "mlp")}
+    # Its keys and values do not come from the whole projection.
+    last = {f"2 {name}": [10] for name in ("query", "projection", "mlp")}
+    assert rows == {**first, **last, "output": [10]}
+
+
+@pytest.mark.parametrize("trim_last_layer", [False, True], ids=["", "trimmed last layer"])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputed_activations_give_the_same_gradients(recompute: str) -> None:
+def test_recomputed_activations_give_the_same_gradients(
+    recompute: str, trim_last_layer: bool
+) -> None:
     training = dataclasses.replace(TRAINING, recompute=recompute)
     with single_process():
         reference, grouped = model_pair(model_config(), training)
-        assert_equal_training(
-            reference, grouped, random_groups(np.random.default_rng(), SHAPES), 1e-11
-        )
+        tree = random_groups(np.random.default_rng(), SHAPES)
+        assert_equal_training(reference, grouped, tree, 1e-11, trim_last_layer=trim_last_layer)
 
 
 def test_deep_trees_of_common_prefixes_train_equally() -> None:

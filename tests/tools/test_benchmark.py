@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,96 +18,100 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 SIZES = ["--layers", "1", "--hidden", "32", "--heads", "4", "--kv-heads", "2", "--ffn", "48"]
 
 
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """tools/benchmark.py"""
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    monkeypatch.setattr(sys, "argv", [str(TOOL)])
+    import benchmark
+
+    return benchmark
+
+
 QUICK = ["--repeats", "1", "--seconds", "0.05"]
 
 
-def test_a_row_per_case_with_the_promised_keys() -> None:
-    cases = ["--case", "2,16,4", "--case", "1,8,8"]
+def test_a_row_per_side_with_the_promised_keys(tmp_path: Path) -> None:
+    png = tmp_path / "times.png"
+    arguments = ["--json", *QUICK, *SIZES, "--case", "2,16,4-6", "--png", str(png)]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TOOL), "--json", *QUICK, *SIZES, *cases],
+        [sys.executable, "-W", "ignore", str(TOOL), *arguments],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    first, second = json.loads(done.stdout.splitlines()[-1])["rows"]
-    for row in (first, second):
-        assert row.keys() >= {
-            "G",
-            "prefix",
-            "response",
-            "time_ratio",
-            "flops_ratio",
-            "share",
-            "peak_mb_grouped",
-            "peak_mb_ungrouped",
-        }
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["environment"]["torch"] == torch.__version__
+    rows = report["rows"]
+    assert [row["side"] for row in rows] == ["grouped", "ungrouped"]
+    for row in rows:
+        assert (row["G"], row["prefix"], row["response"]) == (2, 16, "4-6")
+        assert row["time_ratio_least"] <= row["time_ratio"] <= row["time_ratio_most"]
+        assert row["time_ratio"] > 0 and row["peak_mb"] is not None
         assert row["share"] == pytest.approx(row["time_ratio"] / row["flops_ratio"])
-        assert row["time_ratio"] > 0
-    assert (first["G"], first["prefix"], first["response"]) == (2, 16, 4)
-    # 40 tokens against 24; with a group of one there is nothing to share.
-    assert 1.2 < first["flops_ratio"] < 2
-    assert second["flops_ratio"] == pytest.approx(1.0)
+    assert rows[0]["flops_ratio"] == 1 < rows[1]["flops_ratio"] < 2
+    assert png.stat().st_size > 1000
 
 
-def test_a_case_of_another_form_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TOOL), "--case", "2,16"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 2
-    assert "'2,16' is not G,prefix,response" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--case", "2,16"], "'2,16' is not G,prefix,response"),
+        (["--case", "2,0,5"], "'2,0,5' is not G,prefix,response"),
+        (["--sides", "ungrouped"], "--sides: grouped must be one of them"),
+        (["--sides", "grouped", "flex"], "no backward on the CPU"),
+        (["--sides", "grouped", "prefix_grouper", "--level", "layer"], "only at --level step"),
+    ],
+)
+def test_arguments_that_make_no_comparison_are_refused(
+    arguments: list[str], message: str, benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sys.argv[1:] = arguments
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
-def _compare_sides(rank: int, world_size: int) -> list[str]:
-    """What check_equal says of equal sides, other tokens, and another loss."""
+def _compare(rank: int, world_size: int) -> dict[str, Any]:
+    """Every mechanism at every level, and what is said of sides that compute something else."""
     sys.path.insert(0, str(TOOL.parent))
-    import argparse
+    import benchmarks.levels as levels
+    from benchmarks.measuring import check_equal
+    from benchmarks.shapes import ModelSizes, parse_case
 
-    import benchmark
-
-    from megatron_prefix.training.config import ParallelConfig
-    from megatron_prefix.training.model import build_model_chunks
-    from megatron_prefix.training.runtime import runtime
-
-    args = argparse.Namespace(vocab=64, layers=1, hidden=32, heads=4, kv_heads=2, ffn=48)
-    shape = benchmark.Shape(group_size=2, prefix=9, response=5)
-    trees = benchmark.trees(shape, args.vocab, 0)
-    other = benchmark.trees(shape, args.vocab, 1)
-    messages = []
-    with runtime(ParallelConfig(), device="cpu", seed=0, timeout_minutes=1):
-        chunks = build_model_chunks(
-            benchmark.model_config(args),
-            ParallelConfig(),
-            benchmark.TRAINING,
-            use_distributed_optimizer=False,
-        )
-        grouped = benchmark.make_batch(trees["grouped"], shape)
-        flipped = grouped.params.position_ids.flip(0)
-        shifted = dataclasses.replace(
-            grouped, params=dataclasses.replace(grouped.params, position_ids=flipped)
-        )
-        doubled = dataclasses.replace(grouped, weights=grouped.weights * 2)
-        for side in (grouped, benchmark.make_batch(other["grouped"], shape), shifted, doubled):
-            batches = {
-                "grouped": side,
-                "ungrouped": benchmark.make_batch(trees["ungrouped"], shape),
-            }
+    sizes = ModelSizes(layers=1, hidden=32, heads=4, kv_heads=2, ffn=48, vocab=64, qkv_bias=True)
+    found: dict[str, Any] = {"equal": [], "messages": []}
+    sides = ["grouped", "ungrouped", "dense_mask", "kv_copy"]
+    for text in ("3,9,5", "3,20,1-17", "1,9,5", "2,1,6"):
+        for level in levels.LEVELS:
+            case = levels.Case(level=level, shape=parse_case(text), sizes=sizes, dtype="float64")
+            peer = ["prefix_grouper"] if level == "step" and not text.startswith("2,1,") else []
+            with levels.build_runners(case, sides + peer) as runners:
+                check_equal(runners, tolerance=1e-5)
+                found["equal"].append((text, level, *runners))
+    for text in ("3,9,5", "3,9,6"):
+        case = levels.Case(level="step", shape=parse_case(text), sizes=sizes)
+        with levels.build_runners(case, ["grouped", "ungrouped"]) as runners:
+            if text == "3,9,5":
+                batch = runners["grouped"]._batch
+                batch.weights.mul_(2)
+            else:
+                batch = runners["ungrouped"]._batch
+                batch.input_ids[:, 3] = (batch.input_ids[:, 3] + 1) % 64
             try:
-                benchmark.check_equal(chunks, batches)
-                messages.append("equal")
+                check_equal(runners, tolerance=2e-3)
             except RuntimeError as error:
-                messages.append(str(error))
-    assert torch.get_default_dtype() == torch.float32
-    return messages
+                found["messages"].append(str(error))
+    return found
 
 
-def test_sides_that_compute_different_things_get_no_ratio() -> None:
-    equal, *different = run_distributed(_compare_sides, 1)[0]
-    assert equal == "equal"
-    for message in different:
+def test_all_sides_agree_at_every_level_and_others_get_no_ratio() -> None:
+    found = run_distributed(_compare, 1)[0]
+    assert len(found["equal"]) == 12
+    assert len(found["messages"]) == 2
+    for message in found["messages"]:
         assert "differ" in message and "no ratio is reported" in message
 
 

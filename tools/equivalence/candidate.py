@@ -56,6 +56,7 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
             pad_to_multiple=parallel.pad_to_multiple,
             microbatch_multiple=parallel.microbatch_multiple,
             sharing=training.sharing,
+            trim_last_layer=training.trim_last_layer,
         )
         minibatch = build_minibatch(
             case.groups,

@@ -1,0 +1,141 @@
+"""The rollouts and the model that all sides of a benchmark share."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_prefix.batch import PackedBatch, TrainedSequence, build_batch
+from megatron_prefix.layout import PrefixTree, pack
+from megatron_prefix.training.config import ModelConfig, TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One group."""
+
+    prefix: int
+    responses: tuple[int, ...]
+
+    @property
+    def group_size(self) -> int:
+        """G."""
+        return len(self.responses)
+
+    @property
+    def response(self) -> str:
+        """The responses' length, or shortest-longest."""
+        shortest, longest = min(self.responses), max(self.responses)
+        return str(shortest) if shortest == longest else f"{shortest}-{longest}"
+
+    def __str__(self) -> str:
+        return f"{self.group_size},{self.prefix},{self.response}"
+
+
+def parse_case(text: str) -> Shape:
+    """G,prefix,response; a response of shortest-longest spreads the lengths evenly."""
+    try:
+        group_size, prefix, response = text.split(",")
+        ends = [int(part) for part in response.split("-")]
+        shape = Shape(
+            prefix=int(prefix),
+            responses=tuple(round(n) for n in np.linspace(ends[0], ends[-1], int(group_size))),
+        )
+        assert len(ends) in (1, 2) and shape.group_size and min(shape.prefix, *ends) > 0
+    except (ValueError, AssertionError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not G,prefix,response (response: tokens, or shortest-longest)"
+        ) from None
+    return shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """Of the benchmark's decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    qkv_bias: bool = False
+    """As in Qwen2."""
+
+    def config(self) -> ModelConfig:
+        """As a run's config has it."""
+        return ModelConfig(
+            vocab_size=self.vocab,
+            max_sequence_length=1 << 20,
+            activation="silu",
+            transformer={
+                "num_layers": self.layers,
+                "hidden_size": self.hidden,
+                "num_attention_heads": self.heads,
+                "num_query_groups": self.kv_heads,
+                "ffn_hidden_size": self.ffn,
+                "gated_linear_unit": True,
+                "add_qkv_bias": self.qkv_bias,
+            },
+        )
+
+
+def training_config(
+    *, device: str = "cpu", dtype: str = "float32", recompute: str = "none"
+) -> TrainingConfig:
+    """What builds the model; the rest of it does not matter here."""
+    return TrainingConfig(
+        steps=1, token_budget=1 << 30, dtype=dtype, device=device, recompute=recompute
+    )
+
+
+def rollouts(shape: Shape, vocab: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Random tokens: the prompt, and the responses."""
+    rng = np.random.default_rng(seed)
+    prompt = rng.integers(0, vocab, shape.prefix)
+    return prompt, [rng.integers(0, vocab, n) for n in shape.responses]
+
+
+def trees(shape: Shape, vocab: int, seed: int) -> dict[str, PrefixTree]:
+    """The same rollouts with the prompt shared, and with the prompt repeated."""
+    prompt, responses = rollouts(shape, vocab, seed)
+    return {
+        "grouped": PrefixTree.from_groups([(prompt, responses)]),
+        "ungrouped": PrefixTree.concat(
+            [PrefixTree.from_sequences([np.concatenate([prompt, r])]) for r in responses]
+        ),
+    }
+
+
+def advantages(shape: Shape) -> list[float]:
+    """Of each response; what they are does not matter."""
+    return [(-1.0) ** i for i in range(shape.group_size)]
+
+
+def make_batch(
+    tree: PrefixTree,
+    shape: Shape,
+    context_parallel_group: dist.ProcessGroup | None = None,
+    *,
+    device: str = "cpu",
+    kernel: str | None = None,
+    trim_last_layer: bool = True,
+) -> PackedBatch:
+    """One packed row whose response tokens are trained on, or this rank's part of it."""
+    weight = 1.0 / sum(shape.responses)
+    ranks = 1 if context_parallel_group is None else dist.get_world_size(context_parallel_group)
+    return build_batch(
+        pack(tree.merge_chains(), pad_to_multiple=ranks),
+        [
+            TrainedSequence(first_trained=shape.prefix, weight=weight, advantage=advantage)
+            for advantage in advantages(shape)
+        ],
+        device=torch.device(device),
+        kernel=kernel,
+        context_parallel_group=context_parallel_group,
+        trim_last_layer=trim_last_layer,
+    )
