@@ -1,8 +1,8 @@
 """Run a function on several real processes that form a gloo process group.
 
-Rank processes are started by spawn, find each other through a store in this process (whose port is
-bound before they start, so no other process can take it). Each leads a process group of its own,
-so that killing it also ends what it has started. Results and errors come back as files: pickled
+Each call has new processes, forked from a server that has imported torch and Megatron
+(`tests/fork_server.py`). They find each other through a store in this process (whose port is bound
+before they start, so no other process can take it). Results and errors come back as files: pickled
 bytes hold no handles to shared memory of a process that has ended.
 """
 
@@ -11,24 +11,23 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
-import multiprocessing as mp
 import multiprocessing.connection
 import os
 import pickle
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
+
+from tests import fork_server
 
 _PEERS_GRACE_S = 5.0
 """How long the other ranks may go on after one has failed, to report their own errors."""
@@ -36,6 +35,8 @@ _PEERS_GRACE_S = 5.0
 
 class RankError(RuntimeError):
     """A rank failed or did not finish; the message holds the traceback of each such rank.
+
+    What the ranks have printed goes to stderr, where pytest shows it with the failure.
 
     Attributes:
         rank: the rank that failed first.
@@ -59,8 +60,8 @@ def run_distributed(
         fn: a function at the top level of an importable module (the ranks import it).
         world_size: number of processes, at least 1.
         args: further arguments, picklable, the same for every rank.
-        timeout: seconds for everything, start of the processes (some 3 s) included. Collectives
-            give up after three quarters of it, so that a hang comes back as a traceback.
+        timeout: seconds for everything once the fork server has made its imports. Collectives give
+            up after three quarters of it, so that a hang comes back as a traceback.
         init_process_group: False leaves the default group to `fn`: RANK, WORLD_SIZE, LOCAL_RANK,
             MASTER_ADDR and MASTER_PORT are set, as torchrun would.
 
@@ -78,21 +79,29 @@ def run_distributed(
             folder=folder,
             timeout=timeout,
             init_process_group=init_process_group,
-            parent=os.getpid(),
         )
-        context = mp.get_context("spawn")
-        processes = [
-            context.Process(target=_rank_main, args=(rank, job, fn, args), name=f"rank {rank}")
-            for rank in range(world_size)
-        ]
+        with fork_server.changed_environment(fork_server.gloo_environment()):
+            processes = [
+                fork_server.make_process(
+                    _rank_main,
+                    rank,
+                    job,
+                    fn,
+                    args,
+                    name=f"rank {rank}",
+                    output=job.path("output", rank),
+                )
+                for rank in range(world_size)
+            ]
         try:
-            with _single_threaded_children():
-                for process in processes:
-                    process.start()
+            for process in processes:
+                process.start()
             _wait(processes, job)
         finally:
             for process in processes:
-                _kill(process)
+                fork_server.kill(process)
+            for rank in range(world_size):
+                sys.stderr.write(fork_server.read_output(job.path("output", rank)))
         return [pickle.loads(job.path("result", rank).read_bytes()) for rank in range(world_size)]
 
 
@@ -103,18 +112,14 @@ class _Job:
     folder: str
     timeout: float
     init_process_group: bool
-    parent: int
 
     def path(self, kind: str, rank: int) -> Path:
         return Path(self.folder) / f"{kind}_{rank}"
 
 
 def _rank_main(rank: int, job: _Job, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.setpgid(0, 0)
-    threading.Thread(target=_end_with_parent, args=(job.parent,), daemon=True).start()
     stacks = open(job.path("stacks", rank), "w")  # noqa: SIM115  (open while the process lives)
     faulthandler.register(signal.SIGUSR1, file=stacks)
-    torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -146,39 +151,13 @@ def _rank_main(rank: int, job: _Job, fn: Callable[..., Any], args: tuple[Any, ..
             dist.destroy_process_group()
 
 
-def _end_with_parent(parent: int) -> None:
-    """End this process when the parent is gone, even if it was killed."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.killpg(0, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def _single_threaded_children() -> Iterator[None]:
-    """Children inherit the environment, and read these when they first import numpy and torch."""
-    settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        # Otherwise gloo looks up the host's name, which need not resolve.
-        settings["GLOO_SOCKET_IFNAME"] = "lo"
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _wait(processes: list[BaseProcess], job: _Job) -> None:
     """Return when every rank has ended well; else raise what happened to each that has not."""
     deadline = time.monotonic() + job.timeout
     timed_out = False
     running = list(processes)
     while running:
-        ready = mp.connection.wait(
+        ready = multiprocessing.connection.wait(
             [process.sentinel for process in running], timeout=deadline - time.monotonic()
         )
         if not ready:
@@ -220,15 +199,3 @@ def _failure(processes: list[BaseProcess], running: list[BaseProcess], job: _Job
             reports.append((0.0, rank, text))
     reports.sort()
     return RankError("\n".join(text for _, _, text in reports), rank=reports[0][1])
-
-
-def _kill(process: BaseProcess) -> None:
-    if process.pid is None:
-        return
-    if process.is_alive():
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            process.kill()
-    process.join()
-    process.close()

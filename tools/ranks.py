@@ -1,14 +1,27 @@
-"""Fresh processes that find each other as under torchrun, for tools that start their own."""
+"""Fresh processes for tools that start their own, alone or finding each other as under torchrun.
+
+They are forks of a server process that has imported torch and Megatron once and has run nothing.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+import torch.multiprocessing
+
+
+def fresh_processes() -> multiprocessing.context.BaseContext:
+    """The context whose processes begin with their imports made; spawned where there is no fork."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_prefix.training.trainer"])
+    return context
 
 
 def run_ranks(function: Callable[..., None], world_size: int, *args: Any) -> None:
@@ -25,8 +38,11 @@ def run_ranks(function: Callable[..., None], world_size: int, *args: Any) -> Non
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(
-        _rank_main, args=(world_size, port, function, args), nprocs=world_size, start_method="spawn"
+    torch.multiprocessing.start_processes(
+        _rank_main,
+        args=(world_size, port, function, args),
+        nprocs=world_size,
+        start_method=fresh_processes().get_start_method(),
     )
 
 

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prefix.training.model import ModelChunks
 from megatron_prefix.training.torch_adam import initialise_adam, load_optimizer_state
-from megatron_prefix.training.write_queue import ensure_write_queue
+from megatron_prefix.training.write_queue import queue_of_this_process
 
 logger = logging.getLogger(__name__)
 
@@ -186,14 +186,14 @@ class CheckpointFolder:
 
     def _write(self, path: Path, contents: dict[str, Any], state: dict[str, Any]) -> Path:
         _require_psutil()
-        ensure_write_queue()
         partial = path.with_name(path.name + ".partial")
         if dist.get_rank() == 0:
             for leftover in [*self.directory.glob("*.partial"), path]:
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        dist_checkpointing.save(contents, str(partial))
+        with queue_of_this_process():
+            dist_checkpointing.save(contents, str(partial))
         dist.barrier()
         if dist.get_rank() == 0:
             text = json.dumps(state, indent=1, default=str)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import resource
 import statistics
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from ranks import fresh_processes
 from torch import Tensor
 
 
@@ -107,5 +107,5 @@ def peak_growth_mb(run: Callable[[], Any]) -> float:
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a new process and return its result."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with fresh_processes().Pool(1) as pool:
         return pool.apply(function, args)
