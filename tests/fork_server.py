@@ -107,10 +107,9 @@ def _environment_of_the_server() -> Iterator[None]:
     """What numpy and torch read when they are imported, and where the server finds `tests`."""
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(paths),
+        **gloo_environment(),
     }
     with changed_environment(settings):
         yield

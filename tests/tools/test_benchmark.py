@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests import fork_server
+from tests.commands import run_python
 from tests.distributed import run_distributed
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
@@ -28,20 +31,31 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return benchmark
 
 
+@pytest.fixture
+def last_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., dict[str, Any]]:
+    """Runs a tool here, so that its processes come from the tests' server, to its last line."""
+
+    def run(tool: Path, *arguments: str) -> dict[str, Any]:
+        fork_server.ensure_running()
+        monkeypatch.syspath_prepend(str(tool.parent))
+        monkeypatch.setattr(sys, "argv", [str(tool), *arguments])
+        assert importlib.import_module(tool.stem).main() == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
 QUICK = ["--repeats", "1", "--seconds", "0.05"]
 
 
-def test_a_row_per_side_with_the_promised_keys(tmp_path: Path) -> None:
+def test_a_row_per_side_with_the_promised_keys(
+    tmp_path: Path, last_line: Callable[..., dict[str, Any]]
+) -> None:
     png = tmp_path / "times.png"
     arguments = ["--json", *QUICK, *SIZES, "--case", "2,16,4-6", "--png", str(png)]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TOOL), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = last_line(TOOL, *arguments)
     assert report["environment"]["torch"] == torch.__version__
     rows = report["rows"]
     assert [row["side"] for row in rows] == ["grouped", "ungrouped"]
@@ -72,6 +86,13 @@ def test_arguments_that_make_no_comparison_are_refused(
         benchmark.main()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["benchmark.py", "benchmark_context_parallel.py"])
+def test_the_tools_are_programs(name: str) -> None:
+    done = run_python([TOOL.with_name(name), "--case", "2,16"])
+    assert done.returncode == 2
+    assert "'2,16' is not G,prefix,response" in done.stderr
 
 
 def _compare(rank: int, world_size: int) -> dict[str, Any]:
@@ -115,17 +136,12 @@ def test_all_sides_agree_at_every_level_and_others_get_no_ratio() -> None:
         assert "differ" in message and "no ratio is reported" in message
 
 
-def test_context_parallel_rows_show_what_travelled() -> None:
+def test_context_parallel_rows_show_what_travelled(
+    last_line: Callable[..., dict[str, Any]],
+) -> None:
     tool = TOOL.with_name("benchmark_context_parallel.py")
     case = ["--case", "4,64,16", "--repeats", "1", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(tool), *case, *SIZES],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = {row["kind"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
+    rows = {row["kind"]: row for row in last_line(tool, *case, *SIZES)["rows"]}
     assert rows.keys() == {"all_gather", "p2p", "a2a"}
     for kind in ("all_gather", "p2p"):
         row = rows[kind]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.commands import run_python
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "show_layout.py"
 
@@ -13,7 +13,8 @@ def test_it_writes_a_png_for_the_given_shapes(tmp_path: Path) -> None:
     shapes = tmp_path / "shapes.yaml"
     shapes.write_text("- {prefix: 5, responses: [2, 3]}\n- {prefix: 1, responses: [4]}\n")
     out = tmp_path / "layout.png"
-    subprocess.run([sys.executable, TOOL, "--shapes", shapes, "--out", out], check=True)
+    done = run_python([TOOL, "--shapes", shapes, "--out", out])
+    assert done.returncode == 0, done.stderr
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
@@ -25,19 +26,14 @@ def test_it_draws_the_ranks_of_a_deeper_tree(tmp_path: Path) -> None:
         "- {prefix: 3, responses: [6]}\n"
     )
     out = tmp_path / "ranks.png"
-    subprocess.run(
-        [sys.executable, TOOL, "--shapes", shapes, "--cp", "4", "--out", out], check=True
-    )
+    done = run_python([TOOL, "--shapes", shapes, "--cp", "4", "--out", out])
+    assert done.returncode == 0, done.stderr
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
 def test_wrong_shapes_are_named(tmp_path: Path) -> None:
     shapes = tmp_path / "shapes.yaml"
     shapes.write_text("- {prefix: 5, responses: [2, 0]}\n")
-    run = subprocess.run(
-        [sys.executable, TOOL, "--shapes", shapes, "--out", tmp_path / "layout.png"],
-        capture_output=True,
-        text=True,
-    )
+    run = run_python([TOOL, "--shapes", shapes, "--out", tmp_path / "layout.png"])
     assert run.returncode == 2
     assert "entry 0" in run.stderr

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_prefix.training.config import ModelConfig, ParallelConfig
 from megatron_prefix.training.config_loader import load_dataclass
+from tests import fork_server
 
 # One-token prompts and responses, a group of one, very unequal responses.
 SHAPES = [
@@ -24,9 +25,10 @@ SHAPES = [
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """tools/verify_equivalence.py; its processes find it by the path that they inherit."""
+    """tools/verify_equivalence.py; its processes come from the tests' server, and find it by the
+    path that they inherit."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "tools"))
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    fork_server.ensure_running()
     import verify_equivalence
 
     return verify_equivalence
