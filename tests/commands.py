@@ -8,33 +8,43 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests import fork_server
 
 
+def python_process(
+    arguments: Sequence[str | os.PathLike[str]], *, stdout: Path, stderr: Path
+) -> BaseProcess:
+    """`python script.py ...` or `python -m module ...`, a fork of the tests' server to `start()`.
+
+    It has this process's environment and folder, leads a process group and ends with this process
+    (`tests/fork_server.py`). What depends on the interpreter's start (`-W`, `PYTHONHASHSEED`, what
+    importing alone does) needs `subprocess`.
+    """
+    words = [os.fspath(argument) for argument in arguments]
+    return fork_server.make_process(_run, words, stdout, output=stderr)
+
+
 def run_python(
     arguments: Sequence[str | os.PathLike[str]], *, timeout: float = 120.0
 ) -> subprocess.CompletedProcess[str]:
-    """`python script.py ...` or `python -m module ...` in a fork of the tests' server.
-
-    Environment and folder are this process's. What depends on the interpreter's start (`-W`,
-    `PYTHONHASHSEED`, what importing alone does) needs `subprocess`.
+    """Run a `python_process` to its end.
 
     Raises:
         subprocess.TimeoutExpired: it and what it had started have been killed.
     """
-    words = [os.fspath(argument) for argument in arguments]
     with tempfile.TemporaryDirectory(prefix="command_") as name:
         stdout, stderr = Path(name) / "stdout", Path(name) / "stderr"
-        process = fork_server.make_process(_run, words, stdout, output=stderr)
+        process = python_process(arguments, stdout=stdout, stderr=stderr)
         try:
             process.start()
             process.join(timeout)
             texts = fork_server.read_output(stdout), fork_server.read_output(stderr)
             if process.exitcode is None:
-                raise subprocess.TimeoutExpired(words, timeout, *texts)
-            return subprocess.CompletedProcess(words, process.exitcode, *texts)
+                raise subprocess.TimeoutExpired(list(arguments), timeout, *texts)
+            return subprocess.CompletedProcess(list(arguments), process.exitcode, *texts)
         finally:
             fork_server.kill(process)
 

@@ -31,4 +31,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 # Files run side by side: tests that start processes wait a good part of their time.
-exec "$venv/bin/python" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile "${@:-tests}"
+# The 15 slowest are listed: what starts processes of its own is most of the time.
+exec "$venv/bin/python" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --durations=15 \
+    "${@:-tests}"

@@ -20,7 +20,10 @@ def fresh_processes() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_prefix.training.trainer"])
+    # The server finds our package only where it is installed or in the current folder.
+    context.set_forkserver_preload(
+        ["megatron.core.models.gpt", "megatron.core.optimizer", "megatron_prefix.training.trainer"]
+    )
     return context
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ def _run(
             train_step(chunks, optimizer, scheduler, minibatch.batches, ObjectiveConfig())
         if save:
             checkpoints.save(steps.stop, chunks, optimizer, scheduler, state={"step": steps.stop})
+            # Else a killed rank would leave them behind.
+            assert not multiprocessing.active_children()
         return full_parameters(chunks)
 
 

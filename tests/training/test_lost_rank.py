@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from megatron_prefix.training.liveness import Liveness
+from tests import fork_server
+from tests.commands import python_process
 from tests.distributed import run_distributed
 from tests.training.runs import (
     good_records,
@@ -43,42 +46,34 @@ def _config(folder: Path, *, steps: int) -> Path:
 
 
 @contextlib.contextmanager
-def _ranks(config: Path, world_size: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+def _ranks(config: Path, world_size: int) -> Iterator[list[BaseProcess]]:
     """One process per rank without an agent that would end them, as srun starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    root = Path(__file__).resolve().parents[2]
     folder, processes = config.parent, []
     try:
         for rank in range(world_size):
-            environment = {
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-                "OMP_NUM_THREADS": "1",
-                "GLOO_SOCKET_IFNAME": "lo",
+            place = {
+                **fork_server.gloo_environment(),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-W", "ignore", "-m", "megatron_prefix.training", str(config)],
-                    stdout=subprocess.DEVNULL,
-                    stderr=(folder / f"stderr_{rank}").open("w"),
-                    env=environment,
-                    start_new_session=True,
+            with fork_server.changed_environment(place):
+                process = python_process(
+                    ["-m", "megatron_prefix.training", config],
+                    stdout=folder / f"stdout_{rank}",
+                    stderr=folder / f"stderr_{rank}",
                 )
-            )
+            process.start()
+            processes.append(process)
         yield processes
     finally:
         for process in processes:
-            # Megatron's checkpoints leave a helper process behind a killed one.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            fork_server.kill(process)
 
 
 def _wait_for_steps(folder: Path, count: int) -> None:
@@ -96,14 +91,14 @@ def test_a_lost_rank_ends_the_others_in_time_with_an_error_that_names_it(
     with _ranks(config, 4) as processes:
         _wait_for_steps(tmp_path, 5)
         lost = 2
-        processes[lost].send_signal(how)
+        os.kill(processes[lost].pid, how)
         started = time.monotonic()
         for rank, process in enumerate(processes):
             if rank == lost:
                 continue
-            process.wait(timeout=60 * TIMEOUT_MINUTES + 60)
+            process.join(timeout=60 * TIMEOUT_MINUTES + 60)
             stderr = (tmp_path / f"stderr_{rank}").read_text()
-            assert process.returncode == 1, stderr
+            assert process.exitcode == 1, stderr
             (error,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
             assert error.startswith(f"error: rank {rank}: lost rank {lost} (ended or stopped)")
         # Within the timeout, and the seconds that the look at the others takes.
@@ -123,8 +118,10 @@ def test_torchrun_names_the_lost_rank_and_the_run_continues_from_its_checkpoint(
     saved = int(newest.removeprefix("step_"))
     assert 0 <= reached - saved <= 2  # of the steps since, none is promised
 
-    done = torchrun(_config(tmp_path, steps=saved + 2), processes=4, timeout=200)
-    assert done.returncode == 0, done.stderr
+    with _ranks(_config(tmp_path, steps=saved + 2), 4) as processes:
+        for rank, process in enumerate(processes):
+            process.join(timeout=100)
+            assert process.exitcode == 0, (tmp_path / f"stderr_{rank}").read_text()
     assert [row["step"] for row in read_rows(tmp_path / "out")] == list(range(1, saved + 3))
 
 
