@@ -63,7 +63,7 @@ def interleaved_seconds(
         total = dict.fromkeys(runners, 0.0)
         order, rounds = list(runners), 0
         gc.collect()
-        while min(total.values()) < seconds:
+        while rounds == 0 or min(total.values()) < seconds:
             for side in order:
                 started = time.perf_counter()
                 runners[side].step()
