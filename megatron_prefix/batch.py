@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_prefix.device_copy import copy_to_device
 from megatron_prefix.layout import PackedLayout
 from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
 
@@ -77,6 +78,7 @@ def build_batch(
     *,
     device: torch.device,
     kernel: str | None = None,
+    deterministic: bool = False,
     context_parallel_group: dist.ProcessGroup | None = None,
     check_equal: bool = True,
     trim_last_layer: bool = False,
@@ -88,8 +90,8 @@ def build_batch(
         layout: the packed row.
         sequences: one for each sequence of `layout.tree`, in its order.
         device: where the tensors go.
-        kernel: attention kernel by name; None takes the best for the device.
-        context_parallel_group, check_equal: see `PrefixPackedSeqParams.from_layout`.
+        kernel, deterministic, context_parallel_group, check_equal: see
+            `PrefixPackedSeqParams.from_layout`.
         trim_last_layer: the model's output has only the rows that are trained on (and some that
             come with them), and its last layer computes no others; see
             `PrefixPackedSeqParams.trim_last_layer`.
@@ -103,6 +105,7 @@ def build_batch(
         layout,
         device,
         kernel=kernel,
+        deterministic=deterministic,
         context_parallel_group=context_parallel_group,
         check_equal=check_equal,
     )
@@ -119,23 +122,24 @@ def build_batch(
         output_positions = np.searchsorted(output_rows, label_positions)
     per_sequence = np.array([(s.weight, s.advantage) for s in sequences]).reshape(-1, 2)
 
-    def on_device(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
-
+    arrays = {
+        "input_ids": params.own_values(layout.input_ids)[None],
+        "label_positions": output_positions,
+        "labels": layout.labels[rows[label_positions]],
+        "entry_labels": entry_labels.reshape(-1),
+        "sequence_ids": entries.sequences,
+        "sequence_tokens": entries.tokens,
+        "weights": per_sequence[entries.sequences, 0],
+        "advantages": per_sequence[entries.sequences, 1],
+    }
+    if entries.old_logprobs is not None:
+        arrays["old_logprobs"] = entries.old_logprobs
     return PackedBatch(
-        input_ids=params.own(layout.input_ids)[None],
         position_ids=params.position_ids[None],
         params=params,
-        label_positions=on_device(output_positions),
-        labels=on_device(layout.labels[rows[label_positions]]),
-        entry_labels=on_device(entry_labels.reshape(-1)),
-        sequence_ids=on_device(entries.sequences),
-        sequence_tokens=on_device(entries.tokens),
-        weights=on_device(per_sequence[entries.sequences, 0]),
-        advantages=on_device(per_sequence[entries.sequences, 1]),
         num_sequences=len(sequences),
         context_parallel_group=context_parallel_group,
-        old_logprobs=None if entries.old_logprobs is None else on_device(entries.old_logprobs),
+        **dict(zip(arrays, copy_to_device(list(arrays.values()), device), strict=True)),
     )
 
 

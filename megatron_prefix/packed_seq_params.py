@@ -17,6 +17,7 @@ from megatron_prefix.attention.context_parallel import ContextParallelPlan
 from megatron_prefix.attention.function import prefix_attention
 from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.attention.stages import AttentionPlan
+from megatron_prefix.device_copy import copy_to_device
 from megatron_prefix.layout import PackedLayout, rows_to_keep, shard_layout
 
 
@@ -36,6 +37,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """[T] int64: each token's position in its own sequence."""
     kernel: str | None = None
     """Attention kernel by name; None takes the best for the device."""
+    deterministic: bool = False
+    """The same batch gives the same gradients of attention, to the bit; see `select_kernel`."""
     last_layer: PrefixPackedSeqParams | None = None
     """Params of the model's last layer, where it computes the output of some rows only."""
     query_rows: Tensor | None = None
@@ -50,6 +53,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
         device: torch.device,
         *,
         kernel: str | None = None,
+        deterministic: bool = False,
         context_parallel_group: dist.ProcessGroup | None = None,
         check_equal: bool = True,
     ) -> PrefixPackedSeqParams:
@@ -60,6 +64,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 the group's size.
             device: of the model.
             kernel: attention kernel by name; None takes the best for the device.
+            deterministic: the same batch gives the same gradients of attention, to the bit.
             context_parallel_group: the ranks that the row is distributed over; None, or a group of
                 one, for the whole row here.
             check_equal: compare the ranks' plans (a small collective), since different ones would
@@ -79,8 +84,12 @@ class PrefixPackedSeqParams(PackedSeqParams):
                     "the packed row", shards.summary(), group=context_parallel_group
                 )
             plan = ContextParallelPlan(shards, context_parallel_group, device)
-        cu_seqlens = torch.tensor([0, plan.num_tokens], dtype=torch.int32).to(
-            device, non_blocking=True
+        cu_seqlens, position_ids = copy_to_device(
+            [
+                np.array([0, plan.num_tokens], dtype=np.int32),
+                _own(plan, layout.position_ids),
+            ],
+            device,
         )
         return cls(
             qkv_format="thd",
@@ -89,8 +98,9 @@ class PrefixPackedSeqParams(PackedSeqParams):
             max_seqlen_q=layout.max_seqlen,
             max_seqlen_kv=layout.max_seqlen,
             plan=plan,
-            position_ids=_own(plan, layout.position_ids, device),
+            position_ids=position_ids,
             kernel=kernel,
+            deterministic=deterministic,
         )
 
     def trim_last_layer(self, needed: np.ndarray, *, multiple: int = 1) -> np.ndarray:
@@ -112,13 +122,14 @@ class PrefixPackedSeqParams(PackedSeqParams):
         if len(rows) == len(kept):
             self.last_layer = None
             return rows
-        device = self.position_ids.device
-        cu_seqlens_q = torch.tensor([0, len(rows)], dtype=torch.int32)
+        cu_seqlens_q, query_rows = copy_to_device(
+            [np.array([0, len(rows)], dtype=np.int32), rows], self.position_ids.device
+        )
         self.last_layer = dataclasses.replace(
             self,
             plan=self.plan.trimmed(kept),
-            cu_seqlens_q=cu_seqlens_q.to(device, non_blocking=True),
-            query_rows=torch.from_numpy(rows).to(device, non_blocking=True),
+            cu_seqlens_q=cu_seqlens_q,
+            query_rows=query_rows,
             query_rows_host=rows,
             last_layer=None,
         )
@@ -141,7 +152,11 @@ class PrefixPackedSeqParams(PackedSeqParams):
         Returns:
             [T, ...], on the params' device.
         """
-        return _own(self.plan, row, self.position_ids.device)
+        return copy_to_device([self.own_values(row)], self.position_ids.device)[0]
+
+    def own_values(self, row: np.ndarray) -> np.ndarray:
+        """The same as an array on the host."""
+        return _own(self.plan, row)
 
     def attend(
         self,
@@ -165,16 +180,21 @@ class PrefixPackedSeqParams(PackedSeqParams):
         Returns:
             Shaped like q, in its dtype.
         """
-        kernel = select_kernel(self.kernel, device=q.device, dtype=q.dtype, head_dim=q.shape[-1])
+        kernel = select_kernel(
+            self.kernel,
+            device=q.device,
+            dtype=q.dtype,
+            head_dim=q.shape[-1],
+            deterministic=self.deterministic,
+        )
+        how = {"scale": scale, "kernel": kernel, "deterministic": self.deterministic}
         if isinstance(self.plan, ContextParallelPlan):
-            return self.plan.attend(comm_type, layer_number, q, k, v, scale=scale, kernel=kernel)
-        return prefix_attention(q, k, v, self.plan, scale=scale, kernel=kernel)
+            return self.plan.attend(comm_type, layer_number, q, k, v, **how)
+        return prefix_attention(q, k, v, self.plan, **how)
 
 
-def _own(
-    plan: AttentionPlan | ContextParallelPlan, row: np.ndarray, device: torch.device
-) -> Tensor:
+def _own(plan: AttentionPlan | ContextParallelPlan, row: np.ndarray) -> np.ndarray:
     if isinstance(plan, ContextParallelPlan):
         row = row[plan.rows]
         row[plan.rows < 0] = 0
-    return torch.from_numpy(np.ascontiguousarray(row)).to(device, non_blocking=True)
+    return row

@@ -30,6 +30,7 @@ from megatron_prefix.attention.function import (
 )
 from megatron_prefix.attention.kernels import Kernel
 from megatron_prefix.attention.stages import AttentionPlan, StageTensors, stage_tensors
+from megatron_prefix.device_copy import copy_to_device
 from megatron_prefix.layout import AttentionStage, ContextShards, RankStages, trim_stages
 
 
@@ -103,6 +104,7 @@ class ContextParallelPlan:
         *,
         scale: float,
         kernel: Kernel,
+        deterministic: bool = False,
     ) -> Tensor:
         """Attention of this rank's queries. Collective over the group, backward too.
 
@@ -112,13 +114,15 @@ class ContextParallelPlan:
             q: [N, H, D]; k and v: [C, Hk, D].
             scale: factor of q k^T before the softmax.
             kernel: what computes a stage.
+            deterministic: the same inputs give the same gradients, to the bit. The kernel must
+                have been selected for it.
 
         Returns:
             [N, H, D] in q's dtype.
         """
         check_shapes(q, k, v, num_queries=self.num_queries, num_tokens=self.num_tokens)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        compute = StageCompute(kernel, scale)
+        compute = StageCompute(kernel, scale, deterministic)
         if comm_type == "a2a":
             return self._attend_by_heads(layer_number, q, k, v, compute)
         function = {"all_gather": _GatheredAttention, "p2p": _RingAttention}[comm_type]
@@ -128,7 +132,7 @@ class ContextParallelPlan:
         self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, compute: StageCompute
     ) -> Tensor:
         if self.kept is not None:  # heads are exchanged for all tokens of the row
-            kept = torch.from_numpy(np.flatnonzero(self.kept)).to(self.device, non_blocking=True)
+            (kept,) = copy_to_device([np.flatnonzero(self.kept)], self.device)
             q = q.new_zeros(self.num_tokens, *q.shape[1:]).index_copy(0, kept, q)
         size = self.exchange.size
         heads = [x.shape[1] // size for x in (q, k, v)]
@@ -136,7 +140,11 @@ class ContextParallelPlan:
         parts = [x.unflatten(1, (size, -1)) for x in (q, k, v)]
         row = _RowOfSomeHeads.apply(torch.cat(parts, dim=2), self, layer_number)
         out = prefix_attention(
-            *row.split(heads, dim=1), self.whole_row, scale=compute.scale, kernel=compute.kernel
+            *row.split(heads, dim=1),
+            self.whole_row,
+            scale=compute.scale,
+            kernel=compute.kernel,
+            deterministic=compute.deterministic,
         )
         out = _AllHeadsOfSomeRows.apply(out, self, layer_number).flatten(1, 2)
         return out if self.kept is None else out[kept]
@@ -150,10 +158,8 @@ class ContextParallelPlan:
     def gathered(self) -> GatheredTensors:
         """The stages of `all_gather`."""
         gathered = self._stages.from_all_shards()
-        return GatheredTensors(
-            source=torch.from_numpy(gathered.source).to(self.device, non_blocking=True),
-            stages=self._tensors(gathered.stages),
-        )
+        (source,) = copy_to_device([gathered.source], self.device)
+        return GatheredTensors(source=source, stages=self._tensors(gathered.stages))
 
     @cached_property
     def ring(self) -> tuple[tuple[StageTensors, ...], ...]:
@@ -180,8 +186,7 @@ class ContextParallelPlan:
         )
         layout = self.shards.layout
         rows[rows < 0] = np.arange(layout.num_tokens - layout.num_padding, layout.num_tokens)
-        back = np.argsort(rows)
-        return tuple(torch.from_numpy(x).to(self.device, non_blocking=True) for x in (back, rows))
+        return tuple(copy_to_device([np.argsort(rows), rows], self.device))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,9 @@
 """Exact attention over a packed row with shared prefixes: stages, merged by log-sum-exp.
 
 A token's keys lie in several stages, its own segment and each ancestor level. Each stage returns
-its out and lse over its own keys; two are merged by
-
-    lse = log(exp(lse_a) + exp(lse_b))        out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
-
-Backward needs no such merge: a stage's backward with the merged out and lse yields that stage's
-share of dq, dk and dv, and the shares add up (see `Kernel.backward`).
+its out and lse over its own keys, which `merge.py` merges. Backward needs no such merge: a stage's
+backward with the merged out and lse yields that stage's share of dq, dk and dv, and the shares add
+up (see `Kernel.backward`).
 
 Shapes: T packed tokens, N of them attend (all, but for a trimmed last layer), H query heads, Hk
 key/value heads, D head dimension.
@@ -23,11 +20,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_prefix.attention.kernels import Kernel
+from megatron_prefix.attention.merge import merge_
 from megatron_prefix.attention.stages import AttentionPlan, StageTensors
 
 
 def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, kernel: Kernel
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    kernel: Kernel,
+    deterministic: bool = False,
 ) -> Tensor:
     """Attention in which every token sees its ancestors' segments, and its own causally.
 
@@ -37,6 +42,8 @@ def prefix_attention(
         plan: the stages of this packed row, on q's device.
         scale: factor of q k^T before the softmax.
         kernel: what computes a stage, from `select_kernel`.
+        deterministic: the same inputs give the same gradients, to the bit. The kernel must have
+            been selected for it.
 
     Returns:
         [N, H, D] in q's dtype. Merging, and adding up gradients of more than one stage, is done in
@@ -47,7 +54,7 @@ def prefix_attention(
     """
     check_shapes(q, k, v, num_queries=plan.num_queries, num_tokens=plan.num_tokens)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return _PrefixAttention.apply(q, k, v, plan, scale, kernel)
+    return _PrefixAttention.apply(q, k, v, plan, StageCompute(kernel, scale, deterministic))
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -60,13 +67,11 @@ class _PrefixAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         plan: AttentionPlan,
-        scale: float,
-        kernel: Kernel,
+        compute: StageCompute,
     ) -> Tensor:
         """Compute the self stage into the packed output, then merge the cross stages into it."""
-        compute = StageCompute(kernel, scale)
         self_stage, *cross_stages = plan.stages
-        out, lse = compute.first(self_stage, q, k, v, wide=bool(cross_stages))
+        out, lse = compute.first(self_stage, q, k, v, wide=len(cross_stages) > 1)
         compute.merge(cross_stages, q, k, v, out, lse)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -80,9 +85,10 @@ class _PrefixAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         merged = MergedAttention(q=q, out=out, lse=lse, dout=dout.contiguous())
         self_stage, *cross_stages = ctx.plan.stages
-        dq, dk, dv = ctx.compute.first_shares(self_stage, merged, k, v, wide=bool(cross_stages))
+        wide = len(cross_stages) > 1
+        dq, dk, dv = ctx.compute.first_shares(self_stage, merged, k, v, wide=wide)
         ctx.compute.add_shares(cross_stages, merged, k, v, dq, dk, dv)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +107,21 @@ class MergedAttention:
 
 @dataclass(frozen=True)
 class StageCompute:
-    """Stages through one kernel: forward merged, backward added up."""
+    """Stages through one kernel: forward merged, backward added up.
+
+    What is merged or added into is `wide`, in the lse's dtype, where a row may take part in more
+    than two stages. A single merge or addition is computed in float32 whatever the dtypes, so what
+    it goes into may be in the kernel's own dtype: it is rounded once either way.
+    """
 
     kernel: Kernel
     scale: float
+    deterministic: bool = False
 
     def first(
         self, stage: StageTensors, q: Tensor, k: Tensor, v: Tensor, *, wide: bool
     ) -> tuple[Tensor, Tensor]:
-        """out [N, H, D] and lse [N, H] of a stage of all queries; `wide`: in lse's dtype."""
+        """out [N, H, D] and lse [N, H] of a stage of all queries."""
         out, lse = self._forward(stage, q, k, v)
         return (out.to(lse.dtype) if wide else out), lse
 
@@ -125,19 +137,21 @@ class StageCompute:
         """Merge stages against the keys k, v into out and lse, in place."""
         for stage in stages:
             stage_out, stage_lse = self._forward(stage, q, k, v)
-            merged_out, merged_lse = out[stage.queries], lse[stage.queries]
-            merge_(merged_out, merged_lse, stage_out, stage_lse)
-            if isinstance(stage.queries, Tensor):  # copies, not views
-                out[stage.queries], lse[stage.queries] = merged_out, merged_lse
+            if isinstance(stage.queries, Tensor):
+                merge_(out, lse, stage_out, stage_lse, rows=stage.queries)
+            else:
+                merge_(out[stage.queries], lse[stage.queries], stage_out, stage_lse)
 
     def first_shares(
         self, stage: StageTensors, merged: MergedAttention, k: Tensor, v: Tensor, *, wide: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of a stage of all queries; `wide`: in lse's dtype, to be added to."""
-        dtype = merged.lse.dtype if wide else merged.q.dtype
-        dq, *d_keys = (share.to(dtype) for share in self._backward(stage, merged, k, v))
+        """dq, dk, dv of a stage of all queries, to be added to."""
+        dq, *d_keys = self._backward(stage, merged, k, v)
+        if wide:
+            dq, *d_keys = (share.to(merged.lse.dtype) for share in (dq, *d_keys))
         if d_keys[0].shape[0] < k.shape[0]:
-            shares, d_keys = d_keys, [torch.zeros_like(x, dtype=dtype) for x in (k, v)]
+            shares = d_keys
+            d_keys = [x.new_zeros(x.shape, dtype=shares[0].dtype) for x in (k, v)]
             for all_keys, share in zip(d_keys, shares, strict=True):
                 all_keys[stage.keys] = share
         return dq, *d_keys
@@ -190,17 +204,8 @@ class StageCompute:
             stage.max_k,
             causal=stage.causal,
             scale=self.scale,
+            deterministic=self.deterministic,
         )
-
-
-def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    """Merge attention over other keys into out [n, H, D] and lse [n, H], in place.
-
-    `out` is in the dtype of the lse's, float32 or wider; `other_out` may be narrower.
-    """
-    other_weight = torch.sigmoid(other_lse - lse)  # exp(other_lse - logaddexp(lse, other_lse))
-    out.lerp_(other_out.to(out.dtype), other_weight.unsqueeze(-1))
-    torch.logaddexp(lse, other_lse, out=lse)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, *, num_queries: int, num_tokens: int) -> None:

@@ -44,7 +44,7 @@ class _PrefixSelfAttention:
         if not isinstance(packed_seq_params, PrefixPackedSeqParams):
             context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         else:
-            context = _rotary_without_context_parallel(self)
+            context = _row_as_one_sequence(self, packed_seq_params)
             if rotary_pos_emb is not None:
                 # Megatron takes a table of exactly T rows token by token, in every release.
                 rows = packed_seq_params.position_ids
@@ -99,24 +99,32 @@ class _OneRank:
 
 
 @contextlib.contextmanager
-def _rotary_without_context_parallel(attention: Any) -> Iterator[None]:
-    """Within the block, Megatron's rotary embedding takes its table as this rank's own.
+def _row_as_one_sequence(attention: Any, params: PrefixPackedSeqParams) -> Iterator[None]:
+    """Within the block, Megatron's rotary embedding takes its table as this rank's row, as it is.
 
     It asks the self attention's context-parallel group, and nothing else of the self attention
-    does, whose slice of a table to take; ours has the rows of this rank's tokens only.
+    does, whose slice of a table to take; ours has the rows of this rank's tokens only. And unless
+    it is fused it reads cu_seqlens on the host, in every layer for q and for k: on the device
+    that would make the host wait for it each time.
     """
     # `pg_collection` since 0.15, `model_comm_pgs` before.
     name = "pg_collection" if hasattr(attention, "pg_collection") else "model_comm_pgs"
     groups = getattr(attention, name)
-    if groups.cp.size() == 1:
-        yield
-        return
-    alone = copy.copy(groups)
-    alone.cp = _OneRank()
-    setattr(attention, name, alone)
+    on_device = params.cu_seqlens_q, params.cu_seqlens_kv
+    if groups.cp.size() > 1:
+        alone = copy.copy(groups)
+        alone.cp = _OneRank()
+        setattr(attention, name, alone)
+    if not attention.config.apply_rope_fusion:
+        queries = params.position_ids if params.query_rows is None else params.query_rows
+        params.cu_seqlens_q, params.cu_seqlens_kv = (
+            torch.tensor([0, len(rows)], dtype=torch.int32, device="cpu")
+            for rows in (queries, params.position_ids)
+        )
     try:
         yield
     finally:
+        params.cu_seqlens_q, params.cu_seqlens_kv = on_device
         setattr(attention, name, groups)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prefix.device_copy import copy_to_device
 from megatron_prefix.layout import AttentionStage, PackedLayout, trim_stages
 
 
@@ -43,21 +44,26 @@ class StageTensors:
 def stage_tensors(
     stages: Iterable[AttentionStage], device: torch.device | str
 ) -> tuple[StageTensors, ...]:
-    """The same stages with their tensors on `device`."""
-
-    def on_device(values: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    """The same stages with their tensors on `device`, in one copy that nobody waits for."""
+    stages = tuple(stages)
+    arrays = []
+    for stage in stages:
+        arrays += [np.asarray(x, dtype=np.int32) for x in (stage.cu_q, stage.cu_k)]
+        chosen = [x for x in (stage.query_rows, stage.key_rows) if x is not None]
+        arrays += [np.asarray(x, dtype=np.int64) for x in chosen]
+    tensors = iter(copy_to_device(arrays, device))
 
     def rows(start: int, stop: int, rows: np.ndarray | None) -> slice | Tensor:
-        return slice(start, stop) if rows is None else on_device(rows, torch.int64)
+        return slice(start, stop) if rows is None else next(tensors)
 
+    # Arguments are evaluated in the order of the arrays.
     return tuple(
         StageTensors(
             causal=stage.causal,
+            cu_q=next(tensors),
+            cu_k=next(tensors),
             queries=rows(stage.q_start, stage.q_stop, stage.query_rows),
             keys=rows(stage.k_start, stage.k_stop, stage.key_rows),
-            cu_q=on_device(stage.cu_q, torch.int32),
-            cu_k=on_device(stage.cu_k, torch.int32),
             max_q=stage.max_q,
             max_k=stage.max_k,
         )

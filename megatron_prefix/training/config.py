@@ -292,6 +292,11 @@ class TrainingConfig:
     """`cpu` runs Megatron-Core on gloo, for laptops and tests."""
     kernel: str | None = None
     """Attention kernel by name; null: the best for the device."""
+    deterministic: bool = False
+    """Steps on the same data give the same bits. Attention's backward and Megatron's embedding cost
+    more then on a GPU; a kernel that cannot do it is refused where named, and not chosen else. With
+    Transformer Engine it also wants NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 in the environment. On the
+    CPU it is so in any case."""
     timeout_minutes: float = 10.0
     """A collective that waits longer ends the run with an error."""
 

@@ -139,6 +139,7 @@ def build_minibatch(
     data_parallel_rank: int,
     device: torch.device,
     kernel: str | None = None,
+    deterministic: bool = False,
     context_parallel_group: dist.ProcessGroup | None = None,
 ) -> Minibatch:
     """Plan one optimizer step over all ranks and build this rank's microbatches.
@@ -183,6 +184,7 @@ def build_minibatch(
                         members,
                         device=device,
                         kernel=kernel,
+                        deterministic=deterministic,
                         context_parallel_group=context_parallel_group,
                         check_equal=False,
                         trim_last_layer=packing.trim_last_layer,

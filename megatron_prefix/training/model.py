@@ -67,6 +67,7 @@ _DECIDED_ELSEWHERE = {
     "variable_seq_lengths": "training.token_budget",
     "finalize_model_grads_func": "the trainer",
     "use_cpu_initialization": "training.device",
+    "deterministic_mode": "training.deterministic",
 }
 
 
@@ -116,6 +117,7 @@ def transformer_config(
         # Our weights hold every denominator, so Megatron must not divide (see training/step.py).
         "calculate_per_token_loss": True,
         "use_cpu_initialization": on_cpu,
+        "deterministic_mode": training.deterministic,
     }
     if parallel.num_model_chunks > 1:
         # Otherwise two ranks pair up sends and receives of different chunks.

@@ -204,6 +204,7 @@ class Trainer:
                     data_parallel_rank=self.runtime.data_parallel_rank,
                     device=self.runtime.device,
                     kernel=training.kernel,
+                    deterministic=training.deterministic,
                     context_parallel_group=self.runtime.context_parallel_group,
                 )
                 for part in split_groups(groups, training.optimizer_steps_per_rollout)

@@ -32,12 +32,19 @@ CALLS = [(True, [(n, n) for n in lengths]) for lengths in CAUSAL]
 CALLS += [(False, shapes) for shapes in RECTANGLES]
 
 
+CPU_KERNELS = [
+    name
+    for name in kernel_names()
+    if kernels._reasons(torch.device("cpu"), torch.float64, 40, True)[name] is None
+]
+
+
 def cu_seqlens(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", kernel_names())
+@pytest.mark.parametrize("name", CPU_KERNELS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize(("causal", "shapes"), CALLS)
 def test_forward_and_backward_of_each_rectangle(
@@ -159,12 +166,12 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones():
 def test_an_unsupported_dtype_is_refused_with_the_kernels_that_can():
     with pytest.raises(ValueError, match=r"float8_e4m3fn.* is none of .*that can: reference"):
         select_kernel("torch_cpu", device="cpu", dtype=torch.float8_e4m3fn, head_dim=64)
-    with pytest.raises(ValueError, match=r"int32, head_dim 64 \(torch_cpu: .*; reference: "):
+    with pytest.raises(ValueError, match=r"int32, head_dim 64 \(.*torch_cpu: .*; reference: "):
         select_kernel(None, device="cpu", dtype=torch.int32, head_dim=64)
 
 
 def test_the_dense_reference_is_only_chosen_by_name():
-    with pytest.raises(ValueError, match="device meta is not a CPU; reference: must be named"):
+    with pytest.raises(ValueError, match=r"device meta is not a CPU; reference: must be named"):
         select_kernel(None, device="meta", dtype=torch.float32, head_dim=64)
     named = select_kernel("reference", device="meta", dtype=torch.float32, head_dim=64)
     assert named.name == "reference"

@@ -8,14 +8,27 @@ import logging
 import torch
 
 from megatron_prefix.attention.kernels.base import Kernel
+from megatron_prefix.attention.kernels.flash_attn import (
+    FlashAttn2Kernel,
+    FlashAttn3Kernel,
+    FlashAttn4Kernel,
+)
 from megatron_prefix.attention.kernels.reference import ReferenceKernel
 from megatron_prefix.attention.kernels.torch_cpu import TorchCpuKernel
+from megatron_prefix.attention.kernels.torch_cuda import TorchCudaKernel
 
 __all__ = ["Kernel", "kernel_names", "select_kernel"]
 
 logger = logging.getLogger(__name__)
 
-_KERNELS: tuple[Kernel, ...] = (TorchCpuKernel(), ReferenceKernel())
+_KERNELS: tuple[Kernel, ...] = (
+    FlashAttn3Kernel(),
+    FlashAttn4Kernel(),
+    FlashAttn2Kernel(),
+    TorchCudaKernel(),
+    TorchCpuKernel(),
+    ReferenceKernel(),
+)
 """Best first. A new kernel is one file and one entry here."""
 
 
@@ -25,7 +38,12 @@ def kernel_names() -> tuple[str, ...]:
 
 
 def select_kernel(
-    name: str | None, *, device: torch.device | str, dtype: torch.dtype, head_dim: int
+    name: str | None,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    deterministic: bool = False,
 ) -> Kernel:
     """The attention kernel called `name`, or the best that the inputs allow.
 
@@ -33,6 +51,8 @@ def select_kernel(
         name: one of `kernel_names()`, or None for the best. The reference kernel, which holds all
             scores of a segment in memory, is only ever chosen by name.
         device, dtype, head_dim: of q, k and v.
+        deterministic: only kernels whose backward can give the same bits every time. It has to be
+            asked for in each call of `Kernel.backward` as well.
 
     Raises:
         ValueError: the name is unknown, or that kernel (or without a name, every kernel) cannot
@@ -41,9 +61,11 @@ def select_kernel(
     The first choice for each kind of input is logged.
     """
     device = torch.device(device)
-    reasons = {kernel.name: kernel.unsupported(device, dtype, head_dim) for kernel in _KERNELS}
+    reasons = _reasons(device, dtype, head_dim, deterministic)
     usable = [kernel for kernel in _KERNELS if reasons[kernel.name] is None]
     inputs = f"device {device}, {dtype}, head_dim {head_dim}"
+    if deterministic:
+        inputs += ", deterministic"
     if name is not None:
         if name not in reasons:
             raise ValueError(
@@ -65,6 +87,16 @@ def select_kernel(
         kernel = automatic[0]
     _log_choice(kernel.name, device.type, dtype, head_dim)
     return kernel
+
+
+@functools.lru_cache(maxsize=64)  # every layer of every microbatch asks for the same few
+def _reasons(
+    device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool
+) -> dict[str, str | None]:
+    return {
+        kernel.name: kernel.unsupported(device, dtype, head_dim, deterministic=deterministic)
+        for kernel in _KERNELS
+    }
 
 
 @functools.cache

@@ -29,8 +29,19 @@ class Kernel(Protocol):
     automatic: bool
     """Whether it may be chosen without being named."""
 
-    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why this kernel cannot run here, as the end of a sentence; None if it can."""
+    def unsupported(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        *,
+        deterministic: bool = False,
+    ) -> str | None:
+        """Why this kernel cannot run here, as the end of a sentence; None if it can.
+
+        Args:
+            deterministic: whether `backward` has to give the same bits every time.
+        """
         ...
 
     def forward(
@@ -77,6 +88,7 @@ class Kernel(Protocol):
         *,
         causal: bool,
         scale: float,
+        deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This call's share of dq, dk and dv.
 
@@ -91,7 +103,7 @@ class Kernel(Protocol):
 
         Returns:
             dq, dk, dv shaped like q, k, v, in their dtype or wider; dk and dv are zero where a
-            rectangle has no queries. The same inputs give the same bits. None shares memory with an
-            input, since the caller adds into them.
+            rectangle has no queries. With `deterministic` the same inputs give the same bits. None
+            shares memory with an input, since the caller adds into them.
         """
         ...

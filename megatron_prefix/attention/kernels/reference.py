@@ -14,8 +14,15 @@ class ReferenceKernel:
     name = "reference"
     automatic = False
 
-    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """See `Kernel.unsupported`."""
+    def unsupported(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        *,
+        deterministic: bool = False,
+    ) -> str | None:
+        """See `Kernel.unsupported`. It always is deterministic."""
         return None if dtype.is_floating_point else f"dtype {dtype} is not a floating-point type"
 
     def forward(
@@ -56,8 +63,9 @@ class ReferenceKernel:
         *,
         causal: bool,
         scale: float,
+        deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernel.backward`."""
+        """See `Kernel.backward`. It always is deterministic."""
         wide = lse.dtype
         dout, out = dout.to(wide), out.to(wide)
         dq, dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (q, k, v))

@@ -34,8 +34,15 @@ class TorchCpuKernel:
     name = "torch_cpu"
     automatic = True
 
-    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """See `Kernel.unsupported`."""
+    def unsupported(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        *,
+        deterministic: bool = False,
+    ) -> str | None:
+        """See `Kernel.unsupported`. It always is deterministic."""
         if device.type != "cpu":
             return f"device {device} is not a CPU"
         if dtype not in _DTYPES:
@@ -85,8 +92,9 @@ class TorchCpuKernel:
         *,
         causal: bool,
         scale: float,
+        deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernel.backward`."""
+        """See `Kernel.backward`. It always is deterministic."""
         wide = lse.dtype
         dq, dk, dv = (x.new_empty(x.shape, dtype=wide) for x in (q, k, v))
         for batch in split_into_batches(cu_q, cu_k, causal=causal):

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.attention.comm_types import CommType
-from megatron_prefix.attention.function import merge_
 from megatron_prefix.attention.kernels import select_kernel
+from megatron_prefix.attention.merge import merge_
 from megatron_prefix.attention.stages import StageTensors
 from megatron_prefix.layout import PackedLayout, PrefixTree, pack
 from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
