@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_prefix.agreement import check_equal_across_ranks
+from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.objective import PolicyMetrics
 from megatron_prefix.rollouts.build import build_engine, build_evaluator
 from megatron_prefix.rollouts.engine import EndOfRollouts
@@ -27,7 +28,12 @@ from megatron_prefix.training.minibatch import (
     build_minibatch,
     split_groups,
 )
-from megatron_prefix.training.model import ModelChunks, build_model_chunks, model_shape
+from megatron_prefix.training.model import (
+    DTYPES,
+    ModelChunks,
+    build_model_chunks,
+    model_shape,
+)
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
 from megatron_prefix.training.runtime import Runtime, raise_together
 from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
@@ -70,6 +76,14 @@ class Trainer:
             config.parallel,
             config.training,
             use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        )
+        # Before anything is loaded: a kernel that cannot do what the run asks for.
+        select_kernel(
+            config.training.kernel,
+            device=runtime.device,
+            dtype=DTYPES[config.training.dtype],
+            head_dim=self.chunks.config.kv_channels,
+            deterministic=config.training.deterministic,
         )
         self.optimizer = build_optimizer(config.optimizer, self.chunks)
         self.scheduler = build_scheduler(

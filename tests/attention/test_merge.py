@@ -104,14 +104,15 @@ CASES = [
 def check_all(
     merge: Merge, device: str = "cpu", tolerances: dict[torch.dtype, float] = TOLERANCES
 ) -> None:
-    """Every shape and every pair of dtypes that kernels and packed outputs have."""
+    """Every shape, and one with every pair of dtypes that packed outputs and kernels have."""
+    pairs = [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+    ]
     for case in CASES:
-        for out_dtype, stage_dtype in (
-            (torch.float32, torch.float32),
-            (torch.float32, torch.bfloat16),
-            (torch.bfloat16, torch.bfloat16),
-            (torch.float16, torch.float16),
-        ):
+        for out_dtype, stage_dtype in pairs if case["num_rows"] == 70 else pairs[:1]:
             check(
                 merge,
                 **case,

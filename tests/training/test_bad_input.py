@@ -153,6 +153,18 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in stderr and in_the_way.read_text() == "a file"
 
 
+def test_a_kernel_that_cannot_run_here_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    values = run_values(
+        tmp_path / "out", records=tmp_path / "missing.jsonl", training={"kernel": "torch_cuda"}
+    )
+    config = write_config(tmp_path / "run.yaml", values)
+    ((status, stderr),) = run_distributed(_command, 1, config)
+    assert status == 1
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert "'torch_cuda' cannot compute device cpu" in line and "torch_cpu" in line
+    assert "Traceback" not in stderr
+
+
 REWARD = """
 import os
 

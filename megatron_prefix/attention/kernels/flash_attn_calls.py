@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -83,9 +82,9 @@ class Call:
         return call
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Package:
-    """One package: where its calls are and what they are called with."""
+    """One package: where its calls are and what they are called with. Equal only to itself."""
 
     name: str
     """As it is installed."""
@@ -195,15 +194,11 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, bool]:
 def load(package: Package) -> BoundPackage | str:
     """The package's calls, or why there are none, as the end of a sentence."""
     try:
-        missing = importlib.util.find_spec(package.module) is None
-    except ModuleNotFoundError:
-        missing = True
-    except Exception as error:  # find_spec imports the parent package, which may fail in any way
-        return f"importing {package.name} fails with {type(error).__name__}: {error}"
-    if missing:
-        return f"the package {package.name} is not installed"
-    try:
         module = importlib.import_module(package.module)
+    except ModuleNotFoundError as error:
+        if f"{package.module}.".startswith(f"{error.name}."):
+            return f"the package {package.name} is not installed"
+        return f"importing {package.name} fails with ModuleNotFoundError: {error}"
     except Exception as error:  # extensions built for another torch, missing libraries, ...
         return f"importing {package.name} fails with {type(error).__name__}: {error}"
     calls = []
