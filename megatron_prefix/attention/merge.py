@@ -7,7 +7,7 @@ torch operations do the same. Bytes moved per merged element of out, with an out
 element, a stage of n, and 12 more per row and head for the lse's:
 
     Triton    2 w + n       6 for bfloat16 into bfloat16, 10 into float32
-    torch     2 w + n where w = n, and n + 4 more for the stage's copy in float32
+    torch     2 w + n       where all have the lse's dtype; else more, for copies in it
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_prefix.attention import kernels
 from megatron_prefix.attention.kernels import TorchCudaKernel, kernel_names, select_kernel
 from megatron_prefix.attention.kernels import flash_attn as flash_attn_kernels
 from megatron_prefix.attention.kernels import torch_cuda as torch_cuda_kernel
@@ -139,8 +140,10 @@ def on_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         monkeypatch.setattr(flash_attn_kernels, "load", lambda package: object())
+        kernels._reasons.cache_clear()
 
-    return pretend
+    yield pretend
+    kernels._reasons.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -173,6 +176,22 @@ def test_what_a_kernel_cannot_do_on_a_gpu(
         assert found is None
     else:
         assert reason in found
+
+
+def test_what_cannot_be_deterministic_is_refused_by_name_and_not_chosen(on_gpu):
+    on_gpu((9, 0))
+    inputs = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 256}
+    assert select_kernel(None, **inputs).name == "flash_attn_3"
+    assert select_kernel(None, **inputs, deterministic=True).name == "flash_attn_2"
+    with pytest.raises(ValueError, match=r"head_dim 256, deterministic: its deterministic back"):
+        select_kernel("flash_attn_3", **inputs, deterministic=True)
+
+
+def test_without_packages_torchs_own_kernel_is_chosen(on_gpu, monkeypatch):
+    on_gpu((9, 0))
+    monkeypatch.setattr(flash_attn_kernels, "load", lambda package: "it is not installed")
+    chosen = select_kernel(None, device="cuda", dtype=torch.bfloat16, head_dim=128)
+    assert chosen.name == "torch_cuda"
 
 
 @pytest.mark.parametrize(
