@@ -23,7 +23,9 @@ def test_the_public_names_are_these():
         "microbatch_tree",
         "pack",
         "plan_microbatches",
+        "rows_to_keep",
         "shard_layout",
+        "trim_stages",
     ]
     assert all(hasattr(layout, name) for name in layout.__all__)
 
