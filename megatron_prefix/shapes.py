@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from megatron_prefix.layout import PrefixTree
+
 
 def read_shapes(path: Path) -> list[dict[str, Any]]:
     """The groups' shapes: [{prefix: int, responses: [int, ...]}, ...], `system` where given.
@@ -47,3 +49,25 @@ def read_shapes(path: Path) -> list[dict[str, Any]]:
                 "{prefix: int, responses: [int, ...]} with lengths of at least 1"
             )
     return shapes
+
+
+def parse_case(text: str) -> dict[str, Any]:
+    """The shape of a group that is written G,prefix,response.
+
+    Raises:
+        ValueError: naming the text that is not three numbers of at least 1.
+    """
+    try:
+        group_size, prefix, response = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is not G,prefix,response") from None
+    if min(group_size, prefix, response) < 1:
+        raise ValueError(f"{text!r}: G, prefix and response must be at least 1")
+    return {"prefix": prefix, "responses": [response] * group_size}
+
+
+def tree_of_shape(shape: dict[str, Any], index: int) -> PrefixTree:
+    """The group `index` of this shape: prompts of different groups share their systems only."""
+    prompt = [0] * shape.get("system", 0) + [1 + index] * shape["prefix"]
+    responses = [[-1 - i] * length for i, length in enumerate(shape["responses"])]
+    return PrefixTree.from_groups([(prompt, responses)])

@@ -4,7 +4,7 @@ Plain Python and NumPy. Data flows one way: `PrefixTree` -> `plan_microbatches` 
 `microbatch_tree` -> `pack`, and under context parallelism -> `shard_layout` -> `RankStages`.
 """
 
-from megatron_prefix.layout.cost import ModelShape, activation_tokens
+from megatron_prefix.layout.cost import ModelShape, activation_tokens, trained_labels
 from megatron_prefix.layout.dispatch import shard_layout
 from megatron_prefix.layout.packing import AttentionStage, PackedLayout, Segment, pack
 from megatron_prefix.layout.planner import (
@@ -15,6 +15,7 @@ from megatron_prefix.layout.planner import (
 )
 from megatron_prefix.layout.shard_stages import GatheredStages, RankStages
 from megatron_prefix.layout.sharding import ContextShards
+from megatron_prefix.layout.sharing import SharingRule, share_where_it_pays
 from megatron_prefix.layout.tree import PrefixTree
 from megatron_prefix.layout.trimming import rows_to_keep, trim_stages
 
@@ -29,11 +30,14 @@ __all__ = [
     "PrefixTree",
     "RankStages",
     "Segment",
+    "SharingRule",
     "activation_tokens",
     "microbatch_tree",
     "pack",
     "plan_microbatches",
     "rows_to_keep",
     "shard_layout",
+    "share_where_it_pays",
+    "trained_labels",
     "trim_stages",
 ]

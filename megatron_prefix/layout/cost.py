@@ -12,6 +12,7 @@ cannot come to differ.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -208,6 +209,23 @@ def response_labels(tree: PrefixTree) -> np.ndarray:
         if parent >= 0 and tree.parents[parent] < 0:
             prompts[parent] = True
     return np.where(prompts, 0, tree.packed_lengths)
+
+
+def trained_labels(tree: PrefixTree, first_trained: Sequence[int]) -> np.ndarray:
+    """[nodes] int64: labels that are scored when each sequence is trained on from a token on.
+
+    Args:
+        tree: the sequences.
+        first_trained: for each sequence the index of its first trained token, at least 1.
+    """
+    labels = np.zeros(tree.num_nodes, dtype=np.int64)
+    for path, first in zip(tree.sequences, first_trained, strict=True):
+        begin = 0
+        for node in path:
+            length = int(tree.node_lengths[node])
+            labels[node] = max(labels[node], min(length, begin + length - first))
+            begin += length
+    return labels
 
 
 def activation_tokens(tree: PrefixTree, *, pad_to_multiple: int = 1) -> int:

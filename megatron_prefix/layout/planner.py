@@ -85,6 +85,7 @@ def plan_microbatches(
     pad_to_multiple: int = 1,
     microbatch_multiple: int = 1,
     names: Sequence[str] | None = None,
+    labels: Sequence[np.ndarray] | None = None,
 ) -> MicrobatchPlan:
     """Assign all sequences to microbatches of at most `token_budget` tokens.
 
@@ -97,6 +98,8 @@ def plan_microbatches(
         pad_to_multiple: as `pack` will be given it.
         microbatch_multiple: the number of microbatches of a rank is a multiple of this.
         names: of the groups, for error messages.
+        labels: [nodes] for each group, scored labels of each node; None: those of
+            `response_labels`.
 
     Raises:
         ValueError: a sequence over the token budget, a group over it with `allow_split` off, a
@@ -121,7 +124,11 @@ def plan_microbatches(
         what = f"group {i}" if names is None else f"group {i} ({names[i]})"
         _check_group(tree, what, capacity, token_budget, pad_to_multiple, allow_split)
 
-    groups = [SplittableGroup(i, tree, cost) for i, tree in enumerate(trees)]
+    assert labels is None or len(labels) == len(trees)
+    groups = [
+        SplittableGroup(i, tree, cost, None if labels is None else labels[i])
+        for i, tree in enumerate(trees)
+    ]
     divided, num_microbatches = _divide_to_fit(
         groups, capacity, data_parallel_size, microbatch_multiple
     )

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from megatron_prefix.layout.cost import ModelShape, attention_pairs, response_labels
 from megatron_prefix.layout.tree import PrefixTree
 
@@ -40,12 +42,15 @@ class _Branch:
 class SplittableGroup:
     """A group, and the ways to divide it."""
 
-    def __init__(self, index: int, tree: PrefixTree, cost: ModelShape) -> None:
+    def __init__(
+        self, index: int, tree: PrefixTree, cost: ModelShape, labels: np.ndarray | None = None
+    ) -> None:
         self.index = index
         self.tree = tree
         self.shape = cost
+        self.labels = response_labels(tree) if labels is None else labels
         self.tokens = tree.grouped_tokens
-        self.cost = cost.tree_flops(tree)
+        self.cost = cost.tree_flops(tree, labels=self.labels)
 
     @cached_property
     def num_branches(self) -> int:
@@ -73,8 +78,9 @@ class SplittableGroup:
         return self._pieces(self._split_evenly(self._branches, count, capacity))
 
     def mean_cost_of_pieces(self, count: int) -> float:
-        """FLOPs of a piece on average, if all pieces of `count` run the roots."""
-        roots = sum(c for c, p in zip(self._node_costs, self.tree.parents, strict=True) if p < 0)
+        """FLOPs of a piece on average, if all pieces of `count` run the roots that are shared."""
+        shared = {parent for parent in self.tree.parents if parent >= 0}
+        roots = sum(self._node_costs[node] for node in shared if self.tree.parents[node] < 0)
         return (self.cost + (count - 1) * roots) / count
 
     @cached_property
@@ -88,7 +94,7 @@ class SplittableGroup:
             for tokens, pairs, labels in zip(
                 self._node_tokens,
                 attention_pairs(self.tree).tolist(),
-                response_labels(self.tree).tolist(),
+                self.labels.tolist(),
                 strict=True,
             )
         ]

@@ -12,7 +12,7 @@ Invariants of a `PrefixTree`:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -177,6 +177,34 @@ class PrefixTree:
             tuple(number[node] for node in path if not chained[node]) for path in self.sequences
         )
         return PrefixTree(parents=tuple(parents), tokens=tuple(tokens), sequences=sequences)
+
+    def without(self, nodes: Collection[int]) -> PrefixTree:
+        """The same sequences with these nodes not shared: each child gets a copy of their tokens.
+
+        A sequence that ends at such a node ends at a leaf of its own, which it shares with those
+        that end there too.
+        """
+        if not nodes:
+            return self
+        number: dict[int, int] = {}
+        parents: list[int] = []
+        tokens: list[np.ndarray] = []
+        paths: list[tuple[int, ...]] = []
+        for old_path in self.sequences:
+            path: list[int] = []
+            run: list[np.ndarray] = []
+            for node in old_path:
+                run.append(self.tokens[node])
+                if node in nodes and node != old_path[-1]:
+                    continue
+                if node not in number:
+                    number[node] = len(parents)
+                    parents.append(path[-1] if path else -1)
+                    tokens.append(_frozen(np.concatenate(run)) if len(run) > 1 else run[0])
+                path.append(number[node])
+                run = []
+            paths.append(tuple(path))
+        return PrefixTree(parents=tuple(parents), tokens=tuple(tokens), sequences=tuple(paths))
 
     @property
     def num_nodes(self) -> int:

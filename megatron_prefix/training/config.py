@@ -277,6 +277,9 @@ class TrainingConfig:
     trim_last_layer: bool = True
     """The last layer computes queries, attention, projection and MLP only from the first trained
     position of each segment on: nothing depends on others. The result is the same."""
+    share_only_where_it_pays: bool = True
+    """Pack a group of one, or one whose prompt saves less than the cross attention to it costs, as
+    sequences of their own. Results are the same; false shares always."""
     optimizer_steps_per_rollout: int = 1
     """Optimizer steps that a rollout batch is divided into (and repeated, see epochs)."""
     epochs_per_rollout: int = 1

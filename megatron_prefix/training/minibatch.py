@@ -21,9 +21,10 @@ from megatron_prefix.layout import (
     MicrobatchPlan,
     ModelShape,
     PrefixTree,
-    microbatch_tree,
+    SharingRule,
     pack,
     plan_microbatches,
+    trained_labels,
 )
 from megatron_prefix.objective import ObjectiveConfig, group_advantages, token_weights
 from megatron_prefix.rollouts.records import RolloutGroup
@@ -47,6 +48,8 @@ class PackingConfig:
     """See `TrainingConfig.sharing`. Microbatches are planned by groups in any case."""
     trim_last_layer: bool = True
     """See `TrainingConfig.trim_last_layer`."""
+    share_only_where_it_pays: bool = False
+    """See `TrainingConfig.share_only_where_it_pays`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +152,13 @@ def build_minibatch(
     Raises:
         ValueError: a group or response that exceeds the token budget, or bad rewards, naming it.
     """
-    trees = [PrefixTree.from_groups([(group.prompt, group.responses)]) for group in groups]
+    whole = [PrefixTree.from_groups([(group.prompt, group.responses)]) for group in groups]
+    sharing = SharingRule(
+        shape=packing.model_shape,
+        everything=packing.sharing == "everything",
+        only_where_it_pays=packing.share_only_where_it_pays,
+    )
+    trees = [sharing.group(tree) for tree in whole]
     sequences = trained_sequences(groups, objective)
     plan = plan_microbatches(
         trees,
@@ -160,24 +169,28 @@ def build_minibatch(
         pad_to_multiple=packing.pad_to_multiple,
         microbatch_multiple=packing.microbatch_multiple,
         names=[group.source for group in groups],
+        labels=[
+            trained_labels(tree, [s.first_trained for s in members])
+            for tree, members in zip(trees, sequences, strict=True)
+        ],
     )
     context_parallel_size = 1
     if context_parallel_group is not None:
         context_parallel_size = dist.get_world_size(context_parallel_group)
+    capacity = packing.token_budget - packing.token_budget % packing.pad_to_multiple
     batches: list[PackedBatch] = []
     packed_tokens, flops = 0, 0.0
     for rank, microbatches in enumerate(plan.microbatches):
         for slices in microbatches:
-            tree = microbatch_tree(trees, slices)
-            if packing.sharing == "everything":
-                tree = PrefixTree.from_sequences(
-                    tree.sequence_tokens(i) for i in range(tree.num_sequences)
-                )
-            flops += packing.model_shape.tree_flops(tree)
+            tree = sharing.microbatch(trees, slices, token_budget=capacity)
+            members = [sequences[s.group][i] for s in slices for i in s.sequences]
+            labels = trained_labels(tree, [member.first_trained for member in members])
+            flops += packing.model_shape.tree_flops(
+                tree, labels=labels, trim_last_layer=packing.trim_last_layer
+            )
             layout = pack(tree, pad_to_multiple=packing.pad_to_multiple)
             packed_tokens += layout.num_tokens
             if rank == data_parallel_rank:
-                members = [sequences[s.group][i] for s in slices for i in s.sequences]
                 batches.append(
                     build_batch(
                         layout,
@@ -196,7 +209,10 @@ def build_minibatch(
         batches=batches,
         knows_old_logprobs=all(group.old_logprobs is not None for group in groups),
         packed_tokens=packed_tokens,
-        ungrouped_tokens=sum(tree.ungrouped_tokens for tree in trees),
+        ungrouped_tokens=sum(tree.ungrouped_tokens for tree in whole),
         flops=flops,
-        ungrouped_flops=sum(packing.model_shape.ungrouped_flops(tree) for tree in trees),
+        ungrouped_flops=sum(
+            packing.model_shape.ungrouped_flops(tree, trim_last_layer=packing.trim_last_layer)
+            for tree in whole
+        ),
     )

@@ -294,13 +294,8 @@ def model_shape(model: ModelConfig, config: TransformerConfig) -> ModelShape:
     """The sizes that the cost model counts FLOPs by."""
     experts: dict[str, int] = {}
     if config.num_moe_experts is not None:
-        frequency = config.moe_layer_freq
         experts = {
-            "num_moe_layers": (
-                len(range(0, config.num_layers, frequency))
-                if isinstance(frequency, int)
-                else sum(frequency)
-            ),
+            "num_moe_layers": sum(moe_layers(config)),
             "num_experts": config.num_moe_experts,
             "num_experts_per_token": config.moe_router_topk,
             "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
@@ -317,6 +312,16 @@ def model_shape(model: ModelConfig, config: TransformerConfig) -> ModelShape:
         gated_linear_unit=config.gated_linear_unit,
         **experts,
     )
+
+
+def moe_layers(config: TransformerConfig) -> tuple[bool, ...]:
+    """[num_layers] whether each layer has experts."""
+    frequency = config.moe_layer_freq
+    if config.num_moe_experts is None:
+        return (False,) * config.num_layers
+    if isinstance(frequency, int):
+        return tuple(layer % frequency == 0 for layer in range(config.num_layers))
+    return tuple(bool(entry) for entry in frequency)
 
 
 def use_transformer_engine(config: TransformerConfig) -> bool:

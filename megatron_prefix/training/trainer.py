@@ -102,6 +102,7 @@ class Trainer:
             microbatch_multiple=config.parallel.microbatch_multiple,
             sharing=config.training.sharing,
             trim_last_layer=config.training.trim_last_layer,
+            share_only_where_it_pays=config.training.share_only_where_it_pays,
         )
         with raise_together():
             self.engine = build_engine(config, self.chunks, runtime)

@@ -19,12 +19,15 @@ def test_the_public_names_are_these():
         "PrefixTree",
         "RankStages",
         "Segment",
+        "SharingRule",
         "activation_tokens",
         "microbatch_tree",
         "pack",
         "plan_microbatches",
         "rows_to_keep",
         "shard_layout",
+        "share_where_it_pays",
+        "trained_labels",
         "trim_stages",
     ]
     assert all(hasattr(layout, name) for name in layout.__all__)

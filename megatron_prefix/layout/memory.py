@@ -1,0 +1,360 @@
+"""What a training step holds in memory, in bytes, from shapes alone.
+
+Counted on each rank: parameters, gradient buffers and the optimizer's state; activations that
+autograd keeps for backward, of as many microbatches as the pipeline schedule has in flight; and the
+largest transient on top of them. Not counted: what the allocator, CUDA, communication libraries and
+kernels' workspaces add, and tensors of a few bytes per token.
+
+Activations are those of this package on Megatron's layers. `fused=False` is what Megatron's local
+layers keep, with torch's norms, activation and rotary embedding; the tests hold it to real models.
+`fused=True` is what Transformer Engine's norms and Megatron's fused activation and rotary embedding
+keep, by their source.
+
+Legend: T tokens of the row on this rank, N labelled positions, which are the rows that a trimmed
+last layer goes on with, h hidden size, q and kv widths of all query and key/value heads, f MLP
+width, b bytes of an element, "wide" float32 or wider.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_prefix.layout.cost import ModelShape
+
+Recompute = Literal["none", "selective", "full"]
+
+ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+_INDEX = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSizes:
+    """Over how many ranks what is divided."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    chunks: int = 1
+    """Model chunks of a pipeline rank, more than 1 under interleaving."""
+    context: int = 1
+    data: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    """Tensor-parallel ranks of one expert."""
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def sequence(self) -> int:
+        """Tensor-parallel ranks that the row is divided over between the matrix products."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
+    def dense_replicas(self) -> int:
+        """Ranks with equal dense parameters."""
+        return self.data * self.context
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks with equal experts."""
+        return self.world // (self.pipeline * self.expert * self.expert_tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticBytes:
+    """What a rank holds the whole time."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryModel:
+    """The sizes of a decoder and of its execution that memory depends on."""
+
+    shape: ModelShape
+    moe_layers: tuple[bool, ...]
+    """[num_layers] whether each has experts."""
+    padded_vocab_size: int
+    tied_embeddings: bool
+    learned_positions: int = 0
+    """Rows of a learned position embedding."""
+    rotary_channels: int = 0
+    """Rotated channels of a head; 0 without rotary embedding."""
+    rms_norm: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    linear_bias: bool = False
+    mlp_widths: int = 3
+    """Tensors of the MLP's width f that are kept from its first product's output to its second
+    one's input."""
+    fused: bool = True
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    recompute: Recompute = "none"
+    trim_last_layer: bool = True
+    """The last layer goes on with the labelled positions only."""
+    head_chunk_tokens: int = 1024
+    """Rows of logits that exist at once."""
+
+    @property
+    def element(self) -> int:
+        """b"""
+        return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def wide(self) -> int:
+        """Bytes of an element of sums, softmax statistics and logits."""
+        return max(4, self.element)
+
+    # Parameters
+
+    def layer_parameters(self, layer: int, ranks: RankSizes) -> tuple[int, int]:
+        """(dense, expert) parameters of a layer on a rank."""
+        s, tp = self.shape, ranks.tensor
+        h, q, kv = s.hidden_size, self._q, self._kv
+        biases = self.linear_bias
+        dense = (q + 2 * kv) // tp * h + q // tp * h
+        dense += (q + 2 * kv) // tp * (self.qkv_bias or biases) + h * biases
+        norm = 1 if self.rms_norm else 2
+        dense += 2 * norm * h + 2 * norm * s.kv_channels * self.qk_norm
+        first = 2 if s.gated_linear_unit else 1
+        if not self.moe_layers[layer]:
+            f = s.ffn_hidden_size // tp
+            return dense + (first + 1) * f * h + (first * f + h) * biases, 0
+        dense += s.num_experts * h
+        shared = s.moe_shared_expert_ffn_hidden_size // tp
+        dense += (first + 1) * shared * h + (first * shared + h) * (biases and shared > 0)
+        f = s.moe_ffn_hidden_size // ranks.expert_tensor
+        expert = (first + 1) * f * h + (first * f + h) * biases
+        return dense, s.num_experts // ranks.expert * expert
+
+    def outer_parameters(self, ranks: RankSizes, *, first: bool, last: bool) -> int:
+        """Parameters of the first stage's embeddings and the last one's norm and output layer."""
+        h, table = self.shape.hidden_size, self.padded_vocab_size // ranks.tensor
+        count = 0
+        if first:
+            count += (table + self.learned_positions) * h
+        if last:
+            count += h * (1 if self.rms_norm else 2)
+            if not (self.tied_embeddings and first):
+                count += table * h
+        return count
+
+    def static(
+        self, layers: list[int], ranks: RankSizes, *, first: bool, last: bool
+    ) -> StaticBytes:
+        """Parameters, gradients and optimizer state of a rank with these layers.
+
+        Gradients are float32 (float64 in float64). Adam keeps two moments, and below float32 a
+        float32 copy of the parameters; the distributed optimizer divides these over the ranks that
+        have the same parameters.
+        """
+        dense, expert = self.outer_parameters(ranks, first=first, last=last), 0
+        for layer in layers:
+            of_layer = self.layer_parameters(layer, ranks)
+            dense += of_layer[0]
+            expert += of_layer[1]
+        state = 2 * self.wide + (self.wide if self.element < 4 else 0)
+        shards = (ranks.dense_replicas, ranks.expert_replicas)
+        if not ranks.distributed_optimizer:
+            shards = (1, 1)
+        return StaticBytes(
+            parameters=(dense + expert) * self.element,
+            gradients=(dense + expert) * self.wide,
+            optimizer=-(-dense * state // shards[0]) - (-expert * state // shards[1]),
+        )
+
+    # Activations
+
+    def kept_by_layer(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
+        """Bytes that autograd keeps of a layer between its forward and backward."""
+        if self.recompute == "full":
+            return tokens // ranks.sequence * self.shape.hidden_size * self.element
+        return self._all_of_layer(layer, tokens, labels, ranks)
+
+    def kept_by_outer(
+        self, tokens: int, labels: int, *, ranks: RankSizes, first: bool, last: bool
+    ) -> int:
+        """Bytes kept by the embedding, and by the final norm, head and loss."""
+        kept = 0
+        if first:
+            kept += tokens * _INDEX
+        if last:
+            rows = self._rows(self.shape.num_layers - 1, tokens, labels, ranks)
+            kept += rows // ranks.sequence * self._norm
+            # Hidden states, rows, labels, normaliser, entropy and the loss's own few numbers.
+            kept += labels * (self.shape.hidden_size * self.element + 2 * _INDEX + 2 * self.wide)
+        return kept
+
+    def kept_at_borders(self, tokens: int, ranks: RankSizes, *, first: bool, last: bool) -> int:
+        """Bytes of a chunk's input and output that the pipeline schedule holds until backward."""
+        hidden = tokens // ranks.sequence * self.shape.hidden_size * self.element
+        # Where autograd keeps the input too, it is the same tensor.
+        own_input = not first and self.recompute != "full" and not self._norm_keeps_input
+        return hidden * (own_input + (not last))
+
+    def transient(
+        self,
+        layers: list[int],
+        tokens: int,
+        labels: int,
+        ranks: RankSizes,
+        *,
+        last: bool,
+        travelling: int = 0,
+    ) -> int:
+        """The most that exists at once beside what is kept, while a microbatch runs.
+
+        That is one of: the head's chunk of logits in forward, or with the weight's gradient in
+        backward; a layer in backward, for which full recompute has all of its activations made
+        again.
+
+        Args:
+            layers: of the chunk.
+            tokens, labels: T and N of the microbatch.
+            ranks: the sizes of the run.
+            last: whether the chunk has the output layer.
+            travelling: tokens whose keys and values come from other context-parallel ranks.
+        """
+        candidates = [0]
+        s, b = self.shape, self.element
+        if last:
+            table = self.padded_vocab_size // ranks.tensor
+            logits = min(self.head_chunk_tokens, labels) * table
+            narrow = b if b < self.wide else 0
+            forward = logits * 2 * self.wide
+            weight = table * s.hidden_size
+            backward = weight * self.wide + max(logits * (self.wide + narrow), weight * narrow)
+            rows = self._rows(s.num_layers - 1, tokens, labels, ranks)
+            backward += (labels + rows) * s.hidden_size * b
+            candidates += [forward, backward]
+        # By the time the layers' backward begins, what the norm, head and loss kept is gone.
+        gone = self.kept_by_outer(tokens, labels, ranks=ranks, first=False, last=last)
+        for layer in sorted(layers, reverse=True):
+            again = 0
+            if self.recompute == "full":
+                again = self._all_of_layer(layer, tokens, labels, ranks)
+            # Gathered, in the order of the stages, and the gradients of both.
+            gathered = travelling * 2 * self._kv // ranks.tensor * 2 * (b + self.wide)
+            backward = self._layer_backward(layer, tokens, labels, ranks)
+            candidates.append(again - gone + gathered + backward)
+            gone += self.kept_by_layer(layer, tokens, labels, ranks)
+        return max(candidates)
+
+    def _rows(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
+        """Rows that a layer goes on with: the labelled ones, filled up, where it is trimmed."""
+        if not (self.trim_last_layer and layer == self.shape.num_layers - 1):
+            return tokens
+        return min(tokens, -(-max(labels, 1) // ranks.sequence) * ranks.sequence)
+
+    def _all_of_layer(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
+        s, b, tp = self.shape, self.element, ranks.tensor
+        h, q, kv = s.hidden_size, self._q // tp, self._kv // tp
+        rows = self._rows(layer, tokens, labels, ranks)
+        # Both norms, and the first products' inputs.
+        kept = (tokens + rows) // ranks.sequence * (self._norm + h * b)
+        if rows == tokens or self.fused:
+            kept += tokens * (q + 2 * kv) * b  # the first product's output: values are a view of it
+            own_queries = rows < tokens
+        else:
+            # Queries are a product of their own, of rows and weights that are picked out, and the
+            # rows of all tensor-parallel ranks are kept for it.
+            kept += tokens * 2 * kv * b + (q + 2 * kv) * h * b
+            kept += (tokens - tokens // ranks.sequence + rows) * h * b
+            own_queries = True
+        if self.rotary_channels:
+            kept += (rows * q + tokens * kv) * b
+            if not self.fused:
+                kept += (rows + tokens) * 2 * self.rotary_channels * b  # cosine and sine
+        elif own_queries:
+            kept += rows * q * b
+        if self.qk_norm:
+            kept += rows * self._head_norm(q, copied=own_queries or q > kv)
+            kept += tokens * self._head_norm(kv, copied=False)
+        kept += rows * q * b  # the attention's output
+        if self.recompute == "none":
+            kept += rows * s.num_attention_heads // tp * self.wide  # the log-sum-exp
+        return kept + self._of_mlp(layer, rows, ranks)
+
+    def _of_mlp(self, layer: int, tokens: int, ranks: RankSizes) -> int:
+        s, b = self.shape, self.element
+        if not self.moe_layers[layer]:
+            return tokens * self.mlp_widths * s.ffn_hidden_size // ranks.tensor * b
+        k = s.num_experts_per_token
+        # The weighting by the router's probability keeps one more, where it is not fused.
+        widths = self.mlp_widths + (not self.fused)
+        experts = k * (
+            widths * s.moe_ffn_hidden_size * b * tokens // ranks.tensor
+            + s.hidden_size * b * tokens * ranks.expert_tensor // ranks.tensor
+        )
+        shared = self.mlp_widths * s.moe_shared_expert_ffn_hidden_size // ranks.tensor * b
+        routing = s.num_experts * (b + 1) + k * (2 * _INDEX + self.wide + b)
+        return experts + tokens * shared + tokens // ranks.sequence * routing
+
+    def _layer_backward(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
+        """The most that exists at once in a layer's backward, beside all of its activations."""
+        s, b, tp = self.shape, self.element, ranks.tensor
+        rows = self._rows(layer, tokens, labels, ranks)
+        row = rows // ranks.sequence * s.hidden_size * b
+        if self.moe_layers[layer]:
+            f = s.moe_ffn_hidden_size // ranks.expert_tensor
+            width = rows * s.num_experts_per_token * s.moe_ffn_hidden_size // tp
+            row += row * s.num_experts_per_token  # the experts' rows
+        else:
+            f = s.ffn_hidden_size // tp
+            width = rows * f
+        # The second product: gradients of its input and weight. Then the activation: gradients of
+        # its factors, when the second product's input is gone.
+        factors = 2 if s.gated_linear_unit else 1
+        mlp = row + max(width + f * s.hidden_size, factors * width) * b
+        # dq, dk and dv in a wide dtype, then in their own, and dout; the MLP's activations are
+        # gone by then.
+        heads = (rows * self._q + tokens * 2 * self._kv) // tp * (self.wide + b)
+        attention = row + heads + rows * self._q // tp * b - self._of_mlp(layer, rows, ranks)
+        return max(mlp, attention)
+
+    @property
+    def _norm(self) -> int:
+        """Bytes per token that a norm over the hidden size keeps, beside its output."""
+        h = self.shape.hidden_size
+        if self.fused:
+            return h * self.element + (4 if self.rms_norm else 8)
+        if self.rms_norm:
+            return 2 * h * self.wide + self.wide
+        return h * self.element + 2 * self.wide
+
+    @property
+    def _norm_keeps_input(self) -> bool:
+        return self.fused or not self.rms_norm or self.element == self.wide
+
+    def _head_norm(self, width: int, *, copied: bool) -> int:
+        """Bytes per token that a norm over each head of a width keeps, beside its output.
+
+        `copied`: its input is nothing else's (the queries of a group are gathered from between the
+        keys).
+        """
+        statistics = width // self.shape.kv_channels * self.wide
+        if self.fused or not self.rms_norm:
+            return copied * width * self.element + statistics * (1 if self.rms_norm else 2)
+        if self.element == self.wide:
+            return (copied + 1) * width * self.wide + statistics
+        return 2 * width * self.wide + statistics
+
+    @property
+    def _q(self) -> int:
+        return self.shape.num_attention_heads * self.shape.kv_channels
+
+    @property
+    def _kv(self) -> int:
+        return self.shape.num_query_groups * self.shape.kv_channels

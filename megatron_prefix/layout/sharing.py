@@ -1,0 +1,104 @@
+"""Where sharing pays: a shared run saves its tokens and costs those below it a cross stage.
+
+A cross stage is more attention calls, and the merge of two outputs. Both constants below were
+measured on the CPU (forward and backward of attention with and without a short shared prefix, 8
+heads of 32): 35 to 140 keys per token at responses of 128 to 512 tokens, and a break-even near 8
+saved tokens where responses are short. Not measured on a GPU. Whatever is decided, results are the
+same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_prefix.layout.cost import ModelShape
+from megatron_prefix.layout.planner import GroupSlice, microbatch_tree
+from megatron_prefix.layout.tree import PrefixTree
+
+MERGE_KEYS = 128
+"""A cross stage costs each of its queries what attending to so many more keys would."""
+
+STAGE_TOKENS = 8
+"""A cross stage costs what the matrix products of so many tokens would, whatever its size."""
+
+
+def share_where_it_pays(
+    tree: PrefixTree, shape: ModelShape, *, token_budget: int | None = None
+) -> PrefixTree:
+    """The same sequences, with only those nodes shared that save more FLOPs than they cost.
+
+    Decided from the roots on: tokens of a node that is not shared count as its children's. A
+    function of lengths and sizes alone, so all ranks decide alike.
+
+    Args:
+        tree: what could be shared.
+        shape: the model.
+        token_budget: where not sharing would pack to more tokens than this, all is shared.
+    """
+    found = tree.without(_not_worth_sharing(tree, shape))
+    if token_budget is not None and found.grouped_tokens > token_budget:
+        return tree
+    return found
+
+
+def _not_worth_sharing(tree: PrefixTree, shape: ModelShape) -> Collection[int]:
+    lengths = tree.packed_lengths.tolist()
+    below = list(lengths)
+    branches = np.zeros(tree.num_nodes, dtype=np.int64)
+    has_children = np.zeros(tree.num_nodes, dtype=bool)
+    for node in range(tree.num_nodes - 1, -1, -1):
+        parent = tree.parents[node]
+        if parent >= 0:
+            below[parent] += below[node]
+            branches[parent] += 1
+            has_children[parent] = True
+    for node in {path[-1] for path in tree.sequences}:
+        branches[node] += has_children[node]  # sequences that end above others
+
+    dissolved: set[int] = set()
+    carried = [0] * tree.num_nodes
+    """Tokens above each node that are not shared, and so belong to it."""
+    for node, parent in enumerate(tree.parents):
+        if parent in dissolved:
+            carried[node] = carried[parent] + lengths[parent]
+        if not has_children[node] or branches[node] < 2:
+            continue  # nothing is shared here; chains are merged when packed
+        tokens = carried[node] + lengths[node]
+        first = int(tree.first_positions[node]) - carried[node]
+        pairs = tokens * (tokens + 1) // 2 + tokens * first
+        saved = (int(branches[node]) - 1) * shape.flops(tokens=tokens, pairs=pairs, labels=0)
+        queries = below[node] - lengths[node]
+        cost = queries * MERGE_KEYS * shape.attention_flops_per_pair()
+        cost += STAGE_TOKENS * shape.linear_flops_per_token()
+        if saved <= cost:
+            dissolved.add(node)
+    return dissolved
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharingRule:
+    """What is shared: as `training.sharing` and `training.share_only_where_it_pays` say."""
+
+    shape: ModelShape
+    everything: bool = False
+    """Within a microbatch whatever its sequences have in common, not only the groups' prefixes."""
+    only_where_it_pays: bool = False
+
+    def group(self, tree: PrefixTree) -> PrefixTree:
+        """The tree that a group is planned by."""
+        return share_where_it_pays(tree, self.shape) if self.only_where_it_pays else tree
+
+    def microbatch(
+        self, trees: Sequence[PrefixTree], slices: Sequence[GroupSlice], *, token_budget: int
+    ) -> PrefixTree:
+        """The tree to pack for a microbatch of groups' trees, of at most the planned tokens."""
+        tree = microbatch_tree(trees, slices)
+        if not self.everything:
+            return tree
+        tree = PrefixTree.from_sequences(tree.sequence_tokens(i) for i in range(tree.num_sequences))
+        if not self.only_where_it_pays:
+            return tree
+        return share_where_it_pays(tree, self.shape, token_budget=token_budget)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_prefix.layout import (
+    ModelShape,
+    PrefixTree,
+    SharingRule,
+    pack,
+    plan_microbatches,
+    share_where_it_pays,
+    trained_labels,
+)
+
+from .strategies import SHAPE, trees
+
+SEVEN_B = ModelShape(
+    num_layers=28,
+    hidden_size=3584,
+    ffn_hidden_size=18944,
+    num_attention_heads=28,
+    num_query_groups=4,
+    kv_channels=128,
+    vocab_size=152064,
+    gated_linear_unit=True,
+)
+SMALL = ModelShape(
+    num_layers=4,
+    hidden_size=256,
+    ffn_hidden_size=688,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=32,
+    vocab_size=512,
+    gated_linear_unit=True,
+)
+
+
+def group(prefix: int, *responses: int) -> PrefixTree:
+    return PrefixTree.from_groups([([0] * prefix, [[1 + i] * n for i, n in enumerate(responses)])])
+
+
+def assert_same_sequences(tree: PrefixTree, other: PrefixTree) -> None:
+    assert tree.num_sequences == other.num_sequences
+    for i in range(tree.num_sequences):
+        assert np.array_equal(tree.sequence_tokens(i), other.sequence_tokens(i))
+
+
+@pytest.mark.parametrize("shape", [SMALL, SEVEN_B])
+@pytest.mark.parametrize("responses", [(32, 32), (512,) * 8, (2048,) * 16])
+def test_a_prefix_of_a_few_tokens_is_not_shared(shape, responses):
+    for prefix in (1, 2, 4):
+        tree = share_where_it_pays(group(prefix, *responses), shape)
+        assert tree.num_nodes == len(responses)
+        assert set(tree.parents) == {-1}
+
+
+@pytest.mark.parametrize("shape", [SMALL, SEVEN_B])
+@pytest.mark.parametrize("responses", [(32, 32), (512,) * 8, (2048,) * 16, (5, 900)])
+def test_a_long_prefix_is_shared(shape, responses):
+    tree = group(2048, *responses)
+    assert share_where_it_pays(tree, shape) is tree
+
+
+def test_a_group_of_one_is_one_causal_square():
+    tree = share_where_it_pays(group(500, 40), SMALL).merge_chains()
+    assert tree.num_nodes == 1
+    assert len(pack(tree).stages) == 1
+
+
+def test_the_longer_the_responses_the_more_a_prefix_must_save():
+    def shared(prefix: int, response: int) -> bool:
+        return share_where_it_pays(group(prefix, response, response), SMALL).num_nodes == 3
+
+    shortest = [
+        next(prefix for prefix in range(1, 1000) if shared(prefix, response))
+        for response in (16, 128, 1024)
+    ]
+    assert shortest == sorted(shortest)
+    assert shortest[0] < shortest[-1]
+
+
+def test_each_run_is_decided_for_itself():
+    # A system prompt of 3 tokens over two groups of long prompts, and the other way round.
+    def groups(system: int, prompt: int) -> PrefixTree:
+        return PrefixTree.from_sequences(
+            [0] * system + [1 + g] * prompt + [9 + r] * 20 for g in range(2) for r in range(4)
+        )
+
+    few = share_where_it_pays(groups(3, 400), SMALL)
+    assert few.num_nodes == 2 + 8
+    assert sorted(few.node_lengths.tolist())[-2:] == [403, 403]
+    many = share_where_it_pays(groups(400, 1), SMALL)
+    assert many.num_nodes == 1 + 8
+
+
+def test_sequences_that_end_where_others_go_on_stay_what_they_are():
+    tree = PrefixTree.from_sequences([[1, 2], [1, 2, 3, 4], [1, 2, 5, 6, 7], [1, 2]])
+    apart = tree.without({0})
+    assert_same_sequences(apart, tree)
+    assert apart.num_nodes == 3
+    assert apart.parents == (-1, -1, -1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(trees(), st.randoms(use_true_random=False))
+def test_not_sharing_any_nodes_keeps_the_sequences(tree, random):
+    nodes = {node for node in range(tree.num_nodes) if random.random() < 0.5}
+    apart = tree.without(nodes)
+    assert_same_sequences(apart, tree)
+    assert apart.ungrouped_tokens == tree.ungrouped_tokens
+    assert tree.grouped_tokens <= apart.grouped_tokens <= tree.ungrouped_tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(trees())
+def test_a_row_never_outgrows_its_budget(tree):
+    if tree.num_nodes:
+        decided = share_where_it_pays(tree, SHAPE, token_budget=tree.grouped_tokens)
+        assert decided.grouped_tokens == tree.grouped_tokens
+        assert_same_sequences(decided, tree)
+
+
+def test_groups_that_are_not_shared_are_split_like_any_sequences():
+    rule = SharingRule(shape=SMALL, only_where_it_pays=True)
+    trees_ = [rule.group(group(2, 30, 30, 30, 30)), rule.group(group(100, 10, 10))]
+    plan = plan_microbatches(trees_, token_budget=125, data_parallel_size=1, cost=SMALL)
+    for rank in plan.microbatches:
+        for slices in rank:
+            assert rule.microbatch(trees_, slices, token_budget=125).grouped_tokens <= 125
+
+
+def test_labels_follow_the_trained_tokens_whether_shared_or_not():
+    tree = group(5, 3, 4)
+    assert trained_labels(tree, [5, 5]).tolist() == [0, 3, 4]
+    assert trained_labels(tree.without({0}), [5, 5]).tolist() == [3, 4]
+    # Trained from the second prompt token on: shared positions are labels once.
+    assert trained_labels(tree, [1, 1]).tolist() == [4, 3, 4]

@@ -1,0 +1,230 @@
+"""The plan tool: published ratios, what a run would do, real models' sizes, errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_prefix.layout.memory import RankSizes
+from megatron_prefix.shapes import parse_case
+from megatron_prefix.training.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_prefix.training.config_loader import load_dataclass
+from megatron_prefix.training.memory_model import memory_model
+from megatron_prefix.training.model import transformer_config
+from megatron_prefix.training.planning import Plan, load_planned_run, plan_run, read_sections
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "examples" / "configs"
+QWEN = CONFIGS / "qwen2.5-7b.yaml"
+
+# As published with the models.
+PARAMETERS = {
+    "qwen2.5-7b": 7_615_616_512,
+    "llama-3.1-8b": 8_030_261_248,
+    "qwen3-30b-a3b": 30_532_122_624,
+}
+
+# Prefix Grouper (arXiv 2506.05433): ungrouped over grouped at prefix 16384 and prefix / response
+# 32. They are the ratio of tokens, G (P + R) / (P + G R): matrix products on tokens, which is what
+# a 7B model mostly does.
+PUBLISHED = {2: 1.94, 4: 3.67, 8: 6.6, 16: 11.0}
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _plan(
+    case: str,
+    *,
+    data_parallel_size: int = 1,
+    parallel: dict[str, Any] | None = None,
+    **training: Any,
+) -> Plan:
+    run = load_planned_run(
+        read_sections(QWEN),
+        parallel=parallel or {},
+        training={"token_budget": 1 << 19, **training},
+        data_parallel_size=data_parallel_size,
+    )
+    return plan_run(run, [parse_case(case)])
+
+
+def _activations(plan: Plan) -> tuple[int, int]:
+    return tuple(
+        side.worst.total - side.worst.static.total for side in (plan.grouped, plan.ungrouped)
+    )
+
+
+@pytest.mark.parametrize("group_size", PUBLISHED)
+def test_ratios_of_the_prefix_grouper_paper(group_size: int) -> None:
+    plan = _plan(f"{group_size},16384,512")
+    digits = 1 if group_size > 4 else 2
+    assert round(plan.tokens_ratio, digits) == pytest.approx(PUBLISHED[group_size])
+    shape = plan.grouped.setup.memory.shape
+    tree_tokens = [side.tokens for side in (plan.ungrouped, plan.grouped)]
+    linear = [shape.flops(tokens=tokens, pairs=0, labels=0) for tokens in tree_tokens]
+    assert round(linear[0] / linear[1], digits) == pytest.approx(PUBLISHED[group_size])
+    # Causal attention saves less of its work, and the output layer nothing.
+    assert 0.9 * plan.tokens_ratio < plan.flops_ratio < plan.tokens_ratio
+
+
+def test_memory_trends_of_the_prefix_grouper_paper() -> None:
+    """At prefixes of 4096, 8192 and 16384 it compares memory over prefix / response: always less
+    than without grouping, by more where the ratio or the group is larger."""
+    for prefix in (4096, 16384):
+        savings = {
+            (group_size, ratio): (lambda kept: kept[1] / kept[0])(
+                _activations(_plan(f"{group_size},{prefix},{prefix // ratio}"))
+            )
+            for group_size in (2, 8)
+            for ratio in (1, 8, 32)
+        }
+        assert all(saving > 1 for saving in savings.values())
+        for group_size in (2, 8):
+            by_ratio = [savings[group_size, ratio] for ratio in (1, 8, 32)]
+            assert by_ratio == sorted(by_ratio)
+        for ratio in (1, 8, 32):
+            assert savings[8, ratio] > savings[2, ratio]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_example_configs_are_of_the_published_size(name: str) -> None:
+    sections = read_sections(CONFIGS / f"{name}.yaml")
+    assert sections.keys() == {"model"}
+    model = load_dataclass(ModelConfig, sections["model"], path="model")
+    training = TrainingConfig(steps=1, token_budget=1)
+    memory = memory_model(model, transformer_config(model, ParallelConfig(), training), training)
+    layers = list(range(memory.shape.num_layers))
+    static = memory.static(layers, RankSizes(), first=True, last=True)
+    assert static.parameters == 2 * PARAMETERS[name]
+
+
+def test_sharding_divides_what_it_should() -> None:
+    one = _plan("8,16384,512")
+    tensor = _plan("8,16384,512", parallel={"tensor_model_parallel_size": 4})
+    data = _plan("8,16384,512", data_parallel_size=4)
+    static, by_tensor, by_data = (p.grouped.worst.static for p in (one, tensor, data))
+    # Norms are on every rank.
+    assert by_tensor.parameters == pytest.approx(static.parameters / 4, rel=1e-3)
+    assert by_data.parameters == static.parameters
+    assert by_data.optimizer == -(-static.optimizer // 4)
+    # With sequence parallelism all but the head's and rotary tables' is divided.
+    assert _activations(tensor)[0] == pytest.approx(_activations(one)[0] / 4, rel=0.1)
+    context = _plan("8,16384,512", parallel={"context_parallel_size": 4})
+    assert _activations(context)[0] == pytest.approx(_activations(one)[0] / 4, rel=0.1)
+    # Half of the prompt's keys and values come in, and again, and the gradients of the own half.
+    assert context.grouped.context_parallel_bytes > 0
+    full = _plan("8,16384,512", recompute="full")
+    assert _activations(full)[0] < 0.2 * _activations(one)[0]
+
+
+def test_a_rate_turns_flops_into_a_bound_on_time() -> None:
+    plan = _plan("8,16384,512")
+    seconds = plan.grouped.seconds(flops_per_second=1e15, bytes_per_second=None)
+    assert seconds == pytest.approx(plan.grouped.flops / 1e15)
+    context = _plan("8,16384,512", parallel={"context_parallel_size": 2})
+    free = context.grouped.seconds(flops_per_second=1e15, bytes_per_second=None)
+    assert free == pytest.approx(seconds / 2, rel=0.05)
+    sent = context.grouped.context_parallel_bytes * 28 / 1e9
+    slow = context.grouped.seconds(flops_per_second=1e15, bytes_per_second=1e9)
+    assert slow == pytest.approx(free + sent)
+
+
+def _run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["plan.py", *args])
+    return tool.main()
+
+
+def test_table_json_and_picture(tool, monkeypatch, capsys, tmp_path) -> None:
+    picture = tmp_path / "plan.png"
+    shapes = tmp_path / "shapes.yaml"
+    shapes.write_text("- {prefix: 8192, responses: [512, 256, 700]}\n- {prefix: 2, responses: [9]}")
+    code = _run(
+        tool, monkeypatch, "--model", str(QWEN), "--shapes", str(shapes), "--tp", "4", "--pp", "2",
+        "--vpp", "2", "--cp", "2", "--dp", "2", "--json", "--tflops", "400", "--gb-per-second",
+        "20", "--groups", "4", "--png", str(picture),
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert code == 0
+    result = json.loads(out.splitlines()[-1])
+    assert result["grouped"]["microbatches_per_rank"] == 2
+    assert len(result["grouped"]["pipeline_ranks"]) == 2
+    assert result["grouped"]["memory_bytes"] == max(
+        stage["total"] for stage in result["grouped"]["pipeline_ranks"]
+    )
+    assert result["grouped"]["seconds"] < result["ungrouped"]["seconds"]
+    for words in ("tokens", "PFLOPs", "MB received in a layer", "pipeline 1", "grouped"):
+        assert words in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_whole_runs_file_will_do_and_options_replace_its_keys(
+    tool, monkeypatch, capsys, tmp_path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        QWEN.read_text()
+        + "parallel: {tensor_model_parallel_size: 4}\n"
+        + "training: {steps: 3, token_budget: 20480, recompute: full}\n"
+        + "rollouts: {paths: [rollouts.jsonl]}\n"
+    )
+    totals = {}
+    for options in ((), ("--recompute", "none"), ("--tp", "2")):
+        code = _run(
+            tool, monkeypatch, "--model", str(path), "--case", "4,8192,256", "--json", *options
+        )
+        assert code == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        totals[options] = result["grouped"]["pipeline_ranks"][0]
+    assert totals["--recompute", "none"]["activations"] > 3 * totals[()]["activations"]
+    assert totals["--tp", "2"]["parameters"] > 1.9 * totals[()]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--case", "8,16"), "'8,16' is not G,prefix,response"),
+        (("--case", "0,16,4"), "must be at least 1"),
+        ((), "give either --case or --shapes"),
+        (("--case", "2,9,9", "--dp", "0"), "--dp: 0 must be at least 1"),
+        (("--case", "2,9,9", "--gb-per-second", "3"), "--gb-per-second needs --tflops"),
+    ],
+)
+def test_wrong_options_are_named(tool, monkeypatch, capsys, arguments, message) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        _run(tool, monkeypatch, "--model", str(QWEN), *arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tp", "3"), "must be a multiple of tensor_model_parallel_size (3)"),
+        (("--pp", "3"), "model.transformer.num_layers: 28 does not divide by the 3 pipeline"),
+        (("--token-budget", "100"), "over token_budget=100"),
+        (("--ep", "2", "--dp", "1"), "expert_model_parallel_size: 2"),
+    ],
+)
+def test_impossible_layouts_are_named(tool, monkeypatch, capsys, arguments, message) -> None:
+    code = _run(tool, monkeypatch, "--model", str(QWEN), "--case", "2,200,50", *arguments)
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_without_a_model_is_refused(tool, monkeypatch, capsys, tmp_path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("training: {steps: 1}\n")
+    assert _run(tool, monkeypatch, "--model", str(path), "--case", "2,9,9") == 2
+    assert f"{path}: model: required" in capsys.readouterr().err

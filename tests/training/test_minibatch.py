@@ -1,0 +1,108 @@
+"""Where sharing does not pay, groups are packed as sequences of their own: same loss, gradients."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_prefix.objective import ObjectiveConfig
+from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.training.config import ParallelConfig
+from megatron_prefix.training.minibatch import Minibatch, PackingConfig, build_minibatch
+from megatron_prefix.training.model import build_model_chunks, model_shape
+from megatron_prefix.training.step import accumulate_gradients
+from tests.megatron.models import TRAINING, model_config, single_process
+
+OBJECTIVE = ObjectiveConfig()
+# Too short to pay, long, a group of one, one token, and prompts that begin alike.
+SHAPES = [(3, [30, 20, 25]), (60, [9, 4, 12, 7]), (50, [20]), (1, [5, 6]), (60, [8, 8])]
+
+
+def _groups() -> list[RolloutGroup]:
+    rng = np.random.default_rng(5)
+    start = rng.integers(0, 61, 40).tolist()
+    groups = []
+    for index, (prompt, responses) in enumerate(SHAPES):
+        tokens = (start + rng.integers(0, 61, prompt).tolist())[: max(prompt, 1)]
+        groups.append(
+            RolloutGroup(
+                prompt=tokens,
+                responses=[rng.integers(0, 61, n).tolist() for n in responses],
+                rewards=[float(i % 2) for i in range(len(responses))],
+                source=f"group {index}",
+            )
+        )
+    return groups
+
+
+def _minibatch(shape: Any, pays: bool, sharing: Literal["groups", "everything"]) -> Minibatch:
+    return build_minibatch(
+        _groups(),
+        OBJECTIVE,
+        PackingConfig(
+            token_budget=160,
+            data_parallel_size=1,
+            model_shape=shape,
+            sharing=sharing,
+            share_only_where_it_pays=pays,
+        ),
+        data_parallel_rank=0,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("sharing", ["groups", "everything"])
+def test_results_do_not_depend_on_where_sharing_is_skipped(sharing: str) -> None:
+    config = model_config({"hidden_size": 32}, max_sequence_length=256)
+    with single_process():
+        chunks = build_model_chunks(
+            config, ParallelConfig(), TRAINING, use_distributed_optimizer=False
+        )
+        shape = model_shape(config, chunks.config)
+        always, where_it_pays = (
+            _minibatch(shape, pays=pays, sharing=sharing) for pays in (False, True)
+        )
+        results = []
+        for minibatch in (always, where_it_pays):
+            metrics = accumulate_gradients(chunks, minibatch.batches, OBJECTIVE)
+            gradients = {n: p.main_grad.clone() for n, p in chunks.named_parameters()}
+            results.append((sum(float(m.policy_loss) for m in metrics), gradients))
+    (loss, gradients), (other_loss, other_gradients) = results
+    assert other_loss == pytest.approx(loss, abs=1e-13)
+    for name, gradient in gradients.items():
+        difference = float((gradient - other_gradients[name]).norm())
+        assert difference <= 1e-12 * max(float(gradient.norm()), 1e-3), name
+
+    # Something was skipped, not all; what an ungrouped run would do is what it was.
+    assert always.packed_tokens < where_it_pays.packed_tokens < always.ungrouped_tokens
+    assert where_it_pays.ungrouped_tokens == always.ungrouped_tokens
+    assert where_it_pays.flops <= where_it_pays.ungrouped_flops
+    assert all(batch.num_tokens <= 160 for batch in where_it_pays.batches)
+
+
+def test_a_row_without_sharing_has_no_cross_stage() -> None:
+    config = model_config({"hidden_size": 32}, max_sequence_length=256)
+    with single_process():
+        chunks = build_model_chunks(
+            config, ParallelConfig(), TRAINING, use_distributed_optimizer=False
+        )
+        shape = model_shape(config, chunks.config)
+        stages = {}
+        for pays in (False, True):
+            minibatch = build_minibatch(
+                _groups()[:1],
+                OBJECTIVE,
+                PackingConfig(
+                    token_budget=160,
+                    data_parallel_size=1,
+                    model_shape=shape,
+                    share_only_where_it_pays=pays,
+                ),
+                data_parallel_rank=0,
+                device=torch.device("cpu"),
+            )
+            stages[pays] = [len(batch.params.plan.stages) for batch in minibatch.batches]
+    assert stages == {False: [2], True: [1]}

@@ -1,0 +1,277 @@
+"""Predict a training step from shapes: tokens, FLOPs, memory of a rank, time beside ungrouped.
+
+    python tools/plan.py --model examples/configs/qwen2.5-7b.yaml --case 8,16384,512 --tp 4 --pp 2
+
+--model is a run's YAML file, or one with its `model` section only; options given here replace the
+file's. Groups are given as --case G,prefix,response, or --shapes with a YAML list of
+{prefix: int, responses: [int, ...]}. Microbatches and places on context-parallel ranks are those
+that a run would choose. Nothing is measured: FLOPs and bytes are counted, and the time ratio is the
+FLOPs ratio unless rates are given (--tflops, --gb-per-second). The last line of stdout with --json
+is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_prefix.layout.estimate import StepEstimate
+from megatron_prefix.shapes import parse_case, read_shapes
+from megatron_prefix.training.config_loader import ConfigError
+from megatron_prefix.training.planning import (
+    Plan,
+    PlannedRun,
+    load_planned_run,
+    plan_run,
+    read_sections,
+)
+
+GIB = 2**30
+PICTURE_RATIOS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
+PICTURE_GROUPS = (2, 4, 8, 16)
+
+
+def _case(text: str) -> dict[str, Any]:
+    try:
+        return parse_case(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True, help="YAML with a model section")
+    parser.add_argument("--shapes", type=Path, help="YAML: [{prefix: int, responses: [int]}]")
+    parser.add_argument("--case", type=_case, action="append", help="G,prefix,response")
+    parser.add_argument("--groups", type=int, default=1, help="of each shape in a step")
+    for name, what in (
+        ("tp", "tensor_model_parallel_size"),
+        ("pp", "pipeline_model_parallel_size"),
+        ("vpp", "virtual_pipeline_model_parallel_size"),
+        ("cp", "context_parallel_size"),
+        ("ep", "expert_model_parallel_size"),
+    ):
+        parser.add_argument(f"--{name}", type=int, help=what)
+    parser.add_argument("--dp", type=int, default=1, help="data-parallel ranks")
+    parser.add_argument("--recompute", choices=["none", "selective", "full"])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float64"])
+    parser.add_argument("--sharing", choices=["groups", "everything"])
+    parser.add_argument("--token-budget", type=int, help="default: the longest sequence, or 32768")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="cpu: Megatron's local layers")
+    parser.add_argument("--tflops", type=float, help="matrix products of a rank, measured")
+    parser.add_argument("--gb-per-second", type=float, help="between context-parallel ranks")
+    parser.add_argument("--json", action="store_true", help="print the JSON line as well")
+    parser.add_argument("--png", type=Path, help="draw ratios against prefix / response")
+    args = parser.parse_args()
+    if (args.case is None) == (args.shapes is None):
+        parser.error("give either --case or --shapes")
+    for name in ("groups", "dp"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: {getattr(args, name)} must be at least 1")
+    for name in ("tflops", "gb_per_second"):
+        rate = getattr(args, name)
+        if rate is not None and not rate > 0:
+            parser.error(f"--{name.replace('_', '-')}: {rate} must be above 0")
+    if args.gb_per_second is not None and args.tflops is None:
+        parser.error("--gb-per-second needs --tflops beside it")
+    return args
+
+
+def planned_run(args: argparse.Namespace, shapes: list[dict[str, Any]]) -> PlannedRun:
+    """The run of the file with the command line's options."""
+    sections = read_sections(args.model)
+    parallel = {
+        "tensor_model_parallel_size": args.tp,
+        "pipeline_model_parallel_size": args.pp,
+        "virtual_pipeline_model_parallel_size": args.vpp,
+        "context_parallel_size": args.cp,
+        "expert_model_parallel_size": args.ep,
+    }
+    training = {
+        "recompute": args.recompute,
+        "dtype": args.dtype,
+        "device": args.device,
+        "sharing": args.sharing,
+        "token_budget": args.token_budget,
+    }
+    if args.dtype == "float64" and args.device is None:
+        training["device"] = "cpu"
+    given = {key: value for key, value in training.items() if value is not None}
+    if "token_budget" not in {**sections.get("training", {}), **given}:
+        longest = max(s.get("system", 0) + s["prefix"] + max(s["responses"]) for s in shapes)
+        # A multiple of any number of ranks that is in use, and then some.
+        given["token_budget"] = max(32768, -(-longest // 1024) * 1024)
+    return load_planned_run(
+        sections,
+        parallel={key: value for key, value in parallel.items() if value is not None},
+        training=given,
+        data_parallel_size=args.dp,
+    )
+
+
+def summary(estimate: StepEstimate, args: argparse.Namespace) -> dict[str, Any]:
+    """One side as plain numbers: FLOPs and bytes in units."""
+    worst = estimate.worst
+    result: dict[str, Any] = {
+        "microbatches_per_rank": len(estimate.microbatches[0]),
+        "tokens": estimate.tokens,
+        "flops": estimate.flops,
+        "context_parallel_bytes_per_layer": estimate.context_parallel_bytes,
+        "memory_bytes": worst.total,
+        "worst_pipeline_rank": worst.pipeline_rank,
+        "pipeline_ranks": [
+            {
+                "parameters": stage.static.parameters,
+                "gradients": stage.static.gradients,
+                "optimizer": stage.static.optimizer,
+                "activations": stage.activations,
+                "transient": stage.transient,
+                "total": stage.total,
+            }
+            for stage in estimate.stages
+        ],
+    }
+    if args.tflops is not None:
+        rate = None if args.gb_per_second is None else args.gb_per_second * 1e9
+        result["seconds"] = estimate.seconds(
+            flops_per_second=args.tflops * 1e12, bytes_per_second=rate
+        )
+    return result
+
+
+def report(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
+    """Both sides and their ratios."""
+    sides = {"grouped": summary(plan.grouped, args), "ungrouped": summary(plan.ungrouped, args)}
+    time_ratio = plan.flops_ratio
+    if args.tflops is not None:
+        time_ratio = sides["ungrouped"]["seconds"] / sides["grouped"]["seconds"]
+    return {
+        **sides,
+        "tokens_ratio": plan.tokens_ratio,
+        "flops_ratio": plan.flops_ratio,
+        "memory_ratio": plan.ungrouped.worst.total / plan.grouped.worst.total,
+        "time_ratio": time_ratio,
+        "skipped_groups": plan.skipped_groups,
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The two sides next to each other, then the memory of every pipeline rank."""
+    grouped, ungrouped = result["grouped"], result["ungrouped"]
+
+    def row(name: str, form: str, key: str, ratio: str | None = None, unit: float = 1.0) -> None:
+        values = (format(side[key] / unit, form) for side in (grouped, ungrouped))
+        tail = "" if ratio is None else f"{result[ratio]:>9.2f}"
+        print(f"{name:<34}{next(values):>12}{next(values):>12}{tail}")
+
+    print(f"{'':<34}{'grouped':>12}{'ungrouped':>12}{'ratio':>9}")
+    row("tokens", ",.0f", "tokens", "tokens_ratio")
+    row("PFLOPs of the step, all ranks", ",.2f", "flops", "flops_ratio", 1e15)
+    row("microbatches of a rank", ".0f", "microbatches_per_rank")
+    if grouped["context_parallel_bytes_per_layer"] or ungrouped["context_parallel_bytes_per_layer"]:
+        row("MB received in a layer (CP)", ",.1f", "context_parallel_bytes_per_layer", None, 1e6)
+    row("GiB of the fullest rank", ".1f", "memory_bytes", "memory_ratio", GIB)
+    if "seconds" in grouped:
+        row("seconds at the given rates", ".2f", "seconds", "time_ratio")
+    else:
+        print(f"{'step time, bound by FLOPs':<58}{result['time_ratio']:>9.2f}")
+    if result["skipped_groups"]:
+        print(
+            f"groups whose prefix is not shared, since it would not pay: {result['skipped_groups']}"
+        )
+    print()
+    print(
+        f"{'GiB, grouped':<14}{'parameters':>11}{'gradients':>11}{'optimizer':>11}"
+        f"{'activations':>13}{'transient':>11}{'total':>9}{'ungrouped':>11}"
+    )
+    for rank, (stage, other) in enumerate(
+        zip(grouped["pipeline_ranks"], ungrouped["pipeline_ranks"], strict=True)
+    ):
+        print(
+            f"{f'pipeline {rank}':<14}"
+            + "".join(
+                f"{stage[key] / GIB:>{width}.1f}"
+                for key, width in (
+                    ("parameters", 11),
+                    ("gradients", 11),
+                    ("optimizer", 11),
+                    ("activations", 13),
+                    ("transient", 11),
+                    ("total", 9),
+                )
+            )
+            + f"{other['total'] / GIB:>11.1f}"
+        )
+
+
+def draw(args: argparse.Namespace, prefix: int, path: Path) -> None:
+    """FLOPs and memory ratios against prefix / response, at a fixed prefix, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharex=True)
+    for group_size in PICTURE_GROUPS:
+        flops, memory = [], []
+        for ratio in PICTURE_RATIOS:
+            response = max(1, round(prefix / ratio))
+            shapes = [{"prefix": prefix, "responses": [response] * group_size}]
+            args.token_budget = group_size * (prefix + response + 64)
+            plan = plan_run(planned_run(args, shapes), shapes)
+            flops.append(plan.flops_ratio)
+            kept = [
+                side.worst.total - side.worst.static.total
+                for side in (plan.ungrouped, plan.grouped)
+            ]
+            memory.append(kept[0] / kept[1])
+        for axis, values in zip(axes, (flops, memory), strict=True):
+            axis.plot(PICTURE_RATIOS, values, marker="o", markersize=3, label=f"G = {group_size}")
+    for axis, title in zip(
+        axes, ("FLOPs of a step", "activations in memory, one microbatch"), strict=True
+    ):
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xticks(PICTURE_RATIOS, [f"{r:g}" for r in PICTURE_RATIOS])
+        axis.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        axis.set_ylim(0.93, 17.5)
+        axis.set_xlabel(f"prefix / response, prefix {prefix}")
+        axis.set_title(f"{title}: ungrouped / grouped")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> int:
+    """Command line."""
+    args = parse_arguments()
+    try:
+        shapes = args.case if args.shapes is None else read_shapes(args.shapes)
+        shapes = list(shapes) * args.groups
+        result = report(plan_run(planned_run(args, shapes), shapes), args)
+        print_table(result)
+        if args.png is not None:
+            draw(args, max(s.get("system", 0) + s["prefix"] for s in shapes), args.png)
+            print(args.png)
+    except ConfigError as error:
+        print(f"plan: {args.model}: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
