@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prefix.training.model import ModelChunks
 from megatron_prefix.training.torch_adam import initialise_adam, load_optimizer_state
-from megatron_prefix.training.write_queue import queue_of_this_process
+from megatron_prefix.training.write_queue import write_queue
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class CheckpointFolder:
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        with queue_of_this_process():
+        with write_queue():
             dist_checkpointing.save(contents, str(partial))
         dist.barrier()
         if dist.get_rank() == 0:
