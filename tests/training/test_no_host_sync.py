@@ -62,8 +62,14 @@ def batch_on(device: torch.device, kernel: str | None, *, deterministic: bool) -
         for i, n in enumerate((5, 6, 3, 1))
     ]
     batch = build_batch(
-        pack(tree), sequences, device=device, kernel=kernel, deterministic=deterministic
+        pack(tree),
+        sequences,
+        device=device,
+        kernel=kernel,
+        deterministic=deterministic,
+        trim_last_layer=True,
     )
+    assert batch.params.last_layer is not None
     batch.reference_logprobs = batch.old_logprobs - 0.5
     return batch
 
