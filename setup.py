@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 # What the fused merge is written in; for its test under Triton's interpreter. 280 MB.
 TRITON = "triton; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"
+# mbridge names neither einops nor transformers, which it imports.
+HUGGING_FACE = ["transformers", "safetensors", "mbridge==0.15.1", "einops", "tqdm"]
 TRAINING = ["psutil", "tqdm", "tensorboard", "matplotlib", "pyarrow<25"]
 
 setup(
@@ -21,15 +23,15 @@ setup(
     extras_require={
         "train": TRAINING,
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
-        "hf": ["transformers", "safetensors"],
+        "hf": HUGGING_FACE,
         "dev": [
             *TRAINING,
+            *HUGGING_FACE,
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
             "hypothesis",
             "ruff",
-            "transformers",
             "prefix_grouper==0.0.1.post1",
             TRITON,
         ],

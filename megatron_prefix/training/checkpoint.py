@@ -32,9 +32,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prefix.training.initial_weights import use_stored_names
 from megatron_prefix.training.model import ModelChunks
 from megatron_prefix.training.torch_adam import initialise_adam, load_optimizer_state
 from megatron_prefix.training.write_queue import write_queue
+from megatron_prefix.training.torch_dist import find_checkpoint
+from megatron_prefix.training.write_queue import ensure_write_queue
 
 logger = logging.getLogger(__name__)
 
@@ -168,21 +171,25 @@ class CheckpointFolder:
         return state
 
     @staticmethod
-    def load_weights(path: Path, chunks: ModelChunks, optimizer: MegatronOptimizer) -> None:
+    def load_weights(
+        path: Path, chunks: ModelChunks, optimizer: MegatronOptimizer | None = None
+    ) -> None:
         """Load the weights only, from a checkpoint of this or any Megatron trainer.
 
         Args:
-            path: a checkpoint, or a run's folder of them, whose newest is taken.
+            path: a checkpoint, or a folder of them whose newest is taken: a run's, one of
+                Megatron-LM's or of `tools/convert_checkpoint.py`.
+            optimizer: takes the weights over.
 
         Raises:
             ValueError: the folder holds no distributed checkpoint, or it does not fit the model.
         """
-        folder = CheckpointFolder(path, keep=1)
-        newest = folder.latest_step()
-        if newest is not None:
-            path = folder.path(newest)
-        _load_model(chunks, _load(_model_state(chunks), path))
-        optimizer.reload_model_params()
+        path = find_checkpoint(path)
+        wanted = _model_state(chunks)
+        use_stored_names(wanted, path)
+        _load_model(chunks, _load(wanted, path))
+        if optimizer is not None:
+            optimizer.reload_model_params()
 
     def _write(self, path: Path, contents: dict[str, Any], state: dict[str, Any]) -> Path:
         _require_psutil()

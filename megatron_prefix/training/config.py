@@ -336,7 +336,8 @@ class OutputConfig:
     keep: int = 2
     """Checkpoints kept; older ones are removed."""
     load: Path | None = None
-    """A checkpoint, or a folder whose newest is taken, to start from (weights only)."""
+    """A checkpoint, or a folder whose newest is taken, to start from (weights only): a run's, one
+    that tools/convert_checkpoint.py has made of a Hugging Face model, or Megatron-LM's."""
     resume: bool = True
     """Continue from this directory's latest checkpoint where there is one; false starts anew and
     renames the checkpoints that are there to checkpoints.1, .2, ..."""

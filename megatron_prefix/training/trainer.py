@@ -21,6 +21,7 @@ from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.checkpoint import CheckpointFolder
 from megatron_prefix.training.config import RunConfig, config_summary
+from megatron_prefix.training.initial_weights import check_initial_weights
 from megatron_prefix.training.metrics import MetricsLog, plot_reward, read_metrics
 from megatron_prefix.training.minibatch import (
     Minibatch,
@@ -119,6 +120,7 @@ class Trainer:
         output = self.config.output
         resuming = output.resume and self.checkpoints.latest_step() is not None
         if output.load is not None and not resuming:
+            check_initial_weights(output.load, self.config.model, self.chunks)
             self.checkpoints.load_weights(output.load, self.chunks, self.optimizer)
         if not resuming:
             self.checkpoints.set_aside()

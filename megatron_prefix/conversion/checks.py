@@ -1,0 +1,147 @@
+"""What a model's files must hold, compared with what its configuration asks for."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from megatron_prefix.conversion.architecture import Architecture
+from megatron_prefix.conversion.errors import ConversionError
+from megatron_prefix.conversion.hf_folder import DTYPES, HFFolder
+from megatron_prefix.conversion.mapping import Parameter, dtype_name, is_no_weight
+from megatron_prefix.conversion.torch_dist_files import CheckpointReader
+from megatron_prefix.training.torch_dist import contents
+
+
+def check_source(
+    folder: HFFolder,
+    architecture: Architecture,
+    parameters: list[Parameter],
+    dtype: torch.dtype | None,
+) -> None:
+    """Compare a folder's tensors with what its config.json asks for.
+
+    Raises:
+        ConversionError: a missing or unknown tensor, or one of another shape or type, naming it.
+    """
+    wanted = {name: shape for parameter in parameters for name, shape in parameter.sources}
+    path, found = folder.path, folder.tensors
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ConversionError(
+            f"{path}: no tensor {_listed(missing)}, which config.json asks for; the weights are "
+            "incomplete, or config.json is another model's"
+        )
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            raise ConversionError(
+                f"{path}: {name} has shape {list(found[name].shape)}, but config.json asks for "
+                f"{list(shape)}; weights and config.json are of different models"
+            )
+        if found[name].dtype not in DTYPES:
+            raise ConversionError(
+                f"{path}: {name} is of type {found[name].dtype}; only {', '.join(DTYPES)} are "
+                "weights that can be trained, so convert the unquantized model"
+            )
+    extra = [name for name in found if name not in wanted and not is_no_weight(name)]
+    if architecture.tied_embeddings and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")
+        tied = folder.read("lm_head.weight")
+        if not torch.equal(tied, folder.read("model.embed_tokens.weight")):
+            raise ConversionError(
+                f"{path}: config.json ties lm_head.weight to model.embed_tokens.weight "
+                "(tie_word_embeddings: true), but the two differ; set it to false there if the "
+                "output layer is its own"
+            )
+    if extra:
+        raise ConversionError(
+            f"{path}: {_listed(extra)} would be lost: nothing in config.json asks for it, and "
+            f"the {architecture.family} family has no such tensor"
+        )
+    if dtype is not None:
+        return
+    for parameter in parameters:
+        kinds = {found[name].dtype: name for name, _ in parameter.sources}
+        if len(kinds) > 1:
+            named = " and ".join(f"{name} ({kind})" for kind, name in kinds.items())
+            raise ConversionError(
+                f"{path}: {named} become one parameter, but differ in type; add --dtype to store "
+                "all weights in one type"
+            )
+
+
+def stored_dtypes(
+    folder: HFFolder, parameters: list[Parameter], dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """The type of each key; layers that are stored as one tensor must agree."""
+    found: dict[str, tuple[torch.dtype, str]] = {}
+    for parameter in parameters:
+        name = parameter.sources[0][0]
+        own = dtype or DTYPES[folder.tensors[name].dtype]
+        for key in (parameter.places[0][0], *parameter.also):
+            first, first_name = found.setdefault(key, (own, name))
+            if first != own:
+                raise ConversionError(
+                    f"{folder.path}: {first_name} ({dtype_name(first)}) and {name} "
+                    f"({dtype_name(own)}) differ in type, but all layers are stored as one "
+                    "tensor; add --dtype to store all weights in one type"
+                )
+    return {key: kind for key, (kind, _) in found.items()}
+
+
+def check_checkpoint(
+    reader: CheckpointReader, architecture: Architecture, parameters: list[Parameter]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Where in a checkpoint each parameter is.
+
+    Raises:
+        ConversionError: a missing or unknown tensor, or one of another shape, naming it.
+    """
+    folder = reader.folder
+    places, used = [], set()
+    for parameter in parameters:
+        here = [place for place in parameter.places if reader.has(place[0])]
+        if not here:
+            raise ConversionError(
+                f"{folder}: no tensor {parameter.places[0][0]}, which the model has; the "
+                "checkpoint is another model's, or incomplete"
+            )
+        key, index = here[0]
+        used.update(key for key, _ in here)
+        # One whose layers are stacked, or not: its own number of leading axes says which.
+        leading = parameter.leading[len(parameter.leading) - len(index) :]
+        wanted, found = (*leading, *parameter.shape), reader.shape(key)
+        rows = len(leading)
+        padded = parameter.name.endswith(("word_embeddings.weight", "output_layer.weight"))
+        fits = found == wanted or (
+            padded and found[1:] == wanted[1:] and found[rows] > wanted[rows]
+        )
+        if not fits:
+            raise ConversionError(
+                f"{folder}: {key} has shape {list(found)}, the model needs {list(wanted)}; the "
+                "checkpoint is another model's"
+            )
+        places.append((key, index))
+    extra = [key for key in contents(reader.metadata).tensors if key not in used]
+    if architecture.tied_embeddings and "output_layer.weight" in extra:
+        raise ConversionError(
+            f"{folder}: holds output_layer.weight, but the model's output is tied to its "
+            "embedding (share_embeddings_and_output_weights: true)"
+        )
+    if extra:
+        raise ConversionError(
+            f"{folder}: {_listed(extra)} would be lost: the {architecture.family} family has "
+            "nothing of the kind"
+        )
+    return places
+
+
+def _listed(names: list[str]) -> str:
+    names = sorted(names, key=_natural)
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def _natural(name: str) -> list[int | str]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,240 @@
+"""config.json of Hugging Face models, read and written by transformers' own classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_prefix.conversion.architecture import FAMILIES, Architecture
+from megatron_prefix.conversion.errors import ConversionError
+from megatron_prefix.conversion.hf_folder import read_json
+from megatron_prefix.training.config import YarnConfig
+
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
+# Numbers of Llama 3's scaling that Megatron's GPTModel has no option for.
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """Read `folder`/config.json.
+
+    Raises:
+        ConversionError: it is missing or damaged, or says something that Megatron's GPTModel
+            cannot compute, naming the key and its value.
+    """
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    raw = read_json(path)
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise ConversionError(
+            f"{path}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
+    if raw.get("quantization_config") is not None:
+        raise ConversionError(
+            f"{path}: the model is quantized (quantization_config); convert the unquantized one"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return _architecture(config, family)
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}") from error
+    # transformers checks values in many ways, and raises as many kinds of errors.
+    except Exception as error:
+        raise ConversionError(f"{path}: transformers cannot read it: {error}") from error
+
+
+def _architecture(config: Any, family: str) -> Architecture:
+    def value(name: str, default: Any = None) -> Any:
+        found = getattr(config, name, None)
+        return default if found is None else found
+
+    def refuse(name: str, why: str) -> None:
+        raise ConversionError(f"{name}: {value(name)!r} {why}")
+
+    if value("hidden_act") != "silu":
+        refuse("hidden_act", "is not supported; the supported models have silu")
+    if value("use_sliding_window", False) or (
+        family == "mixtral" and value("sliding_window") is not None
+    ):
+        refuse("sliding_window", "is not supported with shared prefixes; it must be off")
+    attention_bias, mlp_bias = value("attention_bias", False), value("mlp_bias", False)
+    if attention_bias != mlp_bias:
+        refuse(
+            "attention_bias",
+            f"with mlp_bias: {mlp_bias} is nothing that Megatron's GPTModel has; there the "
+            "attention's output and the MLP have biases both or neither",
+        )
+    moe: dict[str, Any] = {}
+    if family == "mixtral":
+        moe = {
+            "num_experts": value("num_local_experts"),
+            "expert_ffn_hidden_size": value("intermediate_size"),
+            "expert_layers": (True,) * config.num_hidden_layers,
+        }
+    elif family == "qwen3_moe":
+        dense, every = value("mlp_only_layers", []), value("decoder_sparse_step", 1)
+        moe = {
+            "num_experts": value("num_experts"),
+            "expert_ffn_hidden_size": value("moe_intermediate_size"),
+            "normalized_routing": value("norm_topk_prob", False),
+            "expert_layers": tuple(
+                i not in dense and (i + 1) % every == 0 for i in range(config.num_hidden_layers)
+            ),
+        }
+    if moe:
+        moe["experts_per_token"] = value("num_experts_per_tok")
+        if moe["experts_per_token"] == 1 and moe.get("normalized_routing", True):
+            refuse("num_experts_per_tok", "with normalized weights makes the router constant")
+        if not any(moe["expert_layers"]):
+            refuse("decoder_sparse_step", "leaves no layer with experts")
+    return Architecture(
+        family=family,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=value("num_key_value_heads", config.num_attention_heads),
+        head_dim=value("head_dim", config.hidden_size // config.num_attention_heads),
+        ffn_hidden_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        max_length=config.max_position_embeddings,
+        norm_epsilon=config.rms_norm_eps,
+        tied_embeddings=bool(value("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2" or attention_bias,
+        linear_bias=attention_bias,
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        **_rope(config),
+        **moe,
+    )
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    # transformers 5 has one dict; 4 has a number and a dict.
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
+    theta = rope["rope_theta"]
+    if theta != int(theta):
+        raise ConversionError(f"rope_theta: {theta} is no whole number, as Megatron takes it")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConversionError(
+            f"partial_rotary_factor: {rope['partial_rotary_factor']} is not supported"
+        )
+    found: dict[str, Any] = {"rotary_base": int(theta)}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "llama3":
+        for name, fixed in _LLAMA3.items():
+            if rope[name] != fixed:
+                raise ConversionError(
+                    f"rope_scaling.{name}: {rope[name]} is not supported; Megatron's GPTModel has "
+                    f"{fixed}"
+                )
+        found["llama3_rope_factor"] = float(rope["factor"])
+    elif kind == "yarn":
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            if rope.get(name) is not None:
+                raise ConversionError(
+                    f"rope_scaling.{name}: {rope[name]} is not supported; leave it out, as in the "
+                    "paper"
+                )
+        found["yarn"] = YarnConfig(
+            rotary_scaling_factor=float(rope["factor"]),
+            original_max_position_embeddings=int(
+                rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            ),
+            beta_fast=float(rope.get("beta_fast") or 32.0),
+            beta_slow=float(rope.get("beta_slow") or 1.0),
+            correction_range_round_to_int=rope.get("truncate", True),
+        )
+    elif kind != "default":
+        raise ConversionError(
+            f"rope_type: {kind!r} is not supported; supported are default, llama3 and yarn"
+        )
+    return found
+
+
+def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """The contents of a config.json.
+
+    Args:
+        dtype: of the weights, as torch names it (bfloat16).
+
+    Raises:
+        ConversionError: the rotary scaling cannot be said.
+    """
+    from transformers import CONFIG_MAPPING
+
+    a = architecture
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if a.llama3_rope_factor is not None:
+        rope = {"rope_type": "llama3", "factor": a.llama3_rope_factor, **_LLAMA3}
+    elif a.yarn is not None:
+        if (a.yarn.mscale, a.yarn.mscale_all_dim) != (1.0, 0.0):
+            raise ConversionError(
+                "model.yarn: mscale and mscale_all_dim other than 1 and 0 are not supported"
+            )
+        rope = {
+            "rope_type": "yarn",
+            "factor": a.yarn.rotary_scaling_factor,
+            "original_max_position_embeddings": a.yarn.original_max_position_embeddings,
+            "beta_fast": a.yarn.beta_fast,
+            "beta_slow": a.yarn.beta_slow,
+            "truncate": a.yarn.correction_range_round_to_int,
+        }
+    # Both spellings: transformers 5 reads rope_parameters, servers built on 4 the other two.
+    options: dict[str, Any] = {
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.hidden_size,
+        "intermediate_size": a.ffn_hidden_size,
+        "num_hidden_layers": a.num_layers,
+        "num_attention_heads": a.num_attention_heads,
+        "num_key_value_heads": a.num_query_groups,
+        "head_dim": a.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": a.max_length,
+        "rms_norm_eps": a.norm_epsilon,
+        "tie_word_embeddings": a.tied_embeddings,
+        "attention_dropout": 0.0,
+    }
+    if a.family == "llama":
+        options.update(attention_bias=a.linear_bias, mlp_bias=a.linear_bias)
+    if a.family == "mixtral":
+        options.update(
+            num_local_experts=a.num_experts,
+            num_experts_per_tok=a.experts_per_token,
+            sliding_window=None,
+        )
+    if a.family == "qwen3_moe":
+        options.update(
+            num_experts=a.num_experts,
+            num_experts_per_tok=a.experts_per_token,
+            moe_intermediate_size=a.expert_ffn_hidden_size,
+            norm_topk_prob=a.normalized_routing,
+            decoder_sparse_step=1,
+            mlp_only_layers=[i for i, experts in enumerate(a.expert_layers) if not experts],
+        )
+    known = CONFIG_MAPPING[a.family](**options).to_dict()
+    known.pop("transformers_version", None)
+    known.update(options)
+    known.pop("_name_or_path", None)
+    return {
+        **known,
+        "architectures": [_CLASSES[a.family]],
+        "model_type": a.family,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "rope_theta": float(a.rotary_base),
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "rope_parameters": {**rope, "rope_theta": float(a.rotary_base)},
+    }

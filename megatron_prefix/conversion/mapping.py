@@ -1,0 +1,255 @@
+"""Which Hugging Face tensors make which Megatron parameter, and how.
+
+Names and the layout of fused tensors are mbridge's; only its tables and its two functions per
+tensor are used, without a model or process groups. What it lacks is added here: keys of
+distributed checkpoints (all layers stacked along a first axis), shapes, tied embeddings in every
+family, biases of all linear layers, and dense layers between layers of experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_prefix.conversion.architecture import Architecture
+from megatron_prefix.conversion.errors import ConversionError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One layer's (and expert's) Megatron parameter, and the tensors that it is made of."""
+
+    name: str
+    """As mbridge and Megatron's unsharded state dict have it."""
+    places: tuple[tuple[str, Shape], ...]
+    """Key in a distributed checkpoint and the leading indices there; the first is written, with
+    `also`; a reader takes the first that is there."""
+    also: tuple[str, ...] = ()
+    """Keys of other places that are written too."""
+    leading: Shape
+    """Sizes of the leading axes (layers, experts) at the first place."""
+    shape: Shape
+    """Without the leading axes."""
+    sources: tuple[tuple[str, Shape], ...]
+    """Hugging Face names and shapes."""
+
+
+class Mapping:
+    """All parameters of an architecture."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+        self._bridge = _bridge(architecture)
+
+    def parameters(self) -> list[Parameter]:
+        """Every parameter, in the order of the layers."""
+        return list(self._parameters())
+
+    def to_megatron(self, parameter: Parameter, tensors: Sequence[Tensor]) -> Tensor:
+        """Fuse the tensors of `parameter.sources`; of the same dtype."""
+        return self._bridge._weight_to_mcore_format(parameter.name, list(tensors))
+
+    def to_hf(self, parameter: Parameter, tensor: Tensor) -> dict[str, Tensor]:
+        """Take a parameter apart again; rows that only pad the vocabulary are left out."""
+        if tensor.shape[0] > parameter.shape[0]:
+            tensor = tensor[: parameter.shape[0]]
+        names, tensors = self._bridge._weight_to_hf_format(parameter.name, tensor)
+        return dict(zip(names, tensors, strict=True))
+
+    def _parameters(self) -> Iterator[Parameter]:
+        a = self.architecture
+        h = a.hidden_size
+        yield self._parameter("embedding.word_embeddings.weight", [(a.vocab_size, h)])
+        for layer in range(a.num_layers):
+            yield from self._attention(layer)
+            yield from self._experts(layer) if a.has_experts(layer) else self._mlp(layer)
+        yield self._parameter("decoder.final_layernorm.weight", [(h,)])
+        if not a.tied_embeddings:
+            yield self._parameter("output_layer.weight", [(a.vocab_size, h)])
+
+    def _attention(self, layer: int) -> Iterator[Parameter]:
+        a = self.architecture
+        queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+        of = functools.partial(self._parameter, layer=layer)
+        yield of("self_attention.linear_qkv.layer_norm_weight", [(a.hidden_size,)])
+        rows = (queries, keys, keys)
+        yield of("self_attention.linear_qkv.weight", [(n, a.hidden_size) for n in rows])
+        if a.qkv_bias:
+            yield of("self_attention.linear_qkv.bias", [(n,) for n in rows])
+        if a.qk_norm:
+            yield of("self_attention.q_layernorm.weight", [(a.head_dim,)])
+            yield of("self_attention.k_layernorm.weight", [(a.head_dim,)])
+        yield of("self_attention.linear_proj.weight", [(a.hidden_size, queries)])
+        if a.linear_bias:
+            yield of("self_attention.linear_proj.bias", [(a.hidden_size,)])
+
+    def _mlp(self, layer: int) -> Iterator[Parameter]:
+        a = self.architecture
+        h, f = a.hidden_size, a.ffn_hidden_size
+        of = functools.partial(self._parameter, layer=layer)
+        yield of("mlp.linear_fc1.layer_norm_weight", [(h,)])
+        yield of("mlp.linear_fc1.weight", [(f, h), (f, h)])
+        yield of("mlp.linear_fc2.weight", [(h, f)])
+        if a.linear_bias:
+            yield of("mlp.linear_fc1.bias", [(f,), (f,)])
+            yield of("mlp.linear_fc2.bias", [(h,)])
+
+    def _experts(self, layer: int) -> Iterator[Parameter]:
+        a = self.architecture
+        h, f = a.hidden_size, a.expert_ffn_hidden_size
+        assert a.num_experts is not None and f is not None
+        # Transformer Engine's specs store this norm under its own name, the local spec under that
+        # of the dense layers' fused one: both are written, so that both load.
+        yield self._parameter(
+            "pre_mlp_layernorm.weight", [(h,)], layer, alias="mlp.linear_fc1.layer_norm_weight"
+        )
+        yield self._parameter("mlp.router.weight", [(a.num_experts, h)], layer)
+        for expert in range(a.num_experts):
+            of = functools.partial(self._parameter, layer=layer, expert=expert)
+            yield of("mlp.experts.linear_fc1.weight", [(f, h), (f, h)])
+            yield of("mlp.experts.linear_fc2.weight", [(h, f)])
+
+    def _parameter(
+        self,
+        name: str,
+        source_shapes: list[Shape],
+        layer: int | None = None,
+        expert: int | None = None,
+        alias: str | None = None,
+    ) -> Parameter:
+        full = name if layer is None else f"decoder.layers.{layer}.{name}"
+        if expert is not None:
+            full += str(expert)
+        sources = self._bridge._weight_name_mapping_mcore_to_hf(full)
+        rows = sum(shape[0] for shape in source_shapes)
+        return Parameter(
+            name=full,
+            places=tuple(
+                place for n in (name, alias) if n for place in self._places(n, layer, expert)
+            ),
+            also=(self._places(alias, layer, expert)[0][0],) if alias else (),
+            leading=self._leading(layer, expert),
+            shape=(rows, *source_shapes[0][1:]),
+            sources=tuple(zip(sources, source_shapes, strict=True)),
+        )
+
+    def _leading(self, layer: int | None, expert: int | None) -> Shape:
+        a = self.architecture
+        layers = () if layer is None or a.mixed_layers else (a.num_layers,)
+        return layers if expert is None else (*layers, a.num_experts or 0)
+
+    def _places(self, name: str, layer: int | None, expert: int | None) -> list[tuple[str, Shape]]:
+        """Where a checkpoint may have it: layers stacked, or each under its own key."""
+        if layer is None:
+            return [(name, ())]
+        stored = name.replace("mlp.experts.", "mlp.experts.experts.")
+        experts = () if expert is None else (expert,)
+        stacked = (f"decoder.layers.{stored}", (layer, *experts))
+        single = (f"decoder.layers.{layer}.{stored}", experts)
+        return [single] if self.architecture.mixed_layers else [stacked, single]
+
+
+# What Transformer Engine's layers keep beside their weights. The local spec stores the first four
+# as well, so that a checkpoint has the same keys either way; here as there they hold nothing.
+_EXTRA_STATES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "self_attention.core_attention",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "pre_mlp_layernorm",
+    "mlp.experts.experts.linear_fc1",
+    "mlp.experts.experts.linear_fc2",
+)
+
+
+def extra_state_keys(architecture: Architecture) -> list[str]:
+    """Keys of the extra states that layers of any spec may look for in a checkpoint."""
+    a = architecture
+    keys = ["decoder.final_layernorm._extra_state/shard_0_1"]
+    for layer in range(a.num_layers):
+        for module in _EXTRA_STATES:
+            of_experts = ".experts." in module
+            if of_experts and not a.has_experts(layer):
+                continue
+            offsets, shape = ([0], [1]) if a.mixed_layers else ([layer], [a.num_layers])
+            prefix = f"decoder.layers.{layer}." if a.mixed_layers else "decoder.layers."
+            for expert in range(a.num_experts or 0) if of_experts else [None]:
+                at, of = offsets, shape
+                if expert is not None:
+                    assert a.num_experts is not None
+                    own = [] if a.mixed_layers else offsets
+                    at = [*own, expert]
+                    of = [*([] if a.mixed_layers else shape), a.num_experts]
+                place = f"{'.'.join(map(str, at))}_{'.'.join(map(str, of))}"
+                keys.append(f"{prefix}{module}._extra_state/shard_{place}")
+    return keys
+
+
+_IGNORED = re.compile(r"(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|.*\.inv_freq")
+
+
+def is_no_weight(name: str) -> bool:
+    """Buffers that old checkpoints hold and every release computes anew."""
+    return _IGNORED.fullmatch(name) is not None
+
+
+def _bridge(a: Architecture) -> Any:
+    """mbridge's bridge of the family, as far as names and single tensors go."""
+    try:
+        import mbridge  # noqa: F401  (registers the families)
+        from mbridge.core import LLMBridge
+        from mbridge.core.bridge import _MODEL_REGISTRY
+        from mbridge.core.parallel_states import ParallelStates
+    except ImportError as error:
+        raise ConversionError(
+            f"converting needs {error.name}: install megatron-prefix[hf]"
+        ) from error
+    registered = _MODEL_REGISTRY[a.family]
+
+    class Bridge(registered):  # type: ignore[misc, valid-type]
+        # Copies: mbridge changes the tables of its classes for tied embeddings.
+        _DIRECT_MAPPING: ClassVar[Any] = dict(registered._DIRECT_MAPPING)
+        _ATTENTION_MAPPING: ClassVar[Any] = {
+            **registered._ATTENTION_MAPPING,
+            "self_attention.linear_proj.bias": [
+                "model.layers.{layer_number}.self_attn.o_proj.bias"
+            ],
+        }
+        _MLP_MAPPING: ClassVar[Any] = {
+            **registered._MLP_MAPPING,
+            **LLMBridge._MLP_MAPPING,
+            "mlp.linear_fc1.bias": [
+                "model.layers.{layer_number}.mlp.gate_proj.bias",
+                "model.layers.{layer_number}.mlp.up_proj.bias",
+            ],
+            "mlp.linear_fc2.bias": ["model.layers.{layer_number}.mlp.down_proj.bias"],
+        }
+
+        def _build_config(self) -> None:
+            """No Megatron config: no model is built."""
+
+    sizes = SimpleNamespace(
+        hidden_size=a.hidden_size,
+        num_attention_heads=a.num_attention_heads,
+        num_key_value_heads=a.num_query_groups,
+        head_dim=a.head_dim,
+        tie_word_embeddings=False,
+    )
+    return Bridge(sizes, dtype=None, parallel_states=ParallelStates())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json writes it."""
+    return str(dtype).removeprefix("torch.")

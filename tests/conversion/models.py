@@ -1,0 +1,90 @@
+"""Small random Hugging Face models of every family, as folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, rope scaling, wide heads": ("llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-4}),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
+    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 4, "moe_intermediate_size": 48, "head_dim": 16, "norm_topk_prob": True},
+    ),
+    "qwen3_moe, dense layer, weights as they are": (
+        "qwen3_moe",
+        {
+            "num_hidden_layers": 3,
+            "num_experts": 4,
+            "moe_intermediate_size": 48,
+            "head_dim": 16,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": False,
+        },
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+}
+
+
+def write_model(
+    folder: Path,
+    family: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str | int = "50GB",
+    seed: int = 0,
+    **options: Any,
+) -> Path:
+    """Save a random model of `family`; norms and biases random too."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if family in ("qwen3_moe", "mixtral"):
+        options = {"num_experts_per_tok": 2, **options}
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[family](**{**SIZES, **options})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Larger than at initialisation: errors of a part of the model must show.
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
