@@ -283,6 +283,10 @@ def main() -> int:
             f'convert_checkpoint: {error}. Install this package with pip install -e ".[train,hf]"',
             file=sys.stderr,
         )
+    except BrokenPipeError:
+        # Whoever read the output has seen enough.
+        sys.stdout = None
+        return 0
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,10 +212,11 @@ class ShardWriter:
         try:
             save_file(self._pending, file, metadata={"format": "pt"})
         except SafetensorError as error:
-            # The library wraps the system's error in text.
-            if "No space left" in str(error) or "os error 28" in str(error):
-                raise OSError(28, os.strerror(28)) from error
-            raise
+            # The library has the system's error as text only.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
         self._pending = {}
         self._pending_bytes = 0
 

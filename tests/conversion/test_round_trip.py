@@ -1,0 +1,124 @@
+"""A converted model computes what transformers computes, and comes back bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import megatron.core
+import pytest
+import torch
+
+from megatron_prefix.conversion import ConversionError, hf_to_megatron, megatron_to_hf
+from megatron_prefix.conversion.hf_config import read_architecture
+from megatron_prefix.conversion.hf_folder import HFFolder
+from megatron_prefix.conversion.inspection import inspect
+from megatron_prefix.conversion.verification import report_table, verify
+from tests.conversion.models import CASES, LLAMA3_ROPE, SIZES, edit_json, write_model
+
+HAS_YARN = tuple(int(x) for x in megatron.core.__version__.split(".")[:2]) >= (0, 15)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_log_probs_equal_transformers_and_weights_come_back(tmp_path: Path, case: str) -> None:
+    if "yarn" in case and not HAS_YARN:
+        pytest.skip("megatron-core 0.14 has no YaRN in GPTModel")
+    family, options = CASES[case]
+    checks = verify(write_model(tmp_path / "hf", family, **options))
+    assert [check.name for check in checks] == ["there and back", "logits", "log-probabilities"]
+    assert all(check.ok for check in checks), report_table(checks)
+
+
+def test_llama_3_scaling_is_in_the_converted_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    # Only at some distance do the scaled frequencies show.
+    groups = [([i % 61 for i in range(700)], [[5, 9, 60], [1]])]
+    sizes = {**SIZES, "max_position_embeddings": 1024, "head_dim": 32}
+    folder = write_model(tmp_path / "hf", "llama", **sizes, rope_parameters=LLAMA3_ROPE)
+    checks = verify(folder, groups=groups)
+    assert all(check.ok for check in checks), report_table(checks)
+    tokens = torch.tensor([groups[0][0]])
+    with torch.no_grad():
+        scaled = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+        edit_json(
+            folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 500000.0}
+        )
+        plain = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    assert (scaled - plain).abs().max() > 1e-3
+
+
+def test_verify_fails_where_the_checkpoint_is_of_other_weights(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "hf", "qwen2")
+    hf_to_megatron(write_model(tmp_path / "other", "qwen2", seed=1), tmp_path / "megatron")
+    checks = verify(folder, checkpoint=tmp_path / "megatron")
+    assert [check.ok for check in checks] == [False, False, False]
+
+
+def test_sharded_bfloat16_sources_keep_their_type_and_become_as_many_shards(
+    tmp_path: Path,
+) -> None:
+    options = CASES["qwen3_moe"][1]
+    folder = write_model(
+        tmp_path / "hf", "qwen3_moe", dtype=torch.bfloat16, max_shard_size=60_000, **options
+    )
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    hf_to_megatron(folder, tmp_path / "megatron", max_file_bytes=60_000)
+    assert len(list((tmp_path / "megatron" / "release").glob("*.distcp"))) > 3
+    megatron_to_hf(
+        tmp_path / "megatron", tmp_path / "back", hf_source=folder, max_shard_bytes=60_000
+    )
+    source, back = HFFolder(folder), HFFolder(tmp_path / "back")
+    assert len({stored.file for stored in back.tensors.values()}) > 3
+    assert source.tensors.keys() == back.tensors.keys()
+    for name, stored in source.tensors.items():
+        assert back.tensors[name].dtype == stored.dtype == "BF16"
+        assert torch.equal(back.read(name), source.read(name)), name
+    assert (tmp_path / "back" / "tokenizer_config.json").exists()
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_type_can_be_asked_for_both_ways(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "hf", "llama")
+    hf_to_megatron(folder, tmp_path / "megatron", dtype=torch.bfloat16)
+    assert {t["dtype"] for t in inspect(tmp_path / "megatron")["tensors"]} == {"bfloat16"}
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", dtype=torch.float32)
+    back = HFFolder(tmp_path / "back")
+    assert {stored.dtype for stored in back.tensors.values()} == {"F32"}
+    name = "model.layers.1.self_attn.k_proj.weight"
+    assert torch.equal(back.read(name), HFFolder(folder).read(name).bfloat16().float())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_written_config_json_says_the_same_model(tmp_path: Path, case: str) -> None:
+    family, options = CASES[case]
+    folder = write_model(tmp_path / "hf", family, **options)
+    architecture = hf_to_megatron(folder, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert architecture == read_architecture(folder) == read_architecture(tmp_path / "back")
+
+
+def test_inspect_says_the_same_of_either_format(tmp_path: Path) -> None:
+    family, options = CASES["mixtral"]
+    folder = write_model(tmp_path / "hf", family, **options)
+    hf_to_megatron(folder, tmp_path / "megatron")
+    hf, megatron = inspect(folder), inspect(tmp_path / "megatron")
+    assert hf["model"] == megatron["model"]
+    assert hf["parameters"] == megatron["parameters"]
+    shapes = {tensor["name"]: tensor["shape"] for tensor in megatron["tensors"]}
+    key = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+    assert shapes[key] == [2, 4, 2 * 96, 64]
+
+
+def test_the_checkpoint_runs_no_code_when_it_is_read(tmp_path: Path) -> None:
+    hf_to_megatron(write_model(tmp_path / "hf", "llama"), tmp_path / "megatron")
+    checkpoint = tmp_path / "megatron" / "release"
+    # What Megatron-LM reads is plain values too.
+    torch.load(checkpoint / "common.pt", weights_only=True)
+    # A pickle that makes a file when it is loaded.
+    marker = tmp_path / "ran"
+    (checkpoint / ".metadata").write_bytes(f"cos\nsystem\n(S'touch {marker}'\ntR.".encode())
+    with pytest.raises(ConversionError, match=r"\.metadata: .*os\.system.*not to be trusted"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert not marker.exists()
