@@ -197,7 +197,7 @@ def extra_state_keys(architecture: Architecture) -> list[str]:
     return keys
 
 
-_IGNORED = re.compile(r"(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|.*\.inv_freq")
+_IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
 def is_no_weight(name: str) -> bool:

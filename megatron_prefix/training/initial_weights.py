@@ -9,6 +9,8 @@ compared here.
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_prefix.training.config import ModelConfig
-from megatron_prefix.training.config_loader import ConfigError, load_dataclass, read_yaml
+from megatron_prefix.training.config_loader import load_dataclass, read_yaml
 from megatron_prefix.training.model import ModelChunks
 from megatron_prefix.training.runtime import raise_together
 from megatron_prefix.training.torch_dist import contents, find_checkpoint, read_metadata
@@ -39,23 +41,32 @@ def recorded_model(checkpoint: Path) -> ModelConfig | None:
     Raises:
         ValueError: it says so in a form that cannot be read.
     """
-    for path in (checkpoint / MODEL_SECTION, checkpoint.parent / MODEL_SECTION):
-        if path.exists():
-            return _read(path, path.name)
+    file = _section_file(checkpoint)
+    if file is not None:
+        return _load(file, read_yaml)
     if (checkpoint / "trainer.json").exists():
-        return _read(checkpoint / "trainer.json", "config")
+        return _load(checkpoint / "trainer.json", _config_of_run)
     return None
 
 
-def _read(path: Path, kind: str) -> ModelConfig | None:
+def _section_file(checkpoint: Path) -> Path | None:
+    for path in (checkpoint / MODEL_SECTION, checkpoint.parent / MODEL_SECTION):
+        if path.exists():
+            return path
+    return None
+
+
+def _config_of_run(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")).get("config", {})
+
+
+def _load(path: Path, read: Callable[[Path], dict[str, Any]]) -> ModelConfig | None:
     try:
-        # JSON is YAML.
-        values = read_yaml(path)
-        values = values.get("config", {}) if kind == "config" else values
+        values = read(path)
         if "model" not in values:
             return None
         return load_dataclass(ModelConfig, values["model"], path="model")
-    except (ConfigError, OSError, AttributeError) as error:
+    except (ValueError, OSError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -74,12 +85,9 @@ def check_initial_weights(path: Path, model: ModelConfig, chunks: ModelChunks) -
     dist.all_gather_object(keys, set(wanted))
     with raise_together():
         checkpoint = find_checkpoint(path)
-        for file in (checkpoint / MODEL_SECTION, checkpoint.parent / MODEL_SECTION):
-            if file.exists():
-                recorded = recorded_model(checkpoint)
-                assert recorded is not None
-                _compare_options(file, recorded, model, chunks)
-                break
+        file = _section_file(checkpoint)
+        if file is not None and (recorded := recorded_model(checkpoint)) is not None:
+            _compare_options(file, recorded, model, chunks)
         metadata = read_metadata(checkpoint)
         _compare_shapes(checkpoint, metadata, wanted, model)
         _compare_keys(checkpoint, metadata, set().union(*keys))

@@ -26,6 +26,7 @@ from megatron_prefix.training.model import (
 )
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
 from megatron_prefix.training.runtime import runtime
+from megatron_prefix.training.torch_adam import initialise_adam
 from tests.conversion.models import CASES, write_model
 from tests.distributed import run_distributed
 from tests.megatron.models import TRAINING
@@ -58,6 +59,8 @@ def _load_and_save(
             check_initial_weights(megatron, model, chunks)
             CheckpointFolder.load_weights(megatron, chunks, optimizer)
             results.append(full_parameters(chunks))
+            # What the first step does; without it there is no state to save.
+            initialise_adam(optimizer)
             CheckpointFolder(saved, keep=1).save(
                 1,
                 chunks,
