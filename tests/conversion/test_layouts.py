@@ -143,7 +143,11 @@ def _as_transformer_engine_asks(state: dict[str, Any]) -> dict[str, ShardedObjec
     """Rename the norm before experts, and ask for extra states that the local spec has not."""
     for item in nested_values(state):
         item.key = item.key.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
-    keys = {"decoder.final_layernorm._extra_state": ((1,), (0,))}
+    places = {"decoder.final_layernorm": 1}
     for module in ("self_attention.core_attention", "pre_mlp_layernorm"):
-        keys[f"decoder.layers.{module}._extra_state"] = ((2,), (1,))
-    return {key: ShardedObject(key, None, shape, offset) for key, (shape, offset) in keys.items()}
+        places[f"decoder.layers.{module}"] = 2
+    return {
+        f"{module}.{i}": ShardedObject(f"{module}._extra_state", None, (count,), (i,))
+        for module, count in places.items()
+        for i in range(count)
+    }
