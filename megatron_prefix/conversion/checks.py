@@ -62,7 +62,9 @@ def check_source(
     if dtype is not None:
         return
     for parameter in parameters:
-        kinds = {found[name].dtype: name for name, _ in parameter.sources}
+        kinds: dict[str, str] = {}
+        for name, _ in parameter.sources:
+            kinds.setdefault(found[name].dtype, name)
         if len(kinds) > 1:
             named = " and ".join(f"{name} ({kind})" for kind, name in kinds.items())
             raise ConversionError(

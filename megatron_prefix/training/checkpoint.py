@@ -35,9 +35,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_prefix.training.initial_weights import use_stored_names
 from megatron_prefix.training.model import ModelChunks
 from megatron_prefix.training.torch_adam import initialise_adam, load_optimizer_state
-from megatron_prefix.training.write_queue import write_queue
 from megatron_prefix.training.torch_dist import find_checkpoint
-from megatron_prefix.training.write_queue import ensure_write_queue
+from megatron_prefix.training.write_queue import write_queue
 
 logger = logging.getLogger(__name__)
 

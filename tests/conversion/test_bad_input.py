@@ -352,7 +352,7 @@ def test_too_little_space_is_found_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=70_000_000))
-    with pytest.raises(ConversionError, match=r"0\.43 MB are needed, 0\.07 GB are free"):
+    with pytest.raises(ConversionError, match=r"0\.28 MB are needed, 0\.07 GB are free"):
         monkeypatch.setattr("megatron_prefix.conversion.output_folder._SPARE_BYTES", 69_900_000)
         hf_to_megatron(originals / "single", tmp_path / "out")
     assert not list(tmp_path.iterdir())
