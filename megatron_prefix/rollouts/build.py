@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import os
+
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.engine import EmbeddedEngine
 from megatron_prefix.rollouts.embedded.evaluator import Evaluator
-from megatron_prefix.rollouts.embedded.prompts import first_prompts
 from megatron_prefix.rollouts.embedded.sampler import Sampler
 from megatron_prefix.rollouts.engine import RolloutEngine
 from megatron_prefix.rollouts.file_engine import FileEngine
-from megatron_prefix.rollouts.rewards import load_reward
+from megatron_prefix.rollouts.hf_engine import HuggingFaceEngine
+from megatron_prefix.rollouts.llama_export import export_llama
+from megatron_prefix.rollouts.policy_folders import PolicyFolders, generation_settings
+from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream, take_first
+from megatron_prefix.rollouts.rewards import RewardFunction, load_reward
+from megatron_prefix.rollouts.server.build import build_openai_engine
+from megatron_prefix.rollouts.text_prompts import TextPrompts
+from megatron_prefix.rollouts.tokenizer import TextTokenizer
 from megatron_prefix.training.config import RunConfig
 from megatron_prefix.training.model import ModelChunks
 from megatron_prefix.training.runtime import Runtime
@@ -23,10 +32,12 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
     """The engine of `config.rollouts`.
 
     Raises:
-        ValueError: a file that is not there or of unknown format, or a reward that is not found.
+        ValueError: a file or tokenizer that is not there or of unknown format, or a reward that is
+            not found.
     """
     rollouts = config.rollouts
-    reward = None if rollouts.reward is None else load_reward(rollouts.reward)
+    tokenizer = _tokenizer(config)
+    reward = None if rollouts.reward is None else _reward(config, tokenizer)
     if rollouts.engine == "file":
         return FileEngine(
             rollouts.paths,
@@ -37,17 +48,42 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
             epochs=rollouts.epochs,
         )
     assert rollouts.group_size is not None and reward is not None
-    return EmbeddedEngine(
-        _sampler(config, chunks, runtime),
-        rollouts.paths,
-        vocab_size=config.model.vocab_size,
-        max_sequence_length=config.model.max_sequence_length,
-        group_size=rollouts.group_size,
-        options=_options(config, temperature=rollouts.temperature),
-        reward=reward,
-        seed=config.training.seed,
-        epochs=rollouts.epochs,
+    source = _prompts(config, tokenizer)
+    options = _options(config, tokenizer, temperature=rollouts.temperature)
+    if rollouts.engine == "embedded":
+        return EmbeddedEngine(
+            _sampler(config, chunks, runtime),
+            source,
+            vocab_size=config.model.vocab_size,
+            max_sequence_length=config.model.max_sequence_length,
+            group_size=rollouts.group_size,
+            options=options,
+            reward=reward,
+            seed=config.training.seed,
+        )
+    folders = PolicyFolders(
+        rollouts.weights.directory or config.output.directory / "policy",
+        functools.partial(export_llama, chunks, config),
+        generation=generation_settings(
+            temperature=options.temperature, top_p=options.top_p, stop_tokens=options.stop_tokens
+        ),
+        tokenizer=tokenizer,
+        keep=rollouts.weights.keep,
     )
+    if rollouts.engine == "hf":
+        return HuggingFaceEngine(
+            source,
+            reward,
+            folders,
+            options,
+            weights=rollouts.weights,
+            group_size=rollouts.group_size,
+            vocab_size=config.model.vocab_size,
+            max_sequence_length=config.model.max_sequence_length,
+            seed=config.training.seed,
+            device=runtime.device,
+        )
+    return build_openai_engine(config, source, reward, folders, options, tokenizer, os.environ)
 
 
 def build_evaluator(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Evaluator | None:
@@ -59,31 +95,76 @@ def build_evaluator(config: RunConfig, chunks: ModelChunks, runtime: Runtime) ->
     evaluation = config.evaluation
     if evaluation is None:
         return None
-    assert config.rollouts.reward is not None
-    options = _options(config, temperature=evaluation.temperature)
-    prompts = first_prompts(
-        evaluation.paths,
+    tokenizer = _tokenizer(config)
+    options = _options(config, tokenizer, temperature=evaluation.temperature)
+    prompts = take_first(
+        _prompts(config, tokenizer, for_evaluation=True),
         evaluation.num_prompts,
-        vocab_size=config.model.vocab_size,
-        max_prompt_length=config.model.max_sequence_length - options.max_response_length,
+        names=", ".join(str(path) for path in evaluation.paths),
     )
     return Evaluator(
         _sampler(config, chunks, runtime),
         prompts,
         options=options,
-        reward=load_reward(config.rollouts.reward),
+        reward=_reward(config, tokenizer),
         seed=config.training.seed,
     )
 
 
-def _options(config: RunConfig, *, temperature: float) -> SamplingOptions:
+def _tokenizer(config: RunConfig) -> TextTokenizer | None:
+    text = config.rollouts.text
+    if text is None:
+        return None
+    return TextTokenizer(text.tokenizer, vocab_size=config.model.vocab_size)
+
+
+def _reward(config: RunConfig, tokenizer: TextTokenizer | None) -> RewardFunction:
+    rollouts = config.rollouts
+    assert rollouts.reward is not None
+    return load_reward(rollouts.reward, tokenizer=tokenizer, process=rollouts.reward_process)
+
+
+def _prompts(
+    config: RunConfig, tokenizer: TextTokenizer | None, *, for_evaluation: bool = False
+) -> PromptSource:
+    """The prompts to train on, or those to evaluate on: once and in order."""
     rollouts = config.rollouts
     assert rollouts.max_response_length is not None
+    paths, epochs = rollouts.paths, rollouts.epochs
+    if for_evaluation:
+        assert config.evaluation is not None
+        paths, epochs = config.evaluation.paths, 1
+    vocab_size = config.model.vocab_size
+    max_prompt_length = config.model.max_sequence_length - rollouts.max_response_length
+    if rollouts.text is None or tokenizer is None:
+        return prompt_stream(
+            paths, vocab_size=vocab_size, max_prompt_length=max_prompt_length, epochs=epochs
+        )
+    return TextPrompts(
+        paths,
+        tokenizer,
+        rollouts.text,
+        vocab_size=vocab_size,
+        max_prompt_length=max_prompt_length,
+        shuffle=rollouts.text.shuffle and not for_evaluation,
+        seed=config.training.seed,
+        epochs=epochs,
+    )
+
+
+def _options(
+    config: RunConfig, tokenizer: TextTokenizer | None, *, temperature: float
+) -> SamplingOptions:
+    rollouts = config.rollouts
+    assert rollouts.max_response_length is not None
+    stop_tokens = rollouts.stop_tokens
+    if not stop_tokens and tokenizer is not None and tokenizer.end_token is not None:
+        stop_tokens = (tokenizer.end_token,)
     return SamplingOptions(
         max_response_length=rollouts.max_response_length,
         temperature=temperature,
         top_p=rollouts.top_p,
-        stop_tokens=rollouts.stop_tokens,
+        stop_tokens=stop_tokens,
     )
 
 

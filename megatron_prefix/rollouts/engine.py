@@ -30,6 +30,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """What there is to say about the last `next_groups`; the same on every rank."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Where the engine stands in its data, as plain values for a checkpoint."""
         ...

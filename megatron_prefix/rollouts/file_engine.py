@@ -90,6 +90,10 @@ class FileEngine:
         """
         return self._stream.take(num_groups)
 
+    def metrics(self) -> dict[str, float]:
+        """Nothing: the trainer's own metrics say all."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Where the engine stands in its files, as plain values."""
         return self._stream.state_dict()

@@ -17,6 +17,7 @@ from megatron_prefix.rollouts.records import RolloutGroup
 
 _FIELDS = (
     "prompt",
+    "messages",
     "responses",
     "rewards",
     "group",
@@ -37,7 +38,7 @@ def group_id(record: Record) -> str | int | None:
     Raises:
         ValueError: the record is neither, is both, or has a field that seems to be misspelt.
     """
-    _check_names(record)
+    check_names(record)
     values = record.values
     if "responses" in values and "response" in values:
         raise ValueError(
@@ -66,7 +67,7 @@ def parse_prompt(record: Record) -> tuple[tuple[int, ...], Any]:
     Raises:
         ValueError: the prompt is missing or no list, or a field seems to be misspelt.
     """
-    _check_names(record)
+    check_names(record)
     return _tokens(*_required(record, "prompt")), record.values.get("answer")
 
 
@@ -112,7 +113,8 @@ def response_field(field: str, response: int) -> str:
     return _FLAT_NAMES.get(field, field)
 
 
-def _check_names(record: Record) -> None:
+def check_names(record: Record) -> None:
+    """Raise a ValueError for a field whose name is nearly that of a known one."""
     for name in record.values:
         meant = _misspelt(name)
         if meant is not None and meant not in record.values:

@@ -27,6 +27,8 @@ class RolloutGroup:
     """For each response, whether it ended by itself, rather than at a limit of length."""
     answer: Any = None
     """What a reward function compares with."""
+    policy_version: int | None = None
+    """Rollout batches that the weights which sampled it had been trained on; None: not known."""
     source: str
     """Where the group comes from, as errors name it: "file.jsonl:17"."""
 

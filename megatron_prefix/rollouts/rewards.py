@@ -1,19 +1,23 @@
 """Rewards: functions of a prompt, a response and what the data says about the answer.
 
-All of them see token ids. A reward that reads text brings its own tokenizer, as a function of the
-user's, named `module:function`.
+Where the run has a tokenizer, `exact_match` compares text with an answer that is text,
+`numeric` and `multiple_choice` read text, and so does a function of the user's, named
+`module:function`. Without one, all of them see token ids.
 """
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import reprlib
 import sys
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any, Protocol
 
+from megatron_prefix.rollouts.config import RewardProcessConfig
 from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.rollouts.reward_process import ProcessReward, RewardFailed
+from megatron_prefix.rollouts.text_rewards import TEXT_REWARDS, TextReward
+from megatron_prefix.rollouts.tokenizer import TextTokenizer
 
 
 class RewardFunction(Protocol):
@@ -56,48 +60,91 @@ REWARDS: dict[str, RewardFunction] = {
 """The rewards that have a name."""
 
 
-def load_reward(spec: str) -> RewardFunction:
-    """The reward function of a name in `REWARDS`, or of `module:function`.
+class _ExactMatch:
+    """`exact_match`, of text or of tokens as the answer is one or the other."""
 
-    The module is imported as Python finds it: from the folder of the script that runs (with
-    `python -m`, the current one), PYTHONPATH and what is installed.
+    name = "exact_match"
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._of_text = TextReward(TEXT_REWARDS["exact_match"], tokenizer)
+
+    def __call__(self, prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
+        compare = self._of_text if isinstance(answer, str) else exact_match
+        return compare(prompt, response, answer)
+
+
+def load_reward(
+    spec: str,
+    *,
+    tokenizer: TextTokenizer | None = None,
+    process: RewardProcessConfig | None = None,
+) -> RewardFunction:
+    """The reward function of a name, or of `module:function`.
+
+    A module is imported, in another process, as Python finds it here: from the folder of the script
+    that runs (with `python -m`, the current one), PYTHONPATH and what is installed.
+
+    Args:
+        spec: a name in `REWARDS` or `TEXT_REWARDS`, or module:function.
+        tokenizer: for rewards that read text.
+        process: how a module:function is run.
 
     Raises:
-        ValueError: there is no such name, module or function, or the module does not import.
+        ValueError: there is no such name, module or function, the module does not import, or a
+            text reward has no tokenizer.
     """
+    if spec in TEXT_REWARDS and tokenizer is not None:
+        if spec in REWARDS:
+            return _ExactMatch(tokenizer)
+        return TextReward(TEXT_REWARDS[spec], tokenizer)
     if spec in REWARDS:
         return REWARDS[spec]
+    if spec in TEXT_REWARDS:
+        raise ValueError(f"reward {spec!r}: it reads text; set rollouts.text.tokenizer")
     module_name, colon, path = spec.partition(":")
     if not (colon and module_name and path):
+        names = ", ".join(dict.fromkeys([*REWARDS, *TEXT_REWARDS]))
         raise ValueError(
-            f"reward {spec!r}: name one of {', '.join(REWARDS)}, or a function of yours as "
-            "module:function"
+            f"reward {spec!r}: name one of {names}, or a function of yours as module:function"
         )
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ValueError(
-            f"reward {spec!r}: importing {module_name} failed: {_described(error)}"
-        ) from error
-    try:
-        function = reduce(getattr, path.split("."), module)
-    except AttributeError as error:
-        raise ValueError(f"reward {spec!r}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"reward {spec!r}: {reprlib.repr(function)} is not a function")
-    return function
+    return ProcessReward(spec, process or RewardProcessConfig(), tokenizer=tokenizer)
+
+
+def reward_groups(reward: RewardFunction, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """The groups with the rewards of all their responses.
+
+    Raises:
+        ValueError: see `compute_rewards`.
+    """
+    if not isinstance(reward, ProcessReward):
+        return [dataclasses.replace(g, rewards=compute_rewards(reward, g)) for g in groups]
+    calls = [(g.prompt, response, g.answer) for g in groups for response in g.responses]
+    values = iter(reward.map(calls))
+    rewarded = []
+    for group in groups:
+        rewards = []
+        for r in range(len(group.responses)):
+            value = next(values)
+            if isinstance(value, RewardFailed):
+                raise ValueError(f"{_where(group, r, reward)} {value}") from value
+            rewards.append(value)
+        rewarded.append(dataclasses.replace(group, rewards=tuple(rewards)))
+    return rewarded
 
 
 def compute_rewards(reward: RewardFunction, group: RolloutGroup) -> tuple[float, ...]:
     """The reward of each response of the group, whose own rewards are not looked at.
 
     Raises:
-        ValueError: the function raised, or returned no finite float or int; the message names the
-            group's source, the response and the function.
+        ValueError: the function raised, returned no finite float or int, or (in a process of its
+            own) crashed or took too long; the message names the group's source, the response and
+            the function.
     """
+    if isinstance(reward, ProcessReward):
+        return reward_groups(reward, [group])[0].rewards
     rewards = []
     for r, response in enumerate(group.responses):
-        where = f"{group.source}: responses[{r}]: reward {_name(reward)}"
+        where = _where(group, r, reward)
         try:
             value = reward(group.prompt, response, group.answer)
         except Exception as error:
@@ -111,6 +158,16 @@ def compute_rewards(reward: RewardFunction, group: RolloutGroup) -> tuple[float,
             raise ValueError(f"{where} returned {value}; it must return a finite number")
         rewards.append(float(value))
     return tuple(rewards)
+
+
+def close_reward(reward: RewardFunction | None) -> None:
+    """End the processes that a reward runs in, if it has any."""
+    if isinstance(reward, ProcessReward):
+        reward.close()
+
+
+def _where(group: RolloutGroup, response: int, reward: RewardFunction) -> str:
+    return f"{group.source}: responses[{response}]: reward {_name(reward)}"
 
 
 def _answer_tokens(answer: Any) -> tuple[int, ...]:
@@ -129,6 +186,8 @@ def _name(reward: RewardFunction) -> str:
     for name, function in REWARDS.items():
         if function is reward:
             return name
+    if isinstance(reward, (ProcessReward, TextReward, _ExactMatch)):
+        return reward.name
     module = getattr(reward, "__module__", type(reward).__module__)
     return f"{module}:{getattr(reward, '__qualname__', type(reward).__qualname__)}"
 

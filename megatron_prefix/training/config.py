@@ -13,6 +13,12 @@ from typing import Any, Literal
 
 from megatron_prefix.attention.kernels import kernel_names
 from megatron_prefix.objective.config import ObjectiveConfig
+from megatron_prefix.rollouts.config import (
+    RewardProcessConfig,
+    ServerConfig,
+    TextConfig,
+    WeightsConfig,
+)
 from megatron_prefix.training.config_loader import ConfigError, load_yaml
 
 
@@ -209,36 +215,67 @@ class OptimizerSettings:
 class RolloutsConfig:
     """Where groups of responses come from."""
 
-    engine: Literal["file", "embedded"] = "file"
-    """`file` reads finished rollouts; `embedded` samples from the model being trained."""
+    engine: Literal["file", "embedded", "openai", "hf"] = "file"
+    """`file` reads finished rollouts; `embedded` samples from the model being trained, `openai`
+    asks a completions server, `hf` generates with Hugging Face transformers in this process."""
     paths: tuple[Path, ...] = ()
-    """JSONL or Parquet: rollouts for `file`, prompts (prompt, answer) for `embedded`."""
+    """JSONL or Parquet: rollouts for `file`, prompts (prompt, answer) for the others."""
     groups_per_step: int = 8
     group_size: int | None = None
-    """Responses per prompt; required by `embedded`, checked by `file` where given."""
+    """Responses per prompt; checked by `file` where given, required by the others."""
     reward: str | None = None
     """A registered reward or module:function, where records carry an answer and no rewards."""
+    reward_process: RewardProcessConfig = field(default_factory=RewardProcessConfig)
+    """Where a module:function runs."""
     epochs: int | None = None
     """How often the files may be gone through; null: without end."""
     max_response_length: int | None = None
-    """Tokens to sample at most (`embedded`)."""
+    """Tokens to sample at most; required by every engine but `file`."""
     temperature: float = 1.0
     top_p: float = 1.0
     stop_tokens: tuple[int, ...] = ()
-    """A response ends with the first of these, which it keeps."""
+    """A response ends with the first of these, which it keeps; none with `text` means the
+    tokenizer's end of sequence."""
+    text: TextConfig | None = None
+    """Prompts, responses and rewards as text; null: all of them are token ids."""
+    server: ServerConfig | None = None
+    """Required by `openai`."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    """How trained weights get to `openai` and `hf`."""
 
     def __post_init__(self) -> None:
         if not self.paths:
             raise ConfigError("paths: none given; name at least one JSONL or Parquet file")
         _at_least(self, 1, "groups_per_step", "group_size", "epochs", "max_response_length")
-        if self.engine == "embedded":
+        if self.engine != "file":
             for name in ("group_size", "max_response_length", "reward"):
                 if getattr(self, name) is None:
-                    raise ConfigError(f"{name}: required by engine: embedded")
+                    raise ConfigError(f"{name}: required by engine: {self.engine}")
+        self._check_server()
         if not self.temperature > 0:
             raise ConfigError(f"temperature: {self.temperature} must be above 0")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p: {self.top_p} must be in (0, 1]")
+
+    def _check_server(self) -> None:
+        server = self.server
+        if (self.engine == "openai") != (server is not None):
+            raise ConfigError(
+                f"server: {'missing' if server is None else 'set'}, with engine: {self.engine}; "
+                "it belongs to engine: openai, and only there"
+            )
+        if server is None:
+            return
+        if self.text is None and server.kind in ("transformers", "openai"):
+            raise ConfigError(
+                f"text: required by server.kind: {server.kind}, which may answer in text only; "
+                "set text.tokenizer"
+            )
+        if server.prefetch and self.weights.max_staleness < 1:
+            raise ConfigError(
+                "server.prefetch: makes groups a version old, more than weights.max_staleness: "
+                f"{self.weights.max_staleness} allows; raise it, or set prefetch: false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,7 +160,7 @@ class Trainer:
                     groups = self._next_groups()
                     if groups is None:
                         break
-                    metrics = self.train_on(groups)
+                    metrics = {**self.train_on(groups), **self.engine.metrics()}
                     self.step += 1
                     if self._evaluates_now():
                         metrics["eval"] = self._evaluate()

@@ -14,9 +14,9 @@ from megatron_prefix.rollouts.build import build_engine, build_evaluator
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.engine import EmbeddedEngine
 from megatron_prefix.rollouts.embedded.evaluator import Evaluator
-from megatron_prefix.rollouts.embedded.prompts import first_prompts
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.file_engine import FileEngine
+from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream, take_first
 from megatron_prefix.training.config import (
     EvaluationConfig,
     OutputConfig,
@@ -46,11 +46,15 @@ def even_first_token(prompt: tuple[int, ...], response: tuple[int, ...], answer:
     return float(response[0] % 2 == 0)
 
 
+def prompts_of(path: Path, *, epochs: int = 1) -> PromptSource:
+    return prompt_stream([path], vocab_size=61, max_prompt_length=59, epochs=epochs)
+
+
 def engine(path: Path, **options: Any) -> EmbeddedEngine:
-    options = {"max_sequence_length": 64, "epochs": 2, **options}
+    options = {"max_sequence_length": 64, **options}
     return EmbeddedEngine(
         sampler(sampling_model(model_config())),
-        [path],
+        prompts_of(path, epochs=2),
         vocab_size=61,
         group_size=4,
         options=OPTIONS,
@@ -121,7 +125,7 @@ def test_a_reward_that_fails_is_named_with_its_prompt(tmp_path):
 
 
 def evaluator(path: Path, chunks: Any, count: int) -> Evaluator:
-    prompts = first_prompts([path], count, vocab_size=61, max_prompt_length=59)
+    prompts = take_first(prompts_of(path), count, names=str(path))
     options = SamplingOptions(max_response_length=3, temperature=0.0)
     return Evaluator(sampler(chunks), prompts, options=options, reward=even_first_token, seed=1)
 
@@ -144,7 +148,7 @@ def test_an_evaluation_is_the_mean_reward_of_the_first_prompts_and_changes_nothi
 def test_too_few_prompts_to_evaluate_on_are_refused(tmp_path):
     path = write(tmp_path / "prompts.jsonl", PROMPTS)
     with pytest.raises(ValueError, match=r"prompts.jsonl: fewer than the 6 prompts"):
-        first_prompts([path], 6, vocab_size=61, max_prompt_length=59)
+        take_first(prompts_of(path), 6, names=str(path))
 
 
 def run_config(path: Path, **options: Any) -> RunConfig:
@@ -153,7 +157,7 @@ def run_config(path: Path, **options: Any) -> RunConfig:
         "paths": (path,),
         "group_size": 3,
         "max_response_length": 4,
-        "reward": f"{__name__}:even_first_token",
+        "reward": "tests.rollouts.user_rewards:even_first_token",
         **options,
     }
     return RunConfig(

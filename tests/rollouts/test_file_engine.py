@@ -288,7 +288,7 @@ def test_the_engine_is_a_rollout_engine(tmp_path):
 
     accepts(engine(write(tmp_path / "a.jsonl", [whole_record(numbered_groups(1)[0])])))
     methods = [name for name in vars(RolloutEngine) if not name.startswith("_")]
-    assert methods == ["next_groups", "state_dict", "load_state_dict", "close"]
+    assert methods == ["next_groups", "metrics", "state_dict", "load_state_dict", "close"]
 
 
 def test_reading_rollouts_needs_the_standard_library_only():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from os import PathLike
+from concurrent.futures import Future
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
-from megatron_prefix.rollouts.embedded.prompts import Prompt, prompt_stream
 from megatron_prefix.rollouts.embedded.sampler import Sampler
+from megatron_prefix.rollouts.prompts import Prompt, PromptSource
 from megatron_prefix.rollouts.records import RolloutGroup, validate_group
-from megatron_prefix.rollouts.rewards import RewardFunction, compute_rewards
+from megatron_prefix.rollouts.reward_process import ProcessReward
+from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_groups
+from megatron_prefix.rollouts.sharing import from_rank_0
 
 
 class EmbeddedEngine:
@@ -25,7 +28,7 @@ class EmbeddedEngine:
     def __init__(
         self,
         sampler: Sampler,
-        paths: Sequence[str | PathLike[str]],
+        source: PromptSource,
         *,
         vocab_size: int,
         max_sequence_length: int,
@@ -33,23 +36,18 @@ class EmbeddedEngine:
         options: SamplingOptions,
         reward: RewardFunction,
         seed: int,
-        epochs: int | None = None,
     ) -> None:
-        """Check the files' names; nothing is read yet.
+        """Nothing is read yet.
 
         Args:
             sampler: of the model.
-            paths: prompts, see `embedded/prompts.py`.
+            source: of the prompts.
             vocab_size: token ids lie in [0, vocab_size).
             max_sequence_length: tokens of a prompt and a response at most.
             group_size: responses to each prompt.
             options: of the sampling.
             reward: of each response.
             seed: of the sampling; the same seed and step give the same responses.
-            epochs: how often to go through the prompts; None is without end.
-
-        Raises:
-            ValueError: no paths, a file that is not there or of unknown format, or epochs below 1.
         """
         self._sampler = sampler
         self._vocab_size = vocab_size
@@ -58,12 +56,7 @@ class EmbeddedEngine:
         self._options = options
         self._reward = reward
         self._seed = seed
-        self._stream = prompt_stream(
-            paths,
-            vocab_size=vocab_size,
-            max_prompt_length=max_sequence_length - options.max_response_length,
-            epochs=epochs,
-        )
+        self._source = source
 
     def next_groups(self, num_groups: int, *, step: int) -> list[RolloutGroup]:
         """Sample the responses to the next `num_groups` prompts. Collective.
@@ -77,7 +70,7 @@ class EmbeddedEngine:
             ValueError: a prompt that is wrong, or a reward that could not be computed, naming the
                 file and the line or row.
         """
-        prompts = self._stream.take(num_groups)
+        prompts = self._source.take(num_groups)
         groups = sample_groups(
             self._sampler,
             prompts,
@@ -93,21 +86,26 @@ class EmbeddedEngine:
             )
         return groups
 
+    def metrics(self) -> dict[str, float]:
+        """Nothing: the trainer's own metrics say all."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Where the engine stands in its prompts; the randomness depends on the step alone."""
-        return self._stream.state_dict()
+        return self._source.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`.
 
         Raises:
-            ValueError: the files have changed since (see `RecordStream.load_state_dict`).
+            ValueError: the files have changed since.
         """
-        self._stream.load_state_dict(state)
+        self._source.load_state_dict(state)
 
     def close(self) -> None:
-        """Close the file that is open."""
-        self._stream.close()
+        """Close the file that is open, and end the reward's processes."""
+        self._source.close()
+        close_reward(self._reward)
 
 
 def sample_groups(
@@ -144,5 +142,15 @@ def sample_groups(
             answer=prompt.answer,
             source=prompt.source,
         )
-        groups.append(dataclasses.replace(group, rewards=compute_rewards(reward, group)))
-    return groups
+        groups.append(group)
+    if not isinstance(reward, ProcessReward):
+        return reward_groups(reward, groups)
+    # Once for all ranks: whether a call takes too long may differ from one to the other.
+    rewarded: Future[list[RolloutGroup]] | None = None
+    if dist.get_rank() == 0:
+        rewarded = Future()
+        try:
+            rewarded.set_result(reward_groups(reward, groups))
+        except ValueError as error:
+            rewarded.set_exception(error)
+    return from_rank_0(rewarded)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.engine import sample_groups
-from megatron_prefix.rollouts.embedded.prompts import Prompt
 from megatron_prefix.rollouts.embedded.sampler import Sampler
+from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.rewards import RewardFunction
 
 _STEP = 1 << 63

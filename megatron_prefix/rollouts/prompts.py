@@ -1,4 +1,4 @@
-"""Prompts to sample from, read like rollouts: JSON Lines or Parquet, one prompt per record.
+"""Prompts of token ids, read like rollouts: JSON Lines or Parquet, one prompt per record.
 
     {"prompt": [5, 7], "answer": [1, 2]}
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.parsing import parse_prompt
@@ -29,6 +29,35 @@ class Prompt:
     """What a reward function compares with; None if the record has none."""
     source: str
     """Where it stands, as errors name it: "file.jsonl:17"."""
+
+
+class PromptSource(Protocol):
+    """Gives an engine its prompts, in an order that can be continued."""
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next `count` prompts.
+
+        Raises:
+            EndOfRollouts: fewer are left in the last epoch.
+            ValueError: a record that is wrong; nothing is taken then.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            ValueError: the data is not that of `state`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close what is open; a later `take` opens it again."""
+        ...
 
 
 def prompt_stream(
@@ -66,25 +95,15 @@ def prompt_stream(
     return RecordStream(paths, read, epochs=epochs)
 
 
-def first_prompts(
-    paths: Sequence[str | PathLike[str]],
-    count: int,
-    *,
-    vocab_size: int,
-    max_prompt_length: int,
-) -> list[Prompt]:
-    """The first `count` prompts of files.
+def take_first(source: PromptSource, count: int, *, names: str) -> list[Prompt]:
+    """The first `count` prompts of a source, which is closed.
 
     Raises:
-        ValueError: there are fewer, or a wrong one among them.
+        ValueError: there are fewer, or a wrong one among them; `names` says which files these are.
     """
-    stream = prompt_stream(
-        paths, vocab_size=vocab_size, max_prompt_length=max_prompt_length, epochs=1
-    )
     try:
-        return stream.take(count)
+        return source.take(count)
     except EndOfRollouts as end:
-        names = ", ".join(str(path) for path in paths)
         raise ValueError(f"{names}: fewer than the {count} prompts that were asked for") from end
     finally:
-        stream.close()
+        source.close()

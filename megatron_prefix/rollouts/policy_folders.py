@@ -1,0 +1,117 @@
+"""The trained weights as Hugging Face folders, one per version, for whoever samples from them.
+
+    policy/
+      version_000012/          config.json, safetensors, generation_config.json, tokenizer
+      version_000013.partial/  being written, or cut off: never read, removed by the next one
+
+A version is the number of rollout batches that the weights have been trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_prefix.rollouts.sharing import gather
+from megatron_prefix.rollouts.tokenizer import TextTokenizer
+
+_NAME = re.compile(r"version_\d{6,}(\.partial)?")
+
+
+class PolicyFolders:
+    """Writes versions of the policy. Methods are collective over all ranks."""
+
+    def __init__(
+        self,
+        directory: Path,
+        export: Callable[[Path], None],
+        *,
+        generation: dict[str, Any],
+        tokenizer: TextTokenizer | None,
+        keep: int,
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            directory: made when first needed; on a disk that all who read it share.
+            export: writes config.json and the weights into a folder that is there; collective.
+            generation: what generation_config.json says. Servers take their defaults from it
+                (top_k, penalties), and one without it may decode greedily.
+            tokenizer: written beside the weights.
+            keep: newest versions that stay.
+        """
+        # Servers run in folders of their own.
+        self.directory = directory.absolute()
+        self._export = export
+        self._generation = generation
+        self._tokenizer = tokenizer
+        self._keep = keep
+
+    def path(self, version: int) -> Path:
+        """The folder of a version."""
+        return self.directory / f"version_{version:06d}"
+
+    def write(self, version: int) -> Path:
+        """Write the weights as they are now.
+
+        Raises:
+            ValueError: the model has no Hugging Face form, or the folder cannot be written.
+        """
+        path = self.path(version)
+        partial = path.with_name(path.name + ".partial")
+        is_main = dist.get_rank() == 0
+
+        def prepare() -> None:
+            for leftover in [*self.directory.glob("version_*.partial"), path]:
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        def finish() -> None:
+            (partial / "generation_config.json").write_text(
+                json.dumps(self._generation, indent=1), encoding="utf-8"
+            )
+            if self._tokenizer is not None:
+                self._tokenizer.save(partial)
+            os.replace(partial, path)
+            self._prune(version)
+
+        gather(prepare if is_main else _nothing)
+        self._export(partial)
+        gather(finish if is_main else _nothing)
+        return path
+
+    def _prune(self, newest: int) -> None:
+        versions = sorted(p for p in self.directory.iterdir() if _NAME.fullmatch(p.name))
+        # Versions above the newest are an earlier, longer run's.
+        older = [p for p in versions if p.name < self.path(newest).name]
+        later = [p for p in versions if p.name > self.path(newest).name]
+        for path in [*older[: max(0, len(older) + 1 - self._keep)], *later]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _nothing() -> None:
+    pass
+
+
+def generation_settings(
+    *, temperature: float, top_p: float, stop_tokens: tuple[int, ...]
+) -> dict[str, Any]:
+    """generation_config.json of plain sampling: no top-k, no penalty, as the objective assumes."""
+    settings: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": 0,
+        "repetition_penalty": 1.0,
+    }
+    if stop_tokens:
+        settings["eos_token_id"] = list(stop_tokens)
+        settings["pad_token_id"] = stop_tokens[0]
+    return settings

@@ -1,0 +1,1 @@
+"""The `openai` engine: rollouts from a completions server."""

@@ -1,0 +1,268 @@
+"""Prompts from records of text, in a shuffled order that can be continued.
+
+The files are read once, into a table of the `datasets` library: memory-mapped, so that files larger
+than memory work, cached between runs, and open to access in any order. A record becomes a prompt
+when its turn comes.
+
+    {"prompt": "2 + 2 =", "answer": "4"}
+    {"messages": [{"role": "user", "content": "What is 2 + 2?"}], "answer": "4"}
+    {"question": "What is 2 + 2?", "answer": "4"}         with text.prompt_template
+    {"prompt": [5, 7], "answer": [1, 2]}                  token ids go through as they are
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_prefix.rollouts.config import TextConfig
+from megatron_prefix.rollouts.engine import EndOfRollouts
+from megatron_prefix.rollouts.parsing import check_names
+from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.record_files import START, Record, open_record_file
+from megatron_prefix.rollouts.records import check_tokens
+from megatron_prefix.rollouts.tokenizer import TextTokenizer, Tokens
+
+
+class TextPrompts:
+    """A `PromptSource` of records of text."""
+
+    def __init__(
+        self,
+        paths: Sequence[str | PathLike[str]],
+        tokenizer: TextTokenizer,
+        text: TextConfig,
+        *,
+        vocab_size: int,
+        max_prompt_length: int,
+        shuffle: bool,
+        seed: int,
+        epochs: int | None = None,
+    ) -> None:
+        """Check the files' names; nothing is read yet.
+
+        Args:
+            paths: .jsonl, .jsonl.gz and .parquet files.
+            tokenizer: makes tokens of text.
+            text: how records become prompts.
+            vocab_size: token ids lie in [0, vocab_size).
+            max_prompt_length: tokens that leave room for a response.
+            shuffle: another order each epoch, depending on `seed` and the epoch alone.
+            seed: of the order.
+            epochs: how often to go through the files; None is without end.
+
+        Raises:
+            ValueError: no paths, a file that is not there or of unknown format, or epochs below 1.
+        """
+        if not paths:
+            raise ValueError("paths: there are none; name at least one file of prompts")
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"epochs={epochs}: set at least 1, or None to go on without end")
+        self._paths = [open_record_file(Path(path)).path for path in paths]
+        # By name without folder, so that the data may move between the runs.
+        self._identities = [[path.name, path.stat().st_size] for path in self._paths]
+        self._tokenizer = tokenizer
+        self._text = text
+        self._vocab_size = vocab_size
+        self._max_prompt_length = max_prompt_length
+        self._seed = seed if shuffle else None
+        self._epochs = epochs
+        self._epoch = 0
+        self._index = 0
+        self._table: Any = None
+        self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Times that all files have been gone through."""
+        return self._epoch
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next `count` prompts; they may reach over the end of an epoch.
+
+        Raises:
+            EndOfRollouts: fewer are left in the last epoch.
+            ValueError: a record that is wrong, naming the file, the line or row, and the field.
+        """
+        if self._table is None:
+            self._table = _read_table(self._paths)
+        epoch, index = self._epoch, self._index
+        prompts: list[Prompt] = []
+        while len(prompts) < count:
+            if index == len(self._table):
+                epoch, index = epoch + 1, 0
+            if epoch == self._epochs:
+                raise EndOfRollouts(
+                    f"the prompts have been gone through (epochs={self._epochs}): {len(prompts)} "
+                    f"are left, {count} were asked for"
+                )
+            row = self._table[int(self._order_of(epoch)[index])]
+            prompts.append(self._prompt(json.loads(row["record"]), row["source"]))
+            index += 1
+        self._epoch, self._index = epoch, index
+        return prompts
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and the files and order that it is a position in, as plain values."""
+        return {
+            "epoch": self._epoch,
+            "index": self._index,
+            "shuffle_seed": self._seed,
+            "files": [list(identity) for identity in self._identities],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            ValueError: the files or the seed of the order are not those of `state`.
+        """
+        if [list(identity) for identity in state["files"]] != self._identities:
+            raise ValueError(
+                f"the files of prompts have changed: the saved position is one in {state['files']} "
+                f"(name, bytes), but there are {self._identities}; continue with the same files, "
+                "or start a new run"
+            )
+        if state["shuffle_seed"] != self._seed:
+            raise ValueError(
+                f"the order of the prompts has changed: it was saved with seed "
+                f"{state['shuffle_seed']}, but is {self._seed} now (null: not shuffled); set "
+                "training.seed and rollouts.text.shuffle back, or start a new run"
+            )
+        self._epoch, self._index = state["epoch"], state["index"]
+
+    def close(self) -> None:
+        """Let go of the table."""
+        self._table = None
+        self._order = None
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            number = len(self._table)
+            if self._seed is None:
+                order = np.arange(number)
+            else:
+                order = np.random.default_rng([self._seed, epoch]).permutation(number)
+            self._order = (epoch, order)
+        return self._order[1]
+
+    def _prompt(self, values: dict[str, Any], source: str) -> Prompt:
+        tokens = self._tokens(values, source)
+        check_tokens(f"{source}: prompt", tokens, self._vocab_size)
+        if len(tokens) > self._max_prompt_length:
+            raise ValueError(
+                f"{source}: prompt: its {len(tokens)} tokens leave too little of the model's "
+                f"max_sequence_length for a response; at most {self._max_prompt_length} tokens do "
+                "(max_sequence_length less max_response_length)"
+            )
+        return Prompt(tokens=tokens, answer=values.get(self._text.answer_field), source=source)
+
+    def _tokens(self, values: dict[str, Any], source: str) -> Tokens:
+        template = self._text.prompt_template
+        if template is not None:
+            return self._encode(_filled(template, values, source), f"{source}: prompt")
+        check_names(Record(values=values, source=source, end=START))
+        if "messages" in values and "prompt" in values:
+            raise ValueError(f"{source}: messages: a record has either messages or prompt")
+        if "messages" in values:
+            return self._chat(_checked_messages(values["messages"], source), f"{source}: messages")
+        if "prompt" not in values:
+            raise ValueError(f"{source}: prompt: missing, and so is messages; give one of them")
+        prompt = values["prompt"]
+        if isinstance(prompt, str):
+            return self._encode(prompt, f"{source}: prompt")
+        if isinstance(prompt, list):
+            return tuple(prompt)
+        raise ValueError(
+            f"{source}: prompt: {reprlib.repr(prompt)} is neither text nor a list of token ids"
+        )
+
+    def _encode(self, text: str, where: str) -> Tokens:
+        if self._text.chat:
+            return self._chat([{"role": "user", "content": text}], where)
+        return self._tokenizer.encode_prompt(text)
+
+    def _chat(self, messages: list[dict[str, Any]], where: str) -> Tokens:
+        system = self._text.system
+        if system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        try:
+            return self._tokenizer.encode_messages(messages)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def _filled(template: str, values: dict[str, Any], source: str) -> str:
+    try:
+        return template.format_map(values)
+    except KeyError as error:
+        raise ValueError(
+            f"{source}: {error.args[0]}: missing, but rollouts.text.prompt_template names it; the "
+            f"record has {', '.join(values) or 'no fields'}"
+        ) from error
+    except (ValueError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"rollouts.text.prompt_template: {template!r} cannot be filled in: {error}; write "
+            "braces that are meant as such twice"
+        ) from error
+
+
+def _checked_messages(messages: Any, source: str) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{source}: messages: {reprlib.repr(messages)} is not a list of messages")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f"{source}: messages[{i}]: {reprlib.repr(message)} is not a message; it needs a "
+                "role and a content"
+            )
+    return messages
+
+
+def _read_table(paths: Sequence[Path]) -> Any:
+    """A `datasets.Dataset` with a row for each record: its fields as JSON, and where it stands.
+
+    As JSON, since a column has one type, but a prompt or an answer may be text here and a list
+    there.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"{paths[0]}: reading text prompts needs the datasets package ({error}): install "
+            "megatron-prefix[rollouts]"
+        ) from error
+    # The cache knows files by what is given here: a changed file must not be taken for the old one.
+    stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    try:
+        table = datasets.Dataset.from_generator(
+            _rows,
+            gen_kwargs={"paths": [str(path) for path in paths], "stamps": stamps},
+            features=datasets.Features(
+                {"record": datasets.Value("string"), "source": datasets.Value("string")}
+            ),
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, ValueError):
+            raise cause from error
+        raise ValueError(f"{paths[0]}: not read into a table: {cause}") from error
+    if len(table) == 0:
+        raise ValueError(f"no record in {', '.join(map(str, paths))}")
+    return table
+
+
+def _rows(paths: list[str], stamps: list[tuple[int, int]]) -> Iterator[dict[str, str]]:
+    for path in paths:
+        for record in open_record_file(Path(path)).records(START):
+            try:
+                values = json.dumps(record.values)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{record.source}: {error}") from error
+            yield {"record": values, "source": record.source}

@@ -1,0 +1,114 @@
+"""Text to token ids and back, by a Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Tokens = tuple[int, ...]
+
+
+class TextTokenizer:
+    """A tokenizer, checked against the model's vocabulary. Runs no code that comes with it."""
+
+    def __init__(self, path: Path, *, vocab_size: int) -> None:
+        """Load it.
+
+        Args:
+            path: a folder with the tokenizer's files, or a name in the Hugging Face cache.
+            vocab_size: of the model; every id must be below it.
+
+        Raises:
+            ValueError: transformers is not installed, there is no such tokenizer, or it has tokens
+                that the model has not.
+        """
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise ValueError(
+                f"rollouts.text.tokenizer: {path} needs the transformers package ({error}): "
+                "install megatron-prefix[rollouts]"
+            ) from error
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(path))
+        except (OSError, ValueError) as error:
+            first_line = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"rollouts.text.tokenizer: {path}: not loaded as a Hugging Face tokenizer: "
+                f"{first_line}"
+            ) from error
+        if len(self._tokenizer) > vocab_size:
+            raise ValueError(
+                f"rollouts.text.tokenizer: {path} has {len(self._tokenizer)} tokens, but "
+                f"model.vocab_size is {vocab_size}; it is another model's, or raise vocab_size"
+            )
+        self.path = path
+
+    @property
+    def end_token(self) -> int | None:
+        """The end of sequence; None where the tokenizer has none."""
+        return self._tokenizer.eos_token_id
+
+    def encode_prompt(self, text: str) -> Tokens:
+        """The tokens of a prompt's text, with those that the tokenizer puts in front by itself."""
+        return tuple(self._tokenizer(text)["input_ids"])
+
+    def encode_messages(self, messages: Sequence[dict[str, Any]]) -> Tokens:
+        """The tokens of a chat up to where the assistant's answer begins.
+
+        Raises:
+            ValueError: there is no chat template, or it refuses these messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise ValueError(f"the tokenizer {self.path} has no chat template")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=False
+            )
+        # Templates are programs: jinja2's own errors, KeyErrors, TypeErrors ...
+        except Exception as error:
+            raise ValueError(
+                f"the chat template of {self.path} refuses it: {type(error).__name__}: {error}"
+            ) from error
+        # The template's text holds the special tokens already.
+        return self.encode(text)
+
+    def encode(self, text: str) -> Tokens:
+        """The tokens of a text, and nothing added."""
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        return self._decode(tokens, skip_special_tokens=False)
+
+    def read(self, tokens: Sequence[int]) -> str:
+        """The text of tokens as a reward reads it: without special tokens."""
+        return self._decode(tokens, skip_special_tokens=True)
+
+    def as_text(self, tokens: Tokens) -> str | None:
+        """A text that `encode_prompt`, as a server runs it, turns back into exactly these tokens.
+
+        None where there is no such text: some sequences of tokens are no tokenizer's output.
+        """
+        # What the tokenizer puts in front of every text is left out of the text.
+        added = len(self.encode_prompt(""))
+        for skipped in dict.fromkeys((0, added)):
+            text = self.decode(tokens[skipped:])
+            if self.encode_prompt(text) == tokens:
+                return text
+        return None
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files into a folder."""
+        self._tokenizer.save_pretrained(str(folder))
+
+    def _decode(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return self._tokenizer.decode(
+            list(tokens),
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
