@@ -30,7 +30,7 @@ setup(
             *TRAINING,
             *HUGGING_FACE,
             *ROLLOUTS,
-            "transformers[serving]>=5.20",
+            "transformers[serving]>=5.24",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",

@@ -11,14 +11,14 @@ from megatron_prefix.rollouts.embedded.evaluator import Evaluator
 from megatron_prefix.rollouts.embedded.sampler import Sampler
 from megatron_prefix.rollouts.engine import RolloutEngine
 from megatron_prefix.rollouts.file_engine import FileEngine
-from megatron_prefix.rollouts.hf_engine import HuggingFaceEngine
-from megatron_prefix.rollouts.llama_export import export_llama
-from megatron_prefix.rollouts.policy_folders import PolicyFolders, generation_settings
+from megatron_prefix.rollouts.hf.engine import HuggingFaceEngine
+from megatron_prefix.rollouts.hf.folders import PolicyFolders, generation_settings
+from megatron_prefix.rollouts.hf.llama_export import export_llama
 from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream, take_first
 from megatron_prefix.rollouts.rewards import RewardFunction, load_reward
 from megatron_prefix.rollouts.server.build import build_openai_engine
-from megatron_prefix.rollouts.text_prompts import TextPrompts
-from megatron_prefix.rollouts.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.text.prompts import TextPrompts
+from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 from megatron_prefix.training.config import RunConfig
 from megatron_prefix.training.model import ModelChunks
 from megatron_prefix.training.runtime import Runtime

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megatron_prefix.rollouts.config import RewardProcessConfig
-from megatron_prefix.rollouts.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
 

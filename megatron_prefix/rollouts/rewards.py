@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from megatron_prefix.rollouts.config import RewardProcessConfig
 from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.rollouts.reward_process import ProcessReward, RewardFailed
-from megatron_prefix.rollouts.text_rewards import TEXT_REWARDS, TextReward
-from megatron_prefix.rollouts.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.text.rewards import TEXT_REWARDS, TextReward
+from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
 
 class RewardFunction(Protocol):

@@ -14,7 +14,7 @@ from megatron_prefix.rollouts.prompts import Prompt, PromptSource
 from megatron_prefix.rollouts.records import RolloutGroup, validate_group
 from megatron_prefix.rollouts.reward_process import ProcessReward
 from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_groups
-from megatron_prefix.rollouts.sharing import from_rank_0
+from megatron_prefix.sharing import from_rank_0
 
 
 class EmbeddedEngine:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prefix.rollouts.server.client import ServerError
-from megatron_prefix.rollouts.tokenizer import TextTokenizer, Tokens
+from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens
 
 _TOKEN_ID = "token_id:"
 

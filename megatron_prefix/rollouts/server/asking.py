@@ -27,7 +27,7 @@ from megatron_prefix.rollouts.server.client import (
     ServerClient,
     ServerError,
 )
-from megatron_prefix.rollouts.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
-from megatron_prefix.rollouts.policy_folders import PolicyFolders
+from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.prompts import PromptSource
 from megatron_prefix.rollouts.rewards import RewardFunction
 from megatron_prefix.rollouts.server.answers import Reader
@@ -13,7 +13,7 @@ from megatron_prefix.rollouts.server.asking import Asker
 from megatron_prefix.rollouts.server.client import ServerClient
 from megatron_prefix.rollouts.server.engine import GroupSpec, OpenAIEngine
 from megatron_prefix.rollouts.server.loading import weight_loader
-from megatron_prefix.rollouts.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 from megatron_prefix.training.config import RunConfig
 
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from megatron_prefix.rollouts.config import ServerConfig, WeightsConfig
-from megatron_prefix.rollouts.policy_folders import PolicyFolders
+from megatron_prefix.rollouts.engine import EndOfRollouts
+from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
 from megatron_prefix.rollouts.records import RolloutGroup, validate_group
 from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_groups
@@ -20,7 +21,7 @@ from megatron_prefix.rollouts.server.answers import Sample
 from megatron_prefix.rollouts.server.asking import Asker, Tally, Wanted, request_seed
 from megatron_prefix.rollouts.server.client import ServerClient, ServerError
 from megatron_prefix.rollouts.server.loading import WeightLoader
-from megatron_prefix.rollouts.sharing import from_rank_0
+from megatron_prefix.sharing import from_rank_0
 
 logger = logging.getLogger(__name__)
 
@@ -330,7 +331,7 @@ class OpenAIEngine:
 
     def _collect(self) -> Batch:
         self._has_under_way = False
-        return from_rank_0(self._under_way)
+        return from_rank_0(self._under_way, errors=(EndOfRollouts, ValueError, OSError))
 
     def _hand_over(self, step: int) -> None:
         """Write the weights and have the server load them, where that is due."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol
 
-from megatron_prefix.rollouts.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _FINAL = re.compile(r"####\s*(.*)")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prefix.rollouts.sharing import gather
+from megatron_prefix.sharing import gather
 from megatron_prefix.training.config import RunConfig
 from megatron_prefix.training.full_tensors import FullTensors, full_parameters
 from megatron_prefix.training.model import ModelChunks
