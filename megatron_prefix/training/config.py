@@ -308,9 +308,10 @@ class TrainingConfig:
     """Tokens of one microbatch row at most, over all context-parallel ranks together."""
     allow_split: bool = True
     """Split a group over microbatches when it exceeds the budget; its prefix then runs again."""
-    sharing: Literal["groups", "everything"] = "groups"
-    """What is shared within a microbatch: the prompt of each group, or whatever its sequences have
-    in common, such as a system prompt of several groups or equal beginnings of responses."""
+    sharing: Literal["groups", "everything", "none"] = "groups"
+    """What is shared within a microbatch: the prompt of each group; or whatever its sequences have
+    in common, such as a system prompt of several groups or equal beginnings of responses; or none,
+    to compare with: every response runs its prompt again."""
     trim_last_layer: bool = True
     """The last layer computes queries, attention, projection and MLP only from the first trained
     position of each segment on: nothing depends on others. The result is the same."""

@@ -44,8 +44,8 @@ class PackingConfig:
     """Context-parallel ranks, times tensor-parallel ones under sequence parallelism."""
     microbatch_multiple: int = 1
     """The pipeline size under interleaving."""
-    sharing: Literal["groups", "everything"] = "groups"
-    """See `TrainingConfig.sharing`. Microbatches are planned by groups in any case."""
+    sharing: Literal["groups", "everything", "none"] = "groups"
+    """See `TrainingConfig.sharing`. Microbatches are planned by what groups share in any case."""
     trim_last_layer: bool = True
     """See `TrainingConfig.trim_last_layer`."""
     share_only_where_it_pays: bool = False
@@ -159,7 +159,16 @@ def build_minibatch(
         only_where_it_pays=packing.share_only_where_it_pays,
     )
     trees = [sharing.group(tree) for tree in whole]
+    names = [group.source for group in groups]
     sequences = trained_sequences(groups, objective)
+    if packing.sharing == "none":
+        trees = [
+            PrefixTree.from_sequences([tree.sequence_tokens(i)])
+            for tree in trees
+            for i in range(tree.num_sequences)
+        ]
+        names = [group.source for group in groups for _ in group.responses]
+        sequences = [[member] for members in sequences for member in members]
     plan = plan_microbatches(
         trees,
         token_budget=packing.token_budget,
@@ -168,7 +177,7 @@ def build_minibatch(
         allow_split=packing.allow_split,
         pad_to_multiple=packing.pad_to_multiple,
         microbatch_multiple=packing.microbatch_multiple,
-        names=[group.source for group in groups],
+        names=names,
         labels=[
             trained_labels(tree, [s.first_trained for s in members])
             for tree, members in zip(trees, sequences, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -121,6 +122,9 @@ class BatchSampler:
                 else:
                     dropped += 1
             attempt += 1
+        if any(group.old_logprobs is None for group in groups):
+            # An optimizer step has them of all its responses or of none.
+            groups = [dataclasses.replace(group, old_logprobs=None) for group in groups]
         groups = reward_groups(self._reward, groups)
         return Batch(
             groups=groups,

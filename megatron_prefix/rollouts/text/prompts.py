@@ -253,16 +253,18 @@ def _read_table(paths: Sequence[Path]) -> Any:
         if isinstance(cause, ValueError):
             raise cause from error
         raise ValueError(f"{paths[0]}: not read into a table: {cause}") from error
-    if len(table) == 0:
-        raise ValueError(f"no record in {', '.join(map(str, paths))}")
     return table
 
 
 def _rows(paths: list[str], stamps: list[tuple[int, int]]) -> Iterator[dict[str, str]]:
+    is_empty = True
     for path in paths:
         for record in open_record_file(Path(path)).records(START):
+            is_empty = False
             try:
                 values = json.dumps(record.values)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{record.source}: {error}") from error
             yield {"record": values, "source": record.source}
+    if is_empty:
+        raise ValueError(f"no record in {', '.join(paths)}")
