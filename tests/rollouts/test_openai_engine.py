@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import itertools
 import json
@@ -123,29 +122,33 @@ def rollouts(data: Path, url: str, **changes: Any) -> dict[str, Any]:
 
 
 class Interruption:
-    """Kills the server when a step is reached, and starts it again `OUTAGE_S` later."""
+    """Kills the server in the middle of a step's requests, and starts it again `OUTAGE_S` later."""
 
     def __init__(self, server: TransformersServer, *, at_step: int) -> None:
         self._server = server
         self._at_step = at_step
+        self._left: int | None = None
         self.began = self.ended = 0.0
         self._thread = threading.Thread(target=self._restart)
 
     def watch(self, run: Trainer) -> None:
-        ask = run.engine.next_groups
+        next_groups, post = run.engine.next_groups, run.engine._client.post
 
-        def next_groups(num_groups: int, *, step: int) -> Any:
+        def watched_groups(num_groups: int, *, step: int) -> Any:
             if step == self._at_step:
-                # In the middle of the batch's requests.
-                threading.Timer(0.5, self._kill).start()
-            return ask(num_groups, step=step)
+                self._left = 10
+            return next_groups(num_groups, step=step)
 
-        run.engine.next_groups = next_groups
+        def watched_post(path: str, body: dict[str, Any]) -> Any:
+            if self._left is not None and path == "/v1/completions":
+                self._left -= 1
+                if self._left == 0:
+                    self._server.kill()
+                    self.began = time.monotonic()
+                    self._thread.start()
+            return post(path, body)
 
-    def _kill(self) -> None:
-        self._server.kill()
-        self.began = time.monotonic()
-        self._thread.start()
+        run.engine.next_groups, run.engine._client.post = watched_groups, watched_post
 
     def _restart(self) -> None:
         time.sleep(OUTAGE_S)
@@ -153,8 +156,7 @@ class Interruption:
         self.ended = time.monotonic()
 
     def join(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._thread.join()
+        self._thread.join()
 
 
 def test_grpo_on_the_servers_rollouts_learns_and_an_outage_costs_time_only(

@@ -84,6 +84,7 @@ class BatchSampler:
         self._reward = reward
         self._spec = spec
         self._load_again = load_again
+        self._retries_told = 0
 
     def sample(self, num_groups: int, *, step: int, version: int | None) -> Batch:
         """The groups of the next prompts. The prompts' position is put back after an error.
@@ -102,7 +103,6 @@ class BatchSampler:
 
     def _sample(self, num_groups: int, *, step: int, version: int | None) -> Batch:
         tally = Tally()
-        retries = self._client.retries
         groups: list[RolloutGroup] = []
         partial = dropped = attempt = 0
         while len(groups) < num_groups:
@@ -126,6 +126,9 @@ class BatchSampler:
             # An optimizer step has them of all its responses or of none.
             groups = [dataclasses.replace(group, old_logprobs=None) for group in groups]
         groups = reward_groups(self._reward, groups)
+        # Those of the weights' hand-over count too.
+        retries = self._client.retries - self._retries_told
+        self._retries_told += retries
         return Batch(
             groups=groups,
             version=version,
@@ -135,7 +138,7 @@ class BatchSampler:
                 "dropped_groups": float(dropped),
                 "rejected_responses": float(tally.rejected),
                 "tokens_from_text": tally.from_text / max(1, tally.samples),
-                "server_retries": float(self._client.retries - retries),
+                "server_retries": float(retries),
             },
         )
 
