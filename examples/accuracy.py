@@ -126,7 +126,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="folder with train.jsonl and test.jsonl")
     parser.add_argument("--output", type=Path, help="default: outputs/ and the example's name")
     parser.add_argument("--warm-start", type=int, default=60, help="supervised steps")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     logging.getLogger("megatron").setLevel(logging.WARNING)
 
     data = args.data or args.example / "sample"

@@ -204,6 +204,10 @@ def enable_cpu_device(*, float64: bool = False) -> None:
     """
     if _undo:
         disable_cpu_device()
+    # torch remembers its factories at the first such block. Taken from here on they would be ours,
+    # and `with torch.device("meta")`, which transformers loads models in, would have no effect.
+    with torch.device("cpu"):
+        torch.empty(0)
     for name in _FACTORIES:
         _replace(torch, name, _on_cpu(getattr(torch, name)))
     _replace_tensor_methods(float64)

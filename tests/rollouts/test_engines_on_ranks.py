@@ -144,9 +144,7 @@ def test_one_rank_asks_and_all_get_the_same_groups_and_errors(tmp_path):
         return Reply(body=completion(choices, len(prompt), 2 * n))
 
     with reply_server(answer) as server:
-        first, second = run_distributed(
-            sample_on_ranks, 2, str(tmp_path), server.url, timeout=150, init_process_group=False
-        )
+        first, second = run_distributed(sample_on_ranks, 2, str(tmp_path), server.url, timeout=150)
         asked = [request.path for request in server.requests]
     assert first == second
     assert first["hf"] == first["embedded"]
