@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_prefix.training.config import load_run_config
+from megatron_prefix.training.config import RunConfig, load_run_config
 from megatron_prefix.training.config_loader import ConfigError
 from megatron_prefix.training.runtime import Runtime, runtime
+from megatron_prefix.training.stop import StopRequest
 from megatron_prefix.training.trainer import Trainer
 
 _GRACE_S = 10.0
@@ -29,7 +30,12 @@ _ENDING = threading.Lock()
 
 
 def main() -> int:
-    """Command line; the exit status is 2 for a wrong configuration."""
+    """Command line.
+
+    Returns:
+        0: done, or stopped and saved because of SIGTERM or SIGUSR1; 1: an error, or other ranks
+        were lost; 2: a wrong configuration.
+    """
     parser = argparse.ArgumentParser(
         prog="torchrun ... -m megatron_prefix.training", description=__doc__
     )
@@ -49,6 +55,11 @@ def main() -> int:
     except (ConfigError, OSError) as error:
         _report(f"{args.config}: {error}", rank)
         return 2
+    with StopRequest() as stop:
+        return _run(config, stop, rank)
+
+
+def _run(config: RunConfig, stop: StopRequest, rank: int) -> int:
     training = config.training
     with runtime(
         config.parallel,
@@ -60,18 +71,30 @@ def main() -> int:
         place.liveness.end_with_others(
             lambda lost: _end(place, lost, "another rank found it; here nothing has failed yet")
         )
+        # A launcher that has lost a rank asks the others to stop, and they may wait for that one.
+        is_over = threading.Event()
+        stop.when_made(lambda: _end_if_others_are_lost(place, stop, is_over))
         try:
-            Trainer(config, place).run()
+            Trainer(config, place, stop=stop).run()
         except (ValueError, OSError) as error:
             _report(str(error), rank)
             return 1
         except Exception as error:
+            first_line = (str(error).splitlines() or [""])[0]
+            how = f"here it shows as {type(error).__name__}: {first_line}"
             lost = place.liveness.lost_ranks()
             if not lost:
                 raise
-            first_line = (str(error).splitlines() or [""])[0]
-            _end(place, lost, f"here it shows as {type(error).__name__}: {first_line}")
+            _end(place, lost, how)
+        finally:
+            is_over.set()
     return 0
+
+
+def _end_if_others_are_lost(place: Runtime, stop: StopRequest, is_over: threading.Event) -> None:
+    lost = place.liveness.lost_ranks()
+    if lost and not is_over.is_set():
+        _end(place, lost, f"this one was asked to stop ({stop.signal})")
 
 
 def _end(place: Runtime, lost: list[int], how: str) -> NoReturn:

@@ -1,22 +1,19 @@
 """Checkpoints in Megatron's distributed format (torch_dist), loadable at any layout.
 
-    checkpoints/
-      step_000010/          weights, optimizer, schedule, random states; trainer.json
-      step_000020.partial/  being written, or cut off: never read, removed by the next save
-      reference/            weights of the reference policy, where a KL term needs one
-
-A checkpoint is written next to its final name and renamed when every rank is done, so a name
-without `.partial` is always complete.
+Each is written while training goes on, from a copy of the state as it was; see
+`checkpoint_files.py` for the folders and for what holds when a run is killed.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import os
+import pickle
 import random
-import re
-import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -32,11 +29,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prefix.training import checkpoint_files as files
+from megatron_prefix.training.checkpoint_writer import CheckpointWriter, use_inherited_results
 from megatron_prefix.training.initial_weights import use_stored_names
 from megatron_prefix.training.model import ModelChunks
+from megatron_prefix.training.runtime import raise_together
 from megatron_prefix.training.torch_adam import initialise_adam, load_optimizer_state
 from megatron_prefix.training.torch_dist import find_checkpoint
-from megatron_prefix.training.write_queue import write_queue
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,17 @@ _METADATA = {
         else "fully_sharded_model_space"
     )
 }
-_STEP_NAME = re.compile(r"step_(\d{6,})")
+_POLL_S = 0.05
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Unfinished:
+    """A checkpoint that is being written."""
+
+    path: Path
+    partial: Path
+    writer: CheckpointWriter
+    state: dict[str, Any]
 
 
 class CheckpointFolder:
@@ -61,6 +70,7 @@ class CheckpointFolder:
             raise ValueError(f"output.keep: {keep} must be at least 1")
         self.directory = directory
         self.keep = keep
+        self._unfinished: _Unfinished | None = None
 
     @property
     def reference_path(self) -> Path:
@@ -69,10 +79,7 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        if not self.directory.is_dir():
-            return []
-        names = (_STEP_NAME.fullmatch(path.name) for path in self.directory.iterdir())
-        return sorted(int(match[1]) for match in names if match)
+        return files.complete_steps(self.directory)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, as rank 0 sees it."""
@@ -92,9 +99,26 @@ class CheckpointFolder:
             os.replace(self.directory, free)
         dist.barrier()
 
+    def begin(self) -> None:
+        """Remove what was cut off, and set aside newest checkpoints that have lost files since.
+
+        Nothing is lost by falling back to the last whole one: all that a run depends on is in it.
+
+        Raises:
+            ValueError: there are checkpoints, and none is whole.
+        """
+        with raise_together():
+            if dist.get_rank() == 0:
+                files.remove_partial(self.directory)
+                for damaged in files.set_damaged_aside(self.directory):
+                    logger.warning(
+                        "%s; renamed to .damaged, the run continues from the checkpoint before it",
+                        damaged,
+                    )
+
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
-        return self.directory / f"step_{step:06d}"
+        return files.step_path(self.directory, step)
 
     def save(
         self,
@@ -104,14 +128,20 @@ class CheckpointFolder:
         scheduler: OptimizerParamScheduler,
         *,
         state: dict[str, Any],
+        background: bool = False,
     ) -> Path:
-        """Write everything that continuing needs.
+        """Write everything that continuing needs, as it is now.
 
         Args:
             state: the trainer's own state, as plain JSON values.
+            background: return when writing has begun; `poll` and `finish` then complete the
+                checkpoint. One that is still being written is completed first.
 
         Returns:
-            The folder written.
+            The folder that is written.
+
+        Raises:
+            ValueError: this checkpoint, or the one before it, could not be written.
         """
         model = _model_state(chunks)
         contents = {
@@ -121,16 +151,64 @@ class CheckpointFolder:
             "random": _random_state(),
         }
         state = {**state, "layout": _layout()}
-        path = self._write(self.path(step), contents, state)
-        if dist.get_rank() == 0:
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(old))
-        dist.barrier()
+        path = self.path(step)
+        self._begin_to_write(path, contents, state)
+        if not background:
+            self.finish()
         return path
+
+    def poll(self) -> bool:
+        """Complete the checkpoint that is being written if all ranks have written their part.
+
+        Returns:
+            Whether nothing is being written any more.
+
+        Raises:
+            ValueError: it could not be written; the checkpoints before it are as they were.
+        """
+        unfinished = self._unfinished
+        if unfinished is None:
+            return True
+        if _on_any_rank(unfinished.writer.is_writing):
+            return False
+        self._unfinished = None
+        with _failing_together(unfinished):
+            if unfinished.writer.failure is not None:
+                raise ValueError(unfinished.writer.failure)
+        try:
+            unfinished.writer.finalize()
+            error = None
+        except CheckpointException as caught:
+            error = caught
+        with _failing_together(unfinished):
+            if error is not None and error.failures:
+                raise ValueError("; ".join(sorted({str(e) for e, _ in error.failures.values()})))
+        with _failing_together(unfinished):
+            if dist.get_rank() == 0:
+                files.complete(unfinished.partial, unfinished.path, unfinished.state)
+                for old in self.steps()[: -self.keep]:
+                    files.remove(self.path(old))
+        return True
+
+    def finish(self) -> None:
+        """Wait until nothing is being written any more.
+
+        Raises:
+            ValueError: it could not be written; the checkpoints before it are as they were.
+        """
+        while not self.poll():  # ranks ask together, so that none waits for long in a collective
+            time.sleep(_POLL_S)
+
+    def abandon(self) -> None:
+        """Stop writing, on this rank alone; what was begun is never taken for a checkpoint."""
+        if self._unfinished is not None:
+            self._unfinished.writer.abandon()
 
     def save_reference(self, chunks: ModelChunks) -> Path:
         """Write the current weights as the reference policy's."""
-        return self._write(self.reference_path, _model_state(chunks), {"layout": _layout()})
+        self._begin_to_write(self.reference_path, _model_state(chunks), {"layout": _layout()})
+        self.finish()
+        return self.reference_path
 
     def load_latest(
         self,
@@ -149,7 +227,7 @@ class CheckpointFolder:
         if step is None:
             raise ValueError(f"{self.directory}: no complete checkpoint")
         path = self.path(step)
-        state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+        state = files.read_state(path)
         initialise_adam(optimizer)
         model = _model_state(chunks)
         wanted = {
@@ -190,24 +268,54 @@ class CheckpointFolder:
         if optimizer is not None:
             optimizer.reload_model_params()
 
-    def _write(self, path: Path, contents: dict[str, Any], state: dict[str, Any]) -> Path:
+    def _begin_to_write(self, path: Path, contents: dict[str, Any], state: dict[str, Any]) -> None:
+        self.finish()
         _require_psutil()
-        partial = path.with_name(path.name + ".partial")
+        partials: list[Path | None] = [None]
+        with raise_together():
+            if dist.get_rank() == 0:
+                try:
+                    files.remove_partial(self.directory)
+                    partials[0] = files.begin(path)
+                except OSError as error:
+                    raise ValueError(f"{path}: could not be written: {error}") from error
+        dist.broadcast_object_list(partials, src=0)
+        partial = partials[0]
+        assert partial is not None
+        use_inherited_results()
+        try:
+            request = dist_checkpointing.save(contents, str(partial), async_sharded_save=True)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
+                raise ValueError(f"{path}: could not be written: {error}") from error
+            raise
+        self._unfinished = _Unfinished(
+            path=path, partial=partial, writer=CheckpointWriter(request), state=state
+        )
+
+
+@contextmanager
+def _failing_together(unfinished: _Unfinished) -> Iterator[None]:
+    """Raise what fails on one rank on all of them, and clear away what was written."""
+    try:
+        with raise_together():
+            try:
+                yield
+            except (ValueError, OSError) as error:
+                raise ValueError(
+                    f"{unfinished.path}: could not be written: {error}; the checkpoints before it "
+                    "are as they were"
+                ) from error
+    except ValueError:
         if dist.get_rank() == 0:
-            for leftover in [*self.directory.glob("*.partial"), path]:
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        with write_queue():
-            dist_checkpointing.save(contents, str(partial))
-        dist.barrier()
-        if dist.get_rank() == 0:
-            text = json.dumps(state, indent=1, default=str)
-            (partial / "trainer.json").write_text(text, encoding="utf-8")
-            _sync_to_disk(partial)
-            os.replace(partial, path)
-        dist.barrier()
-        return path
+            files.remove_partial(unfinished.path.parent)
+        raise
+
+
+def _on_any_rank(condition: bool) -> bool:
+    flag = torch.tensor([int(condition)], device=torch.cuda.current_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 def _model_state(chunks: ModelChunks) -> dict[str, Any]:
@@ -229,9 +337,31 @@ def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     except dist_checkpointing.core.CheckpointingException as error:
         raise ValueError(f"{path}: does not fit this model: {error}") from error
     except CheckpointException as error:
-        # torch collects what each rank raised while it planned its reads.
-        reasons = sorted({str(exception) for exception, _ in error.failures.values()})
-        raise ValueError(f"{path}: does not fit this model: {'; '.join(reasons)}") from error
+        # torch collects what each rank raised while it planned its reads, or read.
+        failures = [exception for exception, _ in error.failures.values()]
+        reasons = "; ".join(sorted({str(exception) for exception in failures}))
+        if any(map(_is_unreadable, failures)):
+            raise _unreadable(path, reasons) from error
+        raise ValueError(f"{path}: does not fit this model: {reasons}") from error
+    except Exception as error:
+        if _is_unreadable(error):
+            raise _unreadable(path, str(error)) from error
+        raise
+
+
+def _is_unreadable(error: BaseException) -> bool:
+    """Whether this comes from a file's content, not from what is asked of it."""
+    return isinstance(error, (OSError, EOFError, pickle.UnpicklingError)) or (
+        isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)
+    )
+
+
+def _unreadable(path: Path, reason: str) -> ValueError:
+    first_line = (reason.splitlines() or [""])[0]
+    return ValueError(
+        f"{path}: cannot be read: {first_line}. If the file system is well, the checkpoint is "
+        "damaged: move it away to continue from the one before it"
+    )
 
 
 def _layout() -> dict[str, int]:
@@ -272,13 +402,3 @@ def _require_psutil() -> None:
             "checkpoints need the psutil package, which Megatron-Core does not declare: install "
             "megatron-prefix[train]"
         ) from error
-
-
-def _sync_to_disk(folder: Path) -> None:
-    """Have the files on the disk before the folder gets its final name."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

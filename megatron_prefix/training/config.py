@@ -370,6 +370,8 @@ class OutputConfig:
     """Metrics (metrics.jsonl, tensorboard/), checkpoints (checkpoints/), reward curve."""
     save_every: int = 0
     """Steps between checkpoints; 0: only after the last step."""
+    save_in_background: bool = True
+    """Train on while a checkpoint is written, from a copy of the state in host memory."""
     save_last: bool = True
     keep: int = 2
     """Checkpoints kept; older ones are removed."""

@@ -38,6 +38,7 @@ class Liveness:
         """
         self._rank, self._world_size = rank, world_size
         self._closed = threading.Event()
+        self._looking = threading.Lock()
         self._on_lost: Callable[[list[int]], None] | None = None
         self._store: dist.Store | None = None
         if world_size > 1:
@@ -62,6 +63,11 @@ class Liveness:
         """
         if self._store is None:
             return []
+        with self._looking:
+            return self._look()
+
+    def _look(self) -> list[int]:
+        assert self._store is not None
         try:
             before = self._counts()
             deadline = time.monotonic() + _SILENCE_S

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_prefix.agreement import check_equal_across_ranks
 from megatron_prefix.attention.kernels import select_kernel
@@ -38,6 +39,8 @@ from megatron_prefix.training.model import (
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
 from megatron_prefix.training.runtime import Runtime, raise_together
 from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
+from megatron_prefix.training.stop import StopRequest
+from megatron_prefix.training.waiting import read_waiting, write_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +72,16 @@ class ReferencePolicy:
 class Trainer:
     """One run, on this process."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, *, stop: StopRequest | None = None
+    ) -> None:
+        """Build everything and load the latest checkpoint.
+
+        Args:
+            stop: when it is made on any rank, `run` saves and returns.
+        """
         self.config = config
+        self._stop = stop
         self.runtime = runtime
         self.chunks = build_model_chunks(
             config.model,
@@ -112,12 +123,17 @@ class Trainer:
             config.output.directory / "checkpoints", keep=config.output.keep
         )
         self.step = 0
+        self.stopped = False
+        """Whether `run` has returned because it was asked to."""
+        self._waiting: list[RolloutGroup] | None = None  # rollouts that are not trained on yet
         self.reference: ReferencePolicy | None = None
         self._restore()
 
     def _restore(self) -> None:
         """Weights to start from, the reference policy, then the latest checkpoint."""
         output = self.config.output
+        if output.resume:
+            self.checkpoints.begin()
         resuming = output.resume and self.checkpoints.latest_step() is not None
         if output.load is not None and not resuming:
             check_initial_weights(output.load, self.config.model, self.chunks)
@@ -135,10 +151,14 @@ class Trainer:
         if resuming:
             state = self.checkpoints.load_latest(self.chunks, self.optimizer, self.scheduler)
             self.step = state["step"]
+            with raise_together():
+                waiting = read_waiting(self.checkpoints.path(self.step))
+            if waiting is not None:
+                self._waiting, state["engine"] = waiting
             self.engine.load_state_dict(state["engine"])
 
     def run(self) -> dict[str, Any]:
-        """Train to the configured number of steps.
+        """Train to the configured number of steps, or until a stop is requested.
 
         Returns:
             The last step's metrics, the same on every rank.
@@ -157,34 +177,81 @@ class Trainer:
                     metrics = {"eval": self._evaluate()}
                     self._log(log, 0, metrics)
                 while self.step < config.training.steps:
-                    groups = self._next_groups()
+                    if self._is_to_stop():
+                        break
+                    groups = self._waiting or self._next_groups()
                     if groups is None:
                         break
+                    self._waiting = groups
+                    if self._is_to_stop():
+                        break
                     metrics = {**self.train_on(groups), **self.engine.metrics()}
+                    self._waiting = None
                     self.step += 1
                     if self._evaluates_now():
                         metrics["eval"] = self._evaluate()
                     self._log(log, self.step, metrics)
                     progress(metrics)
                     if output.save_every and self.step % output.save_every == 0:
-                        self._save()
+                        self._save(background=output.save_in_background)
                         saved_step = self.step
-            if output.save_last and saved_step != self.step:
-                self._save()
+            if saved_step != self.step and (output.save_last or self.stopped):
+                self._save(background=False)
+            self.checkpoints.finish()
+            if self.stopped:
+                self._keep_waiting()
+        except BaseException:
+            self.checkpoints.abandon()
+            raise
         finally:
             if log is not None:
                 log.close()
             self.engine.close()
-        if self.runtime.is_main and output.plot:
+        # No rank is gone before all have closed what they hold.
+        dist.barrier()
+        if self.runtime.is_main and output.plot and not self.stopped:
             plot_reward(
                 read_metrics(output.directory / "metrics.jsonl"), output.directory / "reward.png"
             )
         return metrics
 
+    def _is_to_stop(self) -> bool:
+        """Between two steps: complete a checkpoint that is written; whether any rank is to stop."""
+        self.checkpoints.poll()
+        requests: list[str | None] = [None] * self.runtime.world_size
+        if self._stop is not None:
+            dist.all_gather_object(requests, self._stop.signal)
+        for rank, request in enumerate(requests):
+            if request is not None:
+                logger.warning(
+                    "rank %d has got %s: stopping after step %d of %d; start the run again to "
+                    "continue",
+                    *(rank, request, self.step, self.config.training.steps),
+                )
+                self.stopped = True
+                break
+        return self.stopped
+
+    def _keep_waiting(self) -> None:
+        """Write rollouts that were made and not trained on beside the checkpoint."""
+        path = self.checkpoints.path(self.step)
+        if self.runtime.is_main and self._waiting is not None and path.is_dir():
+            write_waiting(path, self._waiting, self.engine.state_dict())
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """`raise_together`, and the checkpoint that is being written is completed."""
+        try:
+            with raise_together():
+                yield
+        except ValueError:
+            self.checkpoints.finish()
+            raise
+
     def _next_groups(self) -> list[RolloutGroup] | None:
         """The next rollout batch; None at the end of the rollouts."""
         groups = None
-        with raise_together():
+        with self._failing_together():
             try:
                 groups = self.engine.next_groups(
                     self.config.rollouts.groups_per_step, step=self.step
@@ -200,7 +267,7 @@ class Trainer:
 
     def _evaluate(self) -> float:
         assert self.evaluator is not None
-        with raise_together():
+        with self._failing_together():
             score = self.evaluator.evaluate()
         return score
 
@@ -212,7 +279,7 @@ class Trainer:
         """
         started = time.perf_counter()
         training = self.config.training
-        with raise_together():
+        with self._failing_together():
             minibatches = [
                 build_minibatch(
                     part,
@@ -259,6 +326,7 @@ class Trainer:
                 )
                 # The same on every rank, and before anything of this step can be saved.
                 if not math.isfinite(result.grad_norm):
+                    self.checkpoints.finish()
                     raise ValueError(
                         f"step {self.step + 1}: the gradient's norm is {result.grad_norm}, and "
                         "so the weights are lost; look for extreme old_logprobs or lower "
@@ -318,7 +386,7 @@ class Trainer:
         if log is not None:
             log.write(step, metrics)
 
-    def _save(self) -> None:
+    def _save(self, *, background: bool) -> None:
         self.checkpoints.save(
             self.step,
             self.chunks,
@@ -329,6 +397,7 @@ class Trainer:
                 "engine": self.engine.state_dict(),
                 "config": config_summary(self.config),
             },
+            background=background,
         )
 
     @contextlib.contextmanager
