@@ -77,6 +77,8 @@ def _run(config: RunConfig, stop: StopRequest, rank: int) -> int:
         try:
             Trainer(config, place, stop=stop).run()
         except (ValueError, OSError) as error:
+            is_over.set()
+            stop.release()  # whoever waits below may be ended
             _report(str(error), rank)
             return 1
         except Exception as error:

@@ -50,6 +50,12 @@ class StopRequest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Signals do again what they did before the block: most likely, end this process."""
+        if self not in _active:
+            return
         _active.remove(self)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
