@@ -38,6 +38,7 @@ setup(
             "ruff",
             "prefix_grouper==0.0.1.post1",
             TRITON,
+            "pyroute2",
         ],
     },
 )

@@ -107,7 +107,7 @@ class CheckpointFolder:
         Raises:
             ValueError: there are checkpoints, and none is whole.
         """
-        with raise_together():
+        with raise_together(name_rank=False):
             if dist.get_rank() == 0:
                 files.remove_partial(self.directory)
                 for damaged in files.set_damaged_aside(self.directory):
@@ -272,7 +272,7 @@ class CheckpointFolder:
         self.finish()
         _require_psutil()
         partials: list[Path | None] = [None]
-        with raise_together():
+        with raise_together(name_rank=False):
             if dist.get_rank() == 0:
                 try:
                     files.remove_partial(self.directory)
@@ -298,7 +298,7 @@ class CheckpointFolder:
 def _failing_together(unfinished: _Unfinished) -> Iterator[None]:
     """Raise what fails on one rank on all of them, and clear away what was written."""
     try:
-        with raise_together():
+        with raise_together(name_rank=False):
             try:
                 yield
             except (ValueError, OSError) as error:

@@ -152,11 +152,14 @@ def set_seed(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def raise_together() -> Iterator[None]:
+def raise_together(*, name_rank: bool = True) -> Iterator[None]:
     """Raise a ValueError of any rank on all of them, so that none is left waiting. Collective.
 
     For blocks whose ranks compute the same: user's data and user's functions are read on every
     rank, and may fail on one alone.
+
+    Args:
+        name_rank: False where it does not matter which rank it was, such as where one acts for all.
 
     Raises:
         ValueError: the block's own where every rank has the same; otherwise that of the first rank
@@ -173,4 +176,5 @@ def raise_together() -> Iterator[None]:
         raise error
     for rank, message in enumerate(messages):
         if message is not None:
-            raise ValueError(f"rank {rank} of {len(messages)}: {message}") from error
+            where = f"rank {rank} of {len(messages)}: " if name_rank else ""
+            raise ValueError(f"{where}{message}") from error

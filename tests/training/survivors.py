@@ -86,6 +86,15 @@ class Job:
             process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in self.processes]
 
+    def wait_as_torchrun(self, timeout: float) -> list[int | None]:
+        """The exit codes when a rank has failed and the others were asked to stop for it."""
+        for _ in self.wait_until(timeout):
+            pass
+        for rank, process in enumerate(self.processes):
+            if process.exitcode is None:
+                self.signal(rank, signal.SIGTERM)
+        return self.wait(timeout)
+
     @property
     def has_ended(self) -> bool:
         """Whether a rank has ended."""

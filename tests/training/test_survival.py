@@ -214,7 +214,7 @@ def test_a_writer_that_is_killed_ends_the_run_with_an_error_and_the_last_checkpo
             if writers := psutil.Process(job.processes[0].pid).children():
                 writers[0].kill()
                 break
-        assert job.wait(timeout=60) == [1, 1]
+        assert job.wait_as_torchrun(timeout=60)[0] == 1
         error = f"error: {_checkpoints(config)}/step_"
         assert error in job.output(0) and "a writing process ended with exit code" in job.output(0)
     steps = checkpoint_files.complete_steps(_checkpoints(config))
@@ -248,7 +248,7 @@ def test_a_full_disk_ends_the_run_with_an_error_and_it_continues_when_there_is_r
     config = _config(tmp_path / "full", directory=str(small_disk / "out"), keep=100)
     with Job(config) as job:
         job.start()
-        assert job.wait(timeout=120) == [1, 1], job.output(0)
+        assert job.wait_as_torchrun(timeout=120)[0] == 1, job.output(0)
         errors = [line for line in job.output(0).splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
         assert errors[0].startswith(f"error: {small_disk}/out/checkpoints/step_")
@@ -319,7 +319,7 @@ def _fails(config: Path) -> str:
     """Run, which has to end with one error of both ranks; returns it."""
     with Job(config) as job:
         job.start()
-        assert job.wait(timeout=120) == [1, 1], job.output(0)
+        assert job.wait_as_torchrun(timeout=120)[0] == 1, job.output(0)
         errors = [line for line in job.output(0).splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and "Traceback" not in job.output(0)
         return errors[0]
