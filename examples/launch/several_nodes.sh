@@ -65,6 +65,8 @@ case $RENDEZVOUS in
 esac
 TRAIN_ARGS=(-m megatron_prefix.training "$@")
 
+# A new store whenever ranks are started again: torchrun's own still holds what the killed ones said.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export GLOO_SOCKET_IFNAME=$INTERFACE
 export NCCL_SOCKET_IFNAME=$INTERFACE
 # SIGUSR1 is for the ranks, which save and end; without this it would end torchrun.

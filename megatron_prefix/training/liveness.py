@@ -131,7 +131,17 @@ def _verdict(store: dist.Store) -> list[int]:
 
 
 def _key(what: str) -> str:
-    return f"megatron_prefix/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{what}"
+    return f"megatron_prefix/{attempt()}/{what}"
+
+
+def attempt() -> str:
+    """Tells a start of the job's ranks from those before it in the same store.
+
+    torchrun keeps one store for all starts on one machine. Over several machines its agents count
+    starts differently; there the launch scripts ask for a new store each time.
+    """
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if on_one_machine else "0"
 
 
 def _connect() -> dist.Store:

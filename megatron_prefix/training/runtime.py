@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_prefix.training.config import ParallelConfig
 from megatron_prefix.training.cpu_device import disable_cpu_device, enable_cpu_device
-from megatron_prefix.training.liveness import Liveness
+from megatron_prefix.training.liveness import Liveness, attempt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +92,15 @@ def runtime(
     try:
         started_here = not dist.is_initialized()
         if started_here:
+            timeout = timedelta(minutes=timeout_minutes)
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
             dist.init_process_group(
                 backend="gloo" if device == "cpu" else "nccl",
+                # Addresses of ranks that have been killed must not be taken for those of now.
+                store=dist.PrefixStore(f"start_{attempt()}", store),
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(minutes=timeout_minutes),
+                timeout=timeout,
             )
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,

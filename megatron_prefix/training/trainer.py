@@ -223,11 +223,12 @@ class Trainer:
             dist.all_gather_object(requests, self._stop.signal)
         for rank, request in enumerate(requests):
             if request is not None:
-                logger.warning(
-                    "rank %d has got %s: stopping after step %d of %d; start the run again to "
-                    "continue",
-                    *(rank, request, self.step, self.config.training.steps),
-                )
+                if self.runtime.is_main:
+                    logger.warning(
+                        "rank %d has got %s: stopping after step %d of %d; start the run again to "
+                        "continue",
+                        *(rank, request, self.step, self.config.training.steps),
+                    )
                 self.stopped = True
                 break
         return self.stopped
