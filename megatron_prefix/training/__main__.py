@@ -9,6 +9,7 @@ import argparse
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -96,7 +97,9 @@ def _run(config: RunConfig, stop: StopRequest, rank: int) -> int:
 def _end_if_others_are_lost(place: Runtime, stop: StopRequest, is_over: threading.Event) -> None:
     lost = place.liveness.lost_ranks()
     if lost and not is_over.is_set():
-        _end(place, lost, f"this one was asked to stop ({stop.signal})")
+        assert stop.signal is not None
+        name = signal.Signals(stop.signal).name
+        _end(place, lost, f"this one was asked to stop ({name})")
 
 
 def _end(place: Runtime, lost: list[int], how: str) -> NoReturn:

@@ -21,14 +21,9 @@ class StopRequest:
     """Whether this process was asked to stop, within a `with` block of the main thread."""
 
     def __init__(self) -> None:
-        self.signal: str | None = None
-        """The name of the first signal; None while there was none."""
+        self.signal: int | None = None
+        """The first signal; None while there was none."""
         self._on_request: Callable[[], None] = lambda: None
-
-    @property
-    def is_made(self) -> bool:
-        """Whether a signal has come."""
-        return self.signal is not None
 
     def when_made(self, call: Callable[[], None]) -> None:
         """Call this once, from a thread, when the first signal comes."""
@@ -67,7 +62,7 @@ class StopRequest:
 
     def _note(self, number: int) -> None:
         if self.signal is None:
-            self.signal = signal.Signals(number).name
+            self.signal = number
 
     def _read(self) -> None:
         called = False

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -43,6 +44,8 @@ from megatron_prefix.training.stop import StopRequest
 from megatron_prefix.training.waiting import read_waiting, write_waiting
 
 logger = logging.getLogger(__name__)
+
+_SIGNALS = 128  # more than there are
 
 
 class ReferencePolicy:
@@ -218,19 +221,21 @@ class Trainer:
     def _is_to_stop(self) -> bool:
         """Between two steps: complete a checkpoint that is written; whether any rank is to stop."""
         self.checkpoints.poll()
-        requests: list[str | None] = [None] * self.runtime.world_size
-        if self._stop is not None:
-            dist.all_gather_object(requests, self._stop.signal)
-        for rank, request in enumerate(requests):
-            if request is not None:
-                if self.runtime.is_main:
-                    logger.warning(
-                        "rank %d has got %s: stopping after step %d of %d; start the run again to "
-                        "continue",
-                        *(rank, request, self.step, self.config.training.steps),
-                    )
-                self.stopped = True
-                break
+        if self._stop is None:
+            return False
+        # The largest of rank and signal in one number: one small reduction.
+        number = 0 if self._stop.signal is None else self._stop.signal
+        request = torch.tensor(
+            number and (self.runtime.rank + 1) * _SIGNALS + number, device=self.runtime.device
+        )
+        dist.all_reduce(request, op=dist.ReduceOp.MAX)
+        rank, number = divmod(int(request), _SIGNALS)
+        self.stopped = rank > 0
+        if self.stopped and self.runtime.is_main:
+            logger.warning(
+                "rank %d has got %s: stopping after step %d of %d; start the run again to continue",
+                *(rank - 1, signal.Signals(number).name, self.step, self.config.training.steps),
+            )
         return self.stopped
 
     def _keep_waiting(self) -> None:
