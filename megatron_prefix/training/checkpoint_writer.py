@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron_prefix.training.stop import STOP_SIGNALS
 
 _PR_SET_PDEATHSIG = 1
+_WATCH_S = 0.05
 
 
 class CheckpointWriter:
@@ -135,8 +136,9 @@ def _end_with(parent: int) -> None:
 
 def _end_with_children() -> None:
     """End the writer if a process that writes a file for it is killed: it would wait for ever."""
+    known: set[multiprocessing.process.BaseProcess] = set()
     while True:
-        time.sleep(0.5)
-        for child in multiprocessing.active_children():
-            if child.exitcode:
-                os._exit(1)
+        known.update(multiprocessing.active_children())  # those that have ended drop out of it
+        if any(child.exitcode for child in known):
+            os._exit(1)
+        time.sleep(_WATCH_S)

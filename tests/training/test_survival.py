@@ -39,7 +39,7 @@ SAVE_EVERY = 2
 KILLS = 20
 
 
-def _config(folder: Path, **output: Any) -> Path:
+def _config(folder: Path, *, steps: int = STEPS, **output: Any) -> Path:
     """A run of two data-parallel ranks whose learning rate, data and weights change in each step.
 
     Its random states matter where a model draws; this one does not, and `test_checkpoint` has them.
@@ -49,7 +49,7 @@ def _config(folder: Path, **output: Any) -> Path:
     values = run_values(
         folder / "out",
         records=records,
-        training={"steps": STEPS},
+        training={"steps": steps},
         optimizer={"lr": 1e-2, "lr_decay_style": "cosine", "weight_decay": 0.1},
         output={"save_every": SAVE_EVERY, **output},
     )
@@ -202,17 +202,15 @@ def test_what_a_killed_rank_was_writing_with_ends_with_it(tmp_path: Path) -> Non
         assert writers and not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.parametrize("which", ["writer", "process of one file"])
 def test_a_writer_that_is_killed_ends_the_run_with_an_error_and_the_last_checkpoint_whole(
-    tmp_path: Path,
+    which: str, tmp_path: Path
 ) -> None:
-    config = _config(tmp_path / "out_of_memory")
+    config = _config(tmp_path / "out_of_memory", steps=1_000_000)
     with Job(config) as job:
         job.start()
         for _ in job.wait_until(timeout=120):
-            if _steps_done(config) < 4:
-                continue
-            if writers := psutil.Process(job.processes[0].pid).children():
-                writers[0].kill()
+            if _steps_done(config) >= 4 and _kill_a_writer(job, which):
                 break
         assert job.wait_as_torchrun(timeout=60)[0] == 1
         error = f"error: {_checkpoints(config)}/step_"
@@ -222,6 +220,21 @@ def test_a_writer_that_is_killed_ends_the_run_with_an_error_and_the_last_checkpo
     for step in steps:
         path = checkpoint_files.step_path(_checkpoints(config), step)
         assert checkpoint_files.damage(path) is None
+
+
+def _kill_a_writer(job: Job, which: str) -> bool:
+    """Kill what writes, if something does now."""
+    rank = psutil.Process(job.processes[0].pid)
+    try:
+        for process in rank.children(recursive=which != "writer"):
+            if which == "writer" or process.ppid() != rank.pid:
+                process.suspend()  # or it has written before it is killed
+                time.sleep(0.2)
+                process.kill()
+                return True
+    except psutil.NoSuchProcess:
+        pass
+    return False
 
 
 @pytest.fixture
