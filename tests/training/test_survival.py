@@ -210,7 +210,7 @@ def test_a_writer_that_is_killed_ends_the_run_with_an_error_and_the_last_checkpo
     with Job(config) as job:
         job.start()
         for _ in job.wait_until(timeout=120):
-            if _steps_done(config) >= 4 and _kill_a_writer(job, which):
+            if checkpoint_files.complete_steps(_checkpoints(config)) and _kill_a_writer(job, which):
                 break
         assert job.wait_as_torchrun(timeout=60)[0] == 1
         error = f"error: {_checkpoints(config)}/step_"
