@@ -5,7 +5,7 @@
 #   bash tests/run.sh tests/layout -k tree     arguments go to pytest
 #   MEGATRON_CORE=0.15.3 bash tests/run.sh     another release
 #   TEST_PROCESSES=0 bash tests/run.sh         in one process, for a debugger
-#   SURVIVAL=long bash tests/run.sh            20 kills under real torchruns, too (8 more minutes)
+#   SURVIVAL=long bash tests/run.sh            20 kills under a real torchrun, not 1
 #   TORCH=2.9.1 PYTHON=python3.12 bash tests/run.sh
 #
 # The environment is made once per combination, in .venv-tests/.

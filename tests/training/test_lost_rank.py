@@ -116,7 +116,8 @@ def test_torchrun_names_the_lost_rank_and_the_run_continues_from_its_checkpoint(
     reached = len(read_rows(tmp_path / "out"))
     newest = max(path.name for path in (tmp_path / "out" / "checkpoints").glob("step_??????"))
     saved = int(newest.removeprefix("step_"))
-    assert 0 <= reached - saved <= 2  # of the steps since, none is promised
+    # Of the steps since, none is promised; a checkpoint that was being written is not there.
+    assert 0 <= reached - saved <= 4
 
     with _ranks(_config(tmp_path, steps=saved + 2), 4) as processes:
         for rank, process in enumerate(processes):
