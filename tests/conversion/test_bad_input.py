@@ -246,7 +246,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Damage, str]] = {
         ),
         r"linear_qkv\.bias would be lost",
     ),
-    "a norm too few": (
+    "damaged model section": (
         lambda folder: _edit_text(
             folder / "model.yaml",
             "qk_layernorm: false",
