@@ -27,6 +27,10 @@ class ServerMismatch(ServerError):
     """The server samples from something else than the run trains."""
 
 
+class OtherWeights(ServerMismatch):
+    """The server answers with other weights than were loaded last."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One response."""

@@ -14,6 +14,7 @@ import numpy as np
 from megatron_prefix.rollouts.config import ServerConfig
 from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.server.answers import (
+    OtherWeights,
     Reader,
     Sample,
     SampleRejected,
@@ -228,7 +229,7 @@ class Asker:
         metadata = answer.get("metadata")
         found = metadata.get("weight_version") if isinstance(metadata, dict) else None
         if None not in (found, self.weights) and found != self.weights:
-            raise ServerMismatch(
+            raise OtherWeights(
                 f"{self._client.url}: answers with weights of version {found}, but {self.weights} "
                 "were loaded; does something else load weights into this server?"
             )

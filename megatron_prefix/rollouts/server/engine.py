@@ -18,7 +18,7 @@ from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
 from megatron_prefix.rollouts.records import RolloutGroup, validate_group
 from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_groups
-from megatron_prefix.rollouts.server.answers import Sample
+from megatron_prefix.rollouts.server.answers import OtherWeights, Sample
 from megatron_prefix.rollouts.server.asking import Asker, Tally, Wanted, request_seed
 from megatron_prefix.rollouts.server.client import ServerClient, ServerError
 from megatron_prefix.rollouts.server.loading import WeightLoader
@@ -174,15 +174,27 @@ class BatchSampler:
 
         A server that was away has been started anew, for all that is known.
         """
+        load_again = self._load_again
+        if load_again is None:
+            return self._asker.ask(wanted, tally)
+        has_differed = False
         while True:
             outages = self._client.outages
-            found = self._asker.ask(wanted, tally)
-            if self._client.outages == outages or self._load_again is None:
-                return found
+            try:
+                found = self._asker.ask(wanted, tally)
+                if self._client.outages == outages:
+                    return found
+            except OtherWeights:
+                # Once, where no outage explains it: a second time somebody else loads them.
+                if self._client.outages == outages:
+                    if has_differed:
+                        raise
+                    has_differed = True
             logger.warning(
-                "%s: was away; loading the weights again, and asking again", self._client.url
+                "%s: seems to have been started anew; loading the weights and asking again",
+                self._client.url,
             )
-            self._load_again()
+            load_again()
 
     def _group(self, prompt: Prompt, samples: list[Sample], version: int | None) -> RolloutGroup:
         with_logprobs = self._spec.uses_logprobs and all(s.logprobs is not None for s in samples)
