@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import reprlib
+import signal
 import sys
 import threading
 import time
@@ -21,6 +22,10 @@ from typing import Any, BinaryIO
 
 def main() -> None:
     """Serve calls until the input ends."""
+    # A scheduler that asks a run to stop asks all of its processes; the run still needs this one.
+    # Not SIG_IGN, which what the reward starts would inherit.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
     calls = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -158,6 +159,16 @@ def test_a_reward_that_fails_names_the_record_unless_it_has_a_value(tokenizer, w
         compute_rewards(reward, group_of("good", word))
     where = "file.jsonl:17: responses[1]: reward tests.rollouts.user_rewards:shout "
     assert str(caught.value).startswith(where)
+    close_reward(reward)
+
+
+def test_a_reward_process_outlives_what_asks_the_run_to_stop(tokenizer):
+    reward = process_reward(tokenizer)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        worker = reward._idle.get()
+        worker._process.send_signal(number)
+        reward._idle.put(worker)
+        assert compute_rewards(reward, group_of("good")) == (1,)
     close_reward(reward)
 
 
