@@ -7,8 +7,8 @@
 Levels: attention alone, one decoder layer, or forward and backward of a real Megatron GPTModel.
 Sides (see tools/benchmarks/): `grouped` is this package, `ungrouped` the same code on sequences
 that repeat the prompt, both packed without padding; `dense_mask`, `flex` and `kv_copy` are other
-mechanisms on the same row; `prefix_grouper` is that package on a Hugging Face Qwen2 with the same
-weights (whole step only).
+mechanisms on the same row; `prefix_grouper` and `prefix_grouper_mask` are that package on a Hugging
+Face Qwen2 with the same weights, with two attention functions (whole step only).
 
 All sides run in one process and take turns step by step; the medians of the repeats' ratios to
 `grouped` are printed with the least and the most, beside the ratio of FLOPs. Before that, outputs
@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benchmarks.levels import LEVELS, Case, build_runners
+from benchmarks.levels import LEVELS, PEERS, Case, build_runners
 from benchmarks.measuring import (
     check_equal,
     in_fresh_process,
@@ -198,7 +198,7 @@ def main() -> int:
     parser.add_argument(
         "--sides",
         nargs="+",
-        choices=[*MECHANISMS, "prefix_grouper"],
+        choices=[*MECHANISMS, *PEERS],
         default=["grouped", "ungrouped"],
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -213,8 +213,9 @@ def main() -> int:
     args = parser.parse_args()
     if "grouped" not in args.sides:
         parser.error("--sides: grouped must be one of them, since ratios are to it")
-    if "prefix_grouper" in args.sides and args.level != "step":
-        parser.error(f"--sides prefix_grouper: only at --level step, not {args.level}")
+    peers = [side for side in args.sides if side in PEERS]
+    if peers and args.level != "step":
+        parser.error(f"--sides {peers[0]}: only at --level step, not {args.level}")
     if "flex" in args.sides and args.device == "cpu":
         parser.error("--sides flex: FlexAttention has no backward on the CPU; needs --device cuda")
     shapes = args.case or [parse_case(text) for text in CASES[args.cases]]
@@ -224,7 +225,7 @@ def main() -> int:
         case = Case(
             level=args.level,
             shape=shape,
-            sizes=model_sizes(args, qkv_bias="prefix_grouper" in args.sides),
+            sizes=model_sizes(args, qkv_bias=bool(peers)),
             device=args.device,
             dtype=args.dtype,
             kernel=args.kernel,

@@ -108,7 +108,7 @@ def _compare(rank: int, world_size: int) -> dict[str, Any]:
     for text in ("3,9,5", "3,20,1-17", "1,9,5", "2,1,6"):
         for level in levels.LEVELS:
             case = levels.Case(level=level, shape=parse_case(text), sizes=sizes, dtype="float64")
-            peer = ["prefix_grouper"] if level == "step" and not text.startswith("2,1,") else []
+            peer = list(levels.PEERS) if level == "step" and not text.startswith("2,1,") else []
             with levels.build_runners(case, sides + peer) as runners:
                 check_equal(runners, tolerance=1e-5)
                 found["equal"].append((text, level, *runners))

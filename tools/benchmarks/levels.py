@@ -30,6 +30,8 @@ from .mechanisms import Mechanism, build_mechanism
 from .shapes import ModelSizes, Shape, make_batch, training_config, trees
 
 LEVELS = ("attention", "layer", "step")
+PEERS = ("prefix_grouper", "prefix_grouper_mask")
+"""Whole models of others, at level "step" only."""
 OBJECTIVE = ObjectiveConfig()
 
 
@@ -202,10 +204,10 @@ def _step_runners(case: Case, sides: Sequence[str], chunks: ModelChunks) -> dict
     both = trees(case.shape, case.sizes.vocab, case.seed)
     device = torch.device(case.device)
     for side in sides:
-        if side == "prefix_grouper":
+        if side in PEERS:
             from .prefix_grouper import PrefixGrouperRunner
 
-            runners[side] = PrefixGrouperRunner(case, chunks)
+            runners[side] = PrefixGrouperRunner(case, chunks, side=side)
             continue
         own = side in both
         batch = make_batch(

@@ -1,9 +1,12 @@
 """The released `prefix_grouper` package on a Hugging Face Qwen2 of equal size and weights.
 
-It ships no attention function for the CPU, so one on torch's scaled_dot_product_attention is
-registered here: the prompt causally, responses with the mask that the package's copies of the
-prompt's keys ask for, key/value heads shared in place. The step is the one that its documentation
-describes: grouped inputs, logits of all of them, `split_output`, and the loss on the responses.
+It ships no attention function for the CPU, so two on torch's scaled_dot_product_attention are
+registered here. `prefix_grouper` computes the prompt causally and the responses with one [R, P + R]
+mask for all, key/value heads shared in place: the padding mask that the package hands over changes
+nothing where padding is at the end, so the function leaves it out. `prefix_grouper_mask` takes it
+in, as a function for any padding has to: [G, 1, R, P + R], key/value heads repeated. The step is
+the one that the package's documentation describes: grouped inputs, logits of all of them,
+`split_output`, and the loss on the responses.
 """
 
 from __future__ import annotations
@@ -21,21 +24,21 @@ from megatron_prefix.training.model import ModelChunks
 
 from .shapes import advantages, rollouts
 
-_ATTENTION = "prefix_grouper_sdpa"
+_ATTENTION = "{}_sdpa"
 
 
 class PrefixGrouperRunner:
     """Forward, loss and backward; see `Runner`."""
 
-    def __init__(self, case: Any, chunks: ModelChunks) -> None:
-        """Build the model with the weights of `chunks`.
+    def __init__(self, case: Any, chunks: ModelChunks, *, side: str) -> None:
+        """Build the model with the weights of `chunks`, and the attention function of this side.
 
         Raises:
             ImportError: `prefix_grouper` or `transformers` is missing.
         """
         package = importlib.import_module("prefix_grouper")
-        _register(package)
-        self._model = _qwen2(case, chunks)
+        _register(side, with_mask=side == "prefix_grouper_mask")
+        self._model = _qwen2(case, chunks, attention=_ATTENTION.format(side))
         self._chunks = chunks
         prompt, responses = rollouts(case.shape, case.sizes.vocab, case.seed)
         longest = max(case.shape.responses)
@@ -90,7 +93,7 @@ class PrefixGrouperRunner:
         }
 
 
-def _register(package: Any) -> None:
+def _register(side: str, *, with_mask: bool) -> None:
     from transformers import AttentionInterface
 
     def attend(
@@ -98,9 +101,11 @@ def _register(package: Any) -> None:
     ) -> Tensor:
         size, keys = q.shape[2], k.shape[2]
         causal = None
-        if size < keys:
+        if with_mask or size < keys:
             causal = torch.ones(size, keys, dtype=torch.bool).tril_(keys - size)
-        # Padding lies behind the keys that real queries see, but for none here: one prompt.
+        if with_mask:
+            causal = causal & mask[:, None, None]
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -124,10 +129,10 @@ def _register(package: Any) -> None:
     ) -> tuple[Tensor, None]:
         return prefix_grouper.forward(attend, query, key, value, scaling=scaling), None
 
-    AttentionInterface.register(_ATTENTION, of_layer)
+    AttentionInterface.register(_ATTENTION.format(side), of_layer)
 
 
-def _qwen2(case: Any, chunks: ModelChunks) -> Any:
+def _qwen2(case: Any, chunks: ModelChunks, *, attention: str) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     sizes = case.sizes
@@ -142,7 +147,7 @@ def _qwen2(case: Any, chunks: ModelChunks) -> Any:
         max_position_embeddings=1 << 20,
         rms_norm_eps=model_config.layernorm_epsilon,
         tie_word_embeddings=False,
-        attn_implementation=_ATTENTION,
+        attn_implementation=attention,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
