@@ -32,6 +32,14 @@ def save_word_tokenizer(folder: Path, words: list[str], end: str) -> Path:
     return folder
 
 
+_WITH_PARENT = """
+parent=$1; shift
+"$@" &
+while kill -0 "$parent" && kill -0 $!; do sleep 1; done 2> /dev/null
+kill -9 $!
+"""
+
+
 class TransformersServer:
     """`transformers serve` in a process of its own, at a port that stays the same."""
 
@@ -51,6 +59,8 @@ class TransformersServer:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [
+                    # A test that is killed leaves no server behind.
+                    *("bash", "-c", _WITH_PARENT, "server", str(os.getpid())),
                     *(str(Path(sys.executable).with_name("transformers")), "serve"),
                     *("--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu"),
                     *self._arguments,
