@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 TRITON = "triton; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"
 # mbridge names neither einops nor transformers, which it imports.
 HUGGING_FACE = ["transformers", "safetensors", "mbridge==0.15.1", "einops", "tqdm"]
-ROLLOUTS = ["transformers", "safetensors", "datasets", "httpx", "jinja2"]
+ROLLOUTS = [*HUGGING_FACE, "datasets", "httpx", "jinja2"]
 TRAINING = ["psutil", "tqdm", "tensorboard", "matplotlib", "pyarrow<25"]
 
 setup(
@@ -28,7 +28,6 @@ setup(
         "hf": HUGGING_FACE,
         "dev": [
             *TRAINING,
-            *HUGGING_FACE,
             *ROLLOUTS,
             "transformers[serving]>=5.24",
             "pytest",

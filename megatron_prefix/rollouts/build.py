@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
@@ -12,8 +11,8 @@ from megatron_prefix.rollouts.embedded.sampler import Sampler
 from megatron_prefix.rollouts.engine import RolloutEngine
 from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.hf.engine import HuggingFaceEngine
+from megatron_prefix.rollouts.hf.export import weights_exporter
 from megatron_prefix.rollouts.hf.folders import PolicyFolders, generation_settings
-from megatron_prefix.rollouts.hf.llama_export import export_llama
 from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream, take_first
 from megatron_prefix.rollouts.rewards import RewardFunction, load_reward
 from megatron_prefix.rollouts.server.build import build_openai_engine
@@ -63,7 +62,7 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
         )
     folders = PolicyFolders(
         rollouts.weights.directory or config.output.directory / "policy",
-        functools.partial(export_llama, chunks, config),
+        weights_exporter(chunks, config),
         generation=generation_settings(
             temperature=options.temperature, top_p=options.top_p, stop_tokens=options.stop_tokens
         ),
