@@ -28,7 +28,7 @@ from megatron_prefix.rollouts.text.prompts import TextPrompts
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 from megatron_prefix.training.config import RunConfig, load_run_config
 from megatron_prefix.training.metrics import read_metrics
-from megatron_prefix.training.runtime import runtime
+from megatron_prefix.training.runtime import runtime_of_run
 from megatron_prefix.training.trainer import Trainer
 
 SIDES = {"grouped": "groups", "ungrouped": "none"}
@@ -86,14 +86,7 @@ def write_answers(config: RunConfig, path: Path) -> None:
 
 def train(config: RunConfig) -> list[dict[str, Any]]:
     """Run a training in this process; returns its metrics by step."""
-    training = config.training
-    with runtime(
-        config.parallel,
-        device=training.device,
-        seed=training.seed,
-        timeout_minutes=training.timeout_minutes,
-        float64=training.dtype == "float64",
-    ) as place:
+    with runtime_of_run(config) as place:
         Trainer(config, place).run()
     return read_metrics(config.output.directory / "metrics.jsonl")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from megatron_prefix.layout import PrefixTree
@@ -54,16 +55,24 @@ def read_shapes(path: Path) -> list[dict[str, Any]]:
 def parse_case(text: str) -> dict[str, Any]:
     """The shape of a group that is written G,prefix,response.
 
+    A response is a number of tokens, or shortest-longest for lengths spread evenly in between.
+
     Raises:
-        ValueError: naming the text that is not three numbers of at least 1.
+        ValueError: naming the text that is not of this form, with numbers of at least 1.
     """
     try:
-        group_size, prefix, response = (int(part) for part in text.split(","))
+        group_size, prefix, response = text.split(",")
+        ends = [int(part) for part in response.split("-", 1)]
+        numbers = [int(group_size), int(prefix), *ends]
+        if min(numbers) < 1:
+            raise ValueError
     except ValueError:
-        raise ValueError(f"{text!r} is not G,prefix,response") from None
-    if min(group_size, prefix, response) < 1:
-        raise ValueError(f"{text!r}: G, prefix and response must be at least 1")
-    return {"prefix": prefix, "responses": [response] * group_size}
+        raise ValueError(
+            f"{text!r} is not G,prefix,response (response: tokens, or shortest-longest), where all "
+            "must be at least 1"
+        ) from None
+    lengths = np.linspace(ends[0], ends[-1], numbers[0])
+    return {"prefix": numbers[1], "responses": [round(n) for n in lengths.tolist()]}
 
 
 def tree_of_shape(shape: dict[str, Any], index: int) -> PrefixTree:

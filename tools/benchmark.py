@@ -21,6 +21,7 @@ The last line of stdout is a JSON object.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
@@ -45,6 +46,7 @@ from benchmarks.mechanisms import MECHANISMS
 from benchmarks.report import HEADER, line, plot
 from benchmarks.shapes import ModelSizes, Shape, parse_case, training_config, trees
 
+from megatron_prefix.layout import trained_labels
 from megatron_prefix.layout.cost import attention_pairs
 from megatron_prefix.training.config import ParallelConfig
 from megatron_prefix.training.model import model_shape, transformer_config
@@ -82,9 +84,7 @@ def flops_ratio(case: Case, side: str) -> float | None:
             for name, tree in both.items()
         }
         return of_layer["ungrouped"] / of_layer["grouped"]
-    # A group of one is one segment, of which only the response is trained on.
-    labels = grouped.packed_lengths.copy()
-    labels[0] = 0 if case.shape.group_size > 1 else case.shape.responses[0]
+    labels = trained_labels(grouped, [case.shape.prefix] * case.shape.group_size)
     options: dict[str, Any] = {"labels": labels, "trim_last_layer": True}
     return shape.ungrouped_flops(grouped, **options) / shape.tree_flops(grouped, **options)
 
@@ -102,16 +102,10 @@ def measure_peak_mb(case: Case, side: str) -> float:
     """Peak memory of one step, in a fresh process."""
     # A tiny step first, so that what libraries set up once does not count.
     tiny = Shape(prefix=8, responses=(8, 8))
-    with build_runners(_with_shape(case, tiny), [side]) as runners:
+    with build_runners(dataclasses.replace(case, shape=tiny), [side]) as runners:
         runners[side].step()
     with build_runners(case, [side]) as runners:
         return peak_growth_mb(runners[side].step)
-
-
-def _with_shape(case: Case, shape: Shape) -> Case:
-    from dataclasses import replace
-
-    return replace(case, shape=shape)
 
 
 def benchmark(args: argparse.Namespace, case: Case) -> list[dict[str, Any]]:

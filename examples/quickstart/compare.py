@@ -36,7 +36,7 @@ from megatron_prefix.training.config import RunConfig, load_run_config
 from megatron_prefix.training.minibatch import trained_sequences
 from megatron_prefix.training.model import ModelChunks, build_model_chunks, model_shape
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
-from megatron_prefix.training.runtime import Runtime, runtime
+from megatron_prefix.training.runtime import Runtime, runtime_of_run
 from megatron_prefix.training.step import accumulate_gradients, reduce_sums, train_step
 
 SIDES = ("grouped", "ungrouped")
@@ -189,14 +189,7 @@ def main() -> int:
     args = parser.parse_args()
     logging.getLogger("megatron").setLevel(logging.WARNING)
     config = load_run_config(args.config, tuple(args.overrides))
-    training = config.training
-    with runtime(
-        config.parallel,
-        device=training.device,
-        seed=training.seed,
-        timeout_minutes=training.timeout_minutes,
-        float64=training.dtype == "float64",
-    ) as place:
+    with runtime_of_run(config) as place:
         result = compare(config, place, num_batches=args.batches, repeats=args.repeats)
         if place.is_main:
             args.output.write_text(json.dumps(result) + "\n", encoding="utf-8")

@@ -82,7 +82,7 @@ class ContextParallelPlan:
     @property
     def self_stage(self) -> AttentionStage:
         """The causal squares over the rank's row."""
-        return self._stages.local()[0]
+        return self._local_stages[0]
 
     @property
     def shard_tokens(self) -> int:
@@ -152,7 +152,11 @@ class ContextParallelPlan:
     @cached_property
     def local(self) -> tuple[StageTensors, ...]:
         """The self stage over the rank's row, then what else needs no communication."""
-        return self._tensors(self._stages.local())
+        return self._tensors(self._local_stages)
+
+    @cached_property
+    def _local_stages(self) -> tuple[AttentionStage, ...]:
+        return self._stages.local()
 
     @cached_property
     def gathered(self) -> GatheredTensors:

@@ -79,8 +79,6 @@ class AttentionPlan:
     """The self stage over the whole row, then the cross stages."""
     num_tokens: int
     """Tokens of the packed row, with padding: keys and values."""
-    num_queries: int
-    """Tokens that attend: all of the row, unless the plan is trimmed."""
     source: tuple[AttentionStage, ...]
     """What `stages` were made of."""
     device: torch.device | str
@@ -99,7 +97,6 @@ class AttentionPlan:
         return cls(
             stages=stage_tensors(layout.stages, device),
             num_tokens=layout.num_tokens,
-            num_queries=layout.num_tokens,
             source=layout.stages,
             device=device,
         )
@@ -114,11 +111,15 @@ class AttentionPlan:
         return dataclasses.replace(
             self,
             stages=stage_tensors(stages, self.device),
-            num_queries=int(kept.sum()),
             source=stages,
         )
 
     @property
     def self_stage(self) -> AttentionStage:
-        """The causal squares over the whole row."""
+        """The causal squares of all tokens that attend."""
         return self.source[0]
+
+    @property
+    def num_queries(self) -> int:
+        """Tokens that attend: all of the row, unless the plan is trimmed."""
+        return int(self.self_stage.cu_q[-1])

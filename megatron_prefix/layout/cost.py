@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -146,7 +147,7 @@ class ModelShape:
         )
         if trim_last_layer:
             saved = tree.packed_lengths - labels
-            pairs = saved * (saved + 1) // 2 + saved * tree.first_positions
+            pairs = attention_pairs_of(saved, tree.first_positions)
             flops -= self.last_layer_flops(tokens=saved.sum(), pairs=pairs.sum())
         return flops
 
@@ -169,13 +170,13 @@ class ModelShape:
         lengths = tree.sequence_lengths - 1
         flops = self.flops(
             tokens=lengths.sum(),
-            pairs=(lengths * (lengths + 1) // 2).sum(),
+            pairs=attention_pairs_of(lengths, 0).sum(),
             labels=(labels * tree.multiplicity).sum(),
         )
         if trim_last_layer:
             saved = _positions_before_the_first_label(tree, labels)
             flops -= self.last_layer_flops(
-                tokens=saved.sum(), pairs=(saved * (saved + 1) // 2).sum()
+                tokens=saved.sum(), pairs=attention_pairs_of(saved, 0).sum()
             )
         return flops
 
@@ -194,8 +195,15 @@ def _positions_before_the_first_label(tree: PrefixTree, labels: np.ndarray) -> n
 
 def attention_pairs(tree: PrefixTree) -> np.ndarray:
     """[nodes] int64: keys that each node's queries see, its own causally and all its ancestors'."""
-    n = tree.packed_lengths
-    return n * (n + 1) // 2 + n * tree.first_positions
+    return attention_pairs_of(tree.packed_lengths, tree.first_positions)
+
+
+Count = TypeVar("Count", int, np.ndarray)
+
+
+def attention_pairs_of(queries: Count, keys_before: Count | int) -> Count:
+    """Pairs of queries that see so many keys before the first of them, and each other causally."""
+    return queries * (queries + 1) // 2 + queries * keys_before
 
 
 def response_labels(tree: PrefixTree) -> np.ndarray:

@@ -14,14 +14,13 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_prefix.layout.cost import attention_pairs, trained_labels
+from megatron_prefix.layout.cost import attention_pairs, attention_pairs_of, trained_labels
 from megatron_prefix.layout.dispatch import shard_layout
 from megatron_prefix.layout.memory import MemoryModel, RankSizes, StaticBytes
 from megatron_prefix.layout.packing import pack
 from megatron_prefix.layout.planner import plan_microbatches
 from megatron_prefix.layout.schedule import pipeline_passes
 from megatron_prefix.layout.shard_stages import RankStages
-from megatron_prefix.layout.sharding import attention_pairs_of
 from megatron_prefix.layout.sharing import SharingRule
 from megatron_prefix.layout.tree import PrefixTree
 

@@ -25,6 +25,7 @@ from functools import cached_property
 
 import numpy as np
 
+from megatron_prefix.layout.cost import attention_pairs_of
 from megatron_prefix.layout.packing import PackedLayout
 
 
@@ -109,8 +110,3 @@ class ContextShards:
     def _sharded_lengths(self) -> np.ndarray:
         segments = self.layout.segments
         return np.array([segments[i].length for i in self.sharded], dtype=np.int64)
-
-
-def attention_pairs_of(queries: np.ndarray, keys_before: np.ndarray) -> np.ndarray:
-    """Pairs of queries that see so many keys before the first of them, and each other causally."""
-    return queries * (queries + 1) // 2 + queries * keys_before

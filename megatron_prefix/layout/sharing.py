@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_prefix.layout.cost import ModelShape
+from megatron_prefix.layout.cost import ModelShape, attention_pairs_of
 from megatron_prefix.layout.planner import GroupSlice, microbatch_tree
 from megatron_prefix.layout.tree import PrefixTree
 
@@ -68,7 +68,7 @@ def _not_worth_sharing(tree: PrefixTree, shape: ModelShape) -> Collection[int]:
             continue  # nothing is shared here; chains are merged when packed
         tokens = carried[node] + lengths[node]
         first = int(tree.first_positions[node]) - carried[node]
-        pairs = tokens * (tokens + 1) // 2 + tokens * first
+        pairs = attention_pairs_of(tokens, first)
         saved = (int(branches[node]) - 1) * shape.flops(tokens=tokens, pairs=pairs, labels=0)
         queries = below[node] - lengths[node]
         cost = queries * MERGE_KEYS * shape.attention_flops_per_pair()

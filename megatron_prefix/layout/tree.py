@@ -145,6 +145,10 @@ class PrefixTree:
             sequences=tuple(tuple(number[node] for node in path) for path in paths),
         )
 
+    def separate(self) -> list[PrefixTree]:
+        """Each sequence as a tree of its own."""
+        return [self.subset([i]).merge_chains() for i in range(self.num_sequences)]
+
     def merge_chains(self) -> PrefixTree:
         """The same sequences with no needless borders: an only child becomes part of its parent.
 

@@ -58,8 +58,8 @@ def trim_stages(stages: Iterable[AttentionStage], kept: np.ndarray) -> tuple[Att
     number = np.cumsum(kept) - 1
     trimmed: list[AttentionStage] = []
     for stage in stages:
-        trimmed += _trim_squares(stage, kept, number) if stage.causal else ()
-        trimmed += _trim_rectangles(stage, kept, number) if not stage.causal else ()
+        trim = _trim_squares if stage.causal else _trim_rectangles
+        trimmed += trim(stage, kept, number)
     return tuple(trimmed)
 
 

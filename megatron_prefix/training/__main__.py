@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from megatron_prefix.training.config import RunConfig, load_run_config
 from megatron_prefix.training.config_loader import ConfigError
-from megatron_prefix.training.runtime import Runtime, runtime
+from megatron_prefix.training.runtime import Runtime, runtime_of_run
 from megatron_prefix.training.stop import StopRequest
 from megatron_prefix.training.trainer import Trainer
 
@@ -61,14 +61,7 @@ def main() -> int:
 
 
 def _run(config: RunConfig, stop: StopRequest, rank: int) -> int:
-    training = config.training
-    with runtime(
-        config.parallel,
-        device=training.device,
-        seed=training.seed,
-        timeout_minutes=training.timeout_minutes,
-        float64=training.dtype == "float64",
-    ) as place:
+    with runtime_of_run(config) as place:
         place.liveness.end_with_others(
             lambda lost: _end(place, lost, "another rank found it; here nothing has failed yet")
         )

@@ -162,11 +162,7 @@ def build_minibatch(
     names = [group.source for group in groups]
     sequences = trained_sequences(groups, objective)
     if packing.sharing == "none":
-        trees = [
-            PrefixTree.from_sequences([tree.sequence_tokens(i)])
-            for tree in trees
-            for i in range(tree.num_sequences)
-        ]
+        trees = [sequence for tree in trees for sequence in tree.separate()]
         names = [group.source for group in groups for _ in group.responses]
         sequences = [[member] for members in sequences for member in members]
     plan = plan_microbatches(

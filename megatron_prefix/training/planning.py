@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prefix.layout import PrefixTree, SharingRule
+from megatron_prefix.layout import SharingRule
 from megatron_prefix.layout.estimate import StepEstimate, StepSetup, estimate_step
 from megatron_prefix.shapes import tree_of_shape
 from megatron_prefix.training.config import (
@@ -135,27 +136,10 @@ def plan_run(run: PlannedRun, shapes: Sequence[dict[str, Any]]) -> Plan:
         for prompt, shape in zip(prompts, shapes, strict=True)
     ]
     grouped = estimate_step(trees, setup, first_trained=first_trained, names=names)
-    alone = [
-        PrefixTree.from_sequences([tree.sequence_tokens(i)])
-        for tree in trees
-        for i in range(tree.num_sequences)
-    ]
     ungrouped = estimate_step(
-        alone,
-        _without_sharing(setup),
+        [sequence for tree in trees for sequence in tree.separate()],
+        dataclasses.replace(setup, sharing=SharingRule(shape=memory.shape)),
         first_trained=[[first] for firsts in first_trained for first in firsts],
     )
     skipped = sum(setup.sharing.group(tree).grouped_tokens > tree.grouped_tokens for tree in trees)
     return Plan(grouped=grouped, ungrouped=ungrouped, skipped_groups=skipped)
-
-
-def _without_sharing(setup: StepSetup) -> StepSetup:
-    return StepSetup(
-        memory=setup.memory,
-        ranks=setup.ranks,
-        stages=setup.stages,
-        token_budget=setup.token_budget,
-        allow_split=setup.allow_split,
-        comm_type=setup.comm_type,
-        sharing=SharingRule(shape=setup.memory.shape),
-    )

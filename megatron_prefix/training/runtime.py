@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_prefix.training.config import ParallelConfig
+from megatron_prefix.training.config import ParallelConfig, RunConfig
 from megatron_prefix.training.cpu_device import disable_cpu_device, enable_cpu_device
 from megatron_prefix.training.liveness import Liveness, attempt
 
@@ -153,6 +153,18 @@ def set_seed(seed: int) -> None:
     np.random.seed(stage_seed % 2**32)
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed)
+
+
+def runtime_of_run(config: RunConfig) -> contextlib.AbstractContextManager[Runtime]:
+    """The `runtime` that a run's config asks for."""
+    training = config.training
+    return runtime(
+        config.parallel,
+        device=training.device,
+        seed=training.seed,
+        timeout_minutes=training.timeout_minutes,
+        float64=training.dtype == "float64",
+    )
 
 
 @contextlib.contextmanager

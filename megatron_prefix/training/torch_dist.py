@@ -20,6 +20,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_prefix.training.checkpoint_files import complete_steps, step_path
+
 TRACKER = "latest_checkpointed_iteration.txt"
 """In a folder of Megatron-LM's checkpoints: the newest one's number, or "release"."""
 
@@ -87,13 +89,9 @@ def find_checkpoint(path: Path) -> Path:
             )
         raise ValueError(f"{path}: {TRACKER} says {text[:40]!r}, neither a number nor release")
     for folder in (path, path / "checkpoints"):
-        steps = {
-            int(match[1]): child
-            for child in (folder.iterdir() if folder.is_dir() else ())
-            if (match := re.fullmatch(r"step_(\d{6,})", child.name))
-        }
+        steps = complete_steps(folder)
         if steps:
-            return find_checkpoint(steps[max(steps)])
+            return find_checkpoint(step_path(folder, steps[-1]))
     raise ValueError(
         f"{path}: not a Megatron distributed checkpoint (no metadata.json), nor a folder of them "
         f"(no {TRACKER}, no step_...)"

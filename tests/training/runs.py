@@ -20,7 +20,7 @@ import yaml
 from megatron_prefix.training import __main__ as command
 from megatron_prefix.training.config import RunConfig
 from megatron_prefix.training.config_loader import load_dataclass
-from megatron_prefix.training.runtime import runtime
+from megatron_prefix.training.runtime import runtime_of_run
 from megatron_prefix.training.trainer import Trainer
 
 VOCAB_SIZE = 64
@@ -92,13 +92,7 @@ def run_values(folder: Path, *, records: Path, **sections: dict[str, Any]) -> di
 def trainer(values: dict[str, Any]):
     """A trainer in the process group that is there, within Megatron's state."""
     config = load_dataclass(RunConfig, values)
-    with runtime(
-        config.parallel,
-        device="cpu",
-        seed=config.training.seed,
-        timeout_minutes=config.training.timeout_minutes,
-        float64=config.training.dtype == "float64",
-    ) as place:
+    with runtime_of_run(config) as place:
         yield Trainer(config, place)
 
 

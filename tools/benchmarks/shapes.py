@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_prefix import shapes
 from megatron_prefix.batch import PackedBatch, TrainedSequence, build_batch
 from megatron_prefix.layout import PrefixTree, pack
 from megatron_prefix.training.config import ModelConfig, TrainingConfig
@@ -37,20 +38,12 @@ class Shape:
 
 
 def parse_case(text: str) -> Shape:
-    """G,prefix,response; a response of shortest-longest spreads the lengths evenly."""
+    """An argument G,prefix,response; see `megatron_prefix.shapes.parse_case`."""
     try:
-        group_size, prefix, response = text.split(",")
-        ends = [int(part) for part in response.split("-")]
-        shape = Shape(
-            prefix=int(prefix),
-            responses=tuple(round(n) for n in np.linspace(ends[0], ends[-1], int(group_size))),
-        )
-        assert len(ends) in (1, 2) and shape.group_size and min(shape.prefix, *ends) > 0
-    except (ValueError, AssertionError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not G,prefix,response (response: tokens, or shortest-longest)"
-        ) from None
-    return shape
+        shape = shapes.parse_case(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Shape(prefix=shape["prefix"], responses=tuple(shape["responses"]))
 
 
 @dataclass(frozen=True, kw_only=True)
