@@ -307,7 +307,7 @@ def test_a_wrong_configuration_ends_with_status_2_before_any_process_group(
     config = write_config(tmp_path / "run.yaml", values)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with mock.patch.object(command, "runtime", side_effect=AssertionError("a group was started")):
+    with mock.patch.object(command, "runtime_of_run", side_effect=AssertionError("a group was started")):
         status, stderr = run_command(config)
     assert status == 2
     expected = (expected,) if isinstance(expected, str) else expected
