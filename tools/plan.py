@@ -58,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
         ("vpp", "virtual_pipeline_model_parallel_size"),
         ("cp", "context_parallel_size"),
         ("ep", "expert_model_parallel_size"),
+        ("etp", "expert_tensor_parallel_size"),
     ):
         parser.add_argument(f"--{name}", type=int, help=what)
     parser.add_argument("--dp", type=int, default=1, help="data-parallel ranks")
@@ -94,6 +95,7 @@ def planned_run(args: argparse.Namespace, shapes: list[dict[str, Any]]) -> Plann
         "virtual_pipeline_model_parallel_size": args.vpp,
         "context_parallel_size": args.cp,
         "expert_model_parallel_size": args.ep,
+        "expert_tensor_parallel_size": args.etp,
     }
     training = {
         "recompute": args.recompute,

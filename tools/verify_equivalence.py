@@ -163,6 +163,7 @@ def main() -> int:
     )
     parser.add_argument("--dp", type=int, default=1, help="data parallel")
     parser.add_argument("--ep", type=int, default=1, help="expert parallel")
+    parser.add_argument("--etp", type=int, help="ranks that each expert is split over")
     parser.add_argument("--no-sequence-parallel", action="store_true")
     parser.add_argument("--no-distributed-optimizer", action="store_true")
     parser.add_argument("--dtype", choices=sorted(TOLERANCES), default="float64")
@@ -194,6 +195,7 @@ def main() -> int:
             context_parallel_size=args.cp,
             virtual_pipeline_model_parallel_size=args.vpp if args.vpp > 1 else None,
             expert_model_parallel_size=args.ep,
+            expert_tensor_parallel_size=args.etp,
             sequence_parallel=False if args.no_sequence_parallel else None,
         )
         shapes = DEFAULT_SHAPES if args.shapes is None else read_shapes(args.shapes)

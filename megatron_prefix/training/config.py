@@ -100,6 +100,9 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline rank (interleaved schedule)."""
     expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that each expert is split over; null: 1 with expert parallelism, as many as tensor
+    parallel without."""
     sequence_parallel: bool | None = None
     """Shard the row over tensor-parallel ranks between layers; null: when tensor parallel."""
 
@@ -117,6 +120,17 @@ class ParallelConfig:
             raise ConfigError(
                 f"virtual_pipeline_model_parallel_size: {chunks} must be at least 1, or null"
             )
+        split = self.expert_tensor_parallel_size
+        if split is not None and split < 1:
+            raise ConfigError(f"expert_tensor_parallel_size: {split} must be at least 1, or null")
+        tensor = self.tensor_model_parallel_size
+        if split not in (None, tensor) and self.expert_model_parallel_size == 1:
+            # It takes their parameters for a dense layer's: ranks are missing from their sums.
+            raise ConfigError(
+                f"expert_tensor_parallel_size: {split} with tensor_model_parallel_size: {tensor} "
+                "and expert_model_parallel_size: 1 gives wrong gradients in Megatron-Core; set it "
+                "to null, or spread the experts (expert_model_parallel_size)"
+            )
         if self.num_model_chunks > 1 and self.pipeline_model_parallel_size == 1:
             raise ConfigError(
                 f"virtual_pipeline_model_parallel_size: {chunks} needs "
@@ -132,6 +146,13 @@ class ParallelConfig:
     def num_model_chunks(self) -> int:
         """Model chunks per pipeline rank, 1 without interleaving."""
         return self.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def expert_split(self) -> int:
+        """`expert_tensor_parallel_size`, resolved."""
+        if self.expert_tensor_parallel_size is not None:
+            return self.expert_tensor_parallel_size
+        return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size
 
     @property
     def uses_sequence_parallel(self) -> bool:
@@ -170,12 +191,14 @@ class ParallelConfig:
                 f"parallel: {world_size} processes do not divide by {sizes} = "
                 f"{self.model_parallel_size}; start a multiple of it"
             )
-        experts = self.expert_model_parallel_size
+        experts, split = self.expert_model_parallel_size, self.expert_tensor_parallel_size or 1
         ranks_of_stage = world_size // self.pipeline_model_parallel_size
-        if ranks_of_stage % experts:
+        if ranks_of_stage % (experts * split):
+            sizes = f"expert_model_parallel_size: {experts}"
+            if split > 1:
+                sizes += f" x expert_tensor_parallel_size: {split}"
             raise ConfigError(
-                f"parallel.expert_model_parallel_size: {experts} does not divide the "
-                f"{ranks_of_stage} ranks of a pipeline stage"
+                f"parallel.{sizes} does not divide the {ranks_of_stage} ranks of a pipeline stage"
             )
         return world_size // self.model_parallel_size
 
@@ -423,15 +446,6 @@ class RunConfig:
                 "training.optimizer_steps_per_rollout: "
                 f"{self.training.optimizer_steps_per_rollout} exceeds rollouts.groups_per_step: "
                 f"{self.rollouts.groups_per_step}; each optimizer step needs a group"
-            )
-        if (
-            self.parallel.expert_model_parallel_size > 1
-            and self.model.transformer.get("num_moe_experts") is None
-        ):
-            raise ConfigError(
-                "parallel.expert_model_parallel_size: "
-                f"{self.parallel.expert_model_parallel_size} needs "
-                "model.transformer.num_moe_experts; set it, or set this to 1"
             )
 
     def _check_sampling(self) -> None:

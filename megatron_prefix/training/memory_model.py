@@ -55,11 +55,7 @@ def _mlp_widths(config: TransformerConfig, *, fused: bool) -> int:
 
 
 def rank_sizes(
-    parallel: ParallelConfig,
-    config: TransformerConfig,
-    optimizer: OptimizerSettings,
-    *,
-    data_parallel_size: int,
+    parallel: ParallelConfig, optimizer: OptimizerSettings, *, data_parallel_size: int
 ) -> RankSizes:
     """The sizes of a run's process groups."""
     return RankSizes(
@@ -69,7 +65,7 @@ def rank_sizes(
         context=parallel.context_parallel_size,
         data=data_parallel_size,
         expert=parallel.expert_model_parallel_size,
-        expert_tensor=config.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
+        expert_tensor=parallel.expert_split,
         sequence_parallel=parallel.uses_sequence_parallel,
         distributed_optimizer=optimizer.use_distributed_optimizer,
     )

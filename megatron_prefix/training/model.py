@@ -56,6 +56,7 @@ _DECIDED_ELSEWHERE = {
     "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline_model_parallel_size",
     "context_parallel_size": "parallel.context_parallel_size",
     "expert_model_parallel_size": "parallel.expert_model_parallel_size",
+    "expert_tensor_parallel_size": "parallel.expert_tensor_parallel_size",
     "sequence_parallel": "parallel.sequence_parallel",
     "params_dtype": "training.dtype",
     "pipeline_dtype": "training.dtype",
@@ -90,6 +91,17 @@ def transformer_config(
             f"megatron-core {megatron.core.__version__}, which knows {', '.join(known)}; choose "
             "one of these or install a newer release"
         )
+    if model.transformer.get("num_moe_experts") is None:
+        for name, without in (
+            ("expert_model_parallel_size", 1),
+            ("expert_tensor_parallel_size", None),
+        ):
+            if getattr(parallel, name) not in (1, None):
+                raise ConfigError(
+                    f"parallel.{name}: {getattr(parallel, name)} needs "
+                    "model.transformer.num_moe_experts; set it, or set this to "
+                    f"{'null' if without is None else without}"
+                )
     dtype = DTYPES[training.dtype]
     on_cpu = training.device == "cpu"
     options: dict[str, Any] = {
@@ -109,6 +121,7 @@ def transformer_config(
         ),
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_split,
         "sequence_parallel": parallel.uses_sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -122,8 +135,6 @@ def transformer_config(
     if parallel.num_model_chunks > 1:
         # Otherwise two ranks pair up sends and receives of different chunks.
         options.update(overlap_p2p_comm=True, batch_p2p_comm=False)
-    if parallel.expert_model_parallel_size > 1 and on_cpu:
-        options.setdefault("expert_tensor_parallel_size", 1)
     if on_cpu:
         for fusion in (
             "bias_activation_fusion",
@@ -229,6 +240,17 @@ def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:
                 "num_moe_experts",
                 f"does not divide by expert_model_parallel_size: "
                 f"{config.expert_model_parallel_size}",
+            )
+        split = config.expert_tensor_parallel_size
+        if config.use_cpu_initialization and split > 1 and config.expert_model_parallel_size > 1:
+            raise ConfigError(
+                f"parallel.expert_tensor_parallel_size: {split} with expert_model_parallel_size: "
+                f"{config.expert_model_parallel_size} gathers pieces of unequal sizes, which the "
+                "CPU's process groups (gloo) cannot; set it to 1 or null"
+            )
+        if config.moe_ffn_hidden_size % split:
+            refuse(
+                "moe_ffn_hidden_size", f"does not divide by expert_tensor_parallel_size: {split}"
             )
         if config.moe_router_topk > config.num_moe_experts:
             refuse("moe_router_topk", f"exceeds num_moe_experts: {config.num_moe_experts}")

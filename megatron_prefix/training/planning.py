@@ -113,9 +113,7 @@ def plan_run(run: PlannedRun, shapes: Sequence[dict[str, Any]]) -> Plan:
     comm_type = config.cp_comm_type or "all_gather"
     setup = StepSetup(
         memory=memory,
-        ranks=rank_sizes(
-            parallel, config, run.optimizer, data_parallel_size=run.data_parallel_size
-        ),
+        ranks=rank_sizes(parallel, run.optimizer, data_parallel_size=run.data_parallel_size),
         stages=stage_layers(config),
         token_budget=run.training.token_budget,
         allow_split=run.training.allow_split,

@@ -112,7 +112,7 @@ def runtime(
             ),
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
-            expert_tensor_parallel_size=1 if parallel.expert_model_parallel_size > 1 else None,
+            expert_tensor_parallel_size=parallel.expert_split,
             distributed_timeout_minutes=timeout_minutes,
         )
         set_seed(seed)

@@ -79,12 +79,17 @@ def test_three_steps_of_the_distributed_optimizer(tool: ModuleType) -> None:
     _assert_exact(tool, report)
 
 
-def test_experts_on_two_ranks(tool: ModuleType) -> None:
+@pytest.mark.parametrize(("tensor", "expert", "data"), [(1, 2, 2), (2, 1, 1), (2, 2, 1), (2, 2, 2)])
+def test_experts_on_ranks(tool: ModuleType, tensor: int, expert: int, data: int) -> None:
+    """Spread over ranks, split, and spread over ranks that split the other layers."""
     report = tool.verify(
         model=_model(tool, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24),
         shapes=SHAPES,
-        parallel=ParallelConfig(expert_model_parallel_size=2),
-        data_parallel_size=2,
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=tensor,
+            expert_model_parallel_size=expert,
+        ),
+        data_parallel_size=data,
     )
     _assert_exact(tool, report)
 
@@ -210,7 +215,7 @@ def test_wrong_shapes_end_with_status_2_and_name_the_entry(
         (["--tp", "0"], "tensor_model_parallel_size: 0 must be at least 1"),
         (["--tp", "3"], "num_attention_heads (8) must be a multiple"),
         (["--pp", "3"], "num_layers: 4 does not divide by the 3 pipeline stages"),
-        (["--ep", "2", "--dp", "2"], "ep: 2 needs a model with num_moe_experts"),
+        (["--ep", "2", "--dp", "2"], "parallel.expert_model_parallel_size: 2 needs"),
         (["--dp", "0"], "dp: 0 must be at least 1"),
         (["--model", "missing.yaml"], "missing.yaml"),
     ],

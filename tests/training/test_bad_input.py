@@ -219,6 +219,35 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, dict[str, Any]], str | tuple[str, ...]]
         },
         "parallel.expert_model_parallel_size: 4 does not divide the 2 ranks of a pipeline stage",
     ),
+    "experts of a dense model": (
+        {"parallel": {"expert_model_parallel_size": 2}},
+        "parallel.expert_model_parallel_size: 2 needs model.transformer.num_moe_experts; set it, "
+        "or set this to 1",
+    ),
+    "split experts of a dense model": (
+        {
+            "parallel": {
+                "tensor_model_parallel_size": 2,
+                "expert_tensor_parallel_size": 2,
+            }
+        },
+        "parallel.expert_tensor_parallel_size: 2 needs model.transformer.num_moe_experts; set it, "
+        "or set this to null",
+    ),
+    "width of split experts": (
+        {
+            "parallel": {"tensor_model_parallel_size": 2},
+            "model": {"transformer": {"num_moe_experts": 2, "moe_ffn_hidden_size": 15}},
+        },
+        "model.transformer.moe_ffn_hidden_size: 15 does not divide by expert_tensor_parallel_size",
+    ),
+    "experts split on the CPU": (
+        {
+            "parallel": {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
+            "model": {"transformer": {"num_moe_experts": 2, "moe_ffn_hidden_size": 16}},
+        },
+        "parallel.expert_tensor_parallel_size: 2 with expert_model_parallel_size: 2 gathers",
+    ),
     "heads": (
         {
             "parallel": {"tensor_model_parallel_size": 2},
@@ -307,7 +336,9 @@ def test_a_wrong_configuration_ends_with_status_2_before_any_process_group(
     config = write_config(tmp_path / "run.yaml", values)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with mock.patch.object(command, "runtime_of_run", side_effect=AssertionError("a group was started")):
+    with mock.patch.object(
+        command, "runtime_of_run", side_effect=AssertionError("a group was started")
+    ):
         status, stderr = run_command(config)
     assert status == 2
     expected = (expected,) if isinstance(expected, str) else expected

@@ -151,10 +151,6 @@ def _rollouts(**options: Any) -> RolloutsConfig:
             "training.optimizer_steps_per_rollout: 3 exceeds rollouts.groups_per_step: 2",
         ),
         (
-            {"parallel": ParallelConfig(expert_model_parallel_size=2)},
-            "parallel.expert_model_parallel_size: 2 needs model.transformer.num_moe_experts",
-        ),
-        (
             {
                 "parallel": ParallelConfig(tensor_model_parallel_size=4),
                 "training": TrainingConfig(steps=1, token_budget=3),
@@ -200,6 +196,21 @@ def test_the_data_parallel_size_is_what_remains_of_the_world() -> None:
     assert experts.data_parallel_size(4) == 4
     with pytest.raises(ConfigError, match=r"expert_model_parallel_size: 4 does not divide the 2"):
         experts.data_parallel_size(2)
+    split = ParallelConfig(expert_model_parallel_size=2, expert_tensor_parallel_size=2)
+    assert split.data_parallel_size(4) == 4
+    with pytest.raises(ConfigError, match=r"2 x expert_tensor_parallel_size: 2 does not divide"):
+        split.data_parallel_size(2)
+
+
+def test_experts_are_whole_with_expert_parallelism_unless_said_otherwise() -> None:
+    assert ParallelConfig(tensor_model_parallel_size=2).expert_split == 2
+    both = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}
+    assert ParallelConfig(**both).expert_split == 1
+    assert ParallelConfig(**both, expert_tensor_parallel_size=2).expert_split == 2
+    with pytest.raises(ConfigError, match=r"^expert_tensor_parallel_size: 0 must be at least 1"):
+        ParallelConfig(expert_tensor_parallel_size=0)
+    with pytest.raises(ConfigError, match=r"^expert_tensor_parallel_size: 1 .*wrong gradients"):
+        ParallelConfig(tensor_model_parallel_size=2, expert_tensor_parallel_size=1)
 
 
 def test_sequence_parallelism_comes_with_tensor_parallelism_unless_said_otherwise() -> None:

@@ -144,7 +144,7 @@ def _tensor_parallel() -> tuple[int, int, int, int]:
     model, training = _model(), _training("bfloat16")
     with runtime(parallel, device="cpu", seed=3, timeout_minutes=2):
         chunks = build_model_chunks(model, parallel, training, use_distributed_optimizer=True)
-        ranks = rank_sizes(parallel, chunks.config, OptimizerSettings(), data_parallel_size=1)
+        ranks = rank_sizes(parallel, OptimizerSettings(), data_parallel_size=1)
         memory = memory_model(model, chunks.config, training)
         batch = group_batch(300, [256, 128, 200], pad_to_multiple=2, output_multiple=2)
         parameters = sum(p.numel() * p.element_size() for p in chunks.bare[0].parameters())
@@ -161,7 +161,7 @@ def _optimizer_bytes(dtype: str) -> tuple[int, int]:
     model, training, parallel = _model(), _training(dtype), ParallelConfig()
     with runtime(parallel, device="cpu", seed=3, timeout_minutes=2):
         chunks = build_model_chunks(model, parallel, training, use_distributed_optimizer=True)
-        ranks = rank_sizes(parallel, chunks.config, OptimizerSettings(), data_parallel_size=2)
+        ranks = rank_sizes(parallel, OptimizerSettings(), data_parallel_size=2)
         optimizer = build_optimizer(OptimizerSettings(), chunks)
         initialise_adam(optimizer)
         memory = memory_model(model, chunks.config, training)
@@ -198,9 +198,7 @@ def _pipeline_peak(num_chunks: int) -> tuple[int, int]:
             trees,
             StepSetup(
                 memory=memory,
-                ranks=rank_sizes(
-                    parallel, chunks.config, OptimizerSettings(), data_parallel_size=1
-                ),
+                ranks=rank_sizes(parallel, OptimizerSettings(), data_parallel_size=1),
                 stages=stage_layers(chunks.config),
                 token_budget=480,
                 sharing=SharingRule(shape=memory.shape),
@@ -226,9 +224,7 @@ def _received(kind: str) -> tuple[int, int]:
             [PrefixTree.from_groups([([0] * shape[0], [[1] * n for n in shape[1]])])],
             StepSetup(
                 memory=memory,
-                ranks=rank_sizes(
-                    parallel, chunks.config, OptimizerSettings(), data_parallel_size=1
-                ),
+                ranks=rank_sizes(parallel, OptimizerSettings(), data_parallel_size=1),
                 stages=stage_layers(chunks.config),
                 token_budget=1024,
                 comm_type=kind,

@@ -120,9 +120,6 @@ def check_layout(
     for name, value in (("dp", data_parallel_size), ("optimizer-steps", optimizer_steps)):
         if value < 1:
             raise ValueError(f"{name}: {value} must be at least 1")
-    experts = parallel.expert_model_parallel_size
-    if experts > 1 and model.transformer.get("num_moe_experts") is None:
-        raise ValueError(f"ep: {experts} needs a model with num_moe_experts; give one with --model")
     parallel.data_parallel_size(parallel.model_parallel_size * data_parallel_size)
     training = TrainingConfig(steps=1, token_budget=1, dtype="float32", device="cpu")
     transformer_config(model, parallel, training)
