@@ -8,13 +8,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_prefix.rank_results import from_rank_0
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.sampler import Sampler
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
 from megatron_prefix.rollouts.records import RolloutGroup, validate_group
 from megatron_prefix.rollouts.reward_process import ProcessReward
 from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_groups
-from megatron_prefix.sharing import from_rank_0
 
 
 class EmbeddedEngine:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_prefix.sharing import gather
+from megatron_prefix.rank_results import gather
 from megatron_prefix.training.config import RunConfig
 from megatron_prefix.training.full_tensors import full_parameters
 from megatron_prefix.training.model import ModelChunks

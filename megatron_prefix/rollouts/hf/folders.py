@@ -19,8 +19,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_prefix.rank_results import gather
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
-from megatron_prefix.sharing import gather
 
 _NAME = re.compile(r"version_\d{6,}(\.partial)?")
 

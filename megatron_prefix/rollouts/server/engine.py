@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from megatron_prefix.rank_results import from_rank_0
 from megatron_prefix.rollouts.config import ServerConfig, WeightsConfig
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
@@ -22,7 +23,6 @@ from megatron_prefix.rollouts.server.answers import OtherWeights, Sample
 from megatron_prefix.rollouts.server.asking import Asker, Tally, Wanted, request_seed
 from megatron_prefix.rollouts.server.client import ServerClient, ServerError
 from megatron_prefix.rollouts.server.loading import WeightLoader
-from megatron_prefix.sharing import from_rank_0
 
 logger = logging.getLogger(__name__)
 
