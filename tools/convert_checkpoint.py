@@ -259,9 +259,18 @@ def _numel(shape: tuple[int, ...]) -> int:
     return product
 
 
-def _interrupted(signum: int, frame: Any) -> NoReturn:
-    """End like Ctrl-C, so that a half-written output is removed."""
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the block like Ctrl-C, so that a half-written output is removed."""
+
+    def interrupt(signum: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main() -> int:
@@ -269,7 +278,6 @@ def main() -> int:
     args = _parser().parse_args()
     # What Megatron and transformers say at import is not about the model.
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, _interrupted)
     commands = {
         "hf-to-megatron": _hf_to_megatron,
         "megatron-to-hf": _megatron_to_hf,
@@ -277,7 +285,8 @@ def main() -> int:
         "verify": _verify,
     }
     try:
-        return commands[args.command](args)
+        with _sigterm_as_interrupt():
+            return commands[args.command](args)
     except ImportError as error:
         print(
             f'convert_checkpoint: {error}. Install this package with pip install -e ".[train,hf]"',

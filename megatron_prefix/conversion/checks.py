@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 
 from megatron_prefix.conversion.architecture import Architecture
 from megatron_prefix.conversion.errors import ConversionError
 from megatron_prefix.conversion.hf_folder import DTYPES, HFFolder
-from megatron_prefix.conversion.mapping import Parameter, dtype_name, is_no_weight
-from megatron_prefix.conversion.torch_dist_files import CheckpointReader
-from megatron_prefix.training.torch_dist import contents
+from megatron_prefix.conversion.mapping import Parameter, Shape, dtype_name, is_no_weight
 
 
 def check_source(
@@ -92,28 +91,37 @@ def stored_dtypes(
     return {key: kind for key, (kind, _) in found.items()}
 
 
-def check_checkpoint(
-    reader: CheckpointReader, architecture: Architecture, parameters: list[Parameter]
-) -> list[tuple[str, tuple[int, ...]]]:
-    """Where in a checkpoint each parameter is.
+def check_stored(
+    shapes: Mapping[str, Shape],
+    architecture: Architecture,
+    parameters: list[Parameter],
+    *,
+    of: str,
+) -> list[tuple[str, Shape]]:
+    """Key and leading indices of each parameter, among tensors stored as Megatron does.
+
+    Args:
+        shapes: of all tensors, by key.
+        architecture: what they should be.
+        parameters: of the architecture.
+        of: what holds the tensors, for messages.
 
     Raises:
         ConversionError: a missing or unknown tensor, or one of another shape, naming it.
     """
-    folder = reader.folder
     places, used = [], set()
     for parameter in parameters:
-        here = [place for place in parameter.places if reader.has(place[0])]
+        here = [place for place in parameter.places if place[0] in shapes]
         if not here:
             raise ConversionError(
-                f"{folder}: no tensor {parameter.places[0][0]}, which the model has; the "
-                "checkpoint is another model's, or incomplete"
+                f"{of}: no tensor {parameter.places[0][0]}, which the model has; this is another "
+                "model, or incomplete"
             )
         key, index = here[0]
         used.update(key for key, _ in here)
         # One whose layers are stacked, or not: its own number of leading axes says which.
         leading = parameter.leading[len(parameter.leading) - len(index) :]
-        wanted, found = (*leading, *parameter.shape), reader.shape(key)
+        wanted, found = (*leading, *parameter.shape), shapes[key]
         rows = len(leading)
         padded = parameter.name.endswith(("word_embeddings.weight", "output_layer.weight"))
         fits = found == wanted or (
@@ -121,19 +129,19 @@ def check_checkpoint(
         )
         if not fits:
             raise ConversionError(
-                f"{folder}: {key} has shape {list(found)}, the model needs {list(wanted)}; the "
-                "checkpoint is another model's"
+                f"{of}: {key} has shape {list(found)}, the model needs {list(wanted)}; this is "
+                "another model"
             )
         places.append((key, index))
-    extra = [key for key in contents(reader.metadata).tensors if key not in used]
+    extra = [key for key in shapes if key not in used]
     if architecture.tied_embeddings and "output_layer.weight" in extra:
         raise ConversionError(
-            f"{folder}: holds output_layer.weight, but the model's output is tied to its "
+            f"{of}: holds output_layer.weight, but the model's output is tied to its "
             "embedding (share_embeddings_and_output_weights: true)"
         )
     if extra:
         raise ConversionError(
-            f"{folder}: {_listed(extra)} would be lost: the {architecture.family} family has "
+            f"{of}: {_listed(extra)} would be lost: the {architecture.family} family has "
             "nothing of the kind"
         )
     return places

@@ -16,13 +16,14 @@ from megatron_prefix.conversion.architecture import (
     from_model_config,
     to_model_config,
 )
-from megatron_prefix.conversion.checks import check_checkpoint, check_source, stored_dtypes
+from megatron_prefix.conversion.checks import check_source, check_stored, stored_dtypes
 from megatron_prefix.conversion.errors import ConversionError
 from megatron_prefix.conversion.hf_config import config_values, read_architecture
 from megatron_prefix.conversion.hf_folder import (
     HFFolder,
     ShardWriter,
     companions,
+    finish_shards,
     read_json,
 )
 from megatron_prefix.conversion.mapping import (
@@ -143,7 +144,7 @@ def megatron_to_hf(
     architecture = find_architecture(reader.folder, hf_source, architecture)
     mapping = Mapping(architecture)
     parameters = mapping.parameters()
-    places = check_checkpoint(reader, architecture, parameters)
+    places = check_stored(reader.shapes(), architecture, parameters, of=str(reader.folder))
     kinds = {reader.dtype(key) for key, _ in places}
     out_dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
     values = _config_for(architecture, hf_source, dtype_name(out_dtype))
@@ -160,7 +161,7 @@ def megatron_to_hf(
             for name, tensor in mapping.to_hf(parameter, whole).items():
                 writer.add(name, tensor)
             progress(_numel(parameter) * whole.itemsize)
-        writer.finish()
+        finish_shards(partial, writer.close())
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
         for file in companions(hf_source) if hf_source is not None else ():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,17 +182,32 @@ def _single_file(path: Path) -> str:
     raise ConversionError(f"{path}: no *.safetensors file; name the folder of a model")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A file of tensors that `finish_shards` has not named yet."""
+
+    file: str
+    tensors: tuple[str, ...]
+    num_bytes: int
+
+
 class ShardWriter:
     """Writes tensors as they come, holding at most one shard of them."""
 
-    def __init__(self, folder: Path, *, max_shard_bytes: int) -> None:
-        """Write to `folder`; a tensor larger than `max_shard_bytes` gets a shard of its own."""
+    def __init__(self, folder: Path, *, max_shard_bytes: int, prefix: str = "part") -> None:
+        """Write to `folder`.
+
+        Args:
+            folder: which is there.
+            max_shard_bytes: a larger tensor gets a shard of its own.
+            prefix: of the files' names until `finish_shards`; another one for each writer.
+        """
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
+        self._prefix = prefix
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
+        self._shards: list[Shard] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take a tensor; it must not change any more."""
@@ -204,11 +219,16 @@ class ShardWriter:
             tensor = tensor.contiguous().clone()
         self._pending[name] = tensor
         self._pending_bytes += size
-        self._total_bytes += size
+
+    def close(self) -> list[Shard]:
+        """Write what is left; all shards, for `finish_shards`."""
+        if self._pending:
+            self._flush()
+        return self._shards
 
     def _flush(self) -> None:
-        self._shards.append(list(self._pending))
-        file = self.folder / f"model-{len(self._shards):05d}.safetensors"
+        name = f"{self._prefix}-{len(self._shards) + 1:05d}.safetensors"
+        file = self.folder / name
         try:
             save_file(self._pending, file, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -217,23 +237,26 @@ class ShardWriter:
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+        self._shards.append(
+            Shard(file=name, tensors=tuple(self._pending), num_bytes=self._pending_bytes)
+        )
         self._pending = {}
         self._pending_bytes = 0
 
-    def finish(self) -> None:
-        """Write what is left, the final names and the index."""
-        if self._pending:
-            self._flush()
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards, start=1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE
-            os.replace(self.folder / f"model-{number:05d}.safetensors", self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        if count > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (self.folder / INDEX).write_text(text, encoding="utf-8")
+
+def finish_shards(folder: Path, shards: Sequence[Shard]) -> None:
+    """Give the shards of all writers their final names, and write the index."""
+    count = len(shards)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        final = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE
+        os.replace(folder / shard.file, folder / final)
+        weight_map.update(dict.fromkeys(shard.tensors, final))
+    if count > 1:
+        total = sum(shard.num_bytes for shard in shards)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / INDEX).write_text(text, encoding="utf-8")
 
 
 def companions(path: Path) -> Iterator[Path]:

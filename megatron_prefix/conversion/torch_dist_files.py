@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron_prefix.conversion.errors import ConversionError
-from megatron_prefix.training.torch_dist import read_metadata
+from megatron_prefix.training.torch_dist import contents, read_metadata
 
 Shape = tuple[int, ...]
 
@@ -208,17 +208,13 @@ class CheckpointReader:
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         self._chunks: dict[str, dict[Shape, list[ChunkStorageMetadata]]] = {}
 
-    def shape(self, key: str) -> Shape:
-        """Of the whole tensor."""
-        return tuple(self._entry(key).size)
+    def shapes(self) -> dict[str, Shape]:
+        """Of the whole tensors, by key."""
+        return {key: tuple(entry.size) for key, entry in contents(self.metadata).tensors.items()}
 
     def dtype(self, key: str) -> torch.dtype:
         """Of the tensor."""
         return self._entry(key).properties.dtype
-
-    def has(self, key: str) -> bool:
-        """Whether there is a tensor of this key."""
-        return isinstance(self.metadata.state_dict_metadata.get(key), TensorStorageMetadata)
 
     def read(self, key: str, index: Shape) -> Tensor:
         """The part at `index` of the leading axes, whole in the others.
@@ -226,7 +222,7 @@ class CheckpointReader:
         Raises:
             ConversionError: a file is missing or damaged, or the chunks do not cover the part.
         """
-        whole = self.shape(key)
+        whole = tuple(self._entry(key).size)
         shape = whole[len(index) :]
         target = torch.empty(*(1 for _ in index), *shape, dtype=self.dtype(key))
         items, covered = self._plan(key, index, whole)

@@ -62,7 +62,7 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
         )
     folders = PolicyFolders(
         rollouts.weights.directory or config.output.directory / "policy",
-        weights_exporter(chunks, config),
+        weights_exporter(chunks, config.model, timeout_minutes=config.training.timeout_minutes),
         generation=generation_settings(
             temperature=options.temperature, top_p=options.top_p, stop_tokens=options.stop_tokens
         ),

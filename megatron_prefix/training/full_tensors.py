@@ -1,29 +1,25 @@
 """Whole parameters and gradients of a model that is spread over ranks, by checkpoint key.
 
-Which part of a tensor a rank holds is read from Megatron's own sharded state dict, the one that
-checkpoints are written by, so that any layout of the same model gives the same keys and shapes.
-For checks and conversions: the whole model must fit into one process's memory.
+For checks: the whole model must fit into one process's memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
 from megatron_prefix.training.model import ModelChunks
+from megatron_prefix.training.parameter_shards import ParameterShard, parameter_shards
 
 FullTensors = dict[str, Tensor]
 
 
 def full_parameters(chunks: ModelChunks) -> FullTensors | None:
     """All parameters, whole, on rank 0; None on the other ranks. Collective."""
-    return _gather(list(_shards(chunks)))
+    return _gather([(shard, shard.data) for shard in parameter_shards(chunks)])
 
 
 def full_gradients(chunks: ModelChunks) -> FullTensors | None:
@@ -39,7 +35,7 @@ def full_gradients(chunks: ModelChunks) -> FullTensors | None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(parameter.main_grad)
-        shards = [(shard, shard.data.clone()) for shard, _ in _shards(chunks)]
+        shards = [(shard, shard.data.clone()) for shard in parameter_shards(chunks)]
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.copy_(weight)
     return _gather(shards)
@@ -52,41 +48,21 @@ def load_full_parameters(chunks: ModelChunks, tensors: FullTensors) -> None:
     Raises:
         ValueError: a parameter is missing or has another shape, naming it.
     """
-    for shard, data in _shards(chunks):
+    for shard in parameter_shards(chunks):
         if shard.key not in tensors:
             raise ValueError(f"no tensor for parameter {shard.key}")
         full = tensors[shard.key]
-        if tuple(full.shape) != tuple(shard.global_shape):
+        if tuple(full.shape) != shard.global_shape:
             raise ValueError(
-                f"parameter {shard.key}: the model needs shape {tuple(shard.global_shape)}, the "
-                f"given tensor has {tuple(full.shape)}"
+                f"parameter {shard.key}: the model needs shape {shard.global_shape}, the given "
+                f"tensor has {tuple(full.shape)}"
             )
-        data.copy_(full[_place(shard)].reshape(data.shape))
+        shard.data.copy_(full[shard.index][shard.place].reshape(shard.data.shape))
 
 
-def _shards(chunks: ModelChunks) -> Iterator[tuple[ShardedTensor, Tensor]]:
-    """This rank's shards of parameters, and their data as views of the parameters."""
-    for chunk in chunks.bare:
-        state: dict[str, Any] = chunk.sharded_state_dict()
-        apply_factories(state)
-        for item in nested_values(state):
-            # Extra states (Transformer Engine's) are objects, not parameters.
-            if isinstance(item, ShardedTensor):
-                yield item, item.data
-
-
-def _place(shard: ShardedTensor) -> tuple[slice | int, ...]:
-    """Index of the shard in the whole tensor; prepended axes (layers, experts) are single rows."""
-    prepended = shard.prepend_axis_num
-    index: list[slice | int] = list(shard.global_offset[:prepended])
-    for offset, length in zip(shard.global_offset[prepended:], shard.local_shape, strict=True):
-        index.append(slice(offset, offset + length))
-    return tuple(index)
-
-
-def _gather(shards: list[tuple[ShardedTensor, Tensor]]) -> FullTensors | None:
+def _gather(shards: list[tuple[ParameterShard, Tensor]]) -> FullTensors | None:
     mine = [
-        (shard.key, tuple(shard.global_shape), _place(shard), data.detach().cpu().clone())
+        (shard.key, shard.global_shape, (*shard.index, *shard.place), data.detach().cpu().clone())
         for shard, data in shards
     ]
     received: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_prefix.training.config import ModelConfig
 from megatron_prefix.training.config_loader import load_dataclass, read_yaml
 from megatron_prefix.training.model import ModelChunks
+from megatron_prefix.training.parameter_shards import ParameterShard, parameter_shards
 from megatron_prefix.training.runtime import raise_together
 from megatron_prefix.training.torch_dist import contents, find_checkpoint, read_metadata
 
@@ -80,7 +80,7 @@ def check_initial_weights(path: Path, model: ModelConfig, chunks: ModelChunks) -
         ValueError: an option that differs from what is recorded beside the checkpoint, or a
             tensor that is missing, of another shape, or would be left out; named.
     """
-    wanted = {shard.key: shard for shard in _shards(chunks)}
+    wanted = {shard.key: shard for shard in parameter_shards(chunks)}
     keys: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(keys, set(wanted))
     with raise_together():
@@ -109,15 +109,6 @@ def _other_name(key: str) -> str | None:
     return None
 
 
-def _shards(chunks: ModelChunks) -> list[ShardedTensor]:
-    found = []
-    for chunk in chunks.bare:
-        state: dict[str, Any] = chunk.sharded_state_dict()
-        apply_factories(state)
-        found += [item for item in nested_values(state) if isinstance(item, ShardedTensor)]
-    return found
-
-
 def _compare_options(
     file: Path, recorded: ModelConfig, model: ModelConfig, chunks: ModelChunks
 ) -> None:
@@ -139,16 +130,16 @@ def _compare_options(
 
 
 def _compare_shapes(
-    checkpoint: Path, metadata: Metadata, wanted: dict[str, ShardedTensor], model: ModelConfig
+    checkpoint: Path, metadata: Metadata, wanted: dict[str, ParameterShard], model: ModelConfig
 ) -> None:
     stored = contents(metadata).tensors
     for key, shard in wanted.items():
         entry = stored.get(key) or stored.get(_other_name(key) or "")
         if entry is None:
             raise ValueError(f"{checkpoint}: has no tensor {key}, which the model needs")
-        found, needed = tuple(entry.size), tuple(shard.global_shape)
+        found, needed = tuple(entry.size), shard.global_shape
         fits = found == needed
-        if shard.allow_shape_mismatch:
+        if shard.may_be_padded:
             # Rows beyond the vocabulary are padding, as many as a layout asked for.
             fits = found[1:] == needed[1:] and found[0] >= model.vocab_size
         if not fits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from megatron_prefix.conversion import hf_to_megatron, megatron_to_hf
 from megatron_prefix.conversion.hf_folder import HFFolder
 from tests.conversion.models import write_model
 from tests.distributed import run_distributed
+from tests.resident_memory import peak_growth
 
 SHARD = 12_000_000
 MB = 1_000_000
@@ -26,17 +28,9 @@ def _peak(rank: int, world_size: int, folder: Path) -> list[int]:
         (lambda a, b: hf_to_megatron(a, b, max_file_bytes=SHARD), "hf", "megatron"),
         (lambda a, b: megatron_to_hf(a, b, max_shard_bytes=SHARD), "megatron", "back"),
     ):
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
-        convert(folder / source, folder / target)
-        peaks.append(_status("VmHWM") - before)
+        paths = folder / source, folder / target
+        peaks.append(peak_growth(functools.partial(convert, *paths)))
     return peaks
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (value,) = [line.split()[1] for line in lines if line.startswith(name + ":")]
-    return int(value) * 1024
 
 
 def test_memory_is_that_of_a_shard_and_a_layer(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -28,10 +29,12 @@ def tool() -> ModuleType:
 def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             status = tool.main()
         except SystemExit as exit:
             status = exit.code
+        assert signal.getsignal(signal.SIGTERM) is handler
         found = capsys.readouterr()
         return status, found.out, found.err
 

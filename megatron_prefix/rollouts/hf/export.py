@@ -1,26 +1,79 @@
 """The weights in training as a Hugging Face folder, by the conversion's table of tensors.
 
-Gathers the whole model on rank 0, so it has to fit into one process's memory.
+Every rank writes: a parameter is put together on one of the ranks that hold parts of it, so that
+experts and pipeline stages are written where they are, side by side, and what a rank holds beyond
+its own weights is one shard and one parameter. Ranks that do not see the folder (a disk of another
+node) send their parts to one that does.
 """
 
 from __future__ import annotations
 
 import json
+import uuid
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from megatron_prefix.rank_results import gather
-from megatron_prefix.training.config import RunConfig
-from megatron_prefix.training.full_tensors import full_parameters
+from megatron_prefix.training.config import ModelConfig
 from megatron_prefix.training.model import ModelChunks
+from megatron_prefix.training.parameter_shards import ParameterShard, Shape, parameter_shards
 
-_SHARD_BYTES = 5 * 10**9
+if TYPE_CHECKING:
+    from megatron_prefix.conversion.hf_folder import Shard
+
+_SHARD_BYTES = 10**9
+"""Of each rank that writes."""
 
 
-def weights_exporter(chunks: ModelChunks, config: RunConfig) -> Callable[[Path], None]:
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A shard without its data, as all ranks know it."""
+
+    rank: int
+    key: str
+    index: Shape
+    place: tuple[tuple[int, int], ...]
+    """Start and stop along each axis."""
+    global_shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def whole_shape(self) -> Shape:
+        return self.global_shape[len(self.index) :]
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(stop - start for start, stop in self.place)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(*bounds) for bounds in self.place)
+
+
+def weights_exporter(
+    chunks: ModelChunks,
+    model: ModelConfig,
+    *,
+    timeout_minutes: float,
+    shard_bytes: int = _SHARD_BYTES,
+) -> Callable[[Path], None]:
     """What writes config.json and the weights, as they are then, into a folder that is there.
 
-    The result is collective over all ranks.
+    Collective over all ranks, and so is the result. The folder has to be there for rank 0.
+
+    Args:
+        chunks: this rank's, which the weights are read from each time.
+        model: what they are.
+        timeout_minutes: that a rank waits for another one's part.
+        shard_bytes: of a file, about.
 
     Raises:
         ValueError: the conversion's packages are not installed, or the model is of no Hugging Face
@@ -28,33 +81,144 @@ def weights_exporter(chunks: ModelChunks, config: RunConfig) -> Callable[[Path],
     """
     try:
         from megatron_prefix.conversion.architecture import from_model_config
+        from megatron_prefix.conversion.checks import check_stored
         from megatron_prefix.conversion.hf_config import config_values
-        from megatron_prefix.conversion.hf_folder import ShardWriter
+        from megatron_prefix.conversion.hf_folder import ShardWriter, finish_shards
         from megatron_prefix.conversion.mapping import Mapping, dtype_name
     except ImportError as error:
         raise ValueError(
-            f"rollouts.engine: {config.rollouts.engine} writes the weights as a Hugging Face "
-            f"model, whose packages are not installed ({error}): install megatron-prefix[rollouts]"
+            "rollouts.engine: openai and hf write the weights as a Hugging Face model, whose "
+            f"packages are not installed ({error}): install megatron-prefix[rollouts]"
         ) from error
-    mapping = Mapping(from_model_config(config.model))
-    dtype = dtype_name(chunks.config.params_dtype)
+    mapping = Mapping(from_model_config(model))
+    values = config_values(mapping.architecture, dtype_name(chunks.config.params_dtype))
+    parameters = mapping.parameters()
+    # Parts travel through the processes' own memory: a GPU has none to spare for them.
+    group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    rank = dist.get_rank()
 
     def export(directory: Path) -> None:
-        full = full_parameters(chunks)
-
-        def write() -> None:
-            if full is None:
-                return
-            writer = ShardWriter(directory, max_shard_bytes=_SHARD_BYTES)
-            for parameter in mapping.parameters():
-                key, index = next(place for place in parameter.places if place[0] in full)
-                for name, tensor in mapping.to_hf(parameter, full[key][index]).items():
+        mine = {
+            _part(shard, rank): shard.data for shard in parameter_shards(chunks) if shard.is_main
+        }
+        parts = _all_parts(list(mine), group)
+        shapes = {key: found[0].global_shape for (key, _), found in parts.items()}
+        places = check_stored(shapes, mapping.architecture, parameters, of="the model in training")
+        writers = _writers(parts, places, _ranks_that_see(directory, group))
+        writer = ShardWriter(directory, max_shard_bytes=shard_bytes, prefix=f"rank-{rank:05d}")
+        failure: Exception | None = None
+        for parameter, place, target in zip(parameters, places, writers, strict=True):
+            whole = _collect(parts[place], mine, target, rank, group)
+            # After a failure, too, others wait for their parts to be taken.
+            if whole is None or failure is not None:
+                continue
+            try:
+                for name, tensor in mapping.to_hf(parameter, whole).items():
                     writer.add(name, tensor)
-            writer.finish()
-            values = config_values(mapping.architecture, dtype)
-            text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-            (directory / "config.json").write_text(text, encoding="utf-8")
+            except Exception as error:
+                failure = error
 
-        gather(write)
+        def close() -> list[Shard]:
+            if failure is not None:
+                raise failure
+            return writer.close()
+
+        shards = [shard for of_rank in gather(close) for shard in of_rank]
+
+        def finish() -> None:
+            if rank == 0:
+                finish_shards(directory, shards)
+                text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+                (directory / "config.json").write_text(text, encoding="utf-8")
+
+        gather(finish)
 
     return export
+
+
+def _part(shard: ParameterShard, rank: int) -> _Part:
+    return _Part(
+        rank=rank,
+        key=shard.key,
+        index=shard.index,
+        place=tuple((bounds.start, bounds.stop) for bounds in shard.place),
+        global_shape=shard.global_shape,
+        dtype=shard.data.dtype,
+    )
+
+
+def _all_parts(own: list[_Part], group: dist.ProcessGroup) -> dict[tuple[str, Shape], list[_Part]]:
+    """By key and leading indices, the parts that make up each parameter, once each."""
+    everyone: list[list[_Part]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, own, group=group)
+    found = defaultdict(list)
+    for parts in everyone:
+        for part in parts:
+            found[part.key, part.index].append(part)
+    for (key, index), parts in found.items():
+        whole = torch.Size(parts[0].whole_shape).numel()
+        covered = sum(torch.Size(part.shape).numel() for part in parts)
+        if covered != whole:
+            raise RuntimeError(f"{key} {list(index)}: ranks hold {covered} of {whole} elements")
+    return found
+
+
+def _ranks_that_see(directory: Path, group: dist.ProcessGroup) -> list[int]:
+    """Ranks for which `directory` is the one that rank 0 sees, and not another of its name."""
+    token = [uuid.uuid4().hex]
+    dist.broadcast_object_list(token, src=0, group=group)
+    marker = directory / f".seen-{token[0]}"
+
+    def touch() -> None:
+        if dist.get_rank() == 0:
+            marker.touch()
+
+    gather(touch)
+    seen = gather(marker.exists)
+    if dist.get_rank() == 0:
+        marker.unlink()
+    return [rank for rank, sees in enumerate(seen) if sees]
+
+
+def _writers(
+    parts: dict[tuple[str, Shape], list[_Part]],
+    places: list[tuple[str, Shape]],
+    seeing: list[int],
+) -> list[int]:
+    """The rank that writes each parameter: of those that hold some of it, the least busy."""
+    load = dict.fromkeys(seeing, 0)
+    writers = []
+    for place in places:
+        holders = [part.rank for part in parts[place] if part.rank in load]
+        writer = min(holders or seeing, key=lambda rank: (load[rank], rank))
+        load[writer] += torch.Size(parts[place][0].whole_shape).numel()
+        writers.append(writer)
+    return writers
+
+
+def _collect(
+    parts: list[_Part],
+    mine: dict[_Part, Tensor],
+    writer: int,
+    rank: int,
+    group: dist.ProcessGroup,
+) -> Tensor | None:
+    """The whole parameter on its writer; None elsewhere.
+
+    All ranks go through the parameters, and the parts of each, in one order.
+    """
+    whole: Tensor | None = None
+    if rank == writer:
+        whole = torch.empty(parts[0].whole_shape, dtype=parts[0].dtype)
+    for part in parts:
+        if part.rank == rank:
+            own = mine[part].detach().reshape(part.shape)
+            if whole is not None:
+                whole[part.slices] = own.cpu()
+            else:
+                dist.send(own.cpu().contiguous(), writer, group=group)
+        elif whole is not None:
+            received = torch.empty(part.shape, dtype=part.dtype)
+            dist.recv(received, part.rank, group=group)
+            whole[part.slices] = received
+    return whole

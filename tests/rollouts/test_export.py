@@ -1,0 +1,179 @@
+"""The weights in training become the Hugging Face folder that they came from, in any layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_prefix.conversion import hf_to_megatron
+from megatron_prefix.conversion.hf_folder import HFFolder
+from megatron_prefix.rollouts.hf import export
+from megatron_prefix.training.checkpoint import CheckpointFolder
+from megatron_prefix.training.config import ModelConfig, OptimizerSettings, ParallelConfig
+from megatron_prefix.training.config_loader import load_dataclass, read_yaml
+from megatron_prefix.training.model import ModelChunks, build_model_chunks
+from megatron_prefix.training.optimizer import build_optimizer
+from megatron_prefix.training.runtime import runtime
+from tests.conversion.models import CASES, write_model
+from tests.distributed import run_distributed
+from tests.megatron.models import TRAINING
+from tests.resident_memory import peak_growth
+
+TP_PP = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+EP_PP = {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+LAYOUTS: list[tuple[str, dict[str, int]]] = [
+    ("llama, tied", TP_PP),
+    ("llama, biases", {}),
+    ("qwen2", {**TP_PP, "virtual_pipeline_model_parallel_size": 2}),
+    ("qwen3", {"tensor_model_parallel_size": 2}),
+    ("qwen3_moe", EP_PP),
+    ("qwen3_moe, dense layer, weights as they are", EP_PP),
+    ("mixtral", {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+]
+SHARD = 20_000
+"""Several files for each rank."""
+
+
+def _load(megatron: Path, parallel: ParallelConfig) -> tuple[ModelConfig, ModelChunks]:
+    training = dataclasses.replace(TRAINING, dtype="float32")
+    model = load_dataclass(ModelConfig, read_yaml(megatron / "model.yaml")["model"])
+    chunks = build_model_chunks(model, parallel, training, use_distributed_optimizer=True)
+    CheckpointFolder.load_weights(megatron, chunks, build_optimizer(OptimizerSettings(), chunks))
+    return model, chunks
+
+
+def _assert_same(folder: Path, source: Path) -> None:
+    found, expected = HFFolder(folder), HFFolder(source)
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name in expected.tensors:
+        assert torch.equal(found.read(name), expected.read(name)), name
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        {stored.file.name for stored in found.tensors.values()}
+        | {"config.json", "model.safetensors.index.json"}
+    )
+
+
+def _export_all(rank: int, world_size: int, folders: list[Path]) -> list[list[set[int]]]:
+    """For each case, the ranks that wrote: where all see the folder, and where some do."""
+    writers: list[list[set[int]]] = []
+    assign = export._writers
+
+    def watched(*args: Any) -> list[int]:
+        writers[-1].append(set(assigned := assign(*args)))
+        return assigned
+
+    for folder, (_, layout) in zip(folders, LAYOUTS, strict=True):
+        writers.append([])
+        parallel = ParallelConfig(**layout)
+        with (
+            runtime(parallel, device="cpu", seed=9, timeout_minutes=1),
+            mock.patch.object(export, "_writers", watched),
+        ):
+            model, chunks = _load(folder / "megatron", parallel)
+            write = export.weights_exporter(chunks, model, timeout_minutes=1, shard_bytes=SHARD)
+            if rank == 0:
+                (folder / "all").mkdir()
+                (folder / "some").mkdir()
+            write(folder / "all")
+            with mock.patch.object(export, "_ranks_that_see", return_value=[1, 3]):
+                write(folder / "some")
+    return writers
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[set[int]]]]:
+    folders = []
+    for case, _ in LAYOUTS:
+        folders.append(tmp_path_factory.mktemp("case"))
+        family, options = CASES[case]
+        write_model(folders[-1] / "hf", family, **{**options, "num_hidden_layers": 4})
+        hf_to_megatron(folders[-1] / "hf", folders[-1] / "megatron")
+    writers = run_distributed(_export_all, 4, folders, timeout=300)
+    assert all(of_rank == writers[0] for of_rank in writers)
+    cases = [case for case, _ in LAYOUTS]
+    return dict(zip(cases, zip(folders, writers[0], strict=True), strict=True))
+
+
+@pytest.mark.parametrize("case", [case for case, _ in LAYOUTS])
+def test_four_ranks_write_the_model_that_they_were_given(exported: Any, case: str) -> None:
+    folder, (_, some) = exported[case]
+    _assert_same(folder / "all", folder / "hf")
+    _assert_same(folder / "some", folder / "hf")
+    assert some <= {1, 3}
+
+
+def test_ranks_write_what_they_hold(exported: Any) -> None:
+    """All of them where each holds something that no other does; one of those that hold a copy."""
+    for case in ("llama, tied", "qwen2", "qwen3_moe"):
+        assert exported[case][1][0] == {0, 1, 2, 3}, case
+    assert exported["llama, biases"][1][0] == {0}
+    for case in ("qwen3", "mixtral"):
+        assert exported[case][1][0] == {0, 1}, case
+
+
+def _fail(rank: int, world_size: int, folder: Path) -> list[str]:
+    """What a disk that is full for rank 1 gives, and a folder that is not there."""
+    errors = []
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    with runtime(parallel, device="cpu", seed=9, timeout_minutes=1):
+        model, chunks = _load(folder / "megatron", parallel)
+        write = export.weights_exporter(chunks, model, timeout_minutes=1, shard_bytes=SHARD)
+        out = folder / "out"
+        if rank == 0:
+            out.mkdir()
+        for path, limit in ((out, 100), (folder / "missing", resource.RLIM_INFINITY)):
+            if rank == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                write(path)
+            except OSError as error:
+                errors.append(str(error))
+    return errors
+
+
+def test_a_rank_that_cannot_write_ends_all_with_its_error(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf", "llama")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    for full, missing in run_distributed(_fail, 2, tmp_path, timeout=120):
+        assert "File too large" in full and "rank-00001-00001.safetensors" in full
+        assert "No such file or directory" in missing and str(tmp_path / "missing") in missing
+
+
+LARGE_SHARD = 8_000_000
+
+
+def _peak(rank: int, world_size: int, folder: Path) -> int:
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    with runtime(parallel, device="cpu", seed=9, timeout_minutes=1):
+        model, chunks = _load(folder / "megatron", parallel)
+        write = export.weights_exporter(chunks, model, timeout_minutes=1, shard_bytes=LARGE_SHARD)
+        if rank == 0:
+            for name in ("first", "out"):
+                (folder / name).mkdir()
+        write(folder / "first")  # what is set up once
+        return peak_growth(lambda: write(folder / "out"))
+
+
+def test_a_rank_holds_a_shard_and_a_parameter_beside_its_weights(tmp_path: Path) -> None:
+    write_model(
+        tmp_path / "hf",
+        "llama",
+        max_shard_size=LARGE_SHARD,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=24,
+        vocab_size=4096,
+    )
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    source = HFFolder(tmp_path / "hf")
+    layer = sum(t.num_bytes for name, t in source.tensors.items() if ".layers.3." in name)
+    assert source.num_bytes > 12 * LARGE_SHARD
+    for peak in run_distributed(_peak, 2, tmp_path, timeout=120):
+        assert peak < LARGE_SHARD + 2 * layer + 8_000_000, f"{peak / 1e6:.0f} MB"
+    _assert_same(tmp_path / "out", tmp_path / "hf")
