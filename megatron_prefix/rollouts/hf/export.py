@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_prefix.rank_results import gather
 from megatron_prefix.training.config import ModelConfig
 from megatron_prefix.training.model import ModelChunks
-from megatron_prefix.training.parameter_shards import ParameterShard, Shape, parameter_shards
+from megatron_prefix.training.parameter_shards import Shape, parameter_shards
 
 if TYPE_CHECKING:
     from megatron_prefix.conversion.hf_folder import Shard
@@ -77,7 +77,7 @@ def weights_exporter(
 
     Raises:
         ValueError: the conversion's packages are not installed, or the model is of no Hugging Face
-            family that it knows, naming the option.
+            family that it knows, naming the option, or has a parameter that the family lacks.
     """
     try:
         from megatron_prefix.conversion.architecture import from_model_config
@@ -96,14 +96,12 @@ def weights_exporter(
     # Parts travel through the processes' own memory: a GPU has none to spare for them.
     group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
     rank = dist.get_rank()
+    parts = _all_parts(list(_own_parts(chunks, rank)), group)
+    shapes = {key: found[0].global_shape for (key, _), found in parts.items()}
+    places = check_stored(shapes, mapping.architecture, parameters, of="the model in training")
 
     def export(directory: Path) -> None:
-        mine = {
-            _part(shard, rank): shard.data for shard in parameter_shards(chunks) if shard.is_main
-        }
-        parts = _all_parts(list(mine), group)
-        shapes = {key: found[0].global_shape for (key, _), found in parts.items()}
-        places = check_stored(shapes, mapping.architecture, parameters, of="the model in training")
+        mine = _own_parts(chunks, rank)
         writers = _writers(parts, places, _ranks_that_see(directory, group))
         writer = ShardWriter(directory, max_shard_bytes=shard_bytes, prefix=f"rank-{rank:05d}")
         failure: Exception | None = None
@@ -136,15 +134,20 @@ def weights_exporter(
     return export
 
 
-def _part(shard: ParameterShard, rank: int) -> _Part:
-    return _Part(
-        rank=rank,
-        key=shard.key,
-        index=shard.index,
-        place=tuple((bounds.start, bounds.stop) for bounds in shard.place),
-        global_shape=shard.global_shape,
-        dtype=shard.data.dtype,
-    )
+def _own_parts(chunks: ModelChunks, rank: int) -> dict[_Part, Tensor]:
+    """Those that this rank has for all that hold a copy."""
+    return {
+        _Part(
+            rank=rank,
+            key=shard.key,
+            index=shard.index,
+            place=tuple((bounds.start, bounds.stop) for bounds in shard.place),
+            global_shape=shard.global_shape,
+            dtype=shard.data.dtype,
+        ): shard.data
+        for shard in parameter_shards(chunks)
+        if shard.is_main
+    }
 
 
 def _all_parts(own: list[_Part], group: dist.ProcessGroup) -> dict[tuple[str, Shape], list[_Part]]:
