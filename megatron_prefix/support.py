@@ -7,9 +7,13 @@ have are passed over.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import megatron.core
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
 from megatron_prefix.attention.comm_types import COMM_TYPES
 
@@ -173,7 +177,7 @@ def refuse_unsupported(config: Any) -> None:
                 f"{refusal.why}. Set {refusal.instead}"
             )
     _refuse_load_balancing(config)
-    _refuse_fused_yarn(config)
+    _refuse_yarn(config)
     _refuse_comm_types(config)
 
 
@@ -200,14 +204,27 @@ def _refuse_load_balancing(config: Any) -> None:
             )
 
 
-def _refuse_fused_yarn(config: Any) -> None:
-    if getattr(config, "apply_rope_fusion", False) and _is_set(
-        getattr(config, "yarn_rotary_scaling_factor", None)
-    ):
+def _refuse_yarn(config: Any) -> None:
+    """Where it is fused, and under context parallelism in releases that cut its table."""
+    if not _is_set(getattr(config, "yarn_rotary_scaling_factor", None)):
+        return
+    if getattr(config, "apply_rope_fusion", False):
         raise UnsupportedOptionError(
             "apply_rope_fusion=True drops YaRN's attention scale for packed sequences. Set "
             "apply_rope_fusion: false"
         )
+    size = config.context_parallel_size
+    if size > 1 and not yarn_takes_packed_rows():
+        raise UnsupportedOptionError(
+            f"context_parallel_size={size} cannot be combined with YaRN in megatron-core "
+            f"{megatron.core.__version__}, which cuts its table as if a packed row were one "
+            "sequence. Set context_parallel_size: 1, or install megatron-core 0.16"
+        )
+
+
+def yarn_takes_packed_rows() -> bool:
+    """Whether this release's GPTModel tells YaRN that a batch is packed."""
+    return "cp_group" in inspect.signature(YarnRotaryEmbedding.forward).parameters
 
 
 def _refuse_comm_types(config: Any) -> None:

@@ -41,15 +41,21 @@ class Liveness:
         self._looking = threading.Lock()
         self._on_lost: Callable[[list[int]], None] | None = None
         self._store: dist.Store | None = None
+        self._thread: threading.Thread | None = None
         if world_size > 1:
             # Connections of its own, and one for each thread: a store's client serves one call at
             # a time.
             self._store = _connect()
-            threading.Thread(target=self._count, args=(_connect(),), daemon=True).start()
+            self._thread = threading.Thread(target=self._count, args=(_connect(),), daemon=True)
+            self._thread.start()
 
     def close(self) -> None:
         """Stop counting: from now on this rank is gone."""
         self._closed.set()
+        # Python that ends under a thread that is in a call of the store's aborts. A store whose
+        # host has been stopped may not answer for long.
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=_SILENCE_S)
 
     def end_with_others(self, on_lost: Callable[[list[int]], None]) -> None:
         """Call `on_lost`, from a thread, if others have lost ranks and this one still waits."""
@@ -115,8 +121,7 @@ class Liveness:
                 lost = _verdict(store)
                 if lost and self._on_lost is not None:
                     # Most ranks fail by themselves, and then have more to say.
-                    time.sleep(_GRACE_S)
-                    if not self._closed.is_set():
+                    if not self._closed.wait(_GRACE_S):
                         self._on_lost(lost)
                     return
         except _STORE_ERRORS:

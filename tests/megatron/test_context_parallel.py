@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron_prefix.attention.comm_types import layer_comm_type
 from megatron_prefix.layout import PackedLayout, pack
 from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.support import yarn_takes_packed_rows
 from megatron_prefix.training.config import ModelConfig, ParallelConfig, YarnConfig
 from megatron_prefix.training.config_loader import ConfigError
 from megatron_prefix.training.model import build_gpt_model, transformer_config
@@ -46,11 +47,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "no positions": {"position_embedding_type": "none"},
     "multi-query": {"transformer": {"num_query_groups": 1}},
 }
-if HAS_YARN:
-    MODELS["yarn"] = {
-        "position_embedding_type": "yarn",
-        "yarn": YarnConfig(rotary_scaling_factor=4.0, original_max_position_embeddings=16),
-    }
+YARN = {
+    "position_embedding_type": "yarn",
+    "yarn": YarnConfig(rotary_scaling_factor=4.0, original_max_position_embeddings=16),
+}
+if HAS_YARN and yarn_takes_packed_rows():
+    MODELS["yarn"] = YARN
 
 
 def _layout() -> PackedLayout:
@@ -183,6 +185,14 @@ def test_a_kind_that_is_not_ours_or_does_not_divide_the_heads_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         transformer_config(model_config(transformer), PARALLEL, TRAINING)
+
+
+@pytest.mark.skipif(
+    yarn_takes_packed_rows() or not HAS_YARN, reason="this megatron-core has no such YaRN"
+)
+def test_yarn_is_refused_where_megatron_cuts_its_table() -> None:
+    with pytest.raises(ConfigError, match=r"context_parallel_size=2 cannot .* YaRN .* install"):
+        transformer_config(model_config(**YARN), PARALLEL, TRAINING)
 
 
 def test_each_layer_has_the_kind_of_its_place_in_the_list() -> None:
