@@ -50,12 +50,16 @@ class Liveness:
             self._thread.start()
 
     def close(self) -> None:
-        """Stop counting: from now on this rank is gone."""
+        """Stop counting and looking: from now on this rank is gone.
+
+        Waits for threads that do so, since Python aborts where it ends while one of them is in a
+        call of the store's; but not for long, since the store's host may have been stopped.
+        """
         self._closed.set()
-        # Python that ends under a thread that is in a call of the store's aborts. A store whose
-        # host has been stopped may not answer for long.
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is not None:
             self._thread.join(timeout=_SILENCE_S)
+        if self._looking.acquire(timeout=_SILENCE_S):
+            self._looking.release()
 
     def end_with_others(self, on_lost: Callable[[list[int]], None]) -> None:
         """Call `on_lost`, from a thread, if others have lost ranks and this one still waits."""
@@ -65,12 +69,12 @@ class Liveness:
         """Ranks that do not count any more; takes some seconds, unless others have found them.
 
         The host of the store (rank 0, unless an elastic agent keeps it) is named when the store
-        itself has gone.
+        itself has gone. None are named once this rank has closed.
         """
         if self._store is None:
             return []
         with self._looking:
-            return self._look()
+            return [] if self._closed.is_set() else self._look()
 
     def _look(self) -> list[int]:
         assert self._store is not None
@@ -80,7 +84,8 @@ class Liveness:
             while time.monotonic() < deadline:
                 if verdict := _verdict(self._store):
                     return verdict
-                time.sleep(0.2)
+                if self._closed.wait(0.2):
+                    return []
             pairs = zip(before, self._counts(), strict=True)
             lost = [rank for rank, (first, second) in enumerate(pairs) if first == second]
             if lost:

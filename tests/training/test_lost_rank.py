@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -174,3 +175,22 @@ def _silent(rank: int, world_size: int) -> list[int] | None:
     silent = None if rank == 1 else liveness.lost_ranks()
     dist.barrier()
     return silent
+
+
+def test_a_rank_that_closes_leaves_no_thread_in_a_call_of_the_store() -> None:
+    """Python aborts where it ends under one."""
+    assert run_distributed(_close_while_it_looks, 2) == [True, True]
+
+
+def _close_while_it_looks(rank: int, world_size: int) -> bool:
+    liveness = Liveness(rank, world_size)
+    looking = threading.Thread(target=liveness.lost_ranks, daemon=True)
+    looking.start()
+    time.sleep(0.5)
+    dist.barrier()  # both look
+    began = time.monotonic()
+    liveness.close()
+    looking.join(timeout=1)
+    over = not looking.is_alive() and time.monotonic() - began < 3
+    dist.barrier()  # rank 0 holds the store
+    return over and liveness.lost_ranks() == []
