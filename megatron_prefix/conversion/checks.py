@@ -109,12 +109,13 @@ def check_stored(
     Raises:
         ConversionError: a missing or unknown tensor, or one of another shape, naming it.
     """
+    family = f"a {architecture.family} model of its configuration"
     places, used = [], set()
     for parameter in parameters:
         here = [place for place in parameter.places if place[0] in shapes]
         if not here:
             raise ConversionError(
-                f"{of}: no tensor {parameter.places[0][0]}, which the model has; this is another "
+                f"{of}: no tensor {parameter.places[0][0]}, which {family} has; it is another "
                 "model, or incomplete"
             )
         key, index = here[0]
@@ -129,7 +130,7 @@ def check_stored(
         )
         if not fits:
             raise ConversionError(
-                f"{of}: {key} has shape {list(found)}, the model needs {list(wanted)}; this is "
+                f"{of}: {key} has shape {list(found)}, {family} needs {list(wanted)}; it is "
                 "another model"
             )
         places.append((key, index))
