@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import signal
 import sys
 import warnings
@@ -132,7 +133,9 @@ def _hf_to_megatron(args: argparse.Namespace) -> int:
 
     dtype = _dtype(args.dtype)
     stored = HFFolder(args.source).tensors.values()
-    total = sum(t.num_bytes if dtype is None else _numel(t.shape) * dtype.itemsize for t in stored)
+    total = sum(
+        t.num_bytes if dtype is None else math.prod(t.shape) * dtype.itemsize for t in stored
+    )
     with _progress(total, "hf-to-megatron") as progress:
         hf_to_megatron(
             args.source,
@@ -250,13 +253,6 @@ def _bytes(gigabytes: float) -> int:
     if not gigabytes > 0:
         raise ValueError(f"--max-shard-gb: {gigabytes} must be above 0")
     return max(1, int(gigabytes * 1e9))
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 @contextlib.contextmanager

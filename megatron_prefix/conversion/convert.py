@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +25,7 @@ from megatron_prefix.conversion.hf_folder import (
     companions,
     finish_shards,
     read_json,
+    write_json,
 )
 from megatron_prefix.conversion.mapping import (
     Mapping,
@@ -150,7 +151,8 @@ def megatron_to_hf(
     values = _config_for(architecture, hf_source, dtype_name(out_dtype))
     itemsizes = [(dtype or reader.dtype(key)).itemsize for key, _ in places]
     needed = sum(
-        _numel(parameter) * size for parameter, size in zip(parameters, itemsizes, strict=True)
+        math.prod(parameter.shape) * size
+        for parameter, size in zip(parameters, itemsizes, strict=True)
     )
     with output_folder(output, force=force, needed_bytes=needed) as partial:
         writer = ShardWriter(partial, max_shard_bytes=max_shard_bytes)
@@ -160,10 +162,9 @@ def megatron_to_hf(
                 whole = whole.to(dtype)
             for name, tensor in mapping.to_hf(parameter, whole).items():
                 writer.add(name, tensor)
-            progress(_numel(parameter) * whole.itemsize)
+            progress(math.prod(parameter.shape) * whole.itemsize)
         finish_shards(partial, writer.close())
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        (partial / "config.json").write_text(text, encoding="utf-8")
+        write_json(partial / "config.json", values)
         for file in companions(hf_source) if hf_source is not None else ():
             shutil.copyfile(file, partial / file.name)
     return architecture
@@ -236,10 +237,3 @@ def _model_section(architecture: Architecture) -> str:
         "# To start from the weights: output: {load: this folder, ...}\n"
         f"model:\n{indented}"
     )
-
-
-def _numel(parameter: Parameter) -> int:
-    product = 1
-    for size in parameter.shape:
-        product *= size
-    return product

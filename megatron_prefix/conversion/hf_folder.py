@@ -6,6 +6,7 @@ Only safetensors: a `.bin` or `.pt` file is a pickle, which can run code when it
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -56,7 +57,7 @@ class StoredTensor:
     def num_bytes(self) -> int:
         """Size of its data."""
         size = DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1
-        return size * _product(self.shape)
+        return size * math.prod(self.shape)
 
 
 class HFFolder:
@@ -255,8 +256,12 @@ def finish_shards(folder: Path, shards: Sequence[Shard]) -> None:
     if count > 1:
         total = sum(shard.num_bytes for shard in shards)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / INDEX).write_text(text, encoding="utf-8")
+        write_json(folder / INDEX, index)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """In the form of config.json and the index."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def companions(path: Path) -> Iterator[Path]:
@@ -264,10 +269,3 @@ def companions(path: Path) -> Iterator[Path]:
     for name in COMPANIONS:
         if (path / name).is_file():
             yield path / name
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def _inspect_hf(path: Path) -> dict[str, Any]:
         "format": "Hugging Face safetensors",
         "path": str(path),
         "model": model,
-        "parameters": sum(_numel(tensor["shape"]) for tensor in tensors),
+        "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors),
         "bytes": folder.num_bytes,
         "tensors": tensors,
         "others": [],
@@ -61,7 +62,7 @@ def _inspect_hf(path: Path) -> dict[str, Any]:
 def _inspect_megatron(path: Path) -> dict[str, Any]:
     reader = read_checkpoint(path)
     found = contents(reader.metadata)
-    parameters = sum(_numel(entry.size) for entry in found.tensors.values())
+    parameters = sum(math.prod(entry.size) for entry in found.tensors.values())
     try:
         recorded = recorded_model(reader.folder)
         if recorded is None:
@@ -70,7 +71,7 @@ def _inspect_megatron(path: Path) -> dict[str, Any]:
             architecture = from_model_config(recorded)
             model = dataclasses.asdict(architecture)
             # The stored tensors may pad the vocabulary, and hold a norm under two names.
-            parameters = sum(_numel(p.shape) for p in Mapping(architecture).parameters())
+            parameters = sum(math.prod(p.shape) for p in Mapping(architecture).parameters())
     except ValueError as error:
         model = {"unsupported": str(error)}
     tensors = [
@@ -87,15 +88,9 @@ def _inspect_megatron(path: Path) -> dict[str, Any]:
         "model": model,
         "parameters": parameters,
         "bytes": sum(
-            _numel(entry.size) * entry.properties.dtype.itemsize for entry in found.tensors.values()
+            math.prod(entry.size) * entry.properties.dtype.itemsize
+            for entry in found.tensors.values()
         ),
         "tensors": tensors,
         "others": list(found.others),
     }
-
-
-def _numel(shape: Any) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

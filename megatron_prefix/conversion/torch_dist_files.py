@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ class Piece:
     @property
     def num_bytes(self) -> int:
         """Size of its data."""
-        return _product(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_checkpoint(
@@ -317,10 +318,3 @@ class _ReadInto(LoadPlanner):
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
         raise NotImplementedError
-
-
-def _product(sizes: Shape) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product

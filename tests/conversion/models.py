@@ -17,6 +17,13 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+MANY_SHARDS = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 24,
+    "vocab_size": 4096,
+}
+"""Some 100 MB in float32, so that memory can be told from noise."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,

@@ -9,7 +9,7 @@ import torch
 
 from megatron_prefix.conversion import hf_to_megatron, megatron_to_hf
 from megatron_prefix.conversion.hf_folder import HFFolder
-from tests.conversion.models import write_model
+from tests.conversion.models import MANY_SHARDS, write_model
 from tests.distributed import run_distributed
 from tests.resident_memory import peak_growth
 
@@ -34,15 +34,7 @@ def _peak(rank: int, world_size: int, folder: Path) -> list[int]:
 
 
 def test_memory_is_that_of_a_shard_and_a_layer(tmp_path: Path) -> None:
-    write_model(
-        tmp_path / "hf",
-        "llama",
-        max_shard_size=SHARD,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=24,
-        vocab_size=4096,
-    )
+    write_model(tmp_path / "hf", "llama", max_shard_size=SHARD, **MANY_SHARDS)
     source = HFFolder(tmp_path / "hf")
     layer = sum(t.num_bytes for name, t in source.tensors.items() if ".layers.3." in name)
     assert source.num_bytes > 8 * SHARD

@@ -20,7 +20,7 @@ from megatron_prefix.training.config_loader import load_dataclass, read_yaml
 from megatron_prefix.training.model import ModelChunks, build_model_chunks
 from megatron_prefix.training.optimizer import build_optimizer
 from megatron_prefix.training.runtime import runtime
-from tests.conversion.models import CASES, write_model
+from tests.conversion.models import CASES, MANY_SHARDS, write_model
 from tests.distributed import run_distributed
 from tests.megatron.models import TRAINING
 from tests.resident_memory import peak_growth
@@ -161,15 +161,7 @@ def _peak(rank: int, world_size: int, folder: Path) -> int:
 
 
 def test_a_rank_holds_a_shard_and_a_parameter_beside_its_weights(tmp_path: Path) -> None:
-    write_model(
-        tmp_path / "hf",
-        "llama",
-        max_shard_size=LARGE_SHARD,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=24,
-        vocab_size=4096,
-    )
+    write_model(tmp_path / "hf", "llama", max_shard_size=LARGE_SHARD, **MANY_SHARDS)
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
     source = HFFolder(tmp_path / "hf")
     layer = sum(t.num_bytes for name, t in source.tensors.items() if ".layers.3." in name)

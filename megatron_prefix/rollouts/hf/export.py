@@ -8,7 +8,7 @@ node) send their parts to one that does.
 
 from __future__ import annotations
 
-import json
+import math
 import uuid
 from collections import defaultdict
 from collections.abc import Callable
@@ -83,7 +83,7 @@ def weights_exporter(
         from megatron_prefix.conversion.architecture import from_model_config
         from megatron_prefix.conversion.checks import check_stored
         from megatron_prefix.conversion.hf_config import config_values
-        from megatron_prefix.conversion.hf_folder import ShardWriter, finish_shards
+        from megatron_prefix.conversion.hf_folder import ShardWriter, finish_shards, write_json
         from megatron_prefix.conversion.mapping import Mapping, dtype_name
     except ImportError as error:
         raise ValueError(
@@ -126,8 +126,7 @@ def weights_exporter(
         def finish() -> None:
             if rank == 0:
                 finish_shards(directory, shards)
-                text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-                (directory / "config.json").write_text(text, encoding="utf-8")
+                write_json(directory / "config.json", values)
 
         gather(finish)
 
@@ -159,8 +158,8 @@ def _all_parts(own: list[_Part], group: dist.ProcessGroup) -> dict[tuple[str, Sh
         for part in parts:
             found[part.key, part.index].append(part)
     for (key, index), parts in found.items():
-        whole = torch.Size(parts[0].whole_shape).numel()
-        covered = sum(torch.Size(part.shape).numel() for part in parts)
+        whole = math.prod(parts[0].whole_shape)
+        covered = sum(math.prod(part.shape) for part in parts)
         if covered != whole:
             raise RuntimeError(f"{key} {list(index)}: ranks hold {covered} of {whole} elements")
     return found
@@ -194,7 +193,7 @@ def _writers(
     for place in places:
         holders = [part.rank for part in parts[place] if part.rank in load]
         writer = min(holders or seeing, key=lambda rank: (load[rank], rank))
-        load[writer] += torch.Size(parts[place][0].whole_shape).numel()
+        load[writer] += math.prod(parts[place][0].whole_shape)
         writers.append(writer)
     return writers
 
