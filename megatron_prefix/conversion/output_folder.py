@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prefix.conversion.errors import ConversionError
+from megatron_prefix.system_errors import system_error
 
 _SPARE_BYTES = 64 * 2**20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -57,10 +59,11 @@ def output_folder(path: Path, *, force: bool, needed_bytes: int = 0) -> Iterator
         _put_in_place(partial, path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if full := _disk_problem(error):
+        reason = system_error(error)
+        if reason is not None and reason.errno in _NO_ROOM:
             raise ConversionError(
-                f"{path}: {full} while writing; nothing is left of it. Free some space, or choose "
-                "another disk"
+                f"{path}: {os.strerror(reason.errno).lower()} while writing; nothing is left of "
+                "it. Free some space, or choose another disk"
             ) from error
         raise
 
@@ -79,18 +82,6 @@ def _put_in_place(partial: Path, path: Path) -> None:
         shutil.rmtree(old)
     else:
         old.unlink()
-
-
-def _disk_problem(error: BaseException) -> str | None:
-    """What a chain of errors says about the disk; torch wraps what the system raised."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return os.strerror(seen.errno).lower()
-        if "No space left on device" in str(seen):
-            return "no space left on device"
-        seen = seen.__cause__ or seen.__context__
-    return None
 
 
 def _gigabytes(size: int) -> str:

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron_prefix.conversion.errors import ConversionError
+from megatron_prefix.system_errors import system_error
 from megatron_prefix.training.torch_dist import contents, read_metadata
 
 Shape = tuple[int, ...]
@@ -103,10 +104,9 @@ def write_checkpoint(
         try:
             results.append(writer.write_data(plan, planner).wait())
         except RuntimeError as error:
-            # torch's archive writer answers a failed write with an error of its own.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            raise
+            if (reason := system_error(error)) is None:
+                raise
+            raise reason from error
     entries: dict[str, Any] = {key: BytesStorageMetadata() for key in empty_objects}
     for piece in pieces:
         entry = entries.setdefault(

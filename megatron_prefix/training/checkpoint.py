@@ -29,6 +29,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prefix.system_errors import system_error
 from megatron_prefix.training import checkpoint_files as files
 from megatron_prefix.training.checkpoint_writer import CheckpointWriter, use_inherited_results
 from megatron_prefix.training.initial_weights import use_stored_names
@@ -175,9 +176,10 @@ class CheckpointFolder:
         with _failing_together(unfinished):
             if unfinished.writer.failure is not None:
                 raise ValueError(unfinished.writer.failure)
+        error = None
         try:
-            unfinished.writer.finalize()
-            error = None
+            with _failing_alone(unfinished.path, unfinished.partial):
+                unfinished.writer.finalize()
         except CheckpointException as caught:
             error = caught
         with _failing_together(unfinished):
@@ -278,17 +280,13 @@ class CheckpointFolder:
                     files.remove_partial(self.directory)
                     partials[0] = files.begin(path)
                 except OSError as error:
-                    raise ValueError(f"{path}: could not be written: {error}") from error
+                    raise _not_written(path, error) from error
         dist.broadcast_object_list(partials, src=0)
         partial = partials[0]
         assert partial is not None
         use_inherited_results()
-        try:
+        with _failing_alone(path, partial):
             request = dist_checkpointing.save(contents, str(partial), async_sharded_save=True)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
-                raise ValueError(f"{path}: could not be written: {error}") from error
-            raise
         self._unfinished = _Unfinished(
             path=path, partial=partial, writer=CheckpointWriter(request), state=state
         )
@@ -302,14 +300,36 @@ def _failing_together(unfinished: _Unfinished) -> Iterator[None]:
             try:
                 yield
             except (ValueError, OSError) as error:
-                raise ValueError(
-                    f"{unfinished.path}: could not be written: {error}; the checkpoints before it "
-                    "are as they were"
-                ) from error
+                raise _not_written(unfinished.path, error) from error
     except ValueError:
         if dist.get_rank() == 0:
             files.remove_partial(unfinished.path.parent)
         raise
+
+
+@contextmanager
+def _failing_alone(path: Path, partial: Path) -> Iterator[None]:
+    """Where rank 0 writes and the others wait for it, say what it could not write.
+
+    Raises:
+        ValueError: on rank 0, which has to end then: the others wait until it has.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if dist.get_rank() != 0:
+            raise
+        reason = system_error(error) or files.write_problem(partial)
+        if reason is None:
+            raise
+        files.remove_partial(path.parent)
+        raise _not_written(path, reason) from error
+
+
+def _not_written(path: Path, reason: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: could not be written: {reason}; the checkpoints before it are as they were"
+    )
 
 
 def _on_any_rank(condition: bool) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 
 _STEP_NAME = re.compile(r"step_(\d{6,})")
 _STATE = "trainer.json"
+_TRIAL_BYTES = 2**20
 
 
 def step_path(directory: Path, step: int) -> Path:
@@ -46,6 +47,20 @@ def begin(path: Path) -> Path:
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     partial.mkdir(parents=True)
     return partial
+
+
+def write_problem(folder: Path) -> OSError | None:
+    """Why nothing more can be written to a folder, where a library only says that it failed."""
+    trial = folder / "trial"
+    try:
+        with trial.open("wb") as file:
+            file.write(bytes(_TRIAL_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        trial.unlink()
+    except OSError as error:
+        return error
+    return None
 
 
 def complete(partial: Path, path: Path, state: dict[str, Any]) -> None:

@@ -20,11 +20,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, BinaryIO
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
+from megatron_prefix.system_errors import system_error
 from megatron_prefix.training.stop import STOP_SIGNALS
 
 _PR_SET_PDEATHSIG = 1
@@ -120,9 +122,18 @@ def _anonymous_file() -> BinaryIO:
 
 def _write(parent: int, write: Callable[[], None]) -> None:
     _end_with(parent)
+    ForkingPickler.register(RuntimeError, _reduce_to_system_error)
     os.register_at_fork(after_in_child=functools.partial(_end_with, os.getpid()))
     threading.Thread(target=_end_with_children, daemon=True).start()
     write()
+
+
+def _reduce_to_system_error(error: RuntimeError) -> str | tuple[Any, ...]:
+    """What goes from a process that writes a file to the one that waits for it.
+
+    An error that goes from process to process leaves behind what it was raised in the course of.
+    """
+    return (system_error(error) or error).__reduce__()
 
 
 def _end_with(parent: int) -> None:

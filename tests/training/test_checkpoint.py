@@ -21,8 +21,10 @@ from megatron_prefix.training.model import build_model_chunks, model_shape
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
 from megatron_prefix.training.runtime import runtime
 from megatron_prefix.training.step import train_step
+from megatron_prefix.training.torch_adam import initialise_adam
 from tests.distributed import RankError, run_distributed
 from tests.megatron.models import TRAINING, model_config, relative_error
+from tests.small_disk import SmallDisk
 
 SETTINGS = OptimizerSettings(lr=1e-2, weight_decay=0.1, lr_decay_style="cosine", lr_decay_steps=10)
 
@@ -192,6 +194,45 @@ def test_a_checkpoint_that_was_cut_off_is_never_read(tmp_path: Path) -> None:
     assert CheckpointFolder(tmp_path, keep=1).steps() == [1]
     _train(1, {}, [{"folder": tmp_path, "steps": range(1, 2), "load": True, "save": True}])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002"]
+
+
+def test_whatever_a_full_disk_cuts_off_is_reported_as_that_and_leaves_the_rest(
+    tmp_path: Path,
+) -> None:
+    with SmallDisk(tmp_path / "disk", 2**24) as disk:
+        run_distributed(_fill, 1, disk, timeout=240)
+
+
+def _fill(rank: int, world_size: int, disk: SmallDisk) -> None:
+    """Try a second checkpoint with more and more room for it."""
+    config = model_config({"num_layers": 2}, vocab_size=64)
+    training = dataclasses.replace(TRAINING, dtype="float32")
+    with runtime(ParallelConfig(), device="cpu", seed=0, timeout_minutes=1):
+        chunks = build_model_chunks(
+            config, ParallelConfig(), training, use_distributed_optimizer=True
+        )
+        optimizer = build_optimizer(SETTINGS, chunks)
+        initialise_adam(optimizer)
+        contents = chunks, optimizer, build_scheduler(SETTINGS, optimizer, total_steps=1)
+        checkpoints = CheckpointFolder(disk.path, keep=3)
+        first = checkpoints.save(1, *contents, state={})
+        needed = disk.used
+        coarse, fine = needed // 8, 4096  # the last files are small: the table of contents, state
+        rooms = [*range(0, needed - coarse, coarse), *range(needed - coarse, 2 * needed, fine)]
+        failures = 0
+        for room in rooms:
+            disk.resize(needed + room)
+            try:
+                checkpoints.save(2, *contents, state={})
+                break
+            except ValueError as error:
+                message = str(error)
+            failures += 1
+            assert message.startswith(f"{disk.path}/step_000002: could not be written: ")
+            assert "No space left on device; the checkpoints before it are as they" in message
+            assert list(disk.path.iterdir()) == [first]
+        assert failures >= 10
+        assert checkpoints.steps() == [1, 2]
 
 
 def test_a_model_of_another_size_is_refused_by_the_checkpoints_name(

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatron_prefix.training import checkpoint_files
 from megatron_prefix.training.stop import StopRequest
 from megatron_prefix.training.trainer import Trainer
 from tests.distributed import run_distributed
+from tests.small_disk import SmallDisk
 from tests.training.runs import (
     good_records,
     read_rows,
@@ -238,41 +238,30 @@ def _kill_a_writer(job: Job, which: str) -> bool:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     """A file system that holds two checkpoints, and no third one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = _mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk))
-    if mounted.returncode != 0:
-        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
-    try:
+    with SmallDisk(tmp_path / "disk", 2**20) as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def _mount(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
 
 
 def test_a_full_disk_ends_the_run_with_an_error_and_it_continues_when_there_is_room(
-    undisturbed: Path, small_disk: Path, tmp_path: Path
+    undisturbed: Path, small_disk: SmallDisk, tmp_path: Path
 ) -> None:
-    config = _config(tmp_path / "full", directory=str(small_disk / "out"), keep=100)
+    config = _config(tmp_path / "full", directory=str(small_disk.path / "out"), keep=100)
     with Job(config) as job:
         job.start()
         assert job.wait_as_torchrun(timeout=120)[0] == 1, job.output(0)
         errors = [line for line in job.output(0).splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
-        assert errors[0].startswith(f"error: {small_disk}/out/checkpoints/step_")
+        assert errors[0].startswith(f"error: {small_disk.path}/out/checkpoints/step_")
         assert "could not be written" in errors[0] and "No space left on device" in errors[0]
-    checkpoints = small_disk / "out" / "checkpoints"
+    checkpoints = small_disk.path / "out" / "checkpoints"
     steps = checkpoint_files.complete_steps(checkpoints)
     assert steps and steps == list(range(2, 2 * len(steps) + 1, 2))
     for step in steps:
         assert checkpoint_files.damage(checkpoint_files.step_path(checkpoints, step)) is None
 
-    assert _mount("-o", "remount,size=100m", str(small_disk)).returncode == 0
+    small_disk.resize(100 * 2**20)
     assert f"{steps[-1]}/{STEPS}" in _run_to_the_end(config)
     last = f"step_{STEPS:06d}"
     assert_same_checkpoint(checkpoints / last, _checkpoints(undisturbed) / last)
