@@ -23,12 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_prefix.rollouts.config import TextConfig
+from megatron_prefix.config import RunConfig, TextConfig
+from megatron_prefix.distributed.runtime import runtime_of_run
 from megatron_prefix.rollouts.text.prompts import TextPrompts
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
-from megatron_prefix.training.config import RunConfig, load_run_config
 from megatron_prefix.training.metrics import read_metrics
-from megatron_prefix.training.runtime import runtime_of_run
+from megatron_prefix.training.run_config import load_run_config
 from megatron_prefix.training.trainer import Trainer
 
 SIDES = {"grouped": "groups", "ungrouped": "none"}

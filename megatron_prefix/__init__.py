@@ -16,7 +16,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PrefixPackedSeqParams": "megatron_prefix.packed_seq_params",
+    "PrefixPackedSeqParams": "megatron_prefix.layers.packed_seq_params",
     "PrefixTree": "megatron_prefix.layout",
     "pack": "megatron_prefix.layout",
     "prefix_grouped": "megatron_prefix.layer_spec",

@@ -46,10 +46,11 @@ from benchmarks.mechanisms import MECHANISMS
 from benchmarks.report import HEADER, line, plot
 from benchmarks.shapes import ModelSizes, Shape, parse_case, training_config, trees
 
+from megatron_prefix.config import ParallelConfig
 from megatron_prefix.layout import trained_labels
 from megatron_prefix.layout.cost import attention_pairs
-from megatron_prefix.training.config import ParallelConfig
-from megatron_prefix.training.model import model_shape, transformer_config
+from megatron_prefix.model.build import model_shape
+from megatron_prefix.model.transformer_config import transformer_config
 
 DEFAULT_CASES = ("8,2048,256", "8,256,2048", "1,2048,256")
 GRID = tuple(

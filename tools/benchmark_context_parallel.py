@@ -38,10 +38,10 @@ from benchmarks.shapes import Shape, make_batch, parse_case, training_config, tr
 from ranks import run_ranks
 
 from megatron_prefix.attention.comm_types import COMM_TYPES
+from megatron_prefix.config import ParallelConfig
+from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layout import ContextShards, PackedLayout, PrefixTree, pack, shard_layout
-from megatron_prefix.training.config import ParallelConfig
-from megatron_prefix.training.model import ModelChunks, build_model_chunks
-from megatron_prefix.training.runtime import runtime
+from megatron_prefix.model.build import ModelChunks, build_model_chunks
 from megatron_prefix.training.step import accumulate_gradients
 
 DEFAULT_CASES = ("8,2048,256", "16,2048,256", "8,2048,512")

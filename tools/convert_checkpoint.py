@@ -150,11 +150,11 @@ def _hf_to_megatron(args: argparse.Namespace) -> int:
 
 
 def _megatron_to_hf(args: argparse.Namespace) -> int:
+    from megatron_prefix.config import ModelConfig
+    from megatron_prefix.config.loader import ConfigError, load_dataclass, read_yaml
     from megatron_prefix.conversion import megatron_to_hf
     from megatron_prefix.conversion.architecture import from_model_config
     from megatron_prefix.conversion.inspection import inspect
-    from megatron_prefix.training.config import ModelConfig
-    from megatron_prefix.training.config_loader import ConfigError, load_dataclass, read_yaml
 
     architecture = None
     if args.config is not None:

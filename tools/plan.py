@@ -20,9 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.layout.estimate import StepEstimate
-from megatron_prefix.shapes import parse_case, read_shapes
-from megatron_prefix.training.config_loader import ConfigError
 from megatron_prefix.training.planning import (
     Plan,
     PlannedRun,
@@ -30,6 +29,7 @@ from megatron_prefix.training.planning import (
     plan_run,
     read_sections,
 )
+from megatron_prefix.training.shapes import parse_case, read_shapes
 
 GIB = 2**30
 PICTURE_RATIOS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)

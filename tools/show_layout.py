@@ -29,7 +29,7 @@ from megatron_prefix.layout import (
     pack,
     shard_layout,
 )
-from megatron_prefix.shapes import read_shapes
+from megatron_prefix.training.shapes import read_shapes
 
 EXAMPLE = [{"prefix": 12, "responses": [5, 7, 4]}, {"prefix": 6, "responses": [3, 5]}]
 EXAMPLE_OF_RANKS = [{"prefix": 25, "responses": [9, 7, 8, 6]}, {"prefix": 9, "responses": [4, 5]}]

@@ -42,15 +42,15 @@ from equivalence.comparison import TOLERANCES, compare
 from ranks import run_ranks
 
 from megatron_prefix.attention.comm_types import COMM_TYPES
-from megatron_prefix.objective import ObjectiveConfig
-from megatron_prefix.shapes import read_shapes
-from megatron_prefix.training.config import (
+from megatron_prefix.config import (
     ModelConfig,
     OptimizerSettings,
     ParallelConfig,
     TrainingConfig,
 )
-from megatron_prefix.training.config_loader import ConfigError, load_dataclass, read_yaml
+from megatron_prefix.config.loader import ConfigError, load_dataclass, read_yaml
+from megatron_prefix.objective import ObjectiveConfig
+from megatron_prefix.training.shapes import read_shapes
 
 
 def _worker(rank: int, job: str, folder: Path, seed: int) -> None:

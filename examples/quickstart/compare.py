@@ -26,17 +26,18 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_prefix.batch import PackedBatch, TrainedSequence, build_batch
+from megatron_prefix.checkpoints.weights import load_weights
+from megatron_prefix.config import RunConfig
+from megatron_prefix.distributed.runtime import Runtime, runtime_of_run
 from megatron_prefix.layout import PrefixTree, microbatch_tree, pack, plan_microbatches
+from megatron_prefix.model.build import ModelChunks, build_model_chunks, model_shape
 from megatron_prefix.objective import ObjectiveConfig, PolicyMetrics
 from megatron_prefix.rollouts.build import build_engine
 from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.training.checkpoint import CheckpointFolder
-from megatron_prefix.training.config import RunConfig, load_run_config
+from megatron_prefix.training.batch import PackedBatch, TrainedSequence, build_batch
 from megatron_prefix.training.minibatch import trained_sequences
-from megatron_prefix.training.model import ModelChunks, build_model_chunks, model_shape
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
-from megatron_prefix.training.runtime import Runtime, runtime_of_run
+from megatron_prefix.training.run_config import load_run_config
 from megatron_prefix.training.step import accumulate_gradients, reduce_sums, train_step
 
 SIDES = ("grouped", "ungrouped")
@@ -139,7 +140,7 @@ def compare(config: RunConfig, place: Runtime, *, num_batches: int, repeats: int
     optimizer = build_optimizer(config.optimizer, chunks)
     scheduler = build_scheduler(config.optimizer, optimizer, total_steps=config.training.steps)
     if config.output.load is not None:
-        CheckpointFolder.load_weights(config.output.load, chunks, optimizer)
+        load_weights(config.output.load, chunks, optimizer)
     engine = build_engine(config, chunks, place)
     rollouts = [
         engine.next_groups(config.rollouts.groups_per_step, step=i) for i in range(num_batches)

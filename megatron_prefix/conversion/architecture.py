@@ -14,8 +14,8 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_prefix.config import ModelConfig, YarnConfig
 from megatron_prefix.conversion.errors import ConversionError
-from megatron_prefix.training.config import ModelConfig, YarnConfig
 
 
 @dataclass(frozen=True, kw_only=True)

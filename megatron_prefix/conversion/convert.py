@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_prefix.checkpoints.initial_weights import MODEL_SECTION, recorded_model
+from megatron_prefix.checkpoints.torch_dist import TRACKER, find_checkpoint
+from megatron_prefix.config.loader import dump_yaml
 from megatron_prefix.conversion.architecture import (
     Architecture,
     from_model_config,
@@ -40,9 +43,6 @@ from megatron_prefix.conversion.torch_dist_files import (
     Piece,
     write_checkpoint,
 )
-from megatron_prefix.training.config_loader import dump_yaml
-from megatron_prefix.training.initial_weights import MODEL_SECTION, recorded_model
-from megatron_prefix.training.torch_dist import TRACKER, find_checkpoint
 
 Progress = Callable[[int], None]
 """Told of so many bytes more."""

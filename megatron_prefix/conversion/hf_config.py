@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_prefix.config import YarnConfig
 from megatron_prefix.conversion.architecture import FAMILIES, Architecture
 from megatron_prefix.conversion.errors import ConversionError
 from megatron_prefix.conversion.hf_folder import read_json
-from megatron_prefix.training.config import YarnConfig
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",

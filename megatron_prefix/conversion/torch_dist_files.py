@@ -37,9 +37,9 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from megatron_prefix.checkpoints.torch_dist import contents, read_metadata
 from megatron_prefix.conversion.errors import ConversionError
 from megatron_prefix.system_errors import system_error
-from megatron_prefix.training.torch_dist import contents, read_metadata
 
 Shape = tuple[int, ...]
 

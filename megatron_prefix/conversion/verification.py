@@ -17,19 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prefix.checkpoints.initial_weights import check_initial_weights
+from megatron_prefix.checkpoints.weights import load_weights
+from megatron_prefix.config import ParallelConfig, TrainingConfig
 from megatron_prefix.conversion.architecture import Architecture, to_model_config
 from megatron_prefix.conversion.convert import Progress, hf_to_megatron, megatron_to_hf
 from megatron_prefix.conversion.errors import ConversionError
 from megatron_prefix.conversion.hf_config import read_architecture
 from megatron_prefix.conversion.hf_folder import HFFolder
 from megatron_prefix.conversion.mapping import is_no_weight
+from megatron_prefix.distributed.runtime import runtime
+from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PrefixTree, pack
-from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
-from megatron_prefix.training.checkpoint import CheckpointFolder
-from megatron_prefix.training.config import ParallelConfig, TrainingConfig
-from megatron_prefix.training.initial_weights import check_initial_weights
-from megatron_prefix.training.model import ModelChunks, build_gpt_model, transformer_config
-from megatron_prefix.training.runtime import runtime
+from megatron_prefix.model.build import ModelChunks, build_gpt_model
+from megatron_prefix.model.transformer_config import transformer_config
 
 TOLERANCE = 1e-4
 """Of logits and log-probabilities in float32, absolute."""
@@ -214,7 +215,7 @@ def _megatron_logits(
         chunks = ModelChunks(wrapped=[], bare=[model], config=megatron_config, head=None)
         try:
             check_initial_weights(checkpoint, config, chunks)
-            CheckpointFolder.load_weights(checkpoint, chunks)
+            load_weights(checkpoint, chunks)
         except ValueError as error:
             raise ConversionError(str(error)) from error
         for (prompt, responses), file in zip(groups, expected, strict=True):

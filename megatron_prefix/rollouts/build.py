@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+from megatron_prefix.config import RunConfig
+from megatron_prefix.distributed.runtime import Runtime
+from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.engine import EmbeddedEngine
 from megatron_prefix.rollouts.embedded.evaluator import Evaluator
@@ -18,9 +21,6 @@ from megatron_prefix.rollouts.rewards import RewardFunction, load_reward
 from megatron_prefix.rollouts.server.build import build_openai_engine
 from megatron_prefix.rollouts.text.prompts import TextPrompts
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
-from megatron_prefix.training.config import RunConfig
-from megatron_prefix.training.model import ModelChunks
-from megatron_prefix.training.runtime import Runtime
 
 _CACHED_PER_TRAINED_TOKEN = 8
 """Keys and values of so many tokens are held where one token is trained on: all that a layer keeps

@@ -20,10 +20,12 @@ import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_prefix.rollouts.config import RewardProcessConfig
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:  # reading rollouts needs the standard library only
+    from megatron_prefix.config import RewardProcessConfig
 
 logger = logging.getLogger(__name__)
 

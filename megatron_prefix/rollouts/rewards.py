@@ -11,13 +11,15 @@ import dataclasses
 import reprlib
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_prefix.rollouts.config import RewardProcessConfig
 from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.rollouts.reward_process import ProcessReward, RewardFailed
 from megatron_prefix.rollouts.text.rewards import TEXT_REWARDS, TextReward
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:  # reading rollouts needs the standard library only
+    from megatron_prefix.config import RewardProcessConfig
 
 
 class RewardFunction(Protocol):
@@ -107,7 +109,11 @@ def load_reward(
         raise ValueError(
             f"reward {spec!r}: name one of {names}, or a function of yours as module:function"
         )
-    return ProcessReward(spec, process or RewardProcessConfig(), tokenizer=tokenizer)
+    if process is None:
+        from megatron_prefix.config import RewardProcessConfig
+
+        process = RewardProcessConfig()
+    return ProcessReward(spec, process, tokenizer=tokenizer)
 
 
 def reward_groups(reward: RewardFunction, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:

@@ -16,10 +16,11 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_prefix.training.config import RunConfig, load_run_config
-from megatron_prefix.training.config_loader import ConfigError
-from megatron_prefix.training.runtime import Runtime, runtime_of_run
-from megatron_prefix.training.stop import StopRequest
+from megatron_prefix.config import RunConfig
+from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.distributed.runtime import Runtime, runtime_of_run
+from megatron_prefix.distributed.stop import StopRequest
+from megatron_prefix.training.run_config import load_run_config
 from megatron_prefix.training.trainer import Trainer
 
 _GRACE_S = 10.0

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_prefix.batch import PackedBatch, TrainedSequence, build_batch
 from megatron_prefix.layout import (
     MicrobatchPlan,
     ModelShape,
@@ -28,6 +27,7 @@ from megatron_prefix.layout import (
 )
 from megatron_prefix.objective import ObjectiveConfig, group_advantages, token_weights
 from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.training.batch import PackedBatch, TrainedSequence, build_batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_prefix.training.config import OptimizerSettings
-from megatron_prefix.training.model import ModelChunks
+from megatron_prefix.config import OptimizerSettings
+from megatron_prefix.model.build import ModelChunks
 
 
 def build_optimizer(settings: OptimizerSettings, chunks: ModelChunks) -> MegatronOptimizer:

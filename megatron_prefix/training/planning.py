@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prefix.layout import SharingRule
-from megatron_prefix.layout.estimate import StepEstimate, StepSetup, estimate_step
-from megatron_prefix.shapes import tree_of_shape
-from megatron_prefix.training.config import (
+from megatron_prefix.config import (
     ModelConfig,
     OptimizerSettings,
     ParallelConfig,
     TrainingConfig,
 )
-from megatron_prefix.training.config_loader import ConfigError, load_dataclass, read_yaml
-from megatron_prefix.training.memory_model import memory_model, rank_sizes, stage_layers
-from megatron_prefix.training.model import transformer_config
+from megatron_prefix.config.loader import ConfigError, load_dataclass, read_yaml
+from megatron_prefix.layout import SharingRule
+from megatron_prefix.layout.estimate import StepEstimate, StepSetup, estimate_step
+from megatron_prefix.model.memory import memory_model, rank_sizes, stage_layers
+from megatron_prefix.model.transformer_config import transformer_config
+from megatron_prefix.training.shapes import tree_of_shape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_prefix.batch import PackedBatch
+from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.objective import ObjectiveConfig, PolicyMetrics, policy_loss
-from megatron_prefix.training.model import ModelChunks
+from megatron_prefix.training.batch import PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)

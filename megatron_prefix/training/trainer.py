@@ -15,15 +15,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_prefix.agreement import check_equal_across_ranks
 from megatron_prefix.attention.kernels import select_kernel
+from megatron_prefix.checkpoints.folder import CheckpointFolder
+from megatron_prefix.checkpoints.initial_weights import check_initial_weights
+from megatron_prefix.checkpoints.weights import load_weights
+from megatron_prefix.config import RunConfig, config_summary
+from megatron_prefix.distributed.agreement import check_equal_across_ranks
+from megatron_prefix.distributed.rank_results import raise_together
+from megatron_prefix.distributed.runtime import Runtime
+from megatron_prefix.distributed.stop import StopRequest
+from megatron_prefix.model.build import ModelChunks, build_model_chunks, model_shape
+from megatron_prefix.model.transformer_config import DTYPES
 from megatron_prefix.objective import PolicyMetrics
 from megatron_prefix.rollouts.build import build_engine, build_evaluator
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.training.checkpoint import CheckpointFolder
-from megatron_prefix.training.config import RunConfig, config_summary
-from megatron_prefix.training.initial_weights import check_initial_weights
 from megatron_prefix.training.metrics import MetricsLog, plot_reward, read_metrics
 from megatron_prefix.training.minibatch import (
     Minibatch,
@@ -31,16 +37,8 @@ from megatron_prefix.training.minibatch import (
     build_minibatch,
     split_groups,
 )
-from megatron_prefix.training.model import (
-    DTYPES,
-    ModelChunks,
-    build_model_chunks,
-    model_shape,
-)
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
-from megatron_prefix.training.runtime import Runtime, raise_together
 from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
-from megatron_prefix.training.stop import StopRequest
 from megatron_prefix.training.waiting import read_waiting, write_waiting
 
 logger = logging.getLogger(__name__)
@@ -140,14 +138,12 @@ class Trainer:
         resuming = output.resume and self.checkpoints.latest_step() is not None
         if output.load is not None and not resuming:
             check_initial_weights(output.load, self.config.model, self.chunks)
-            self.checkpoints.load_weights(output.load, self.chunks, self.optimizer)
+            load_weights(output.load, self.chunks, self.optimizer)
         if not resuming:
             self.checkpoints.set_aside()
         if self.config.objective.kl_coefficient > 0:
             if resuming:
-                self.checkpoints.load_weights(
-                    self.checkpoints.reference_path, self.chunks, self.optimizer
-                )
+                load_weights(self.checkpoints.reference_path, self.chunks, self.optimizer)
             else:
                 self.checkpoints.save_reference(self.chunks)
             self.reference = ReferencePolicy(self.chunks)

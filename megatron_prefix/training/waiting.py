@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_prefix.checkpoints.files import write_whole
 from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.training.checkpoint_files import write_whole
 
 _NAME = "waiting_rollouts.json"
 

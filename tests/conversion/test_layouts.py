@@ -12,21 +12,17 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from megatron_prefix.checkpoints.folder import CheckpointFolder
+from megatron_prefix.checkpoints.torch_adam import initialise_adam
+from megatron_prefix.config import OptimizerSettings, ParallelConfig
 from megatron_prefix.conversion import hf_to_megatron, megatron_to_hf
 from megatron_prefix.conversion.hf_folder import HFFolder
-from megatron_prefix.training.checkpoint import CheckpointFolder
-from megatron_prefix.training.config import ModelConfig, OptimizerSettings, ParallelConfig
-from megatron_prefix.training.config_loader import load_dataclass, read_yaml
-from megatron_prefix.training.full_tensors import full_parameters
-from megatron_prefix.training.initial_weights import check_initial_weights
-from megatron_prefix.training.model import (
-    build_gpt_model,
-    build_model_chunks,
-    transformer_config,
-)
-from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
-from megatron_prefix.training.runtime import runtime
-from megatron_prefix.training.torch_adam import initialise_adam
+from megatron_prefix.distributed.runtime import runtime
+from megatron_prefix.model.build import build_gpt_model
+from megatron_prefix.model.full_tensors import full_parameters
+from megatron_prefix.model.transformer_config import transformer_config
+from megatron_prefix.training.optimizer import build_scheduler
+from tests.conversion.loading import load_converted, model_section
 from tests.conversion.models import CASES, write_model
 from tests.distributed import run_distributed
 from tests.megatron.models import TRAINING
@@ -51,13 +47,8 @@ def _load_and_save(
     results = []
     for megatron, saved, layout in jobs:
         parallel = ParallelConfig(**layout)
-        training = dataclasses.replace(TRAINING, dtype="float32")
-        model = load_dataclass(ModelConfig, read_yaml(megatron / "model.yaml")["model"])
         with runtime(parallel, device="cpu", seed=9, timeout_minutes=1):
-            chunks = build_model_chunks(model, parallel, training, use_distributed_optimizer=True)
-            optimizer = build_optimizer(OptimizerSettings(), chunks)
-            check_initial_weights(megatron, model, chunks)
-            CheckpointFolder.load_weights(megatron, chunks, optimizer)
+            model, chunks, optimizer = load_converted(megatron, parallel)
             results.append(full_parameters(chunks))
             # What the first step does; without it there is no state to save.
             initialise_adam(optimizer)
@@ -121,7 +112,7 @@ def test_an_unmodified_model_loads_it_by_either_specs_names(tmp_path: Path) -> N
 
 def _load_unmodified(rank: int, world_size: int, megatron: Path) -> None:
     checkpoint = str(megatron / "release")
-    model = load_dataclass(ModelConfig, read_yaml(megatron / "model.yaml")["model"])
+    model = model_section(megatron)
     training = dataclasses.replace(TRAINING, dtype="float32")
     with runtime(ParallelConfig(), device="cpu", seed=9, timeout_minutes=1):
         config = transformer_config(model, ParallelConfig(), training)

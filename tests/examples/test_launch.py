@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_prefix.training.config import load_run_config
+from megatron_prefix.training.run_config import load_run_config
 from tests import fork_server
 from tests.examples.network_namespaces import Node, two_nodes
 from tests.training.runs import TENSOR, good_records, run_values, write_config, write_records

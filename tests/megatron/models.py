@@ -13,11 +13,12 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_prefix.distributed.runtime import runtime
+from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PackedLayout, PrefixTree, pack
-from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
-from megatron_prefix.training.config import ModelConfig, ParallelConfig, TrainingConfig
-from megatron_prefix.training.model import build_gpt_model, transformer_config
-from megatron_prefix.training.runtime import runtime
+from megatron_prefix.model.build import build_gpt_model
+from megatron_prefix.model.transformer_config import transformer_config
 
 HAS_YARN = tuple(int(x) for x in megatron.core.__version__.split(".")[:2]) >= (0, 15)
 TRAINING = TrainingConfig(steps=1, token_budget=1024, dtype="float64", device="cpu")

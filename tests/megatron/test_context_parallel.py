@@ -15,13 +15,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_prefix.attention.comm_types import layer_comm_type
+from megatron_prefix.config import ModelConfig, ParallelConfig, YarnConfig
+from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.distributed.runtime import runtime
+from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.layers.support import yarn_takes_packed_rows
 from megatron_prefix.layout import PackedLayout, pack
-from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
-from megatron_prefix.support import yarn_takes_packed_rows
-from megatron_prefix.training.config import ModelConfig, ParallelConfig, YarnConfig
-from megatron_prefix.training.config_loader import ConfigError
-from megatron_prefix.training.model import build_gpt_model, transformer_config
-from megatron_prefix.training.runtime import runtime
+from megatron_prefix.model.build import build_gpt_model
+from megatron_prefix.model.transformer_config import transformer_config
 from tests.distributed import run_distributed
 from tests.megatron.models import (
     HAS_YARN,

@@ -15,12 +15,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
 )
 
-from megatron_prefix.attention.megatron_modules import _PrefixCoreAttention, _PrefixSelfAttention
+from megatron_prefix.config import ParallelConfig, YarnConfig
+from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.layer_spec import prefix_grouped, prefix_grouped_layer_spec
+from megatron_prefix.layers.attention import _PrefixCoreAttention, _PrefixSelfAttention
 from megatron_prefix.layout import PrefixTree, pack
-from megatron_prefix.training.config import ParallelConfig, YarnConfig
-from megatron_prefix.training.config_loader import ConfigError
-from megatron_prefix.training.model import transformer_config
+from megatron_prefix.model.transformer_config import transformer_config
 from tests.megatron.models import (
     HAS_YARN,
     TRAINING,

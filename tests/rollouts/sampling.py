@@ -10,19 +10,15 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_prefix.rollouts.embedded.sampler import Sampler
-from megatron_prefix.training.config import ModelConfig, ParallelConfig
-from megatron_prefix.training.full_tensors import (
+from megatron_prefix.config import ModelConfig, ParallelConfig
+from megatron_prefix.model.build import ModelChunks, build_gpt_model, build_model_chunks
+from megatron_prefix.model.full_tensors import (
     FullTensors,
     full_parameters,
     load_full_parameters,
 )
-from megatron_prefix.training.model import (
-    ModelChunks,
-    build_gpt_model,
-    build_model_chunks,
-    transformer_config,
-)
+from megatron_prefix.model.transformer_config import transformer_config
+from megatron_prefix.rollouts.embedded.sampler import Sampler
 from tests.megatron.models import TRAINING, sequence_logits
 
 CPU = torch.device("cpu")

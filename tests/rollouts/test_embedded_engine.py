@@ -9,6 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_prefix.config import (
+    EvaluationConfig,
+    OutputConfig,
+    ParallelConfig,
+    RolloutsConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.distributed.runtime import Runtime, runtime
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.build import build_engine, build_evaluator
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
@@ -17,16 +27,6 @@ from megatron_prefix.rollouts.embedded.evaluator import Evaluator
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream, take_first
-from megatron_prefix.training.config import (
-    EvaluationConfig,
-    OutputConfig,
-    ParallelConfig,
-    RolloutsConfig,
-    RunConfig,
-    TrainingConfig,
-)
-from megatron_prefix.training.config_loader import ConfigError
-from megatron_prefix.training.runtime import Runtime, runtime
 from tests.megatron.models import model_config
 from tests.rollouts.files import FORMATS, write
 from tests.rollouts.sampling import greedy_response, sampler, sampling_model, unmodified

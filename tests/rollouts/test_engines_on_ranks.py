@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_prefix.config import RunConfig
+from megatron_prefix.config.loader import load_dataclass
 from megatron_prefix.rollouts.build import build_engine
 from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.training.config import RunConfig
-from megatron_prefix.training.config_loader import load_dataclass
 from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.step import compute_logprobs
 from megatron_prefix.training.trainer import Trainer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import resource
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,14 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_prefix.config import ParallelConfig
 from megatron_prefix.conversion import hf_to_megatron
 from megatron_prefix.conversion.hf_folder import HFFolder
+from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.rollouts.hf import export
-from megatron_prefix.training.checkpoint import CheckpointFolder
-from megatron_prefix.training.config import ModelConfig, OptimizerSettings, ParallelConfig
-from megatron_prefix.training.config_loader import load_dataclass, read_yaml
-from megatron_prefix.training.model import ModelChunks, build_model_chunks
-from megatron_prefix.training.optimizer import build_optimizer
-from megatron_prefix.training.runtime import runtime
+from tests.conversion.loading import load_converted
 from tests.conversion.models import CASES, MANY_SHARDS, write_model
 from tests.distributed import run_distributed
-from tests.megatron.models import TRAINING
 from tests.resident_memory import peak_growth
 
 TP_PP = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
@@ -38,14 +33,6 @@ LAYOUTS: list[tuple[str, dict[str, int]]] = [
 ]
 SHARD = 20_000
 """Several files for each rank."""
-
-
-def _load(megatron: Path, parallel: ParallelConfig) -> tuple[ModelConfig, ModelChunks]:
-    training = dataclasses.replace(TRAINING, dtype="float32")
-    model = load_dataclass(ModelConfig, read_yaml(megatron / "model.yaml")["model"])
-    chunks = build_model_chunks(model, parallel, training, use_distributed_optimizer=True)
-    CheckpointFolder.load_weights(megatron, chunks, build_optimizer(OptimizerSettings(), chunks))
-    return model, chunks
 
 
 def _assert_same(folder: Path, source: Path) -> None:
@@ -75,7 +62,7 @@ def _export_all(rank: int, world_size: int, folders: list[Path]) -> list[list[se
             runtime(parallel, device="cpu", seed=9, timeout_minutes=1),
             mock.patch.object(export, "_writers", watched),
         ):
-            model, chunks = _load(folder / "megatron", parallel)
+            model, chunks, _ = load_converted(folder / "megatron", parallel)
             write = export.weights_exporter(chunks, model, timeout_minutes=1, shard_bytes=SHARD)
             if rank == 0:
                 (folder / "all").mkdir()
@@ -122,7 +109,7 @@ def _fail(rank: int, world_size: int, folder: Path) -> list[str]:
     errors = []
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     with runtime(parallel, device="cpu", seed=9, timeout_minutes=1):
-        model, chunks = _load(folder / "megatron", parallel)
+        model, chunks, _ = load_converted(folder / "megatron", parallel)
         write = export.weights_exporter(chunks, model, timeout_minutes=1, shard_bytes=SHARD)
         out = folder / "out"
         if rank == 0:
@@ -151,7 +138,7 @@ LARGE_SHARD = 8_000_000
 def _peak(rank: int, world_size: int, folder: Path) -> int:
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     with runtime(parallel, device="cpu", seed=9, timeout_minutes=1):
-        model, chunks = _load(folder / "megatron", parallel)
+        model, chunks, _ = load_converted(folder / "megatron", parallel)
         write = export.weights_exporter(chunks, model, timeout_minutes=1, shard_bytes=LARGE_SHARD)
         if rank == 0:
             for name in ("first", "out"):

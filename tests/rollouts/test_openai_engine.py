@@ -227,8 +227,8 @@ def test_the_server_samples_from_exactly_the_weights_that_were_handed_over(data,
         groups = run.engine.next_groups(4, step=0)
         embedded = {**values["rollouts"], "engine": "embedded"}
         del embedded["server"]
-        from megatron_prefix.training.config import RunConfig
-        from megatron_prefix.training.config_loader import load_dataclass
+        from megatron_prefix.config import RunConfig
+        from megatron_prefix.config.loader import load_dataclass
 
         config = load_dataclass(RunConfig, {**values, "rollouts": embedded})
         own = build_engine(config, run.chunks, run.runtime).next_groups(4, step=0)

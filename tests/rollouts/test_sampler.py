@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prefix.rollouts.embedded.batch import SamplingOptions
-from megatron_prefix.rollouts.embedded.sampler import SampledResponse
-from megatron_prefix.training.config import ModelConfig, ParallelConfig
-from megatron_prefix.training.full_tensors import (
+from megatron_prefix.config import ModelConfig, ParallelConfig
+from megatron_prefix.distributed.runtime import runtime
+from megatron_prefix.model.build import ModelChunks, build_model_chunks
+from megatron_prefix.model.full_tensors import (
     FullTensors,
     full_parameters,
     load_full_parameters,
 )
-from megatron_prefix.training.model import ModelChunks, build_model_chunks
-from megatron_prefix.training.runtime import runtime
+from megatron_prefix.rollouts.embedded.batch import SamplingOptions
+from megatron_prefix.rollouts.embedded.sampler import SampledResponse
 from tests.distributed import run_distributed
 from tests.megatron.models import TRAINING, model_config, single_process
 from tests.rollouts.sampling import (

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron_prefix.rollouts.config import ServerConfig
+from megatron_prefix.config import ServerConfig
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.prompts import prompt_stream
 from megatron_prefix.rollouts.rewards import exact_match

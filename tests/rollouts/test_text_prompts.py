@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_prefix.rollouts.config import TextConfig
+from megatron_prefix.config import TextConfig
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.text.prompts import TextPrompts
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prefix.rollouts.config import RewardProcessConfig
+from megatron_prefix.config import RewardProcessConfig
 from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.rollouts.reward_process import ProcessReward
 from megatron_prefix.rollouts.rewards import (

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_prefix.config.loader import load_dataclass
 from megatron_prefix.layout.memory import RankSizes
-from megatron_prefix.shapes import parse_case
-from megatron_prefix.training.config import ModelConfig, ParallelConfig, TrainingConfig
-from megatron_prefix.training.config_loader import load_dataclass
-from megatron_prefix.training.memory_model import memory_model
-from megatron_prefix.training.model import transformer_config
+from megatron_prefix.model.memory import memory_model
+from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.training.planning import Plan, load_planned_run, plan_run, read_sections
+from megatron_prefix.training.shapes import parse_case
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "examples" / "configs"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_prefix.training.config import ModelConfig, ParallelConfig
-from megatron_prefix.training.config_loader import load_dataclass
+from megatron_prefix.config import ModelConfig, ParallelConfig
+from megatron_prefix.config.loader import load_dataclass
 from tests import fork_server
 
 # One-token prompts and responses, a group of one, very unequal responses.

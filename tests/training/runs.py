@@ -17,10 +17,10 @@ from unittest import mock
 import numpy as np
 import yaml
 
+from megatron_prefix.config import RunConfig
+from megatron_prefix.config.loader import load_dataclass
+from megatron_prefix.distributed.runtime import runtime_of_run
 from megatron_prefix.training import __main__ as command
-from megatron_prefix.training.config import RunConfig
-from megatron_prefix.training.config_loader import load_dataclass
-from megatron_prefix.training.runtime import runtime_of_run
 from megatron_prefix.training.trainer import Trainer
 
 VOCAB_SIZE = 64

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_prefix.training.liveness import Liveness
+from megatron_prefix.distributed.liveness import Liveness
 from tests import fork_server
 from tests.commands import python_process
 from tests.distributed import run_distributed

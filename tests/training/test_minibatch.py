@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_prefix.config import ParallelConfig
+from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.training.config import ParallelConfig
 from megatron_prefix.training.minibatch import Minibatch, PackingConfig, build_minibatch
-from megatron_prefix.training.model import build_model_chunks, model_shape
 from megatron_prefix.training.step import accumulate_gradients
 from tests.megatron.models import TRAINING, model_config, single_process
 

@@ -25,14 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_prefix.attention import kernels
 from megatron_prefix.attention.kernels import TorchCudaKernel
-from megatron_prefix.batch import PackedBatch, TrainedSequence, build_batch
+from megatron_prefix.config import ParallelConfig
+from megatron_prefix.distributed.cpu_device import disable_cpu_device
+from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layout import pack
+from megatron_prefix.model.build import build_gpt_model
+from megatron_prefix.model.head import LogProbHead
+from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig
-from megatron_prefix.training.config import ParallelConfig
-from megatron_prefix.training.cpu_device import disable_cpu_device
-from megatron_prefix.training.head import LogProbHead
-from megatron_prefix.training.model import build_gpt_model, transformer_config
-from megatron_prefix.training.runtime import runtime
+from megatron_prefix.training.batch import PackedBatch, TrainedSequence, build_batch
 from megatron_prefix.training.step import _forward_step
 from tests.megatron.models import TRAINING, model_config, random_groups, single_process
 

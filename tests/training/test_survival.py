@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_prefix.training import checkpoint_files
-from megatron_prefix.training.stop import StopRequest
+from megatron_prefix.checkpoints import files as checkpoint_files
+from megatron_prefix.distributed.stop import StopRequest
 from megatron_prefix.training.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.small_disk import SmallDisk

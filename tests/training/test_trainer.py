@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_prefix.distributed.rank_results import raise_together
+from megatron_prefix.model.full_tensors import FullTensors, full_parameters
 from megatron_prefix.objective import PolicyMetrics
 from megatron_prefix.training import trainer as trainer_module
-from megatron_prefix.training.full_tensors import FullTensors, full_parameters
 from megatron_prefix.training.metrics import MetricsLog
 from megatron_prefix.training.minibatch import build_minibatch
-from megatron_prefix.training.runtime import raise_together
 from megatron_prefix.training.step import compute_logprobs, reduce_sums
 from tests.distributed import run_distributed
 from tests.megatron.models import relative_error

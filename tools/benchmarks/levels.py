@@ -12,17 +12,13 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_prefix.batch import PackedBatch
+from megatron_prefix.config import ParallelConfig
+from megatron_prefix.distributed.runtime import runtime
+from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.model.build import ModelChunks, build_gpt_model, build_model_chunks
+from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig
-from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
-from megatron_prefix.training.config import ParallelConfig
-from megatron_prefix.training.model import (
-    ModelChunks,
-    build_gpt_model,
-    build_model_chunks,
-    transformer_config,
-)
-from megatron_prefix.training.runtime import runtime
+from megatron_prefix.training.batch import PackedBatch
 from megatron_prefix.training.step import accumulate_gradients
 
 from .measuring import Runner

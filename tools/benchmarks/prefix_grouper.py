@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_prefix.training.model import ModelChunks
+from megatron_prefix.model.build import ModelChunks
 
 from .shapes import advantages, rollouts
 

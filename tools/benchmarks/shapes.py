@@ -9,10 +9,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_prefix import shapes
-from megatron_prefix.batch import PackedBatch, TrainedSequence, build_batch
-from megatron_prefix.layout import PrefixTree, pack
-from megatron_prefix.training.config import ModelConfig, TrainingConfig
+from megatron_prefix.config import ModelConfig, TrainingConfig
+from megatron_prefix.layout import PrefixTree, pack, shapes
+from megatron_prefix.training.batch import PackedBatch, TrainedSequence, build_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class Shape:
 
 
 def parse_case(text: str) -> Shape:
-    """An argument G,prefix,response; see `megatron_prefix.shapes.parse_case`."""
+    """An argument G,prefix,response; see `megatron_prefix.training.shapes.parse_case`."""
     try:
         shape = shapes.parse_case(text)
     except ValueError as error:

@@ -9,18 +9,18 @@ import torch
 import torch.distributed as dist
 
 from equivalence.case import Case
-from megatron_prefix.batch import PackedBatch
+from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layout import MicrobatchPlan
-from megatron_prefix.objective import PolicyMetrics
-from megatron_prefix.training.full_tensors import (
+from megatron_prefix.model.build import build_model_chunks, model_shape
+from megatron_prefix.model.full_tensors import (
     full_gradients,
     full_parameters,
     load_full_parameters,
 )
+from megatron_prefix.objective import PolicyMetrics
+from megatron_prefix.training.batch import PackedBatch
 from megatron_prefix.training.minibatch import PackingConfig, build_minibatch
-from megatron_prefix.training.model import build_model_chunks, model_shape
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
-from megatron_prefix.training.runtime import runtime
 from megatron_prefix.training.step import (
     accumulate_gradients,
     compute_logprobs,

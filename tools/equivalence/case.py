@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prefix.objective import ObjectiveConfig
-from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.training.config import (
+from megatron_prefix.config import (
     ModelConfig,
     OptimizerSettings,
     ParallelConfig,
     TrainingConfig,
 )
-from megatron_prefix.training.model import transformer_config
+from megatron_prefix.model.transformer_config import transformer_config
+from megatron_prefix.objective import ObjectiveConfig
+from megatron_prefix.rollouts.records import RolloutGroup
 
 DEFAULT_SHAPES: list[dict[str, Any]] = [
     {"prefix": 24, "responses": [5, 9, 3, 7]},

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from equivalence.case import LEARNING_RATE, WEIGHT_DECAY, Case, with_old_logprobs
+from megatron_prefix.config import ParallelConfig
+from megatron_prefix.distributed.runtime import runtime
+from megatron_prefix.model.build import ModelChunks, build_gpt_model
+from megatron_prefix.model.full_tensors import full_gradients, full_parameters
+from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.training.config import ParallelConfig
-from megatron_prefix.training.full_tensors import full_gradients, full_parameters
-from megatron_prefix.training.model import ModelChunks, build_gpt_model, transformer_config
-from megatron_prefix.training.runtime import runtime
 
 
 def sequence_logprobs(model: torch.nn.Module, case: Case, group: RolloutGroup, index: int) -> Any:

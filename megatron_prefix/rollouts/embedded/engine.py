@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_prefix.rank_results import from_rank_0
+from megatron_prefix.distributed.rank_results import from_rank_0
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.sampler import Sampler
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource

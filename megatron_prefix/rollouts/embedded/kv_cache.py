@@ -22,8 +22,8 @@ from megatron_prefix.attention.comm_types import CommType
 from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.attention.merge import merge_
 from megatron_prefix.attention.stages import StageTensors
+from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PackedLayout, PrefixTree, pack
-from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
 
 _SHORTEST_COMMON = 16
 """A common beginning of fewer tokens is not worth an attention stage of its own."""

@@ -19,9 +19,9 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_prefix.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.rollouts.embedded.drawing import draw_tokens
-from megatron_prefix.training.model import ModelChunks
 
 
 @dataclass(frozen=True, kw_only=True)

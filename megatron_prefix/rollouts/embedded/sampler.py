@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.rollouts.embedded.batch import ResponseBatch, SamplingOptions
 from megatron_prefix.rollouts.embedded.drawing import response_uniforms
 from megatron_prefix.rollouts.embedded.pipeline import draw, row_multiple, sampling_mode
-from megatron_prefix.training.model import ModelChunks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prefix.rank_results import gather
-from megatron_prefix.rollouts.config import WeightsConfig
+from megatron_prefix.config import WeightsConfig
+from megatron_prefix.distributed.rank_results import gather
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prefix.rank_results import gather
-from megatron_prefix.training.config import ModelConfig
-from megatron_prefix.training.model import ModelChunks
-from megatron_prefix.training.parameter_shards import Shape, parameter_shards
+from megatron_prefix.config import ModelConfig
+from megatron_prefix.distributed.rank_results import gather
+from megatron_prefix.model.build import ModelChunks
+from megatron_prefix.model.parameter_shards import Shape, parameter_shards
 
 if TYPE_CHECKING:
     from megatron_prefix.conversion.hf_folder import Shard

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_prefix.rank_results import gather
+from megatron_prefix.distributed.rank_results import gather
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
 _NAME = re.compile(r"version_\d{6,}(\.partial)?")

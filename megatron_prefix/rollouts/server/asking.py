@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prefix.rollouts.config import ServerConfig
+from megatron_prefix.config import ServerConfig
 from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.server.answers import (
     OtherWeights,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_prefix.config import RunConfig
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.prompts import PromptSource
@@ -14,7 +15,6 @@ from megatron_prefix.rollouts.server.client import ServerClient
 from megatron_prefix.rollouts.server.engine import GroupSpec, OpenAIEngine
 from megatron_prefix.rollouts.server.loading import weight_loader
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
-from megatron_prefix.training.config import RunConfig
 
 
 def build_openai_engine(

@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from megatron_prefix.rollouts.config import ServerConfig
+from megatron_prefix.config import ServerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from megatron_prefix.rank_results import from_rank_0
-from megatron_prefix.rollouts.config import ServerConfig, WeightsConfig
+from megatron_prefix.config import ServerConfig, WeightsConfig
+from megatron_prefix.distributed.rank_results import from_rank_0
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import httpx
 
-from megatron_prefix.rollouts.config import ServerConfig
+from megatron_prefix.config import ServerConfig
 from megatron_prefix.rollouts.server.client import RequestRefused, ServerClient, ServerError
 
 

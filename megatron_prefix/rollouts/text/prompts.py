@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prefix.rollouts.config import TextConfig
+from megatron_prefix.config import TextConfig
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.parsing import check_names
 from megatron_prefix.rollouts.prompts import Prompt

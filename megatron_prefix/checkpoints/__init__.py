@@ -1,0 +1,1 @@
+"""Checkpoints in Megatron's distributed format: a run's own, and weights to start from."""

@@ -1,0 +1,355 @@
+"""Checkpoints in Megatron's distributed format (torch_dist), loadable at any layout.
+
+Each is written while training goes on, from a copy of the state as it was; see
+`files.py` for the folders and for what holds when a run is killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_prefix.checkpoints import files
+from megatron_prefix.checkpoints.torch_adam import initialise_adam, load_optimizer_state
+from megatron_prefix.checkpoints.weights import load_model_state, load_state, model_state
+from megatron_prefix.checkpoints.writer import CheckpointWriter, use_inherited_results
+from megatron_prefix.distributed.rank_results import raise_together
+from megatron_prefix.model.build import ModelChunks
+from megatron_prefix.system_errors import system_error
+
+logger = logging.getLogger(__name__)
+
+# The optimizer's state by parameter, not by buffer, so that another tensor-, pipeline- or
+# data-parallel size can load it. Newer releases call the format by another name.
+_METADATA = {
+    "distrib_optim_sharding_type": (
+        "fully_reshardable"
+        if hasattr(DistributedOptimizer, "sharded_param_state_fully_reshardable")
+        else "fully_sharded_model_space"
+    )
+}
+_POLL_S = 0.05
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Unfinished:
+    """A checkpoint that is being written."""
+
+    path: Path
+    partial: Path
+    writer: CheckpointWriter
+    state: dict[str, Any]
+
+
+class CheckpointFolder:
+    """The checkpoints of one run. Every method is collective over all ranks."""
+
+    def __init__(self, directory: Path, *, keep: int) -> None:
+        """Use (and create on the first save) `directory`, keeping the newest `keep` checkpoints."""
+        if keep < 1:
+            raise ValueError(f"output.keep: {keep} must be at least 1")
+        self.directory = directory
+        self.keep = keep
+        self._unfinished: _Unfinished | None = None
+
+    @property
+    def reference_path(self) -> Path:
+        """Where the reference policy's weights are."""
+        return self.directory / "reference"
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return files.complete_steps(self.directory)
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step, as rank 0 sees it."""
+        found = [max(self.steps(), default=None)]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def set_aside(self) -> None:
+        """Rename what an earlier run left here to the first free of `checkpoints.1`, `.2`, ...
+
+        Its steps would otherwise be taken for later ones of the run that begins now.
+        """
+        if dist.get_rank() == 0 and self.steps():
+            names = (self.directory.with_name(f"{self.directory.name}.{i}") for i in count(1))
+            free = next(name for name in names if not name.exists())
+            logger.warning("%s: of an earlier run, renamed to %s", self.directory, free.name)
+            os.replace(self.directory, free)
+        dist.barrier()
+
+    def begin(self) -> None:
+        """Remove what was cut off, and set aside newest checkpoints that have lost files since.
+
+        Nothing is lost by falling back to the last whole one: all that a run depends on is in it.
+
+        Raises:
+            ValueError: there are checkpoints, and none is whole.
+        """
+        with raise_together(name_rank=False):
+            if dist.get_rank() == 0:
+                files.remove_partial(self.directory)
+                for damaged in files.set_damaged_aside(self.directory):
+                    logger.warning(
+                        "%s; renamed to .damaged, the run continues from the checkpoint before it",
+                        damaged,
+                    )
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return files.step_path(self.directory, step)
+
+    def save(
+        self,
+        step: int,
+        chunks: ModelChunks,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        *,
+        state: dict[str, Any],
+        background: bool = False,
+    ) -> Path:
+        """Write everything that continuing needs, as it is now.
+
+        Args:
+            state: the trainer's own state, as plain JSON values.
+            background: return when writing has begun; `poll` and `finish` then complete the
+                checkpoint. One that is still being written is completed first.
+
+        Returns:
+            The folder that is written.
+
+        Raises:
+            ValueError: this checkpoint, or the one before it, could not be written.
+        """
+        model = model_state(chunks)
+        contents = {
+            **model,
+            "optimizer": optimizer.sharded_state_dict(model, metadata=_METADATA),
+            "scheduler": scheduler.state_dict(),
+            "random": _random_state(),
+        }
+        state = {**state, "layout": _layout()}
+        path = self.path(step)
+        self._begin_to_write(path, contents, state)
+        if not background:
+            self.finish()
+        return path
+
+    def poll(self) -> bool:
+        """Complete the checkpoint that is being written if all ranks have written their part.
+
+        Returns:
+            Whether nothing is being written any more.
+
+        Raises:
+            ValueError: it could not be written; the checkpoints before it are as they were.
+        """
+        unfinished = self._unfinished
+        if unfinished is None:
+            return True
+        if _on_any_rank(unfinished.writer.is_writing):
+            return False
+        self._unfinished = None
+        with _failing_together(unfinished):
+            if unfinished.writer.failure is not None:
+                raise ValueError(unfinished.writer.failure)
+        error = None
+        try:
+            with _failing_alone(unfinished.path, unfinished.partial):
+                unfinished.writer.finalize()
+        except CheckpointException as caught:
+            error = caught
+        with _failing_together(unfinished):
+            if error is not None and error.failures:
+                raise ValueError("; ".join(sorted({str(e) for e, _ in error.failures.values()})))
+        with _failing_together(unfinished):
+            if dist.get_rank() == 0:
+                files.complete(unfinished.partial, unfinished.path, unfinished.state)
+                for old in self.steps()[: -self.keep]:
+                    files.remove(self.path(old))
+        return True
+
+    def finish(self) -> None:
+        """Wait until nothing is being written any more.
+
+        Raises:
+            ValueError: it could not be written; the checkpoints before it are as they were.
+        """
+        while not self.poll():  # ranks ask together, so that none waits for long in a collective
+            time.sleep(_POLL_S)
+
+    def abandon(self) -> None:
+        """Stop writing, on this rank alone; what was begun is never taken for a checkpoint."""
+        if self._unfinished is not None:
+            self._unfinished.writer.abandon()
+
+    def save_reference(self, chunks: ModelChunks) -> Path:
+        """Write the current weights as the reference policy's."""
+        self._begin_to_write(self.reference_path, model_state(chunks), {"layout": _layout()})
+        self.finish()
+        return self.reference_path
+
+    def load_latest(
+        self,
+        chunks: ModelChunks,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+    ) -> dict[str, Any]:
+        """Load the newest complete checkpoint and return the trainer's state.
+
+        Random states are restored where the layout is the one that was saved.
+
+        Raises:
+            ValueError: there is none, or it does not fit the model.
+        """
+        step = self.latest_step()
+        if step is None:
+            raise ValueError(f"{self.directory}: no complete checkpoint")
+        path = self.path(step)
+        state = files.read_state(path)
+        initialise_adam(optimizer)
+        model = model_state(chunks)
+        wanted = {
+            **model,
+            "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=_METADATA),
+        }
+        same_layout = state["layout"] == _layout()
+        if same_layout:
+            wanted["random"] = _random_state()
+        else:
+            logger.info("%s: saved at another layout, random states start anew", path)
+        loaded = load_state(wanted, path)
+        load_model_state(chunks, loaded)
+        load_optimizer_state(optimizer, loaded["optimizer"])
+        scheduler.load_state_dict(loaded["scheduler"])
+        if same_layout:
+            _set_random_state(loaded["random"])
+        return state
+
+    def _begin_to_write(self, path: Path, contents: dict[str, Any], state: dict[str, Any]) -> None:
+        self.finish()
+        _require_psutil()
+        partials: list[Path | None] = [None]
+        with raise_together(name_rank=False):
+            if dist.get_rank() == 0:
+                try:
+                    files.remove_partial(self.directory)
+                    partials[0] = files.begin(path)
+                except OSError as error:
+                    raise _not_written(path, error) from error
+        dist.broadcast_object_list(partials, src=0)
+        partial = partials[0]
+        assert partial is not None
+        use_inherited_results()
+        with _failing_alone(path, partial):
+            request = dist_checkpointing.save(contents, str(partial), async_sharded_save=True)
+        self._unfinished = _Unfinished(
+            path=path, partial=partial, writer=CheckpointWriter(request), state=state
+        )
+
+
+@contextmanager
+def _failing_together(unfinished: _Unfinished) -> Iterator[None]:
+    """Raise what fails on one rank on all of them, and clear away what was written."""
+    try:
+        with raise_together(name_rank=False):
+            try:
+                yield
+            except (ValueError, OSError) as error:
+                raise _not_written(unfinished.path, error) from error
+    except ValueError:
+        if dist.get_rank() == 0:
+            files.remove_partial(unfinished.path.parent)
+        raise
+
+
+@contextmanager
+def _failing_alone(path: Path, partial: Path) -> Iterator[None]:
+    """Where rank 0 writes and the others wait for it, say what it could not write.
+
+    Raises:
+        ValueError: on rank 0, which has to end then: the others wait until it has.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if dist.get_rank() != 0:
+            raise
+        reason = system_error(error) or files.write_problem(partial)
+        if reason is None:
+            raise
+        files.remove_partial(path.parent)
+        raise _not_written(path, reason) from error
+
+
+def _not_written(path: Path, reason: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: could not be written: {reason}; the checkpoints before it are as they were"
+    )
+
+
+def _on_any_rank(condition: bool) -> bool:
+    flag = torch.tensor([int(condition)], device=torch.cuda.current_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+    }
+
+
+def _random_state() -> ShardedObject:
+    """This rank's generators; every rank has its own."""
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject("random", state, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _require_psutil() -> None:
+    try:
+        import psutil  # noqa: F401
+    except ImportError as error:
+        # Megatron's writer imports it in a child process, and would wait for it for ever.
+        raise ValueError(
+            "checkpoints need the psutil package, which Megatron-Core does not declare: install "
+            "megatron-prefix[train]"
+        ) from error

@@ -1,0 +1,67 @@
+"""The `model` section: which GPTModel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_prefix.config.bounds import at_least
+from megatron_prefix.config.loader import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """YaRN's scaling of the rotary frequencies (arXiv 2309.00071)."""
+
+    rotary_scaling_factor: float
+    """Longest position over `original_max_position_embeddings`."""
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    correction_range_round_to_int: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The GPTModel to build."""
+
+    vocab_size: int
+    """Tokens of the vocabulary, before padding."""
+    max_sequence_length: int
+    """Longest prompt plus response, in tokens."""
+    position_embedding_type: Literal["rope", "yarn", "learned_absolute", "none"] = "rope"
+    rotary_percent: float = 1.0
+    """Part of each head that is rotated."""
+    rotary_base: int = 10000
+    rope_scaling: bool = False
+    """Llama 3's scaling of the rotary frequencies."""
+    rope_scaling_factor: float = 8.0
+    yarn: YarnConfig | None = None
+    """Required by position_embedding_type: yarn."""
+    share_embeddings_and_output_weights: bool = False
+    """Tie the output layer to the word embedding."""
+    make_vocab_size_divisible_by: int = 1
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    activation: Literal["gelu", "silu", "relu", "squared_relu"] = "silu"
+    """The MLP's activation; with `gated_linear_unit: true`, silu makes SwiGLU."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Any other field of Megatron's `TransformerConfig`: num_layers, hidden_size, ..."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "vocab_size", "make_vocab_size_divisible_by")
+        # One position predicts, another is predicted.
+        at_least(self, 2, "max_sequence_length")
+        if not 0 < self.rotary_percent <= 1:
+            raise ConfigError(f"rotary_percent: {self.rotary_percent} must be in (0, 1]")
+        if (self.position_embedding_type == "yarn") != (self.yarn is not None):
+            raise ConfigError(
+                f"yarn: {self.yarn} does not go with position_embedding_type: "
+                f"{self.position_embedding_type}; give both or neither"
+            )
+
+    def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
+        """The vocabulary that the embedding is built for."""
+        multiple = self.make_vocab_size_divisible_by * tensor_model_parallel_size
+        return -(-self.vocab_size // multiple) * multiple

@@ -1,0 +1,88 @@
+"""The parts of the `rollouts` section about servers and their weights."""
+
+from __future__ import annotations
+
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_prefix.config.bounds import at_least
+from megatron_prefix.config.loader import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """An OpenAI-compatible completions server, and how patiently it is asked."""
+
+    url: str
+    """http://host:port, without /v1."""
+    kind: Literal["vllm", "sglang", "transformers", "openai"] = "openai"
+    """Decides the request's extra fields and the call that loads new weights; `openai` sends only
+    what OpenAI documents, and loads none. What the server really returns is found by asking."""
+    model: str | None = None
+    """The model's name on the server; null: the only one it lists, or (`transformers`) the folder
+    of the weights."""
+    api_key_variable: str | None = None
+    """Name of the environment variable that holds the key. The key itself is never configured."""
+    concurrency: int = 32
+    """Requests under way at once."""
+    request_timeout_s: float = 600.0
+    """One request, from sending to the last byte of the answer."""
+    patience_s: float = 600.0
+    """How long an unreachable or overloaded server is tried again before the run ends."""
+    max_attempts: int = 5
+    """How often one request is sent to a server that is there but fails (500, cut-off answer,
+    timeout)."""
+    partial_groups: Literal["resample", "drop", "keep"] = "resample"
+    """When some of a group's responses fail: ask again for those, replace the group by one of the
+    next prompt, or train on the responses there are (at least two)."""
+    logprobs: Literal["server", "trainer"] = "server"
+    """Whose log-probabilities are the old ones. The server's count only where it gives them and
+    rollouts.temperature is 1."""
+    prefetch: bool = False
+    """Sample the next rollout batch while this one is trained on; it is then one version old."""
+
+    def __post_init__(self) -> None:
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"url: {self.url} is not of the form http://host:port")
+        if parts.username or parts.password:
+            raise ConfigError(
+                "url: holds a user name or password; put the key into the environment and name its "
+                "variable in api_key_variable"
+            )
+        at_least(self, 1, "concurrency", "max_attempts")
+        for name in ("request_timeout_s", "patience_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be above 0")
+
+    @property
+    def loads_weights(self) -> bool:
+        """Whether weights can be handed over to this kind of server."""
+        return self.kind != "openai"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """How the trained weights get to the engine that samples (`openai` and `hf`)."""
+
+    every: int = 1
+    """Steps between hand-overs; before the first step there always is one."""
+    max_staleness: int = 1
+    """Versions (steps) that a group's policy may lag behind the trained one; older groups are
+    sampled again, and counted in the metric stale_groups."""
+    directory: Path | None = None
+    """Where they are written, one folder per version, readable by the server under the same path;
+    null: policy/ in output.directory."""
+    keep: int = 2
+    """Versions kept there."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "every", "keep")
+        at_least(self, 0, "max_staleness")
+        if self.every - 1 > self.max_staleness:
+            raise ConfigError(
+                f"every: {self.every} makes groups {self.every - 1} versions old, more than "
+                f"max_staleness: {self.max_staleness} allows; lower it, or raise max_staleness"
+            )

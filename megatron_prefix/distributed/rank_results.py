@@ -1,0 +1,113 @@
+"""What ranks have made, on all ranks: results, and errors too, so that none is left waiting."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+_BEAT_S = 15.0
+"""How often rank 0 tells the others that it is still waiting, so that no collective times out."""
+
+_Errors = tuple[type[Exception], ...]
+
+
+def from_rank_0(
+    future: concurrent.futures.Future[Result] | None,
+    *,
+    errors: _Errors = (ValueError, OSError),
+    beat_s: float = _BEAT_S,
+) -> Result:
+    """The result of rank 0's future on every rank. Collective.
+
+    Args:
+        future: on rank 0; None elsewhere.
+        errors: made of a message alone; one of these on rank 0 is raised on every rank, as the
+            first that it is an instance of.
+        beat_s: seconds between the signs of life in between.
+
+    Raises:
+        RuntimeError: on the other ranks, where the future raised another error; rank 0 has that.
+    """
+    while True:
+        message: list[Any] = [None]
+        error: BaseException | None = None
+        if future is not None:
+            done, _ = concurrent.futures.wait([future], timeout=beat_s)
+            if done:
+                error = future.exception()
+                message = [_told(error, errors) if error is not None else (True, future.result())]
+        dist.broadcast_object_list(message, src=0)
+        if message[0] is not None:
+            break
+    if error is not None:
+        raise error
+    return _taken(message[0], errors)
+
+
+def gather(
+    compute: Callable[[], Result], *, errors: _Errors = (ValueError, OSError)
+) -> list[Result]:
+    """What `compute` returns on each rank, in their order, on every rank. Collective.
+
+    Raises:
+        RuntimeError or one of `errors`: `compute` raised on some rank; the first rank's error, as
+            in `from_rank_0`, or this rank's own.
+    """
+    error: Exception | None = None
+    try:
+        mine: Any = (True, compute())
+    except Exception as caught:
+        error, mine = caught, _told(caught, errors)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if error is not None:
+        raise error
+    return [_taken(told, errors) for told in everyone]
+
+
+@contextlib.contextmanager
+def raise_together(*, name_rank: bool = True) -> Iterator[None]:
+    """Raise a ValueError of any rank on all of them, so that none is left waiting. Collective.
+
+    For blocks whose ranks compute the same: user's data and user's functions are read on every
+    rank, and may fail on one alone.
+
+    Args:
+        name_rank: False where it does not matter which rank it was, such as where one acts for all.
+
+    Raises:
+        ValueError: the block's own where every rank has the same; otherwise that of the first rank
+            that has one, naming the rank.
+    """
+    error = None
+    try:
+        yield
+    except ValueError as caught:
+        error = caught
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else str(error))
+    if error is not None and len(set(messages)) == 1:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            where = f"rank {rank} of {len(messages)}: " if name_rank else ""
+            raise ValueError(f"{where}{message}") from error
+
+
+def _told(error: BaseException, errors: _Errors) -> tuple[bool, tuple[int | None, str]]:
+    kind = next((i for i, cls in enumerate(errors) if isinstance(error, cls)), None)
+    return False, (kind, str(error) if kind is not None else f"{type(error).__name__}: {error}")
+
+
+def _taken(told: tuple[bool, Any], errors: _Errors) -> Any:
+    is_result, value = told
+    if is_result:
+        return value
+    kind, text = value
+    raise RuntimeError(f"on another rank: {text}") if kind is None else errors[kind](text)

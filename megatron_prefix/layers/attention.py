@@ -1,0 +1,249 @@
+"""The two Megatron modules that share prefixes, as layers over the user's own classes.
+
+`prefix_self_attention(C)` and `prefix_core_attention(C)` return subclasses of the Megatron classes
+C that a layer spec names (local or Transformer Engine). Parameters, checkpoint keys and behaviour
+are those of C, until a batch carries `PrefixPackedSeqParams`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_prefix.attention.comm_types import layer_comm_type
+from megatron_prefix.layers.last_layer import query_key_value
+from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.layers.support import refuse_unsupported
+
+
+class _PrefixSelfAttention:
+    """Turns GPTModel's RoPE table into one row per token of the packed row."""
+
+    prefix_params: Any = None
+    """Of the batch that runs."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See Megatron's `Attention.forward`."""
+        if not isinstance(packed_seq_params, PrefixPackedSeqParams):
+            context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        else:
+            context = _row_as_one_sequence(self, packed_seq_params)
+            if rotary_pos_emb is not None:
+                # Megatron takes a table of exactly T rows token by token, in every release.
+                rows = packed_seq_params.position_ids
+                tables = rotary_pos_emb
+                if not isinstance(tables, tuple):
+                    tables = (tables, tables)
+                queries = packed_seq_params.query_rows
+                of_keys = tables[1][rows]
+                of_queries = (
+                    of_keys
+                    if queries is None and tables[0] is tables[1]
+                    else tables[0][rows if queries is None else rows[queries]]
+                )
+                rotary_pos_emb = (of_queries, of_keys)
+        # `get_query_key_value_tensors` is not given the params.
+        self.prefix_params = packed_seq_params
+        with context:
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                *args,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        """See Megatron's `SelfAttention`; in a trimmed last layer, queries of some rows only."""
+        params = self.prefix_params
+        if not isinstance(params, PrefixPackedSeqParams) or params.query_rows is None:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        found = query_key_value(self, hidden_states, params)
+        if found is not None:
+            return found
+        query, key, value, *gate = super().get_query_key_value_tensors(
+            hidden_states, *args, **kwargs
+        )
+        query, *gate = (x.index_select(0, params.query_rows) for x in (query, *gate))
+        return query, key, value, *gate
+
+
+class _OneRank:
+    """Stands in for a process group of this rank alone."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _row_as_one_sequence(attention: Any, params: PrefixPackedSeqParams) -> Iterator[None]:
+    """Within the block, Megatron's rotary embedding takes its table as this rank's row, as it is.
+
+    It asks the self attention's context-parallel group, and nothing else of the self attention
+    does, whose slice of a table to take; ours has the rows of this rank's tokens only. And unless
+    it is fused it reads cu_seqlens on the host, in every layer for q and for k: on the device
+    that would make the host wait for it each time.
+    """
+    # `pg_collection` since 0.15, `model_comm_pgs` before.
+    name = "pg_collection" if hasattr(attention, "pg_collection") else "model_comm_pgs"
+    groups = getattr(attention, name)
+    on_device = params.cu_seqlens_q, params.cu_seqlens_kv
+    if groups.cp.size() > 1:
+        alone = copy.copy(groups)
+        alone.cp = _OneRank()
+        setattr(attention, name, alone)
+    if not attention.config.apply_rope_fusion:
+        queries = params.position_ids if params.query_rows is None else params.query_rows
+        params.cu_seqlens_q, params.cu_seqlens_kv = (
+            torch.tensor([0, len(rows)], dtype=torch.int32, device="cpu")
+            for rows in (queries, params.position_ids)
+        )
+    try:
+        yield
+    finally:
+        params.cu_seqlens_q, params.cu_seqlens_kv = on_device
+        setattr(attention, name, groups)
+
+
+class _PrefixCoreAttention:
+    """Attention in stages over a packed row with shared prefixes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = kwargs["config"] if "config" in kwargs else args[0]
+        refuse_unsupported(config)
+        prefix_only = config.context_parallel_size > 1 and isinstance(self, DotProductAttention)
+        if prefix_only:
+            # Megatron's own dot-product attention refuses context parallelism; ours never asks it.
+            base_config = copy.copy(config)
+            base_config.context_parallel_size = 1
+            if "config" in kwargs:
+                kwargs = {**kwargs, "config": base_config}
+            else:
+                args = (base_config, *args[1:])
+        super().__init__(*args, **kwargs)
+        self.config = config
+        self.prefix_only = prefix_only
+        self.prefix_layer_number = kwargs["layer_number"] if "layer_number" in kwargs else args[1]
+        self.prefix_comm_type = layer_comm_type(config, self.prefix_layer_number)
+        softmax_scale = kwargs.get("softmax_scale")
+        self.prefix_softmax_scale = (
+            1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """query [T or N, heads, dim], key and value [T, kv heads, dim] -> [T or N, heads * dim]."""
+        if not isinstance(packed_seq_params, PrefixPackedSeqParams):
+            if self.prefix_only:
+                raise ValueError(
+                    f"context_parallel_size={self.config.context_parallel_size}: batches without "
+                    "PrefixPackedSeqParams need Transformer Engine's attention; give the batch "
+                    "these params, or use a Transformer Engine layer spec"
+                )
+            return super().forward(
+                query,
+                key,
+                value,
+                attention_mask,
+                attn_mask_type=attn_mask_type,
+                attention_bias=attention_bias,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
+        if attention_bias is not None:
+            raise ValueError(
+                "attention_bias cannot be combined with shared prefixes: leave it None for batches "
+                "that carry PrefixPackedSeqParams"
+            )
+        out = packed_seq_params.attend(
+            self.prefix_layer_number,
+            query,
+            key,
+            value,
+            scale=self.prefix_softmax_scale,
+            comm_type=self.prefix_comm_type,
+        )
+        return out.reshape(out.shape[0], -1)
+
+
+@functools.cache
+def prefix_self_attention(base: type) -> type:
+    """The subclass of a Megatron self attention class that takes shared prefixes.
+
+    A class that already does is returned as it is.
+    """
+    if issubclass(base, _PrefixSelfAttention):
+        return base
+    return type(f"Prefix{base.__name__}", (_PrefixSelfAttention, base), {})
+
+
+@functools.cache
+def prefix_core_attention(base: type) -> type:
+    """The subclass of a Megatron core attention class that takes shared prefixes.
+
+    A class that already does is returned as it is.
+    """
+    if issubclass(base, _PrefixCoreAttention):
+        return base
+    return type(f"Prefix{base.__name__}", (_PrefixCoreAttention, base), {})
+
+
+class PrefixTorchNorm:
+    """Megatron's `WrappedTorchNorm`, also under sequence parallelism.
+
+    The weight is marked `sequence_parallel`, so that `finalize_model_grads` adds up the partial
+    gradients of the ranks' sequence shards, as it does for Transformer Engine's norms.
+    """
+
+    def __new__(
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
+    ) -> torch.nn.Module:
+        """Build the torch norm that `config.normalization` names."""
+        classes = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        if config.normalization not in classes:
+            raise ValueError(
+                f"normalization={config.normalization!r} has no torch norm: use one of "
+                f"{sorted(classes)}, or a Transformer Engine layer spec"
+            )
+        for option in ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm"):
+            if getattr(config, option):
+                raise ValueError(
+                    f"{option}=True needs Transformer Engine's norm: set it to False, or use a "
+                    "Transformer Engine layer spec"
+                )
+        norm = classes[config.normalization](hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm

@@ -1,0 +1,145 @@
+"""A decoder layer that, as the model's last one, goes on only with the rows that are needed.
+
+Where a batch's params have `last_layer` set, the last layer computes keys and values of all T
+tokens, but queries, attention output, projection and MLP of N rows only. Its output, hence the
+model's, is [N, 1, h], or [N/tp, 1, h] on each rank under sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+
+
+class _PrefixTransformerLayer:
+    def forward(
+        self, hidden_states: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+    ) -> Any:
+        """See Megatron's `TransformerLayer.forward`."""
+        context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if (
+            isinstance(packed_seq_params, PrefixPackedSeqParams)
+            and packed_seq_params.last_layer is not None
+            and self.layer_number == self.config.num_layers
+        ):
+            packed_seq_params = packed_seq_params.last_layer
+            context = _residual_of_rows(self, packed_seq_params)
+        with context:
+            return super().forward(
+                hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
+            )
+
+
+@functools.cache
+def prefix_transformer_layer(base: type) -> type:
+    """The subclass of a Megatron transformer layer class that can be a trimmed last layer.
+
+    A class that already is one is returned as it is.
+    """
+    if issubclass(base, _PrefixTransformerLayer):
+        return base
+    return type(f"Prefix{base.__name__}", (_PrefixTransformerLayer, base), {})
+
+
+@contextlib.contextmanager
+def _residual_of_rows(layer: Any, params: PrefixPackedSeqParams) -> Iterator[None]:
+    """Within the block, the attention's output is added to the residual of its own rows."""
+    bias_dropout_add = layer.self_attn_bda
+
+    def add_to_rows(training: bool, fused: bool) -> Callable[..., Tensor]:
+        add = bias_dropout_add(training, fused)
+
+        def run(output_with_bias: Any, residual: Tensor, dropout: float) -> Tensor:
+            return add(output_with_bias, _rows(residual, params, layer.config), dropout)
+
+        return run
+
+    # Megatron's is a plain function as a rule, but may be a module, which an instance attribute
+    # comes before.
+    before = layer.__dict__.get("self_attn_bda")
+    layer.__dict__["self_attn_bda"] = add_to_rows
+    try:
+        yield
+    finally:
+        if before is None:
+            del layer.__dict__["self_attn_bda"]
+        else:
+            layer.__dict__["self_attn_bda"] = before
+
+
+def _rows(hidden: Tensor, params: PrefixPackedSeqParams, config: TransformerConfig) -> Tensor:
+    """[T, 1, h] -> [N, 1, h]; under sequence parallelism [T/tp, 1, h] -> [N/tp, 1, h].
+
+    There each rank contributes the rows that lie in its part, and all get theirs from the sum.
+    """
+    if not config.sequence_parallel:
+        return hidden.index_select(0, params.query_rows)
+    size = hidden.shape[0]
+    start = parallel_state.get_tensor_model_parallel_rank() * size
+    first, last = params.query_rows_host.searchsorted([start, start + size]).tolist()
+    own = hidden.index_select(0, params.query_rows[first:last] - start)
+    spread = F.pad(own, (0, 0, 0, 0, first, len(params.query_rows_host) - last))
+    return reduce_scatter_to_sequence_parallel_region(spread)
+
+
+def query_key_value(
+    attention: Any, hidden_states: Tensor, params: PrefixPackedSeqParams
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Queries of the params' rows, and keys and values of all, without computing other queries.
+
+    Args:
+        attention: a Megatron self attention.
+        hidden_states: [T, 1, h], or [T/tp, 1, h] under sequence parallelism.
+        params: with `query_rows`.
+
+    Returns:
+        query [N, 1, heads, dim], key and value [T, 1, kv heads, dim] of this tensor-parallel rank,
+        normalised as the layer does; None where its projection is no plain linear layer (as in
+        Transformer Engine's, which holds the norm too) and can only be computed whole.
+    """
+    linear = attention.linear_qkv
+    if type(linear) is not ColumnParallelLinear or getattr(
+        attention.config, "attention_output_gate", False
+    ):
+        return None
+    if linear.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=True
+        )
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden_states)
+    groups, dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
+    heads_of_group = attention.num_attention_heads_per_partition // groups
+
+    def project(x: Tensor, heads: slice) -> Tensor:
+        """[n, 1, h] -> [n, 1, groups, heads of the slice, dim]; a group is queries, key, value."""
+        weight, bias = (
+            None if w is None else w.unflatten(0, (groups, heads_of_group + 2, dim))[:, heads]
+            for w in (linear.weight, linear.bias)
+        )
+        out = F.linear(x, weight.flatten(0, 2), None if bias is None else bias.flatten())
+        return out.unflatten(-1, (groups, -1, dim))
+
+    query = project(hidden.index_select(0, params.query_rows), slice(0, heads_of_group))
+    query = query.flatten(2, 3)
+    key, value = project(hidden, slice(heads_of_group, None)).unbind(3)
+    if attention.q_layernorm is not None:
+        query = attention.q_layernorm(query)
+    if attention.k_layernorm is not None:
+        key = attention.k_layernorm(key)
+    return query, key, value

@@ -1,0 +1,1 @@
+"""Megatron's GPTModel with shared prefixes: its configuration, parts and memory."""

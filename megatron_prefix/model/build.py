@@ -1,0 +1,152 @@
+"""The GPTModel of a run: Megatron's own classes, our layer spec, our log-probability head."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_prefix.layer_spec import have_transformer_engine, prefix_grouped
+from megatron_prefix.layout import ModelShape
+from megatron_prefix.model.head import LogProbHead
+from megatron_prefix.model.transformer_config import transformer_config
+
+
+def build_gpt_model(
+    model: ModelConfig,
+    config: TransformerConfig,
+    *,
+    vp_stage: int | None = None,
+    shared_prefixes: bool = True,
+) -> GPTModel:
+    """This rank's GPTModel (chunk) in the current parallel state.
+
+    Args:
+        vp_stage: the chunk's index under interleaved pipelining.
+        shared_prefixes: False builds Megatron's unmodified spec.
+    """
+    # Releases before 0.15 know no vp_stage in is_pipeline_*_stage's signature order; by name only.
+    stage = {} if vp_stage is None else {"vp_stage": vp_stage}
+    pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage)
+    post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage)
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=use_transformer_engine(config), vp_stage=vp_stage
+    )
+    if shared_prefixes:
+        spec = prefix_grouped(spec)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
+        max_sequence_length=model.max_sequence_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
+        vp_stage=vp_stage,
+    )
+
+
+def model_shape(model: ModelConfig, config: TransformerConfig) -> ModelShape:
+    """The sizes that the cost model counts FLOPs by."""
+    experts: dict[str, int] = {}
+    if config.num_moe_experts is not None:
+        experts = {
+            "num_moe_layers": sum(moe_layers(config)),
+            "num_experts": config.num_moe_experts,
+            "num_experts_per_token": config.moe_router_topk,
+            "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+            "moe_shared_expert_ffn_hidden_size": config.moe_shared_expert_intermediate_size or 0,
+        }
+    return ModelShape(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        vocab_size=model.vocab_size,
+        gated_linear_unit=config.gated_linear_unit,
+        **experts,
+    )
+
+
+def moe_layers(config: TransformerConfig) -> tuple[bool, ...]:
+    """[num_layers] whether each layer has experts."""
+    frequency = config.moe_layer_freq
+    if config.num_moe_experts is None:
+        return (False,) * config.num_layers
+    if isinstance(frequency, int):
+        return tuple(layer % frequency == 0 for layer in range(config.num_layers))
+    return tuple(bool(entry) for entry in frequency)
+
+
+def use_transformer_engine(config: TransformerConfig) -> bool:
+    """Transformer Engine's modules where they are installed and the model is not on the CPU."""
+    return have_transformer_engine() and not config.use_cpu_initialization
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelChunks:
+    """The chunks of the model on this rank: one, or one per virtual pipeline stage."""
+
+    wrapped: list[torch.nn.Module]
+    """In Megatron's DDP, as the schedules and optimizers take them."""
+    bare: list[GPTModel]
+    config: TransformerConfig
+    head: LogProbHead | None
+    """The log-probability head, on the last pipeline stage."""
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Parameters of all chunks; names carry the chunk's index where there are several."""
+        prefixes = [f"chunk{i}." if len(self.bare) > 1 else "" for i in range(len(self.bare))]
+        return [
+            (prefix + name, parameter)
+            for prefix, chunk in zip(prefixes, self.bare, strict=True)
+            for name, parameter in chunk.named_parameters()
+        ]
+
+
+def build_model_chunks(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    *,
+    use_distributed_optimizer: bool,
+) -> ModelChunks:
+    """Build, place and wrap this rank's model chunks for training."""
+    config = transformer_config(model, parallel, training)
+    stages = range(parallel.num_model_chunks) if parallel.num_model_chunks > 1 else [None]
+    bare = [build_gpt_model(model, config, vp_stage=stage) for stage in stages]
+    for chunk in bare:
+        if training.device == "cuda":
+            chunk.cuda(torch.cuda.current_device())
+    head = LogProbHead.install(
+        bare[-1], vocab_size=model.vocab_size, chunk_tokens=training.log_prob_chunk_tokens
+    )
+    inner = [Float16Module(config, c) if config.bf16 else c for c in bare]
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=use_distributed_optimizer,
+        grad_reduce_in_fp32=config.bf16,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=False,
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, c, disable_bucketing=i > 0)
+        for i, c in enumerate(inner)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return ModelChunks(wrapped=wrapped, bare=bare, config=config, head=head)

@@ -1,0 +1,101 @@
+"""The memory model of a run's model, from its configs."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_prefix.config import (
+    ModelConfig,
+    OptimizerSettings,
+    ParallelConfig,
+    TrainingConfig,
+)
+from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.layout.memory import MemoryModel, RankSizes
+from megatron_prefix.model.build import model_shape, moe_layers
+
+
+def memory_model(
+    model: ModelConfig, config: TransformerConfig, training: TrainingConfig
+) -> MemoryModel:
+    """What memory depends on; on the GPU, Megatron's fused operations are taken to be there."""
+    fused = training.device != "cpu"
+    rotary = model.position_embedding_type in ("rope", "yarn")
+    return MemoryModel(
+        shape=model_shape(model, config),
+        moe_layers=moe_layers(config),
+        padded_vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
+        tied_embeddings=model.share_embeddings_and_output_weights,
+        learned_positions=(
+            model.max_sequence_length if model.position_embedding_type == "learned_absolute" else 0
+        ),
+        rotary_channels=int(config.kv_channels * model.rotary_percent) if rotary else 0,
+        rms_norm=config.normalization == "RMSNorm",
+        qk_norm=config.qk_layernorm,
+        qkv_bias=config.add_qkv_bias,
+        linear_bias=config.add_bias_linear,
+        mlp_widths=_mlp_widths(config, fused=fused),
+        fused=fused,
+        dtype=training.dtype,
+        recompute=training.recompute,
+        trim_last_layer=training.trim_last_layer,
+        head_chunk_tokens=training.log_prob_chunk_tokens,
+    )
+
+
+def _mlp_widths(config: TransformerConfig, *, fused: bool) -> int:
+    if not config.gated_linear_unit:
+        # relu keeps its output, which the second product keeps too.
+        return 1 if config.activation_func is F.relu else 2
+    if fused and config.bias_activation_fusion and config.activation_func is F.silu:
+        return 3
+    # Both halves, the activated one, the product; since 0.15 the other half plus an offset.
+    return 4 + hasattr(config, "glu_linear_offset")
+
+
+def rank_sizes(
+    parallel: ParallelConfig, optimizer: OptimizerSettings, *, data_parallel_size: int
+) -> RankSizes:
+    """The sizes of a run's process groups."""
+    return RankSizes(
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        chunks=parallel.num_model_chunks,
+        context=parallel.context_parallel_size,
+        data=data_parallel_size,
+        expert=parallel.expert_model_parallel_size,
+        expert_tensor=parallel.expert_split,
+        sequence_parallel=parallel.uses_sequence_parallel,
+        distributed_optimizer=optimizer.use_distributed_optimizer,
+    )
+
+
+def stage_layers(config: TransformerConfig) -> list[list[list[int]]]:
+    """[pipeline rank][chunk] the layers, from 0, as Megatron distributes them.
+
+    Raises:
+        ConfigError: an uneven distribution that is not counted here.
+    """
+    for option in (
+        "pipeline_model_parallel_layout",
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+    ):
+        if getattr(config, option, None):
+            raise ConfigError(
+                f"model.transformer.{option}: {getattr(config, option)} is not planned for; leave "
+                "it out to plan with equal stages"
+            )
+    ranks = config.pipeline_model_parallel_size
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    each = config.num_layers // (ranks * chunks)
+    return [
+        [
+            list(range((chunk * ranks + rank) * each, (chunk * ranks + rank + 1) * each))
+            for chunk in range(chunks)
+        ]
+        for rank in range(ranks)
+    ]

@@ -1,0 +1,265 @@
+"""Megatron's config of the model that a run's configuration describes, or why there can be none."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import megatron.core
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_prefix.attention.comm_types import repair_comm_type_list
+from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.layers.support import UnsupportedOptionError, refuse_unsupported
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "squared_relu": lambda x: torch.pow(F.relu(x), 2),
+}
+
+_SIZES = {
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
+}
+
+# Fields of TransformerConfig that other sections of the run's config decide.
+_DECIDED_ELSEWHERE = {
+    "activation_func": "model.activation",
+    "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
+    "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline_model_parallel_size",
+    "context_parallel_size": "parallel.context_parallel_size",
+    "expert_model_parallel_size": "parallel.expert_model_parallel_size",
+    "expert_tensor_parallel_size": "parallel.expert_tensor_parallel_size",
+    "sequence_parallel": "parallel.sequence_parallel",
+    "params_dtype": "training.dtype",
+    "pipeline_dtype": "training.dtype",
+    "bf16": "training.dtype",
+    "fp16": "training.dtype",
+    "recompute_granularity": "training.recompute",
+    "recompute_modules": "training.recompute",
+    "calculate_per_token_loss": "objective.aggregation",
+    "variable_seq_lengths": "training.token_budget",
+    "finalize_model_grads_func": "the trainer",
+    "use_cpu_initialization": "training.device",
+    "deterministic_mode": "training.deterministic",
+}
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig
+) -> TransformerConfig:
+    """Megatron's config of the model.
+
+    Raises:
+        ConfigError: a key of `model.transformer` that Megatron does not know, of a wrong type, that
+            another section decides, or whose combination Megatron or shared prefixes refuse.
+    """
+    _check_transformer_keys(model.transformer)
+    known = typing.get_args(
+        inspect.signature(GPTModel.__init__).parameters["position_embedding_type"].annotation
+    )
+    if model.position_embedding_type not in known:
+        raise ConfigError(
+            f"model.position_embedding_type: {model.position_embedding_type} is not in "
+            f"megatron-core {megatron.core.__version__}, which knows {', '.join(known)}; choose "
+            "one of these or install a newer release"
+        )
+    if model.transformer.get("num_moe_experts") is None:
+        for name, without in (
+            ("expert_model_parallel_size", 1),
+            ("expert_tensor_parallel_size", None),
+        ):
+            if getattr(parallel, name) not in (1, None):
+                raise ConfigError(
+                    f"parallel.{name}: {getattr(parallel, name)} needs "
+                    "model.transformer.num_moe_experts; set it, or set this to "
+                    f"{'null' if without is None else without}"
+                )
+    dtype = DTYPES[training.dtype]
+    on_cpu = training.device == "cpu"
+    options: dict[str, Any] = {
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "moe_router_load_balancing_type": "none",
+        # Microbatches differ in length, which Megatron's variable lengths only allow with it.
+        "moe_token_dispatcher_type": "alltoall",
+        **model.transformer,
+        "activation_func": _ACTIVATIONS[model.activation],
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": (
+            parallel.virtual_pipeline_model_parallel_size if parallel.num_model_chunks > 1 else None
+        ),
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_split,
+        "sequence_parallel": parallel.uses_sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
+        # Our weights hold every denominator, so Megatron must not divide (see training/step.py).
+        "calculate_per_token_loss": True,
+        "use_cpu_initialization": on_cpu,
+        "deterministic_mode": training.deterministic,
+    }
+    if parallel.num_model_chunks > 1:
+        # Otherwise two ranks pair up sends and receives of different chunks.
+        options.update(overlap_p2p_comm=True, batch_p2p_comm=False)
+    if on_cpu:
+        for fusion in (
+            "bias_activation_fusion",
+            "bias_dropout_fusion",
+            "masked_softmax_fusion",
+            "gradient_accumulation_fusion",
+            "persist_layer_norm",
+            "apply_rope_fusion",
+            "moe_permute_fusion",
+        ):
+            options.setdefault(fusion, False)
+    if training.recompute == "full":
+        options.update(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        )
+    elif training.recompute == "selective":
+        options.update(recompute_granularity="selective", recompute_modules=["core_attn"])
+    try:
+        config = TransformerConfig(**options)
+        if model.yarn is not None:
+            # Megatron reads these off the config, but does not declare them.
+            for name, value in dataclasses.asdict(model.yarn).items():
+                setattr(config, f"yarn_{name}", value)
+        refuse_unsupported(config)
+        repair_comm_type_list(config)
+    except UnsupportedOptionError as error:
+        raise ConfigError(f"model.transformer: {error}") from error
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"model.transformer: Megatron-Core refuses it: {error}") from error
+    _check_sizes(model, config)
+    if config.pipeline_model_parallel_size > 1:
+        layers, stages = (
+            config.num_layers,
+            (config.pipeline_model_parallel_size * parallel.num_model_chunks),
+        )
+        if layers % stages and not model.transformer.keys() & {
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+            "pipeline_model_parallel_layout",
+            "account_for_embedding_in_pipeline_split",
+        }:
+            raise ConfigError(
+                f"model.transformer.num_layers: {layers} does not divide by the {stages} pipeline "
+                "stages and chunks; change one of them"
+            )
+    return config
+
+
+def _check_transformer_keys(values: dict[str, Any]) -> None:
+    fields = {f.name: f for f in dataclasses.fields(TransformerConfig)}
+    hints = typing.get_type_hints(TransformerConfig)
+    for required in ("num_layers", "hidden_size", "num_attention_heads"):
+        if required not in values:
+            raise ConfigError(f"model.transformer.{required}: required, and missing")
+    for size in _SIZES & values.keys():
+        if type(values[size]) is int and values[size] < 1:
+            raise ConfigError(f"model.transformer.{size}: {values[size]} must be at least 1")
+    for key, value in values.items():
+        if key in _DECIDED_ELSEWHERE:
+            raise ConfigError(
+                f"model.transformer.{key}: {value!r} is decided by {_DECIDED_ELSEWHERE[key]}; "
+                "remove it here"
+            )
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(
+                f"model.transformer.{key}: Megatron-Core's TransformerConfig has no such "
+                f"field{hint}"
+            )
+        _check_plain_type(f"model.transformer.{key}", value, hints[key])
+
+
+def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:
+    """What Megatron would only find, by an assertion, when it builds the layers."""
+    tensor = config.tensor_model_parallel_size
+    groups = config.num_query_groups
+
+    def refuse(key: str, what: str) -> typing.NoReturn:
+        raise ConfigError(f"model.transformer.{key}: {getattr(config, key)} {what}")
+
+    if config.num_attention_heads % groups:
+        refuse(
+            "num_query_groups", f"does not divide num_attention_heads: {config.num_attention_heads}"
+        )
+    if groups % tensor:
+        refuse("num_query_groups", f"does not divide by tensor_model_parallel_size: {tensor}")
+    if config.ffn_hidden_size % tensor:
+        refuse("ffn_hidden_size", f"does not divide by tensor_model_parallel_size: {tensor}")
+    if model.position_embedding_type in ("rope", "yarn"):
+        rotated = int(config.kv_channels * model.rotary_percent)
+        if rotated < 2 or rotated % 2:
+            refuse(
+                "kv_channels",
+                f"(the size of a head) times rotary_percent: {model.rotary_percent} gives "
+                f"{rotated} rotated channels; it must be an even number of at least 2",
+            )
+    if config.normalization not in ("LayerNorm", "RMSNorm"):
+        refuse("normalization", "is none that GPTModel has; choose LayerNorm or RMSNorm")
+    if config.num_moe_experts is not None:
+        if config.num_moe_experts % config.expert_model_parallel_size:
+            refuse(
+                "num_moe_experts",
+                f"does not divide by expert_model_parallel_size: "
+                f"{config.expert_model_parallel_size}",
+            )
+        split = config.expert_tensor_parallel_size
+        if config.use_cpu_initialization and split > 1 and config.expert_model_parallel_size > 1:
+            raise ConfigError(
+                f"parallel.expert_tensor_parallel_size: {split} with expert_model_parallel_size: "
+                f"{config.expert_model_parallel_size} gathers pieces of unequal sizes, which the "
+                "CPU's process groups (gloo) cannot; set it to 1 or null"
+            )
+        if config.moe_ffn_hidden_size % split:
+            refuse(
+                "moe_ffn_hidden_size", f"does not divide by expert_tensor_parallel_size: {split}"
+            )
+        if config.moe_router_topk > config.num_moe_experts:
+            refuse("moe_router_topk", f"exceeds num_moe_experts: {config.num_moe_experts}")
+        frequency = config.moe_layer_freq
+        if isinstance(frequency, list) and len(frequency) != config.num_layers:
+            refuse("moe_layer_freq", f"needs one entry for each of {config.num_layers} layers")
+
+
+def _check_plain_type(key: str, value: Any, hint: Any) -> None:
+    """Refuse a number, string or flag where Megatron declares another plain type."""
+    accepted = set(typing.get_args(hint)) or {hint}
+    plain = {bool, int, float, str, type(None)}
+    if not accepted <= plain:
+        return
+    if float in accepted:
+        accepted.add(int)
+    if type(value) not in accepted:
+        names = " or ".join(sorted("null" if t is type(None) else t.__name__ for t in accepted))
+        raise ConfigError(f"{key}: {value!r} is not of type {names}")
