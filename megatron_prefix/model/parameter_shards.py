@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedTensor,
-    apply_factories,
-    is_main_replica,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
 from megatron_prefix.model.build import ModelChunks
@@ -34,8 +30,6 @@ class ParameterShard:
     """The layer's and expert's place along the leading axes."""
     place: tuple[slice, ...]
     """The part of the other axes."""
-    is_main: bool
-    """Of the ranks that hold the same part, one has this."""
     may_be_padded: bool
     """Rows beyond the vocabulary may be there, as many as the layout asks for."""
     data: Tensor
@@ -61,7 +55,6 @@ def parameter_shards(chunks: ModelChunks) -> Iterator[ParameterShard]:
                     slice(start, start + length)
                     for start, length in zip(starts, item.local_shape, strict=True)
                 ),
-                is_main=is_main_replica(item.replica_id),
                 may_be_padded=item.allow_shape_mismatch,
                 data=item.data,
             )

@@ -1,9 +1,9 @@
 """The weights in training as a Hugging Face folder, by the conversion's table of tensors.
 
-Every rank writes: a parameter is put together on one of the ranks that hold parts of it, so that
-experts and pipeline stages are written where they are, side by side, and what a rank holds beyond
-its own weights is one shard and one parameter. Ranks that do not see the folder (a disk of another
-node) send their parts to one that does.
+Every rank writes: a parameter is put together on one of the ranks that hold parts of it, copies of
+the model taking turns, so that all of it is written where it is, side by side, and what a rank
+holds beyond its own weights is one shard and one parameter. Ranks that do not see the folder (a
+disk of another node) send their parts to one that does.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ _SHARD_BYTES = 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """A shard without its data, as all ranks know it."""
+    """A shard without its data; equal on all ranks that hold a copy."""
 
-    rank: int
     key: str
     index: Shape
     place: tuple[tuple[int, int], ...]
@@ -56,6 +55,10 @@ class _Part:
     @property
     def slices(self) -> tuple[slice, ...]:
         return tuple(slice(*bounds) for bounds in self.place)
+
+
+_Parts = dict[_Part, list[int]]
+"""What makes up a parameter, once each, and the ranks that hold it."""
 
 
 def weights_exporter(
@@ -96,12 +99,12 @@ def weights_exporter(
     # Parts travel through the processes' own memory: a GPU has none to spare for them.
     group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
     rank = dist.get_rank()
-    parts = _all_parts(list(_own_parts(chunks, rank)), group)
-    shapes = {key: found[0].global_shape for (key, _), found in parts.items()}
+    parts = _all_parts(list(_own_parts(chunks)), group)
+    shapes = {key: next(iter(found)).global_shape for (key, _), found in parts.items()}
     places = check_stored(shapes, mapping.architecture, parameters, of="the model in training")
 
     def export(directory: Path) -> None:
-        mine = _own_parts(chunks, rank)
+        mine = _own_parts(chunks)
         writers = _writers(parts, places, _ranks_that_see(directory, group))
         writer = ShardWriter(directory, max_shard_bytes=shard_bytes, prefix=f"rank-{rank:05d}")
         failure: Exception | None = None
@@ -133,11 +136,9 @@ def weights_exporter(
     return export
 
 
-def _own_parts(chunks: ModelChunks, rank: int) -> dict[_Part, Tensor]:
-    """Those that this rank has for all that hold a copy."""
+def _own_parts(chunks: ModelChunks) -> dict[_Part, Tensor]:
     return {
         _Part(
-            rank=rank,
             key=shard.key,
             index=shard.index,
             place=tuple((bounds.start, bounds.stop) for bounds in shard.place),
@@ -145,20 +146,19 @@ def _own_parts(chunks: ModelChunks, rank: int) -> dict[_Part, Tensor]:
             dtype=shard.data.dtype,
         ): shard.data
         for shard in parameter_shards(chunks)
-        if shard.is_main
     }
 
 
-def _all_parts(own: list[_Part], group: dist.ProcessGroup) -> dict[tuple[str, Shape], list[_Part]]:
-    """By key and leading indices, the parts that make up each parameter, once each."""
+def _all_parts(own: list[_Part], group: dist.ProcessGroup) -> dict[tuple[str, Shape], _Parts]:
+    """The parts of each parameter, by key and leading indices."""
     everyone: list[list[_Part]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, own, group=group)
-    found = defaultdict(list)
-    for parts in everyone:
-        for part in parts:
-            found[part.key, part.index].append(part)
+    found: dict[tuple[str, Shape], _Parts] = defaultdict(dict)
+    for rank, held in enumerate(everyone):
+        for part in held:
+            found[part.key, part.index].setdefault(part, []).append(rank)
     for (key, index), parts in found.items():
-        whole = math.prod(parts[0].whole_shape)
+        whole = math.prod(next(iter(parts)).whole_shape)
         covered = sum(math.prod(part.shape) for part in parts)
         if covered != whole:
             raise RuntimeError(f"{key} {list(index)}: ranks hold {covered} of {whole} elements")
@@ -183,7 +183,7 @@ def _ranks_that_see(directory: Path, group: dist.ProcessGroup) -> list[int]:
 
 
 def _writers(
-    parts: dict[tuple[str, Shape], list[_Part]],
+    parts: dict[tuple[str, Shape], _Parts],
     places: list[tuple[str, Shape]],
     seeing: list[int],
 ) -> list[int]:
@@ -191,15 +191,15 @@ def _writers(
     load = dict.fromkeys(seeing, 0)
     writers = []
     for place in places:
-        holders = [part.rank for part in parts[place] if part.rank in load]
+        holders = {rank for ranks in parts[place].values() for rank in ranks if rank in load}
         writer = min(holders or seeing, key=lambda rank: (load[rank], rank))
-        load[writer] += math.prod(parts[place][0].whole_shape)
+        load[writer] += math.prod(next(iter(parts[place])).whole_shape)
         writers.append(writer)
     return writers
 
 
 def _collect(
-    parts: list[_Part],
+    parts: _Parts,
     mine: dict[_Part, Tensor],
     writer: int,
     rank: int,
@@ -211,9 +211,12 @@ def _collect(
     """
     whole: Tensor | None = None
     if rank == writer:
-        whole = torch.empty(parts[0].whole_shape, dtype=parts[0].dtype)
-    for part in parts:
-        if part.rank == rank:
+        first = next(iter(parts))
+        whole = torch.empty(first.whole_shape, dtype=first.dtype)
+    for part, ranks in parts.items():
+        # The writer's own, or that of the nearest rank: most likely of the same machine.
+        sender = min(ranks, key=lambda holder: (abs(holder - writer), holder))
+        if sender == rank:
             own = mine[part].detach().reshape(part.shape)
             if whole is not None:
                 whole[part.slices] = own.cpu()
@@ -221,6 +224,6 @@ def _collect(
                 dist.send(own.cpu().contiguous(), writer, group=group)
         elif whole is not None:
             received = torch.empty(part.shape, dtype=part.dtype)
-            dist.recv(received, part.rank, group=group)
+            dist.recv(received, sender, group=group)
             whole[part.slices] = received
     return whole
