@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_prefix.config import ModelConfig, TrainingConfig
-from megatron_prefix.layout import PrefixTree, pack, shapes
+from megatron_prefix.layout import PrefixTree, pack
+from megatron_prefix.training import shapes
 from megatron_prefix.training.batch import PackedBatch, TrainedSequence, build_batch
 
 
