@@ -17,10 +17,10 @@ from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.step import compute_logprobs
 from megatron_prefix.training.trainer import Trainer
 from tests.distributed import run_distributed
+from tests.rollouts.asking import completion, ids_choice
 from tests.rollouts.files import write
 from tests.rollouts.replies import Reply, Request, reply_server
 from tests.rollouts.servers import DIGITS, END
-from tests.rollouts.test_server_answers import completion, ids_choice
 from tests.training.runs import TENSOR, trainer
 
 PROMPTS = [{"prompt": [n, 1, 2, 10, 3, n, 10], "answer": [n, END]} for n in range(5)]

@@ -21,6 +21,7 @@ from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.server.answers import ServerMismatch
 from megatron_prefix.rollouts.server.client import ServerError
 from megatron_prefix.training.trainer import Trainer
+from tests.rollouts.asking import completion, ids_choice
 from tests.rollouts.replies import Reply, Request, reply_server
 from tests.rollouts.servers import (
     DIGITS,
@@ -29,7 +30,6 @@ from tests.rollouts.servers import (
     save_word_tokenizer,
     transformers_server,
 )
-from tests.rollouts.test_server_answers import completion, ids_choice
 from tests.training.runs import read_rows, trainer
 
 OUTAGE_S = 10.0
