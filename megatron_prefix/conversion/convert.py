@@ -110,7 +110,9 @@ def hf_to_megatron(
         write_checkpoint(
             checkpoint, pieces, extra_state_keys(architecture), max_file_bytes=max_file_bytes
         )
-        torch.save(common_state(architecture), checkpoint / "common.pt")
+        # By a file of Python's, whose errors say what went wrong; torch's own would not.
+        with (checkpoint / "common.pt").open("wb") as file:
+            torch.save(common_state(architecture), file)
         (partial / TRACKER).write_text("release", encoding="utf-8")
         (partial / MODEL_SECTION).write_text(_model_section(architecture), encoding="utf-8")
     return architecture

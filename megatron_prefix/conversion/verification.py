@@ -160,7 +160,8 @@ def _transformers_logits(source: Path, groups: Sequence[Group], work: Path) -> l
                 for response in responses
             ]
             files.append(work / f"logits_{number}.pt")
-            torch.save(logits, files[-1])
+            with files[-1].open("wb") as file:
+                torch.save(logits, file)
     # A large model must be gone before the other one comes.
     del model
     gc.collect()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_prefix.conversion import ConversionError, hf_to_megatron, megatron_to_hf
 from tests.conversion.models import CASES, edit_json, write_model
+from tests.small_disk import SmallDisk
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -345,6 +346,30 @@ def test_a_failed_write_is_reported_and_leaves_nothing(originals: Path, tmp_path
         ):
             convert(originals / source, tmp_path / "out")
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("convert", "source"), [(hf_to_megatron, "single"), (megatron_to_hf, "megatron")]
+)
+def test_whatever_a_full_disk_cuts_off_is_reported_as_that(
+    originals: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    convert: Callable[[Path, Path], object],
+    source: str,
+) -> None:
+    monkeypatch.setattr("megatron_prefix.conversion.output_folder._SPARE_BYTES", -(2**30))
+    with SmallDisk(tmp_path / "disk", 2**24) as disk:
+        out = disk.path / "out"
+        convert(originals / source, out)
+        needed = disk.used
+        shutil.rmtree(out)
+        # The last files are small: the table of contents, plain values, the model section.
+        for room in range(needed - 2**16, needed, 4096):
+            disk.resize(room)
+            with pytest.raises(ConversionError, match="out: no space left on device while writing"):
+                convert(originals / source, out)
+            assert not list(disk.path.iterdir())
 
 
 def test_too_little_space_is_found_before_anything_is_written(

@@ -296,12 +296,17 @@ def test_the_engine_is_a_rollout_engine(tmp_path):
 def test_reading_rollouts_needs_the_standard_library_only(tmp_path):
     groups = numbered_groups(3)
     path = write(tmp_path / "a.jsonl.gz", [whole_record(g) for g in groups])
+    root = Path(rollouts.__file__).parents[2]
+    modules = sorted(path.stem for path in Path(rollouts.__file__).parent.glob("*.py"))
+    modules.remove("build")
     program = f"""
+from importlib import import_module
+for name in {modules}:
+    import_module("megatron_prefix.rollouts." + name)
 from megatron_prefix.rollouts.file_engine import FileEngine
 engine = FileEngine([{str(path)!r}], vocab_size={VOCAB_SIZE}, max_positions={MAX_POSITIONS})
 print([group.responses for group in engine.next_groups(3, step=0)])
 """
-    root = Path(rollouts.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-S", "-c", program],  # no site-packages
         env={"PYTHONPATH": str(root)},

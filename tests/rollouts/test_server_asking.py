@@ -110,7 +110,7 @@ def test_a_server_that_stays_away_ends_the_run_after_its_patience_with_nothing_u
     started = time.monotonic()
     with pytest.raises(ServerDown, match=f"{url}: not reachable for 1 s .*Start the server"):
         sampler.sample(1, step=0, version=0)
-    assert 1 < time.monotonic() - started < 30
+    assert 1 < time.monotonic() - started < 6
     client.close()
     assert sampler._source.state_dict()["number"] == 0
 
