@@ -53,10 +53,8 @@ def write_problem(folder: Path) -> OSError | None:
     """Why nothing more can be written to a folder, where a library only says that it failed."""
     trial = folder / "trial"
     try:
-        with trial.open("wb") as file:
-            file.write(bytes(_TRIAL_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+        trial.write_bytes(bytes(_TRIAL_BYTES))
+        _sync(trial)
         trial.unlink()
     except OSError as error:
         return error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 from megatron_prefix.attention.comm_types import layer_comm_type
 from megatron_prefix.layers.last_layer import query_key_value
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.layers.support import refuse_unsupported
 
 
@@ -198,26 +198,20 @@ class _PrefixCoreAttention:
         return out.reshape(out.shape[0], -1)
 
 
-@functools.cache
 def prefix_self_attention(base: type) -> type:
     """The subclass of a Megatron self attention class that takes shared prefixes.
 
     A class that already does is returned as it is.
     """
-    if issubclass(base, _PrefixSelfAttention):
-        return base
-    return type(f"Prefix{base.__name__}", (_PrefixSelfAttention, base), {})
+    return prefix_subclass(_PrefixSelfAttention, base)
 
 
-@functools.cache
 def prefix_core_attention(base: type) -> type:
     """The subclass of a Megatron core attention class that takes shared prefixes.
 
     A class that already does is returned as it is.
     """
-    if issubclass(base, _PrefixCoreAttention):
-        return base
-    return type(f"Prefix{base.__name__}", (_PrefixCoreAttention, base), {})
+    return prefix_subclass(_PrefixCoreAttention, base)
 
 
 class PrefixTorchNorm:

@@ -8,7 +8,6 @@ model's, is [N, 1, h], or [N/tp, 1, h] on each rank under sequence parallelism.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.layers.subclass import prefix_subclass
 
 
 class _PrefixTransformerLayer:
@@ -45,15 +45,12 @@ class _PrefixTransformerLayer:
             )
 
 
-@functools.cache
 def prefix_transformer_layer(base: type) -> type:
     """The subclass of a Megatron transformer layer class that can be a trimmed last layer.
 
     A class that already is one is returned as it is.
     """
-    if issubclass(base, _PrefixTransformerLayer):
-        return base
-    return type(f"Prefix{base.__name__}", (_PrefixTransformerLayer, base), {})
+    return prefix_subclass(_PrefixTransformerLayer, base)
 
 
 @contextlib.contextmanager

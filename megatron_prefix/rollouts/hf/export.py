@@ -100,7 +100,7 @@ def weights_exporter(
     group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
     rank = dist.get_rank()
     parts = _all_parts(list(_own_parts(chunks)), group)
-    shapes = {key: next(iter(found)).global_shape for (key, _), found in parts.items()}
+    shapes = {key: _any_of(found).global_shape for (key, _), found in parts.items()}
     places = check_stored(shapes, mapping.architecture, parameters, of="the model in training")
 
     def export(directory: Path) -> None:
@@ -136,6 +136,11 @@ def weights_exporter(
     return export
 
 
+def _any_of(parts: _Parts) -> _Part:
+    """One of a parameter's parts: each tells what the whole is."""
+    return next(iter(parts))
+
+
 def _own_parts(chunks: ModelChunks) -> dict[_Part, Tensor]:
     return {
         _Part(
@@ -158,7 +163,7 @@ def _all_parts(own: list[_Part], group: dist.ProcessGroup) -> dict[tuple[str, Sh
         for part in held:
             found[part.key, part.index].setdefault(part, []).append(rank)
     for (key, index), parts in found.items():
-        whole = math.prod(next(iter(parts)).whole_shape)
+        whole = math.prod(_any_of(parts).whole_shape)
         covered = sum(math.prod(part.shape) for part in parts)
         if covered != whole:
             raise RuntimeError(f"{key} {list(index)}: ranks hold {covered} of {whole} elements")
@@ -193,7 +198,7 @@ def _writers(
     for place in places:
         holders = {rank for ranks in parts[place].values() for rank in ranks if rank in load}
         writer = min(holders or seeing, key=lambda rank: (load[rank], rank))
-        load[writer] += math.prod(next(iter(parts[place])).whole_shape)
+        load[writer] += math.prod(_any_of(parts[place]).whole_shape)
         writers.append(writer)
     return writers
 
@@ -211,8 +216,8 @@ def _collect(
     """
     whole: Tensor | None = None
     if rank == writer:
-        first = next(iter(parts))
-        whole = torch.empty(first.whole_shape, dtype=first.dtype)
+        part = _any_of(parts)
+        whole = torch.empty(part.whole_shape, dtype=part.dtype)
     for part, ranks in parts.items():
         # The writer's own, or that of the nearest rank: most likely of the same machine.
         sender = min(ranks, key=lambda holder: (abs(holder - writer), holder))
