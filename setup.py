@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_prefix", "megatron_prefix.*"]),
-    install_requires=["torch>=2.6", "megatron-core>=0.14,<0.17", "pyyaml", "numpy"],
+    install_requires=["torch>=2.6", "megatron-core>=0.14,<0.20", "pyyaml", "numpy"],
     extras_require={
         "train": TRAINING,
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],

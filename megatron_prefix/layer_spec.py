@@ -21,12 +21,9 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
 
-from megatron_prefix.layers.attention import (
-    PrefixTorchNorm,
-    prefix_core_attention,
-    prefix_self_attention,
-)
+from megatron_prefix.layers.attention import prefix_core_attention, prefix_self_attention
 from megatron_prefix.layers.last_layer import prefix_transformer_layer
+from megatron_prefix.megatron.norms import PrefixTorchNorm
 
 Spec = TypeVar("Spec")
 

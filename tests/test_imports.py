@@ -14,6 +14,7 @@ ORDER = [
     {"layout"},
     {"attention", "objective"},
     {"config"},
+    {"megatron"},
     {"distributed"},
     {"layers"},
     {"layer_spec"},

@@ -30,14 +30,3 @@ def layer_comm_type(config: Any, layer_number: int) -> CommType:
     if isinstance(kinds, str):
         return kinds
     return kinds[layer_number - 1 + len(kinds) - config.num_layers]
-
-
-def repair_comm_type_list(config: Any) -> None:
-    """Let Megatron build its layers from a list of kinds, which its releases index from 1.
-
-    `TransformerLayer` reads `cp_comm_type[layer_number]`, beyond the end for the last layer. A copy
-    of the first entry is put in front; `layer_comm_type` reads both forms.
-    """
-    kinds = config.cp_comm_type
-    if isinstance(kinds, list) and len(kinds) == config.num_layers:
-        config.cp_comm_type = [kinds[0], *kinds]

@@ -20,33 +20,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prefix.checkpoints import files
-from megatron_prefix.checkpoints.torch_adam import initialise_adam, load_optimizer_state
 from megatron_prefix.checkpoints.weights import load_model_state, load_state, model_state
-from megatron_prefix.checkpoints.writer import CheckpointWriter, use_inherited_results
+from megatron_prefix.checkpoints.writer import CheckpointWriter
 from megatron_prefix.distributed.rank_results import raise_together
+from megatron_prefix.megatron.saving import OPTIMIZER_METADATA, begin_save
+from megatron_prefix.megatron.torch_adam import initialise_adam, load_optimizer_state
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.system_errors import system_error
 
 logger = logging.getLogger(__name__)
 
-# The optimizer's state by parameter, not by buffer, so that another tensor-, pipeline- or
-# data-parallel size can load it. Newer releases call the format by another name.
-_METADATA = {
-    "distrib_optim_sharding_type": (
-        "fully_reshardable"
-        if hasattr(DistributedOptimizer, "sharded_param_state_fully_reshardable")
-        else "fully_sharded_model_space"
-    )
-}
 _POLL_S = 0.05
 
 
@@ -145,7 +136,7 @@ class CheckpointFolder:
         model = model_state(chunks)
         contents = {
             **model,
-            "optimizer": optimizer.sharded_state_dict(model, metadata=_METADATA),
+            "optimizer": optimizer.sharded_state_dict(model, metadata=OPTIMIZER_METADATA),
             "scheduler": scheduler.state_dict(),
             "random": _random_state(),
         }
@@ -232,7 +223,9 @@ class CheckpointFolder:
         model = model_state(chunks)
         wanted = {
             **model,
-            "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=_METADATA),
+            "optimizer": optimizer.sharded_state_dict(
+                model, is_loading=True, metadata=OPTIMIZER_METADATA
+            ),
         }
         same_layout = state["layout"] == _layout()
         if same_layout:
@@ -261,9 +254,8 @@ class CheckpointFolder:
         dist.broadcast_object_list(partials, src=0)
         partial = partials[0]
         assert partial is not None
-        use_inherited_results()
         with _failing_alone(path, partial):
-            request = dist_checkpointing.save(contents, str(partial), async_sharded_save=True)
+            request = begin_save(contents, partial)
         self._unfinished = _Unfinished(
             path=path, partial=partial, writer=CheckpointWriter(request), state=state
         )

@@ -12,18 +12,14 @@ import ctypes
 import functools
 import multiprocessing
 import os
-import pickle
-import queue
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, BinaryIO
+from typing import Any
 
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megatron_prefix.distributed.stop import STOP_SIGNALS
@@ -85,39 +81,6 @@ class CheckpointWriter:
         if self._process is not None:
             self._process.kill()
             self._process.join()
-
-
-def use_inherited_results() -> None:
-    """Let Megatron's writer report through an inherited file instead of a manager process.
-
-    The manager, one for each rank, takes seconds to start and 270 MB, and dies of any signal to
-    the rank's process group. Call it before each checkpoint.
-    """
-    filesystem_async._results_queue = _InheritedResults()
-
-
-class _InheritedResults:
-    """The `put` and `get_nowait` of a queue for one result, from a forked process."""
-
-    def __init__(self) -> None:
-        self._file = _anonymous_file()
-
-    def put(self, result: Any) -> None:
-        pickle.dump(result, self._file)
-        self._file.flush()
-
-    def get_nowait(self) -> Any:
-        self._file.seek(0)
-        try:
-            return pickle.load(self._file)
-        except EOFError:
-            raise queue.Empty from None
-
-
-def _anonymous_file() -> BinaryIO:
-    if sys.platform == "linux":  # in memory: a full disk must not swallow the report of it
-        return os.fdopen(os.memfd_create("checkpoint results"), "w+b")
-    return tempfile.TemporaryFile()
 
 
 def _write(parent: int, write: Callable[[], None]) -> None:

@@ -20,8 +20,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_prefix.config import ParallelConfig, RunConfig
-from megatron_prefix.distributed.cpu_device import disable_cpu_device, enable_cpu_device
 from megatron_prefix.distributed.liveness import Liveness, attempt
+from megatron_prefix.megatron.cpu_device import disable_cpu_device, enable_cpu_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,19 +10,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prefix.attention.comm_types import layer_comm_type
 from megatron_prefix.layers.last_layer import query_key_value
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
-from megatron_prefix.layers.support import refuse_unsupported
+from megatron_prefix.megatron.borrowed import row_as_one_sequence
+from megatron_prefix.megatron.support import refuse_unsupported
 
 
 class _PrefixSelfAttention:
@@ -44,7 +42,12 @@ class _PrefixSelfAttention:
         if not isinstance(packed_seq_params, PrefixPackedSeqParams):
             context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         else:
-            context = _row_as_one_sequence(self, packed_seq_params)
+            context = row_as_one_sequence(
+                self,
+                packed_seq_params,
+                query_rows=packed_seq_params.query_rows,
+                rows=packed_seq_params.position_ids,
+            )
             if rotary_pos_emb is not None:
                 # Megatron takes a table of exactly T rows token by token, in every release.
                 rows = packed_seq_params.position_ids
@@ -86,46 +89,6 @@ class _PrefixSelfAttention:
         )
         query, *gate = (x.index_select(0, params.query_rows) for x in (query, *gate))
         return query, key, value, *gate
-
-
-class _OneRank:
-    """Stands in for a process group of this rank alone."""
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
-
-
-@contextlib.contextmanager
-def _row_as_one_sequence(attention: Any, params: PrefixPackedSeqParams) -> Iterator[None]:
-    """Within the block, Megatron's rotary embedding takes its table as this rank's row, as it is.
-
-    It asks the self attention's context-parallel group, and nothing else of the self attention
-    does, whose slice of a table to take; ours has the rows of this rank's tokens only. And unless
-    it is fused it reads cu_seqlens on the host, in every layer for q and for k: on the device
-    that would make the host wait for it each time.
-    """
-    # `pg_collection` since 0.15, `model_comm_pgs` before.
-    name = "pg_collection" if hasattr(attention, "pg_collection") else "model_comm_pgs"
-    groups = getattr(attention, name)
-    on_device = params.cu_seqlens_q, params.cu_seqlens_kv
-    if groups.cp.size() > 1:
-        alone = copy.copy(groups)
-        alone.cp = _OneRank()
-        setattr(attention, name, alone)
-    if not attention.config.apply_rope_fusion:
-        queries = params.position_ids if params.query_rows is None else params.query_rows
-        params.cu_seqlens_q, params.cu_seqlens_kv = (
-            torch.tensor([0, len(rows)], dtype=torch.int32, device="cpu")
-            for rows in (queries, params.position_ids)
-        )
-    try:
-        yield
-    finally:
-        params.cu_seqlens_q, params.cu_seqlens_kv = on_device
-        setattr(attention, name, groups)
 
 
 class _PrefixCoreAttention:
@@ -212,32 +175,3 @@ def prefix_core_attention(base: type) -> type:
     A class that already does is returned as it is.
     """
     return prefix_subclass(_PrefixCoreAttention, base)
-
-
-class PrefixTorchNorm:
-    """Megatron's `WrappedTorchNorm`, also under sequence parallelism.
-
-    The weight is marked `sequence_parallel`, so that `finalize_model_grads` adds up the partial
-    gradients of the ranks' sequence shards, as it does for Transformer Engine's norms.
-    """
-
-    def __new__(
-        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
-    ) -> torch.nn.Module:
-        """Build the torch norm that `config.normalization` names."""
-        classes = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
-        if config.normalization not in classes:
-            raise ValueError(
-                f"normalization={config.normalization!r} has no torch norm: use one of "
-                f"{sorted(classes)}, or a Transformer Engine layer spec"
-            )
-        for option in ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm"):
-            if getattr(config, option):
-                raise ValueError(
-                    f"{option}=True needs Transformer Engine's norm: set it to False, or use a "
-                    "Transformer Engine layer spec"
-                )
-        norm = classes[config.normalization](hidden_size, eps=eps)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm

@@ -8,7 +8,7 @@ model's, is [N, 1, h], or [N/tp, 1, h] on each rank under sequence parallelism.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
 from typing import Any
 
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
+from megatron_prefix.megatron.borrowed import residual_through
 
 
 class _PrefixTransformerLayer:
@@ -38,7 +39,9 @@ class _PrefixTransformerLayer:
             and self.layer_number == self.config.num_layers
         ):
             packed_seq_params = packed_seq_params.last_layer
-            context = _residual_of_rows(self, packed_seq_params)
+            context = residual_through(
+                self, functools.partial(_rows, params=packed_seq_params, config=self.config)
+            )
         with context:
             return super().forward(
                 hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
@@ -51,32 +54,6 @@ def prefix_transformer_layer(base: type) -> type:
     A class that already is one is returned as it is.
     """
     return prefix_subclass(_PrefixTransformerLayer, base)
-
-
-@contextlib.contextmanager
-def _residual_of_rows(layer: Any, params: PrefixPackedSeqParams) -> Iterator[None]:
-    """Within the block, the attention's output is added to the residual of its own rows."""
-    bias_dropout_add = layer.self_attn_bda
-
-    def add_to_rows(training: bool, fused: bool) -> Callable[..., Tensor]:
-        add = bias_dropout_add(training, fused)
-
-        def run(output_with_bias: Any, residual: Tensor, dropout: float) -> Tensor:
-            return add(output_with_bias, _rows(residual, params, layer.config), dropout)
-
-        return run
-
-    # Megatron's is a plain function as a rule, but may be a module, which an instance attribute
-    # comes before.
-    before = layer.__dict__.get("self_attn_bda")
-    layer.__dict__["self_attn_bda"] = add_to_rows
-    try:
-        yield
-    finally:
-        if before is None:
-            del layer.__dict__["self_attn_bda"]
-        else:
-            layer.__dict__["self_attn_bda"] = before
 
 
 def _rows(hidden: Tensor, params: PrefixPackedSeqParams, config: TransformerConfig) -> Tensor:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_prefix.checkpoints.folder import CheckpointFolder
-from megatron_prefix.checkpoints.torch_adam import initialise_adam
 from megatron_prefix.config import OptimizerSettings, ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
+from megatron_prefix.megatron.torch_adam import initialise_adam
 from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.model.full_tensors import FullTensors, full_parameters
 from megatron_prefix.objective import ObjectiveConfig

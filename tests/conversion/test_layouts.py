@@ -13,11 +13,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_prefix.checkpoints.folder import CheckpointFolder
-from megatron_prefix.checkpoints.torch_adam import initialise_adam
 from megatron_prefix.config import OptimizerSettings, ParallelConfig
 from megatron_prefix.conversion import hf_to_megatron, megatron_to_hf
 from megatron_prefix.conversion.hf_folder import HFFolder
 from megatron_prefix.distributed.runtime import runtime
+from megatron_prefix.megatron.torch_adam import initialise_adam
 from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.full_tensors import full_parameters
 from megatron_prefix.model.transformer_config import transformer_config

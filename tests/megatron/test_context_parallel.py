@@ -19,8 +19,8 @@ from megatron_prefix.config import ModelConfig, ParallelConfig, YarnConfig
 from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
-from megatron_prefix.layers.support import yarn_takes_packed_rows
 from megatron_prefix.layout import PackedLayout, pack
+from megatron_prefix.megatron.support import yarn_takes_packed_rows
 from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.distributed import run_distributed

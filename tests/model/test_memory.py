@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from megatron.core import parallel_state
 
-from megatron_prefix.checkpoints.torch_adam import initialise_adam
 from megatron_prefix.config import (
     ModelConfig,
     OptimizerSettings,
@@ -19,6 +18,7 @@ from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layout import PrefixTree, SharingRule
 from megatron_prefix.layout.estimate import StepSetup, estimate_step
 from megatron_prefix.layout.memory import MemoryModel, RankSizes
+from megatron_prefix.megatron.torch_adam import initialise_adam
 from megatron_prefix.model.build import ModelChunks, build_model_chunks
 from megatron_prefix.model.memory import memory_model, rank_sizes, stage_layers
 from megatron_prefix.model.transformer_config import transformer_config

@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_prefix.attention import kernels
 from megatron_prefix.attention.kernels import TorchCudaKernel
 from megatron_prefix.config import ParallelConfig
-from megatron_prefix.distributed.cpu_device import disable_cpu_device
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layout import pack
+from megatron_prefix.megatron.cpu_device import disable_cpu_device
 from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.head import LogProbHead
 from megatron_prefix.model.transformer_config import transformer_config

@@ -36,7 +36,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
 
-from megatron_prefix.layers.support import REFUSALS
+from megatron_prefix.megatron.support import REFUSALS
 
 VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 
