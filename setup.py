@@ -4,8 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# What the fused merge is written in; for its test under Triton's interpreter. 280 MB.
-TRITON = "triton; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"
+TRITON = "sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"
 # mbridge names neither einops nor transformers, which it imports.
 HUGGING_FACE = ["transformers", "safetensors", "mbridge==0.15.1", "einops", "tqdm"]
 ROLLOUTS = [*HUGGING_FACE, "datasets", "httpx", "jinja2"]
@@ -20,7 +19,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_prefix", "megatron_prefix.*"]),
-    install_requires=["torch>=2.6", "megatron-core>=0.14,<0.20", "pyyaml", "numpy"],
+    install_requires=[
+        "torch>=2.6",
+        # An installer takes the newest that supports the Python: 0.19 from 3.12 on, else 0.16.
+        "megatron-core>=0.14,<0.20",
+        # megatron-core 0.18 and newer import it and do not declare it.
+        f"triton; python_version >= '3.12' and {TRITON}",
+        "pyyaml",
+        "numpy",
+    ],
     extras_require={
         "train": TRAINING,
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
@@ -36,7 +43,8 @@ setup(
             "hypothesis",
             "ruff",
             "prefix_grouper==0.0.1.post1",
-            TRITON,
+            # What the fused merge is written in; for its test under Triton's interpreter.
+            f"triton; {TRITON}",
             "pyroute2",
         ],
     },

@@ -1,31 +1,17 @@
 #!/usr/bin/env bash
 # Set up what the tests need and run all of them on the CPU.
 #
-#   bash tests/run.sh                          everything, on megatron-core 0.16.1
+#   bash tests/run.sh                          everything, on the newest megatron-core for Python
 #   bash tests/run.sh tests/layout -k tree     arguments go to pytest
 #   MEGATRON_CORE=0.15.3 bash tests/run.sh     another release
 #   TEST_PROCESSES=0 bash tests/run.sh         in one process, for a debugger
 #   SURVIVAL=long bash tests/run.sh            20 kills under a real torchrun, not 1
 #   TORCH=2.9.1 PYTHON=python3.12 bash tests/run.sh
 #
-# The environment is made once per combination, in .venv-tests/.
+# The environment is made once per combination, in .venv-tests/ (tests/environment.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-python=${PYTHON:-python3.11}
-command -v "$python" > /dev/null || python=python3
-megatron=${MEGATRON_CORE:-0.16.1}
-torch=${TORCH:-2.13.0}
-venv=.venv-tests/$("$python" -c 'import sys; print("py%d.%d" % sys.version_info[:2])')-torch$torch-megatron$megatron
-
-if [[ ! -e $venv/complete ]]; then
-    rm -rf "$venv"
-    "$python" -m venv "$venv"
-    # torch first: what depends on it would otherwise bring in another build.
-    "$venv/bin/pip" install --quiet "torch==$torch"
-    "$venv/bin/pip" install --quiet "megatron-core==$megatron" --editable ".[dev]"
-    touch "$venv/complete"
-fi
+venv=$(bash tests/environment.sh)
 
 # Two processes of a test share the machine's cores; more threads each would only get in the way.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -1,9 +1,10 @@
 """Megatron's checkpoint writer in a process of its own, which ends with the rank that started it.
 
 The process is a fork: it sees the tensors as they were, whatever training does to them meanwhile
-(tensors of a GPU are copied to the host before). It forks in turn one process for each file. None
-of them outlives the rank, since what they hold open would keep other ranks from noticing that it
-has gone; and none takes the signals that ask a run to stop, which schedulers send to everything.
+(tensors of a GPU are copied to the host before). Up to Megatron-Core 0.16 it forks in turn one
+process for each file; newer releases use threads. No such process outlives the rank, since what it
+holds open would keep other ranks from noticing that the rank has gone. None takes the signals that
+ask a run to stop, which schedulers send to every process.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megatron_prefix.distributed.stop import STOP_SIGNALS
+from megatron_prefix.megatron.saving import write_and_report
 from megatron_prefix.system_errors import system_error
 
 _PR_SET_PDEATHSIG = 1
@@ -88,7 +90,7 @@ def _write(parent: int, write: Callable[[], None]) -> None:
     ForkingPickler.register(RuntimeError, _reduce_to_system_error)
     os.register_at_fork(after_in_child=functools.partial(_end_with, os.getpid()))
     threading.Thread(target=_end_with_children, daemon=True).start()
-    write()
+    write_and_report(write)
 
 
 def _reduce_to_system_error(error: RuntimeError) -> str | tuple[Any, ...]:

@@ -12,13 +12,17 @@ import pickle
 import queue
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_prefix.system_errors import system_error
 
 OPTIMIZER_METADATA = {
     # The optimizer's state by parameter, not by buffer, so that another tensor-, pipeline- or
@@ -56,12 +60,14 @@ def _use_inherited_results() -> None:
 
 
 class _InheritedResults:
-    """The `put` and `get_nowait` of a queue for one result, from a forked process."""
+    """The `put` and `get_nowait` of a queue for one result, the last, from a forked process."""
 
     def __init__(self) -> None:
         self._file = _anonymous_file()
 
     def put(self, result: Any) -> None:
+        self._file.seek(0)
+        self._file.truncate()
         pickle.dump(result, self._file)
         self._file.flush()
 
@@ -77,3 +83,29 @@ def _anonymous_file() -> BinaryIO:
     if sys.platform == "linux":  # in memory: a full disk must not swallow the report of it
         return os.fdopen(os.memfd_create("checkpoint results"), "w+b")
     return tempfile.TemporaryFile()
+
+
+def write_and_report(write: Callable[[], None]) -> None:
+    """Run a save's writing function in a process of its own, and report why it failed.
+
+    From Megatron-Core 0.17 on, threads write the files, and of a thread's error only the class
+    reaches the report. The error itself is what `write_preloaded_data` returns; it replaces the
+    report here. Older releases write by processes, whose errors arrive.
+    """
+    failures: list[Exception] = []
+    original = FileSystemWriterAsync.write_preloaded_data
+
+    def write_file(*args: Any, **kwargs: Any) -> Any:
+        outcome = original(*args, **kwargs)
+        if outcome is not None and isinstance(outcome[1], Exception):
+            failures.append(outcome[1])
+        return outcome
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write_file)
+    try:
+        write()
+    except AssertionError:
+        if not failures:  # Megatron asserts that no thread has failed
+            raise
+    if failures:
+        filesystem_async._results_queue.put(system_error(failures[0]) or failures[0])
