@@ -297,7 +297,7 @@ def _convert_dict(annotation: Any, value: Any, path: str) -> dict[str, Any]:
 
 def _refuse(path: str, value: Any, annotation: Any) -> typing.NoReturn:
     """Raise for a value that is not of its type."""
-    message = f"expected {_described(annotation)}, got {_shown(value)}"
+    message = f"expected {described(annotation)}, got {_shown(value)}"
     choices = _choices(annotation)
     if isinstance(value, str) and choices:
         close = difflib.get_close_matches(value, [c for c in choices if isinstance(c, str)], n=1)
@@ -331,21 +331,21 @@ def _choices(annotation: Any) -> list[Any]:
     ]
 
 
-def _described(annotation: Any) -> str:
-    """A type as a user of YAML knows it."""
+def described(annotation: Any) -> str:
+    """A field's type as a user of YAML knows it."""
     names = {bool: "bool (true or false)", types.NoneType: "null", Path: "path", Any: "anything"}
     if annotation in names:
         return names[annotation]
     origin, members = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        return " or ".join(_described(member) for member in members)
+        return " or ".join(described(member) for member in members)
     if origin is Literal:
         shown = [choice if isinstance(choice, str) else _shown(choice) for choice in members]
         return f"one of {', '.join(shown)}"
     if origin is tuple and members[1:] != (...,):
-        return f"list of {len(members)}: {', '.join(_described(member) for member in members)}"
+        return f"list of {len(members)}: {', '.join(described(member) for member in members)}"
     if origin in (list, tuple):
-        return f"list of {_described(members[0])}"
+        return f"list of {described(members[0])}"
     if origin is dict or dataclasses.is_dataclass(annotation):
         return "mapping of keys to values"
     return annotation.__name__

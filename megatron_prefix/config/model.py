@@ -14,13 +14,20 @@ class YarnConfig:
     """YaRN's scaling of the rotary frequencies (arXiv 2309.00071)."""
 
     rotary_scaling_factor: float
-    """Longest position over `original_max_position_embeddings`."""
+    """The longest position divided by `original_max_position_embeddings`."""
     original_max_position_embeddings: int
+    """Positions that the model was trained for before it was scaled."""
     beta_fast: float = 32.0
+    """Frequencies that turn more often than this within the original positions stay as they are."""
     beta_slow: float = 1.0
+    """Frequencies that turn less often than this within the original positions are divided by
+    `rotary_scaling_factor`; those between the two are blended."""
     mscale: float = 1.0
+    """YaRN's attention factor: its numerator."""
     mscale_all_dim: float = 0.0
+    """YaRN's attention factor: its denominator; 0: a denominator of 1."""
     correction_range_round_to_int: bool = True
+    """Round the borders of the blended frequencies to whole dimensions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,26 +35,29 @@ class ModelConfig:
     """The GPTModel to build."""
 
     vocab_size: int
-    """Tokens of the vocabulary, before padding."""
+    """Tokens of the vocabulary, without padding."""
     max_sequence_length: int
-    """Longest prompt plus response, in tokens."""
+    """Tokens of the longest prompt with its response."""
     position_embedding_type: Literal["rope", "yarn", "learned_absolute", "none"] = "rope"
+    """How positions enter the model."""
     rotary_percent: float = 1.0
-    """Part of each head that is rotated."""
+    """Fraction of each head's dimensions that is rotated."""
     rotary_base: int = 10000
+    """Base of the rotary frequencies (Hugging Face: `rope_theta`)."""
     rope_scaling: bool = False
     """Llama 3's scaling of the rotary frequencies."""
     rope_scaling_factor: float = 8.0
+    """Factor of Llama 3's scaling; used with `rope_scaling: true`."""
     yarn: YarnConfig | None = None
-    """Required by position_embedding_type: yarn."""
+    """YaRN's constants; required by `position_embedding_type: yarn`."""
     share_embeddings_and_output_weights: bool = False
-    """Tie the output layer to the word embedding."""
+    """The output layer uses the weights of the word embedding."""
     make_vocab_size_divisible_by: int = 1
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     activation: Literal["gelu", "silu", "relu", "squared_relu"] = "silu"
     """The MLP's activation; with `gated_linear_unit: true`, silu makes SwiGLU."""
     transformer: dict[str, Any] = field(default_factory=dict)
-    """Any other field of Megatron's `TransformerConfig`: num_layers, hidden_size, ..."""
+    """Any other field of Megatron's `TransformerConfig`: `num_layers`, `hidden_size`, ..."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "make_vocab_size_divisible_by")

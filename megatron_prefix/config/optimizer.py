@@ -14,19 +14,27 @@ class OptimizerSettings:
     """Adam, its schedule and clipping, by Megatron's optimizer."""
 
     lr: float = 1e-5
+    """Learning rate after the warm-up."""
     min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
     lr_warmup_steps: int = 0
+    """Optimizer steps in which the learning rate rises to `lr`."""
     lr_decay_steps: int | None = None
-    """Optimizer steps until min_lr; null: the whole run."""
+    """Optimizer steps until the learning rate is `min_lr`; null: all steps of the run."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes from `lr` to `min_lr`; `constant` stays at `lr`."""
     weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
     adam_beta1: float = 0.9
+    """Decay of Adam's mean of gradients."""
     adam_beta2: float = 0.95
+    """Decay of Adam's mean of squared gradients."""
     adam_eps: float = 1e-8
+    """Added to the root of that mean, by which Adam divides."""
     clip_grad: float = 1.0
-    """Largest global norm of the gradient; 0 clips nothing."""
+    """The gradient is scaled down to this global norm; 0 clips nothing."""
     use_distributed_optimizer: bool = True
-    """Shard the optimizer's state over data-parallel ranks."""
+    """The optimizer's state is sharded over data-parallel ranks."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "lr", "min_lr", "lr_warmup_steps", "weight_decay", "clip_grad")

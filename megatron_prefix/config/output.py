@@ -13,23 +13,25 @@ class OutputConfig:
     """What a run leaves behind."""
 
     directory: Path
-    """Metrics (metrics.jsonl, tensorboard/), checkpoints (checkpoints/), reward curve."""
+    """Folder of the run: `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `reward.png`."""
     save_every: int = 0
-    """Steps between checkpoints; 0: only after the last step."""
+    """Steps between checkpoints; 0: a checkpoint after the last step only."""
     save_in_background: bool = True
-    """Train on while a checkpoint is written, from a copy of the state in host memory."""
+    """The run trains on while a checkpoint is written from a copy of the state in host memory."""
     save_last: bool = True
+    """Write a checkpoint after the last step."""
     keep: int = 2
-    """Checkpoints kept; older ones are removed."""
+    """Checkpoints that are kept; older checkpoints are removed."""
     load: Path | None = None
-    """A checkpoint, or a folder whose newest is taken, to start from (weights only): a run's, one
-    that tools/convert_checkpoint.py has made of a Hugging Face model, or Megatron-LM's."""
+    """Weights to start from: a checkpoint, or a folder whose newest checkpoint is taken. It is a
+    run's, Megatron-LM's, or converted by `tools/convert_checkpoint.py`; null: random weights."""
     resume: bool = True
-    """Continue from this directory's latest checkpoint where there is one; false starts anew and
-    renames the checkpoints that are there to checkpoints.1, .2, ..."""
+    """Continue from the latest checkpoint in `directory`, if there is any. false starts anew and
+    renames the folder of earlier checkpoints to `checkpoints.1`, `.2`, ..."""
     tensorboard: bool = True
+    """Write TensorBoard events."""
     plot: bool = True
-    """Write reward.png."""
+    """Draw `reward.png` at the end of the run."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "save_every")

@@ -10,21 +10,28 @@ from megatron_prefix.config.loader import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model is laid out; the data-parallel size is what remains of the world."""
+    """How the model is laid out over ranks.
+
+    The data-parallel size is the number of processes divided by tensor- x pipeline- x
+    context-parallel size.
+    """
 
     tensor_model_parallel_size: int = 1
+    """Ranks that share every layer."""
     pipeline_model_parallel_size: int = 1
+    """Ranks that the layers are divided over."""
     context_parallel_size: int = 1
-    """Ranks that a packed row is distributed over; `model.transformer.cp_comm_type` says how they
+    """Ranks that a packed row is distributed over. `model.transformer.cp_comm_type` says how they
     communicate."""
     virtual_pipeline_model_parallel_size: int | None = None
-    """Model chunks per pipeline rank (interleaved schedule)."""
+    """Model chunks of each pipeline rank (interleaved schedule); null: one chunk."""
     expert_model_parallel_size: int = 1
+    """Ranks that the experts of a layer are spread over."""
     expert_tensor_parallel_size: int | None = None
-    """Ranks that each expert is split over; null: 1 with expert parallelism, as many as tensor
-    parallel without."""
+    """Ranks that each expert is split over; null: 1 with expert parallelism, the tensor-parallel
+    size without."""
     sequence_parallel: bool | None = None
-    """Shard the row over tensor-parallel ranks between layers; null: when tensor parallel."""
+    """The row is sharded over tensor-parallel ranks between layers; null: true if there are any."""
 
     def __post_init__(self) -> None:
         at_least(

@@ -17,32 +17,35 @@ class RolloutsConfig:
     """Where groups of responses come from."""
 
     engine: Literal["file", "embedded", "openai", "hf"] = "file"
-    """`file` reads finished rollouts; `embedded` samples from the model being trained, `openai`
-    asks a completions server, `hf` generates with Hugging Face transformers in this process."""
+    """`file` reads finished rollouts, `embedded` samples from the model being trained, `openai`
+    asks a completions server, `hf` generates with transformers in the training processes."""
     paths: tuple[Path, ...] = ()
-    """JSONL or Parquet: rollouts for `file`, prompts (prompt, answer) for the others."""
+    """JSONL or Parquet files: rollouts for `file`, prompts with answers for the other engines."""
     groups_per_step: int = 8
+    """Groups (prompts with their responses) of a step, over all ranks."""
     group_size: int | None = None
-    """Responses per prompt; checked by `file` where given, required by the others."""
+    """Responses of each prompt; `file` checks it where it is given, the other engines need it."""
     reward: str | None = None
-    """A registered reward or module:function, where records carry an answer and no rewards."""
+    """Name of a reward, or `module:function`, for records with an answer and without rewards."""
     reward_process: RewardProcessConfig = field(default_factory=RewardProcessConfig)
-    """Where a module:function runs."""
+    """The processes that a `module:function` runs in."""
     epochs: int | None = None
-    """How often the files may be gone through; null: without end."""
+    """How often the files are read from beginning to end; null: without end."""
     max_response_length: int | None = None
-    """Tokens to sample at most; required by every engine but `file`."""
+    """Tokens of a sampled response at most; required by every engine but `file`."""
     temperature: float = 1.0
+    """Temperature of sampling."""
     top_p: float = 1.0
+    """Sample from the most likely tokens that together have this probability; 1: from all."""
     stop_tokens: tuple[int, ...] = ()
-    """A response ends with the first of these, which it keeps; none with `text` means the
-    tokenizer's end of sequence."""
+    """Token ids that end a response, which keeps the token. Without any and with `text`, the
+    tokenizer's end of sequence ends it."""
     text: TextConfig | None = None
-    """Prompts, responses and rewards as text; null: all of them are token ids."""
+    """Prompts, responses and rewards are text; null: they are token ids."""
     server: ServerConfig | None = None
-    """Required by `openai`."""
+    """The completions server; required by `engine: openai`."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
-    """How trained weights get to `openai` and `hf`."""
+    """How trained weights get to the engines `openai` and `hf`."""
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -84,13 +87,13 @@ class EvaluationConfig:
     """Sampling on prompts that are never trained on."""
 
     paths: tuple[Path, ...]
-    """Prompts (prompt, answer) as JSONL or Parquet."""
+    """JSONL or Parquet files of prompts with answers."""
     num_prompts: int
-    """The first so many prompts of the files."""
+    """Number of prompts, from the beginning of the files."""
     every: int = 0
-    """Steps between evaluations; 0: only before the first and after the last step."""
+    """Steps between evaluations; 0: before the first and after the last step only."""
     temperature: float = 0.0
-    """0 takes the most likely token."""
+    """Temperature of sampling; 0 takes the most likely token."""
 
     def __post_init__(self) -> None:
         if not self.paths:

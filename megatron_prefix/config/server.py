@@ -16,32 +16,32 @@ class ServerConfig:
     """An OpenAI-compatible completions server, and how patiently it is asked."""
 
     url: str
-    """http://host:port, without /v1."""
+    """`http://host:port`, without `/v1`."""
     kind: Literal["vllm", "sglang", "transformers", "openai"] = "openai"
-    """Decides the request's extra fields and the call that loads new weights; `openai` sends only
-    what OpenAI documents, and loads none. What the server really returns is found by asking."""
+    """It decides the request's extra fields and the call that loads new weights. `openai` sends
+    only what OpenAI documents, and loads no weights."""
     model: str | None = None
     """The model's name on the server; null: the only one it lists, or (`transformers`) the folder
     of the weights."""
     api_key_variable: str | None = None
     """Name of the environment variable that holds the key. The key itself is never configured."""
     concurrency: int = 32
-    """Requests under way at once."""
+    """Requests at a time."""
     request_timeout_s: float = 600.0
-    """One request, from sending to the last byte of the answer."""
+    """Seconds of a request, from sending to the last byte of the answer."""
     patience_s: float = 600.0
-    """How long an unreachable or overloaded server is tried again before the run ends."""
+    """Seconds that an unreachable or overloaded server is tried again before the run ends."""
     max_attempts: int = 5
-    """How often one request is sent to a server that is there but fails (500, cut-off answer,
-    timeout)."""
+    """How often a request is sent to a server that answers but fails (status 500, a cut-off answer,
+    a timeout)."""
     partial_groups: Literal["resample", "drop", "keep"] = "resample"
-    """When some of a group's responses fail: ask again for those, replace the group by one of the
-    next prompt, or train on the responses there are (at least two)."""
+    """What to do when some responses of a group fail: ask for them again, replace the group by a
+    group of the next prompt, or train on the responses that came (at least two)."""
     logprobs: Literal["server", "trainer"] = "server"
-    """Whose log-probabilities are the old ones. The server's count only where it gives them and
-    rollouts.temperature is 1."""
+    """Whose log-probabilities are the old policy's. Those of the server are used only where it
+    gives them and `rollouts.temperature` is 1."""
     prefetch: bool = False
-    """Sample the next rollout batch while this one is trained on; it is then one version old."""
+    """Sample the next rollout batch during training; its policy is then one version old."""
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
@@ -68,15 +68,15 @@ class WeightsConfig:
     """How the trained weights get to the engine that samples (`openai` and `hf`)."""
 
     every: int = 1
-    """Steps between hand-overs; before the first step there always is one."""
+    """Steps between hand-overs. The weights are also handed over before the first step."""
     max_staleness: int = 1
-    """Versions (steps) that a group's policy may lag behind the trained one; older groups are
-    sampled again, and counted in the metric stale_groups."""
+    """Versions (steps) that a group's policy may lag behind the trained policy. Older groups are
+    sampled again, and counted in the metric `stale_groups`."""
     directory: Path | None = None
-    """Where they are written, one folder per version, readable by the server under the same path;
-    null: policy/ in output.directory."""
+    """Folder of the weights, with a folder for each version. The server must see it under the same
+    path; null: `policy/` in `output.directory`."""
     keep: int = 2
-    """Versions kept there."""
+    """Versions that are kept in the folder."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "every", "keep")

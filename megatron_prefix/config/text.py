@@ -16,17 +16,17 @@ class TextConfig:
     tokenizer: Path
     """A folder with a Hugging Face tokenizer, or a name in its cache."""
     prompt_template: str | None = None
-    """Text of the prompt with the record's fields in braces: "Q: {question}\\nA:"; null takes the
+    """Text of the prompt with the record's fields in braces: `"Q: {question}\\nA:"`; null: the
     record's `prompt` (text or token ids) or `messages`."""
     chat: bool = False
-    """Send a text prompt as a user's message through the tokenizer's chat template. `messages`
-    always go through it."""
+    """A text prompt becomes a user's message in the tokenizer's chat template. `messages` go
+    through the template in any case."""
     system: str | None = None
-    """System message in front of a chat that has none."""
+    """System message in front of a chat that has no system message."""
     answer_field: str = "answer"
-    """The record's field that the reward compares with."""
+    """Field of the record that the reward compares with."""
     shuffle: bool = True
-    """Go through the prompts in another order each epoch, which depends on training.seed."""
+    """Prompts come in another order each epoch, which depends on `training.seed`."""
 
     def __post_init__(self) -> None:
         if self.system is not None and not self.chat:
@@ -35,14 +35,14 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardProcessConfig:
-    """Where a reward of yours (module:function) runs: in processes of its own."""
+    """The processes that a reward function of your own (`module:function`) runs in."""
 
     processes: int = 2
-    """At most so many on each rank that computes rewards; started when first needed."""
+    """Processes at most, on each rank that computes rewards; they start when they are needed."""
     timeout_s: float = 10.0
-    """A call that takes longer is ended, with its process."""
+    """Seconds of a call at most; a longer call is ended, with its process."""
     on_failure: float | None = None
-    """Reward of a response whose call raised, crashed or took too long; null ends the run with an
+    """Reward of a response whose call raised, crashed or took too long; null: the run ends with an
     error that names the record."""
 
     def __post_init__(self) -> None:

@@ -12,46 +12,49 @@ from megatron_prefix.config.loader import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The loop."""
+    """The training loop."""
 
     steps: int
-    """Rollout batches to train on."""
+    """Steps of the run: rollout batches to train on. An *optimizer* step is an update of the
+    weights; a step has `optimizer_steps_per_rollout` x `epochs_per_rollout` of them."""
     token_budget: int
-    """Tokens of one microbatch row at most, over all context-parallel ranks together."""
+    """Tokens of a microbatch (a packed row) at most, summed over its context-parallel ranks."""
     allow_split: bool = True
-    """Split a group over microbatches when it exceeds the budget; its prefix then runs again."""
+    """A group that exceeds the budget is split over microbatches, each of which runs the prefix;
+    false: such a group is an error."""
     sharing: Literal["groups", "everything", "none"] = "groups"
-    """What is shared within a microbatch: the prompt of each group; or whatever its sequences have
-    in common, such as a system prompt of several groups or equal beginnings of responses; or none,
-    to compare with: every response runs its prompt again."""
+    """What sequences of a microbatch share. `groups`: each group its prompt. `everything`: all
+    common beginnings, such as a system prompt of several groups. `none`: nothing, every response
+    runs its prompt again; it is there to compare with."""
     trim_last_layer: bool = True
     """The last layer computes queries, attention, projection and MLP only from the first trained
-    position of each segment on: nothing depends on others. The result is the same."""
+    position of each segment on, since no result depends on earlier rows."""
     share_only_where_it_pays: bool = True
-    """Pack a group of one, or one whose prompt saves less than the cross attention to it costs, as
-    sequences of their own. Results are the same; false shares always."""
+    """A group whose prompt saves less than attention to it costs, such as a group of a single
+    response, is packed as sequences of their own. Results are the same; false shares always."""
     optimizer_steps_per_rollout: int = 1
-    """Optimizer steps that a rollout batch is divided into (and repeated, see epochs)."""
+    """Optimizer steps that a rollout batch is divided into, in each of its epochs."""
     epochs_per_rollout: int = 1
-    """How often a rollout batch is trained on."""
+    """How often each rollout batch is trained on."""
     dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
-    """Of parameters and activations; float64 is for proofs, on the CPU."""
+    """Type of parameters and activations; float64 is for proofs, on the CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in backward: none, core attention, or whole layers."""
+    """What backward computes again, to save memory: nothing, core attention, or whole layers."""
     log_prob_chunk_tokens: int = 1024
-    """Rows of logits that exist at once in the output layer."""
+    """Rows of logits that are in memory at a time."""
     seed: int = 1234
+    """Of random weights, of sampling and of the order of prompts."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """`cpu` runs Megatron-Core on gloo, for laptops and tests."""
+    """`cpu` runs Megatron-Core without a GPU, on gloo, for laptops and tests."""
     kernel: str | None = None
-    """Attention kernel by name; null: the best for the device."""
+    """Name of the attention kernel; null: the best for the device."""
     deterministic: bool = False
-    """Steps on the same data give the same bits. Attention's backward and Megatron's embedding cost
-    more then on a GPU; a kernel that cannot do it is refused where named, and not chosen else. With
-    Transformer Engine it also wants NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 in the environment. On the
-    CPU it is so in any case."""
+    """Steps on the same data give the same bits, which costs time on a GPU. A kernel that cannot do
+    it is not chosen, and refused if it is named. With Transformer Engine,
+    `NVTE_ALLOW_NONDETERMINISTIC_ALGO=0` has to be in the environment. On the CPU the bits are the
+    same in any case."""
     timeout_minutes: float = 10.0
-    """A collective that waits longer ends the run with an error."""
+    """Minutes after which a collective that waits ends the run with an error."""
 
     def __post_init__(self) -> None:
         at_least(

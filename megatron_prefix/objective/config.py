@@ -1,6 +1,6 @@
 """Which objective is optimised, and with which constants.
 
-A field left at None takes the value that goes with `name`; `ObjectiveConfig.resolved` fills them
+A field left at None (null in YAML) takes the value that goes with `name`; `ObjectiveConfig.resolved` fills them
 in. The papers:
 
     grpo     Shao et al. 2024, DeepSeekMath (arXiv 2402.03300), eq. 3
@@ -63,45 +63,48 @@ class ObjectiveConfig:
     """
 
     name: ObjectiveName = "grpo"
-    """Which objective. It decides the form of the loss and the defaults of the fields below."""
+    """The objective. It decides the form of the loss and the defaults of the fields below."""
 
     advantage: AdvantageKind | None = None
-    """How a group's rewards become advantages (see `group_advantages`).
-    None: 'mean' for dr_grpo, 'std' for the others."""
+    """How a group's rewards become advantages (see `group_advantages`): minus their mean and
+    divided by their standard deviation; minus their mean; or minus the mean of the other responses.
+    null: `mean` for dr_grpo, `std` for all other objectives."""
 
     advantage_epsilon: float = 1e-6
-    """Added to the standard deviation that advantage 'std' divides by. In units of reward."""
+    """Added to the standard deviation that advantage `std` divides by; in units of reward."""
 
     clip_low: float | None = None
-    """The ratio is clipped from below at 1 - clip_low; 1 means no lower bound.
-    None: 0.2; gspo 3e-4; cispo 1 (no bound, as in the paper)."""
+    """The ratio to the old policy is clipped from below at 1 - clip_low; 1 means no lower bound.
+    null: 0.2; gspo 3e-4; cispo 1 (no bound, as in the paper)."""
 
     clip_high: float | None = None
-    """The ratio is clipped from above at 1 + clip_high.
-    None: 0.2; dapo 0.28; gspo 4e-4; cispo 4 (no number in the paper)."""
+    """The ratio to the old policy is clipped from above at 1 + clip_high.
+    null: 0.2; dapo 0.28; gspo 4e-4; cispo 4 (no number in the paper)."""
 
     aggregation: Aggregation | None = None
-    """How token losses add up to the batch's loss (see `token_weights`).
-    None: 'sequence_mean' for grpo and gspo, 'constant' for dr_grpo, 'token_mean' for the
-    others."""
+    """How the losses of tokens add up to the loss of an optimizer step (see `token_weights`): mean
+    over each sequence, then over sequences; mean over all tokens; or sum divided by
+    `max_response_length` x sequences.
+    null: `sequence_mean` for grpo and gspo, `constant` for dr_grpo, `token_mean` for all other
+    objectives."""
 
     max_response_length: int | None = None
-    """The constant, in tokens, that aggregation 'constant' divides by; only for that one."""
+    """Tokens that aggregation `constant` divides by; not used by other aggregations."""
 
     kl_coefficient: float = 0.0
-    """Weight of the KL penalty against the reference policy; above 0 it needs reference
-    log-probabilities. The GRPO paper uses 0.04, the others 0."""
+    """Weight of the KL penalty against the reference policy, which is the weights that the run
+    started from. The GRPO paper uses 0.04, the other papers 0."""
 
     kl_estimator: KlEstimator = "k3"
-    """Estimator of that KL per token, not corrected by the ratio. What their gradients do is in
-    `losses.kl_per_token`; in short: k2 is the reverse KL's, k3 the forward KL's, k1 noise."""
+    """Estimator of that KL for a token, not corrected by the ratio. The gradient of k2 is that of
+    the reverse KL, of k3 that of the forward KL, of k1 noise (see `losses.kl_per_token`)."""
 
     entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus, subtracted from the loss; above 0 it needs entropies."""
+    """Weight of the entropy bonus, which is subtracted from the loss."""
 
     temperature: float = 1.0
-    """Logits are divided by this before log-probabilities are taken: the temperature that the
-    responses were sampled with."""
+    """Logits are divided by this before log-probabilities are taken. It is the temperature that the
+    responses were sampled with, so it has to equal `rollouts.temperature`."""
 
     def __post_init__(self) -> None:
         _one_of("name", self.name, get_args(ObjectiveName))
