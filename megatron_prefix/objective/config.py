@@ -1,7 +1,7 @@
 """Which objective is optimised, and with which constants.
 
-A field left at None (null in YAML) takes the value that goes with `name`; `ObjectiveConfig.resolved` fills them
-in. The papers:
+A field left at None (null in YAML) takes the value that goes with `name`;
+`ObjectiveConfig.resolved` fills them in. The papers:
 
     grpo     Shao et al. 2024, DeepSeekMath (arXiv 2402.03300), eq. 3
     dr_grpo  Liu et al. 2025, Understanding R1-Zero-Like Training (arXiv 2503.20783), fig. 1

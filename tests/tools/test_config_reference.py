@@ -51,5 +51,5 @@ class Undocumented:
 
 
 def test_a_key_without_a_docstring_is_named():
-    with pytest.raises(ValueError, match="Undocumented.second: there is no docstring"):
+    with pytest.raises(ValueError, match=r"Undocumented\.second: there is no docstring"):
         config_reference.field_docstrings(Undocumented)
