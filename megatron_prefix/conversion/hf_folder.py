@@ -230,8 +230,12 @@ class ShardWriter:
     def _flush(self) -> None:
         name = f"{self._prefix}-{len(self._shards) + 1:05d}.safetensors"
         file = self.folder / name
+        # safetensors lets the owner alone read its files; a server may run as another user.
+        file.touch()
+        mode = file.stat().st_mode
         try:
             save_file(self._pending, file, metadata={"format": "pt"})
+            file.chmod(mode)
         except SafetensorError as error:
             # The library has the system's error as text only.
             number = re.search(r"os error (\d+)", str(error))

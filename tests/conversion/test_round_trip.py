@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import megatron.core
@@ -97,6 +98,17 @@ def test_a_written_config_json_says_the_same_model(tmp_path: Path, case: str) ->
     architecture = hf_to_megatron(folder, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert architecture == read_architecture(folder) == read_architecture(tmp_path / "back")
+
+
+def test_whoever_may_read_config_json_may_read_the_weights(tmp_path: Path) -> None:
+    hf_to_megatron(write_model(tmp_path / "hf", "qwen2"), tmp_path / "megatron")
+    before = os.umask(0o027)
+    try:
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "back", hf_source=tmp_path / "hf")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "back").iterdir()}
+    assert modes["config.json"] == modes["model.safetensors"] == 0o640
 
 
 def test_inspect_says_the_same_of_either_format(tmp_path: Path) -> None:
