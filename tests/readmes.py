@@ -82,11 +82,13 @@ def broken_links(text: str, path: Path) -> list[str]:
         if re.match(r"\w+:", target):
             continue
         file, _, anchor = target.partition("#")
-        found = path.parent / file if file else path
+        found = path.parent / file
         if not found.exists():
             broken.append(f"{target}: there is no such file")
-        elif anchor and anchor not in anchors(found.read_text(encoding="utf-8")):
-            broken.append(f"{target}: there is no such heading")
+        elif anchor:
+            headings = anchors(found.read_text(encoding="utf-8") if file else text)
+            if anchor not in headings:
+                broken.append(f"{target}: there is no such heading")
     return broken
 
 

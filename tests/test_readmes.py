@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.rewards import exact_match
 from megatron_prefix.training.shapes import read_shapes
 from tests import readmes
+from tests.commands import run_python
 from tests.megatron.models import TRAINING, model_config, single_process
 from tests.readmes import ROOT, Block
 
@@ -87,8 +86,9 @@ def test_every_command_is_run_or_says_what_it_needs(block: Block) -> None:
 
 
 @_of("bash", mark="run here")
-def test_commands_run(block: Block, tmp_path: Path) -> None:
+def test_commands_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the files that the same README shows; what it shows as their output is their output."""
+    monkeypatch.chdir(tmp_path)
     found = BLOCKS[ROOT / block.source.partition(":")[0]]
     for file in (other for other in found if other.mark == "file"):
         (tmp_path / file.value).write_text(file.text, encoding="utf-8")
@@ -96,20 +96,16 @@ def test_commands_run(block: Block, tmp_path: Path) -> None:
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.png")
         )
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        ["bash", "-euc", block.text],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    output = ""
+    for program, *arguments in readmes.commands(block):
+        assert program == "python"
+        done = run_python(arguments)
+        assert done.returncode == 0, done.stderr
+        output += done.stdout
     if block.value == "output":
         shown = found[found.index(block) + 1]
         assert shown.language == "text"
-        assert shown.text in done.stdout
+        assert shown.text in output
 
 
 @_of("yaml")
@@ -142,10 +138,11 @@ def test_records_are_read(block: Block, tmp_path: Path) -> None:
 @_of("python")
 def test_python_runs(block: Block) -> None:
     """In one process on the CPU, with the names that its README describes in words."""
+    training = dataclasses.replace(TRAINING, dtype="float32")
     tree = PrefixTree.from_groups([([5, 17, 8], [[1, 3, 9], [4]])])
     with single_process(float64=False):
         names: dict[str, Any] = {
-            "config": transformer_config(model_config(), ParallelConfig(), TRAINING),
+            "config": transformer_config(model_config(), ParallelConfig(), training),
             "tensor_parallel_size": 1,
             "device": torch.device("cpu"),
             "tree": tree,
