@@ -31,7 +31,7 @@ from megatron_prefix.checkpoints import files
 from megatron_prefix.checkpoints.weights import load_model_state, load_state, model_state
 from megatron_prefix.checkpoints.writer import CheckpointWriter
 from megatron_prefix.distributed.rank_results import raise_together
-from megatron_prefix.megatron.saving import OPTIMIZER_METADATA, begin_save
+from megatron_prefix.megatron.saving import OPTIMIZER_METADATA, begin_save, check_writer
 from megatron_prefix.megatron.torch_adam import initialise_adam, load_optimizer_state
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.system_errors import system_error
@@ -54,10 +54,19 @@ class _Unfinished:
 class CheckpointFolder:
     """The checkpoints of one run. Every method is collective over all ranks."""
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
-        """Use (and create on the first save) `directory`, keeping the newest `keep` checkpoints."""
+    def __init__(self, directory: Path, *, keep: int, writer: str = "mcore") -> None:
+        """Use (and create on the first save) `directory`, keeping the newest `keep` checkpoints.
+
+        Args:
+            writer: `mcore` or `nvrx`.
+
+        Raises:
+            ValueError: the writer cannot be used here.
+        """
         if keep < 1:
             raise ValueError(f"output.keep: {keep} must be at least 1")
+        check_writer(writer)
+        self.writer = writer
         self.directory = directory
         self.keep = keep
         self._unfinished: _Unfinished | None = None
@@ -255,9 +264,9 @@ class CheckpointFolder:
         partial = partials[0]
         assert partial is not None
         with _failing_alone(path, partial):
-            request = begin_save(contents, partial)
+            save = begin_save(contents, partial, writer=self.writer)
         self._unfinished = _Unfinished(
-            path=path, partial=partial, writer=CheckpointWriter(request), state=state
+            path=path, partial=partial, writer=CheckpointWriter(save), state=state
         )
 
 

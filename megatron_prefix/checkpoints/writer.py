@@ -21,10 +21,8 @@ from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-
 from megatron_prefix.distributed.stop import STOP_SIGNALS
-from megatron_prefix.megatron.saving import write_and_report
+from megatron_prefix.megatron.saving import PendingSave
 from megatron_prefix.system_errors import system_error
 
 _PR_SET_PDEATHSIG = 1
@@ -34,22 +32,14 @@ _WATCH_S = 0.05
 class CheckpointWriter:
     """One checkpoint's files, as far as this rank writes them."""
 
-    def __init__(self, request: AsyncRequest) -> None:
-        """Begin to write.
-
-        Args:
-            request: of `dist_checkpointing.save(..., async_sharded_save=True)`.
-        """
-        self._finalize_fns: list[Callable[[], None]] = request.finalize_fns
+    def __init__(self, save: PendingSave) -> None:
+        """Begin to write what `begin_save` has planned."""
+        self._save = save
         self._process: multiprocessing.process.BaseProcess | None = None
-        if request.async_fn is None:
+        if save.write is None:
             return
-        arguments = list(request.async_fn_args)
-        if request.preload_fn is not None:
-            arguments[1] = request.preload_fn()
-        write = functools.partial(request.async_fn, *arguments, **request.async_fn_kwargs)
         self._process = multiprocessing.get_context("fork").Process(
-            target=_write, args=(os.getpid(), write), name="checkpoint writer"
+            target=_write, args=(os.getpid(), save.write), name="checkpoint writer"
         )
         # Blocked signals stay blocked in what is forked, from its first moment.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -75,8 +65,7 @@ class CheckpointWriter:
         Raises:
             CheckpointException: a rank has failed; on rank 0 with the failures by rank.
         """
-        for finalize in self._finalize_fns:
-            finalize()
+        self._save.finalize()
 
     def abandon(self) -> None:
         """End the writing process, if it still runs."""
@@ -90,7 +79,7 @@ def _write(parent: int, write: Callable[[], None]) -> None:
     ForkingPickler.register(RuntimeError, _reduce_to_system_error)
     os.register_at_fork(after_in_child=functools.partial(_end_with, os.getpid()))
     threading.Thread(target=_end_with_children, daemon=True).start()
-    write_and_report(write)
+    write()
 
 
 def _reduce_to_system_error(error: RuntimeError) -> str | tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_prefix.config.bounds import at_least
 
@@ -18,6 +19,9 @@ class OutputConfig:
     """Steps between checkpoints; 0: a checkpoint after the last step only."""
     save_in_background: bool = True
     """The run trains on while a checkpoint is written from a copy of the state in host memory."""
+    checkpoint_writer: Literal["mcore", "nvrx"] = "mcore"
+    """Who writes checkpoints: Megatron-Core's own writer, or that of nvidia-resiliency-ext (0.6 or
+    newer, with megatron-core 0.17 or newer). The files are the same."""
     save_last: bool = True
     """Write a checkpoint after the last step."""
     keep: int = 2

@@ -1,11 +1,13 @@
-"""Megatron's distributed save, in the format and by the writer that every release has.
+"""Megatron's distributed save, in one format, by the writer that a run names.
 
-Megatron-Core 0.19 saves asynchronously through nvidia-resiliency-ext unless told otherwise; its
-own writer, `mcore`, is in every release and needs nothing more.
+`mcore` is Megatron-Core's own writer, in every release. `nvrx` is the writer of
+nvidia-resiliency-ext, which Megatron-Core knows since 0.17, prefers, and has to have installed.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 import os
 import pickle
@@ -13,13 +15,12 @@ import queue
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import megatron.core
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_prefix.system_errors import system_error
@@ -34,29 +35,74 @@ OPTIMIZER_METADATA = {
     )
 }
 
-_STRATEGY: dict[str, Any] = (
-    {"async_strategy": "mcore"}
-    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
-    else {}
-)
+_MODULES = {
+    "mcore": "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "nvrx": "nvidia_resiliency_ext.checkpointing.async_ckpt.filesystem_async",
+}
+_NAMES_WRITER = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
 
 
-def begin_save(contents: dict[str, Any], folder: Path) -> AsyncRequest:
-    """Prepare a checkpoint in torch_dist format; the request that is returned writes it.
+def check_writer(name: str) -> None:
+    """Refuse a writer that the release does not know, or that is not installed.
 
-    Collective over all ranks.
+    Raises:
+        ValueError: it names the writer, and what to install or set.
     """
-    _use_inherited_results()
-    return dist_checkpointing.save(contents, str(folder), async_sharded_save=True, **_STRATEGY)
+    if name == "mcore":
+        return
+    instead = "or set output.checkpoint_writer: mcore"
+    if not _NAMES_WRITER:
+        raise ValueError(
+            f"output.checkpoint_writer: {name} is not in megatron-core "
+            f"{megatron.core.__version__}; install megatron-core 0.17 or newer, {instead}"
+        )
+    try:
+        importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        raise ValueError(
+            f"output.checkpoint_writer: {name} needs nvidia-resiliency-ext 0.6 or newer ({error}); "
+            f"install it, {instead}"
+        ) from error
 
 
-def _use_inherited_results() -> None:
-    """Let Megatron's writer report through an inherited file instead of a manager process.
+@dataclass(frozen=True, kw_only=True)
+class PendingSave:
+    """A checkpoint whose tensors are planned and not written yet."""
 
-    The manager, one for each rank, takes seconds to start and 270 MB, and dies of any signal to
-    the rank's process group. Call it before each checkpoint.
+    write: Callable[[], None] | None
+    """Writes this rank's files, in a fork of this process; None where the rank has none."""
+    finalize: Callable[[], None]
+    """Completes the folder when all ranks have written. Collective. It raises torch's
+    CheckpointException where a rank has failed, on rank 0 with the failures by rank."""
+
+
+def begin_save(contents: dict[str, Any], folder: Path, *, writer: str) -> PendingSave:
+    """Plan a checkpoint in torch_dist format, and copy tensors of a GPU to the host. Collective.
+
+    Args:
+        writer: `mcore` or `nvrx`.
     """
-    filesystem_async._results_queue = _InheritedResults()
+    module = importlib.import_module(_MODULES[writer])
+    # The manager process that would carry results, one for each rank, takes seconds to start and
+    # 270 MB, and dies of any signal to the rank's process group.
+    results = module._results_queue = _InheritedResults()
+    strategy = {"async_strategy": writer} if _NAMES_WRITER else {}
+    request = dist_checkpointing.save(contents, str(folder), async_sharded_save=True, **strategy)
+
+    def finalize() -> None:
+        for call in request.finalize_fns:
+            call()
+
+    if request.async_fn is None:
+        return PendingSave(write=None, finalize=finalize)
+    arguments = list(request.async_fn_args)
+    if request.preload_fn is not None:
+        arguments[1] = request.preload_fn()
+    write = functools.partial(request.async_fn, *arguments, **request.async_fn_kwargs)
+    return PendingSave(
+        write=functools.partial(_write_and_report, write, module.FileSystemWriterAsync, results),
+        finalize=finalize,
+    )
 
 
 class _InheritedResults:
@@ -85,7 +131,9 @@ def _anonymous_file() -> BinaryIO:
     return tempfile.TemporaryFile()
 
 
-def write_and_report(write: Callable[[], None]) -> None:
+def _write_and_report(
+    write: Callable[[], None], writer_class: Any, results: _InheritedResults
+) -> None:
     """Run a save's writing function in a process of its own, and report why it failed.
 
     From Megatron-Core 0.17 on, threads write the files, and of a thread's error only the class
@@ -93,7 +141,7 @@ def write_and_report(write: Callable[[], None]) -> None:
     report here. Older releases write by processes, whose errors arrive.
     """
     failures: list[Exception] = []
-    original = FileSystemWriterAsync.write_preloaded_data
+    original = writer_class.write_preloaded_data
 
     def write_file(*args: Any, **kwargs: Any) -> Any:
         outcome = original(*args, **kwargs)
@@ -101,11 +149,11 @@ def write_and_report(write: Callable[[], None]) -> None:
             failures.append(outcome[1])
         return outcome
 
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(write_file)
+    writer_class.write_preloaded_data = staticmethod(write_file)
     try:
         write()
     except AssertionError:
         if not failures:  # Megatron asserts that no thread has failed
             raise
     if failures:
-        filesystem_async._results_queue.put(system_error(failures[0]) or failures[0])
+        results.put(system_error(failures[0]) or failures[0])

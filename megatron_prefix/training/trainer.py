@@ -121,7 +121,9 @@ class Trainer:
             self.engine = build_engine(config, self.chunks, runtime)
             self.evaluator = build_evaluator(config, self.chunks, runtime)
         self.checkpoints = CheckpointFolder(
-            config.output.directory / "checkpoints", keep=config.output.keep
+            config.output.directory / "checkpoints",
+            keep=config.output.keep,
+            writer=config.output.checkpoint_writer,
         )
         self.step = 0
         self.stopped = False

@@ -235,6 +235,11 @@ def _fill(rank: int, world_size: int, disk: SmallDisk) -> None:
         assert checkpoints.steps() == [1, 2]
 
 
+def test_a_writer_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"output\.checkpoint_writer: nvrx .*: mcore$"):
+        CheckpointFolder(tmp_path, keep=1, writer="nvrx")
+
+
 def test_a_model_of_another_size_is_refused_by_the_checkpoints_name(
     saved: tuple[Path, FullTensors, FullTensors],
 ) -> None:
