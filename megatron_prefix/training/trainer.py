@@ -33,7 +33,6 @@ from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.metrics import MetricsLog, plot_reward, read_metrics
 from megatron_prefix.training.minibatch import (
     Minibatch,
-    PackingConfig,
     build_minibatch,
     split_groups,
 )
@@ -42,6 +41,7 @@ from megatron_prefix.training.optimizer import (
     build_scheduler,
     settings_in_use,
 )
+from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
 from megatron_prefix.training.waiting import read_waiting, write_waiting
 
@@ -108,16 +108,11 @@ class Trainer:
             self.optimizer,
             total_steps=config.training.optimizer_steps,
         )
-        self.packing = PackingConfig(
-            token_budget=config.training.token_budget,
-            data_parallel_size=runtime.data_parallel_size,
+        self.packing = packing_of_run(
+            config.training,
+            config.parallel,
             model_shape=model_shape(config.model, self.chunks.config),
-            allow_split=config.training.allow_split,
-            pad_to_multiple=config.parallel.pad_to_multiple,
-            microbatch_multiple=config.parallel.microbatch_multiple,
-            sharing=config.training.sharing,
-            trim_last_layer=config.training.trim_last_layer,
-            share_only_where_it_pays=config.training.share_only_where_it_pays,
+            data_parallel_size=runtime.data_parallel_size,
         )
         with raise_together():
             self.engine = build_engine(config, self.chunks, runtime)
