@@ -86,7 +86,10 @@ def flops_ratio(case: Case, side: str) -> float | None:
         }
         return of_layer["ungrouped"] / of_layer["grouped"]
     labels = trained_labels(grouped, [case.shape.prefix] * case.shape.group_size)
-    options: dict[str, Any] = {"labels": labels, "trim_last_layer": True}
+    options: dict[str, Any] = {
+        "labels": labels,
+        "trim_last_layer": training_config().trim_last_layer,
+    }
     return shape.ungrouped_flops(grouped, **options) / shape.tree_flops(grouped, **options)
 
 

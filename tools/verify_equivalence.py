@@ -91,11 +91,15 @@ def verify(
     token_budget: int | None = None,
     distributed_optimizer: bool = True,
     objective: str = "grpo",
-    sharing: str = "groups",
-    trim_last_layer: bool = True,
+    packing: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Run both sides and compare; returns the report that the tool prints as JSON."""
+    """Run both sides and compare; returns the report that the tool prints as JSON.
+
+    Args:
+        packing: options of the `training` section that change how a run packs; without them the
+            candidate packs as a run does.
+    """
     groups = draw_groups(shapes, model.vocab_size, seed)
     largest = max(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
     training = TrainingConfig(
@@ -105,9 +109,8 @@ def verify(
         recompute=recompute,
         device="cpu",
         log_prob_chunk_tokens=16,
-        sharing=sharing,
-        trim_last_layer=trim_last_layer,
         timeout_minutes=5,
+        **(packing or {}),
     )
     with tempfile.TemporaryDirectory(prefix="verify_equivalence_") as name:
         folder = Path(name)
@@ -137,9 +140,22 @@ def verify(
     print(
         f"{len(groups)} groups, {candidate['ungrouped_tokens']} tokens ungrouped, "
         f"{candidate['packed_tokens']} packed; {candidate['num_microbatches']} microbatches per "
-        f"data-parallel rank, {candidate['split']} groups split over microbatches"
+        f"data-parallel rank, {candidate['split']} groups split over microbatches, "
+        f"{candidate['unshared']} packed without sharing since it would not pay"
     )
     return compare(reference, candidate, dtype)
+
+
+def packing_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line asks for otherwise than a run packs by itself."""
+    options: dict[str, Any] = {}
+    if args.sharing is not None:
+        options["sharing"] = args.sharing
+    if args.share_always:
+        options["share_only_where_it_pays"] = False
+    if args.whole_last_layer:
+        options["trim_last_layer"] = False
+    return options
 
 
 def main() -> int:
@@ -170,7 +186,14 @@ def main() -> int:
     parser.add_argument("--optimizer-steps", type=int, default=1)
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--objective", choices=["grpo", "gspo"], default="grpo")
-    parser.add_argument("--sharing", choices=["groups", "everything"], default="groups")
+    parser.add_argument(
+        "--sharing", choices=["groups", "everything"], help="training.sharing, as a run has it"
+    )
+    parser.add_argument(
+        "--share-always",
+        action="store_true",
+        help="also where it does not pay (training.share_only_where_it_pays: false)",
+    )
     parser.add_argument(
         "--whole-last-layer",
         action="store_true",
@@ -215,8 +238,7 @@ def main() -> int:
         token_budget=args.token_budget,
         distributed_optimizer=not args.no_distributed_optimizer,
         objective=args.objective,
-        sharing=args.sharing,
-        trim_last_layer=not args.whole_last_layer,
+        packing=packing_options(args),
         seed=seed,
     )
     print(json.dumps(report))

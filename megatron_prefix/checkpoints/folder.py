@@ -31,8 +31,9 @@ from megatron_prefix.checkpoints import files
 from megatron_prefix.checkpoints.weights import load_model_state, load_state, model_state
 from megatron_prefix.checkpoints.writer import CheckpointWriter
 from megatron_prefix.distributed.rank_results import raise_together
+from megatron_prefix.megatron.optimizer_settings import load_with_settings
 from megatron_prefix.megatron.saving import OPTIMIZER_METADATA, begin_save, check_writer
-from megatron_prefix.megatron.torch_adam import initialise_adam, load_optimizer_state
+from megatron_prefix.megatron.torch_adam import initialise_adam
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.system_errors import system_error
 
@@ -215,10 +216,19 @@ class CheckpointFolder:
         chunks: ModelChunks,
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
+        *,
+        keep_settings: bool = False,
     ) -> dict[str, Any]:
         """Load the newest complete checkpoint and return the trainer's state.
 
-        Random states are restored where the layout is the one that was saved.
+        Random states are restored where the layout is the one that was saved. Rank 0 logs in one
+        line which settings of the optimizer and of its schedule differ.
+
+        Args:
+            optimizer: built from the run's configuration.
+            scheduler: the same.
+            keep_settings: take learning rate, schedule, weight decay, betas and epsilon from the
+                checkpoint, not from the run's configuration.
 
         Raises:
             ValueError: there is none, or it does not fit the model.
@@ -243,8 +253,22 @@ class CheckpointFolder:
             logger.info("%s: saved at another layout, random states start anew", path)
         loaded = load_state(wanted, path)
         load_model_state(chunks, loaded)
-        load_optimizer_state(optimizer, loaded["optimizer"])
-        scheduler.load_state_dict(loaded["scheduler"])
+        changes = load_with_settings(
+            optimizer,
+            scheduler,
+            saved_optimizer=loaded["optimizer"],
+            saved_scheduler=loaded["scheduler"],
+            keep_saved=keep_settings,
+        )
+        if changes and dist.get_rank() == 0:
+            logger.info(
+                "%s (optimizer.on_resume: %s): %s",
+                "the settings of the checkpoint are used, not those of the configuration"
+                if keep_settings
+                else "the settings of the configuration are used, not those of the checkpoint",
+                "checkpoint" if keep_settings else "config",
+                ", ".join(changes),
+            )
         if same_layout:
             _set_random_state(loaded["random"])
         return state

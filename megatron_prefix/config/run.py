@@ -50,6 +50,13 @@ class RunConfig:
                 f"{self.training.optimizer_steps_per_rollout} exceeds rollouts.groups_per_step: "
                 f"{self.rollouts.groups_per_step}; each optimizer step needs a group"
             )
+        steps = self.training.optimizer_steps
+        if self.optimizer.lr_decay_steps is None and self.optimizer.lr_warmup_steps > steps:
+            raise ConfigError(
+                f"optimizer.lr_warmup_steps: {self.optimizer.lr_warmup_steps} exceeds the {steps} "
+                f"optimizer steps of the run (training.steps: {self.training.steps}); lower it, or "
+                "set optimizer.lr_decay_steps where the run is to go on later"
+            )
 
     def _check_sampling(self) -> None:
         rollouts, model = self.rollouts, self.model

@@ -56,6 +56,11 @@ class TrainingConfig:
     timeout_minutes: float = 10.0
     """Minutes after which a collective that waits ends the run with an error."""
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps * self.optimizer_steps_per_rollout * self.epochs_per_rollout
+
     def __post_init__(self) -> None:
         at_least(
             self,

@@ -205,8 +205,12 @@ def from_model_config(model: ModelConfig) -> Architecture:
             for i in range(t["num_layers"])
         )
     normalized = not t.get("moe_router_pre_softmax", False)
+    family = _family(experts is not None, qk_norm, qkv_bias and not linear_bias)
+    expert_ffn = (t.get("moe_ffn_hidden_size") or ffn) if experts else None
+    if family == "mixtral":
+        ffn = expert_ffn  # Mixtral has one size, and no layer without experts
     architecture = Architecture(
-        family=_family(experts is not None, qk_norm, qkv_bias and not linear_bias),
+        family=family,
         num_layers=t["num_layers"],
         hidden_size=hidden,
         num_attention_heads=heads,
@@ -224,7 +228,7 @@ def from_model_config(model: ModelConfig) -> Architecture:
         llama3_rope_factor=model.rope_scaling_factor if model.rope_scaling else None,
         yarn=model.yarn,
         num_experts=experts,
-        expert_ffn_hidden_size=(t.get("moe_ffn_hidden_size") or ffn) if experts else None,
+        expert_ffn_hidden_size=expert_ffn,
         experts_per_token=t.get("moe_router_topk", 2) if experts else None,
         normalized_routing=normalized,
         expert_layers=expert_layers,
@@ -251,14 +255,11 @@ def _refuse_mixture(a: Architecture) -> None:
             "model.transformer.add_qkv_bias: true with qk_layernorm or experts is no supported "
             f"Hugging Face family ({', '.join(FAMILIES)})"
         )
-    if a.family == "mixtral":
-        if a.mixed_layers or not a.normalized_routing:
-            raise ConversionError(
-                "model.transformer: experts without qk_layernorm are Mixtral's, which has no "
-                "moe_layer_freq other than 1 and no moe_router_pre_softmax: true"
-            )
-        if a.ffn_hidden_size != a.expert_ffn_hidden_size:
-            object.__setattr__(a, "ffn_hidden_size", a.expert_ffn_hidden_size)
+    if a.family == "mixtral" and (a.mixed_layers or not a.normalized_routing):
+        raise ConversionError(
+            "model.transformer: experts without qk_layernorm are Mixtral's, which has no "
+            "moe_layer_freq other than 1 and no moe_router_pre_softmax: true"
+        )
 
 
 def _refuse_unless(*options: tuple[str, Any, tuple[Any, ...]]) -> None:

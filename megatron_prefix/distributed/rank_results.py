@@ -50,6 +50,19 @@ def from_rank_0(
     return _taken(message[0], errors)
 
 
+def on_rank_0(compute: Callable[[], Result], *, errors: _Errors = (ValueError, OSError)) -> Result:
+    """What `compute` returns on rank 0, where alone it runs, on every rank. Collective.
+
+    Raises:
+        RuntimeError or one of `errors`: `compute` raised; see `from_rank_0`.
+    """
+    if dist.get_rank() != 0:
+        return from_rank_0(None, errors=errors)
+    # In a thread, so that the other ranks hear from this one however long it takes.
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+        return from_rank_0(thread.submit(compute), errors=errors)
+
+
 def gather(
     compute: Callable[[], Result], *, errors: _Errors = (ValueError, OSError)
 ) -> list[Result]:

@@ -15,7 +15,8 @@ from megatron_prefix.layout.planner import (
 )
 from megatron_prefix.layout.shard_stages import GatheredStages, RankStages
 from megatron_prefix.layout.sharding import ContextShards
-from megatron_prefix.layout.sharing import SharingRule, share_where_it_pays
+from megatron_prefix.layout.sharing import share_where_it_pays
+from megatron_prefix.layout.step_packing import Packing
 from megatron_prefix.layout.tree import PrefixTree
 from megatron_prefix.layout.trimming import rows_to_keep, trim_stages
 
@@ -27,10 +28,10 @@ __all__ = [
     "MicrobatchPlan",
     "ModelShape",
     "PackedLayout",
+    "Packing",
     "PrefixTree",
     "RankStages",
     "Segment",
-    "SharingRule",
     "activation_tokens",
     "microbatch_tree",
     "pack",

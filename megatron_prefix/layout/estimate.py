@@ -1,6 +1,6 @@
 """What a training step would compute, hold and send, from the lengths of its groups.
 
-Microbatches come from `plan_microbatches` and places on context-parallel ranks from `shard_layout`,
+Microbatches come from `Packing.plan` and places on context-parallel ranks from `shard_layout`,
 so the tokens are those of a run. FLOPs are those of `ModelShape`, forward and backward and what is
 recomputed; bytes those of `MemoryModel`. Times follow from rates that the caller has measured, and
 are a bound: matrix products at that rate, messages at theirs, nothing else.
@@ -18,10 +18,9 @@ from megatron_prefix.layout.cost import attention_pairs, attention_pairs_of, tra
 from megatron_prefix.layout.dispatch import shard_layout
 from megatron_prefix.layout.memory import MemoryModel, RankSizes, StaticBytes
 from megatron_prefix.layout.packing import pack
-from megatron_prefix.layout.planner import plan_microbatches
 from megatron_prefix.layout.schedule import pipeline_passes
 from megatron_prefix.layout.shard_stages import RankStages
-from megatron_prefix.layout.sharing import SharingRule
+from megatron_prefix.layout.step_packing import Packing
 from megatron_prefix.layout.tree import PrefixTree
 
 CommType = Literal["all_gather", "p2p", "a2a"]
@@ -35,20 +34,9 @@ class StepSetup:
     ranks: RankSizes
     stages: Sequence[Sequence[Sequence[int]]]
     """[pipeline rank][chunk] the layers."""
-    token_budget: int
-    allow_split: bool = True
+    packing: Packing
+    """For the data-parallel size and the multiples of `ranks`."""
     comm_type: CommType = "all_gather"
-    sharing: SharingRule
-
-    @property
-    def pad_to_multiple(self) -> int:
-        """Of a packed row."""
-        return self.ranks.context * self.ranks.sequence
-
-    @property
-    def microbatch_multiple(self) -> int:
-        """Of the number of microbatches."""
-        return self.ranks.pipeline if self.ranks.chunks > 1 else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,24 +184,17 @@ def estimate_step(
     Raises:
         ValueError: a sequence or group over the token budget, naming it.
     """
-    trees = [setup.sharing.group(tree) for tree in trees]
-    labels = [trained_labels(t, first) for t, first in zip(trees, first_trained, strict=True)]
-    plan = plan_microbatches(
-        trees,
-        token_budget=setup.token_budget,
-        data_parallel_size=setup.ranks.data,
-        cost=setup.memory.shape,
-        allow_split=setup.allow_split,
-        pad_to_multiple=setup.pad_to_multiple,
-        microbatch_multiple=setup.microbatch_multiple,
-        names=names,
-        labels=labels,
+    packing = setup.packing
+    units, first_trained, owners = packing.units(trees, first_trained)
+    plan = packing.plan(
+        units,
+        labels=[trained_labels(t, first) for t, first in zip(units, first_trained, strict=True)],
+        names=None if names is None else [names[group] for group in owners],
     )
-    capacity = setup.token_budget - setup.token_budget % setup.pad_to_multiple
     microbatches = tuple(
         tuple(
             _microbatch(
-                setup.sharing.microbatch(trees, slices, token_budget=capacity),
+                packing.microbatch(units, slices),
                 [first_trained[s.group][i] for s in slices for i in s.sequences],
                 setup,
             )
@@ -238,7 +219,7 @@ def _microbatch(
     tree: PrefixTree, first_trained: Sequence[int], setup: StepSetup
 ) -> MicrobatchEstimate:
     ranks, memory = setup.ranks, setup.memory
-    layout = pack(tree, pad_to_multiple=setup.pad_to_multiple)
+    layout = pack(tree, pad_to_multiple=setup.packing.pad_to_multiple)
     labelled = np.zeros(layout.num_tokens, dtype=bool)
     for i, first in enumerate(first_trained):
         labelled[layout.sequence_positions(i)[first - 1 :]] = True

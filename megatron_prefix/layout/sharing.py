@@ -9,13 +9,11 @@ same.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 
 import numpy as np
 
 from megatron_prefix.layout.cost import ModelShape, attention_pairs_of
-from megatron_prefix.layout.planner import GroupSlice, microbatch_tree
 from megatron_prefix.layout.tree import PrefixTree
 
 MERGE_KEYS = 128
@@ -76,29 +74,3 @@ def _not_worth_sharing(tree: PrefixTree, shape: ModelShape) -> Collection[int]:
         if saved <= cost:
             dissolved.add(node)
     return dissolved
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharingRule:
-    """What is shared: as `training.sharing` and `training.share_only_where_it_pays` say."""
-
-    shape: ModelShape
-    everything: bool = False
-    """Within a microbatch whatever its sequences have in common, not only the groups' prefixes."""
-    only_where_it_pays: bool = False
-
-    def group(self, tree: PrefixTree) -> PrefixTree:
-        """The tree that a group is planned by."""
-        return share_where_it_pays(tree, self.shape) if self.only_where_it_pays else tree
-
-    def microbatch(
-        self, trees: Sequence[PrefixTree], slices: Sequence[GroupSlice], *, token_budget: int
-    ) -> PrefixTree:
-        """The tree to pack for a microbatch of groups' trees, of at most the planned tokens."""
-        tree = microbatch_tree(trees, slices)
-        if not self.everything:
-            return tree
-        tree = PrefixTree.from_sequences(tree.sequence_tokens(i) for i in range(tree.num_sequences))
-        if not self.only_where_it_pays:
-            return tree
-        return share_where_it_pays(tree, self.shape, token_budget=token_budget)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from megatron_prefix.config import RunConfig
+from megatron_prefix.distributed.rank_results import on_rank_0
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
@@ -44,6 +45,7 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
             max_positions=config.model.max_sequence_length,
             group_size=rollouts.group_size,
             reward=reward,
+            run_once=on_rank_0,
             epochs=rollouts.epochs,
         )
     assert rollouts.group_size is not None and reward is not None

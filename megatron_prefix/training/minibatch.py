@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,38 +17,14 @@ import torch.distributed as dist
 
 from megatron_prefix.layout import (
     MicrobatchPlan,
-    ModelShape,
+    Packing,
     PrefixTree,
-    SharingRule,
     pack,
-    plan_microbatches,
     trained_labels,
 )
 from megatron_prefix.objective import ObjectiveConfig, group_advantages, token_weights
 from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.batch import PackedBatch, TrainedSequence, build_batch
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackingConfig:
-    """How groups become microbatches."""
-
-    token_budget: int
-    """Tokens of one packed row at most, padding included."""
-    data_parallel_size: int
-    model_shape: ModelShape
-    """For the balance of work and the predicted FLOPs."""
-    allow_split: bool = True
-    pad_to_multiple: int = 1
-    """Context-parallel ranks, times tensor-parallel ones under sequence parallelism."""
-    microbatch_multiple: int = 1
-    """The pipeline size under interleaving."""
-    sharing: Literal["groups", "everything", "none"] = "groups"
-    """See `TrainingConfig.sharing`. Microbatches are planned by what groups share in any case."""
-    trim_last_layer: bool = True
-    """See `TrainingConfig.trim_last_layer`."""
-    share_only_where_it_pays: bool = False
-    """See `TrainingConfig.share_only_where_it_pays`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +112,7 @@ def _check_old_logprobs(groups: Sequence[RolloutGroup]) -> None:
 def build_minibatch(
     groups: Sequence[RolloutGroup],
     objective: ObjectiveConfig,
-    packing: PackingConfig,
+    packing: Packing,
     *,
     data_parallel_rank: int,
     device: torch.device,
@@ -153,41 +128,23 @@ def build_minibatch(
         ValueError: a group or response that exceeds the token budget, or bad rewards, naming it.
     """
     whole = [PrefixTree.from_groups([(group.prompt, group.responses)]) for group in groups]
-    sharing = SharingRule(
-        shape=packing.model_shape,
-        everything=packing.sharing == "everything",
-        only_where_it_pays=packing.share_only_where_it_pays,
-    )
-    trees = [sharing.group(tree) for tree in whole]
-    names = [group.source for group in groups]
-    sequences = trained_sequences(groups, objective)
-    if packing.sharing == "none":
-        trees = [sequence for tree in trees for sequence in tree.separate()]
-        names = [group.source for group in groups for _ in group.responses]
-        sequences = [[member] for members in sequences for member in members]
-    plan = plan_microbatches(
-        trees,
-        token_budget=packing.token_budget,
-        data_parallel_size=packing.data_parallel_size,
-        cost=packing.model_shape,
-        allow_split=packing.allow_split,
-        pad_to_multiple=packing.pad_to_multiple,
-        microbatch_multiple=packing.microbatch_multiple,
-        names=names,
+    units, sequences, owners = packing.units(whole, trained_sequences(groups, objective))
+    plan = packing.plan(
+        units,
         labels=[
             trained_labels(tree, [s.first_trained for s in members])
-            for tree, members in zip(trees, sequences, strict=True)
+            for tree, members in zip(units, sequences, strict=True)
         ],
+        names=[groups[group].source for group in owners],
     )
     context_parallel_size = 1
     if context_parallel_group is not None:
         context_parallel_size = dist.get_world_size(context_parallel_group)
-    capacity = packing.token_budget - packing.token_budget % packing.pad_to_multiple
     batches: list[PackedBatch] = []
     packed_tokens, flops = 0, 0.0
     for rank, microbatches in enumerate(plan.microbatches):
         for slices in microbatches:
-            tree = sharing.microbatch(trees, slices, token_budget=capacity)
+            tree = packing.microbatch(units, slices)
             members = [sequences[s.group][i] for s in slices for i in s.sequences]
             labels = trained_labels(tree, [member.first_trained for member in members])
             flops += packing.model_shape.tree_flops(

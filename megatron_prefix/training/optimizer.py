@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prefix.config import OptimizerSettings
+from megatron_prefix.megatron.optimizer_settings import HeldSettings, warmup_in_megatron
 from megatron_prefix.model.build import ModelChunks
 
 
@@ -30,19 +33,40 @@ def build_optimizer(settings: OptimizerSettings, chunks: ModelChunks) -> Megatro
 def build_scheduler(
     settings: OptimizerSettings, optimizer: MegatronOptimizer, *, total_steps: int
 ) -> OptimizerParamScheduler:
-    """Warm-up and decay, counted in optimizer steps; it sets the optimizer's learning rate."""
+    """Warm-up and decay, counted in optimizer steps; it sets the rate of the step that comes next.
+
+    Args:
+        settings: for the meaning of the schedule's lengths, see `OptimizerSettings`.
+        total_steps: optimizer steps of the whole run.
+
+    Raises:
+        ValueError: a warm-up that is longer than the schedule.
+    """
     decay_steps = settings.lr_decay_steps or total_steps
+    if settings.lr_warmup_steps > decay_steps:
+        raise ValueError(
+            f"optimizer.lr_warmup_steps: {settings.lr_warmup_steps} exceeds the {decay_steps} "
+            "optimizer steps of the run; lower it"
+        )
+    warmup_steps, init_lr = warmup_in_megatron(settings.lr_warmup_steps, settings.lr)
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=init_lr,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        # Megatron wants the warm-up to end before the decay does.
-        lr_warmup_steps=min(settings.lr_warmup_steps, max(decay_steps - 1, 0)),
-        lr_decay_steps=max(decay_steps, 1),
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=decay_steps,
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+
+
+def settings_in_use(
+    settings: OptimizerSettings, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+) -> OptimizerSettings:
+    """`settings` with what the optimizer and the scheduler hold in place of its own."""
+    held = HeldSettings.read(scheduler.state_dict(), optimizer.param_groups)
+    return dataclasses.replace(settings, **dataclasses.asdict(held))

@@ -15,10 +15,10 @@ from megatron_prefix.config import (
     TrainingConfig,
 )
 from megatron_prefix.config.loader import ConfigError, load_dataclass, read_yaml
-from megatron_prefix.layout import SharingRule
 from megatron_prefix.layout.estimate import StepEstimate, StepSetup, estimate_step
 from megatron_prefix.model.memory import memory_model, rank_sizes, stage_layers
 from megatron_prefix.model.transformer_config import transformer_config
+from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.shapes import tree_of_shape
 
 
@@ -115,14 +115,13 @@ def plan_run(run: PlannedRun, shapes: Sequence[dict[str, Any]]) -> Plan:
         memory=memory,
         ranks=rank_sizes(parallel, run.optimizer, data_parallel_size=run.data_parallel_size),
         stages=stage_layers(config),
-        token_budget=run.training.token_budget,
-        allow_split=run.training.allow_split,
-        comm_type=comm_type if isinstance(comm_type, str) else comm_type[0],
-        sharing=SharingRule(
-            shape=memory.shape,
-            everything=run.training.sharing == "everything",
-            only_where_it_pays=run.training.share_only_where_it_pays,
+        packing=packing_of_run(
+            run.training,
+            parallel,
+            model_shape=memory.shape,
+            data_parallel_size=run.data_parallel_size,
         ),
+        comm_type=comm_type if isinstance(comm_type, str) else comm_type[0],
     )
     trees = [tree_of_shape(shape, index) for index, shape in enumerate(shapes)]
     prompts = [shape.get("system", 0) + shape["prefix"] for shape in shapes]
@@ -134,10 +133,14 @@ def plan_run(run: PlannedRun, shapes: Sequence[dict[str, Any]]) -> Plan:
         for prompt, shape in zip(prompts, shapes, strict=True)
     ]
     grouped = estimate_step(trees, setup, first_trained=first_trained, names=names)
+    packing = setup.packing
     ungrouped = estimate_step(
-        [sequence for tree in trees for sequence in tree.separate()],
-        dataclasses.replace(setup, sharing=SharingRule(shape=memory.shape)),
-        first_trained=[[first] for firsts in first_trained for first in firsts],
+        trees,
+        dataclasses.replace(setup, packing=dataclasses.replace(packing, sharing="none")),
+        first_trained=first_trained,
+        names=names,
     )
-    skipped = sum(setup.sharing.group(tree).grouped_tokens > tree.grouped_tokens for tree in trees)
+    skipped = 0
+    if packing.sharing != "none":
+        skipped = sum(packing.group(tree).grouped_tokens > tree.grouped_tokens for tree in trees)
     return Plan(grouped=grouped, ungrouped=ungrouped, skipped_groups=skipped)

@@ -32,6 +32,8 @@ class StepResult:
     """What an optimizer step reports."""
 
     grad_norm: float
+    lr: float
+    """The learning rate that the step used."""
     updated: bool
     """False where the optimizer skipped the step (an overflow)."""
     metrics: list[PolicyMetrics]
@@ -167,11 +169,12 @@ def train_step(
     """
     optimizer.zero_grad()
     metrics = accumulate_gradients(chunks, batches, objective)
+    lr = float(optimizer.param_groups[0]["lr"])  # the scheduler sets it to the next step's
     updated, grad_norm, _ = optimizer.step()
     if updated:
         scheduler.step(increment=1)
     return StepResult(
-        grad_norm=float(grad_norm or 0.0), updated=bool(updated), metrics=list(metrics)
+        grad_norm=float(grad_norm or 0.0), lr=lr, updated=bool(updated), metrics=list(metrics)
     )
 
 

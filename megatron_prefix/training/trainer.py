@@ -33,11 +33,15 @@ from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.metrics import MetricsLog, plot_reward, read_metrics
 from megatron_prefix.training.minibatch import (
     Minibatch,
-    PackingConfig,
     build_minibatch,
     split_groups,
 )
-from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
+from megatron_prefix.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    settings_in_use,
+)
+from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
 from megatron_prefix.training.waiting import read_waiting, write_waiting
 
@@ -102,20 +106,13 @@ class Trainer:
         self.scheduler = build_scheduler(
             config.optimizer,
             self.optimizer,
-            total_steps=config.training.steps
-            * config.training.optimizer_steps_per_rollout
-            * config.training.epochs_per_rollout,
+            total_steps=config.training.optimizer_steps,
         )
-        self.packing = PackingConfig(
-            token_budget=config.training.token_budget,
-            data_parallel_size=runtime.data_parallel_size,
+        self.packing = packing_of_run(
+            config.training,
+            config.parallel,
             model_shape=model_shape(config.model, self.chunks.config),
-            allow_split=config.training.allow_split,
-            pad_to_multiple=config.parallel.pad_to_multiple,
-            microbatch_multiple=config.parallel.microbatch_multiple,
-            sharing=config.training.sharing,
-            trim_last_layer=config.training.trim_last_layer,
-            share_only_where_it_pays=config.training.share_only_where_it_pays,
+            data_parallel_size=runtime.data_parallel_size,
         )
         with raise_together():
             self.engine = build_engine(config, self.chunks, runtime)
@@ -150,7 +147,14 @@ class Trainer:
                 self.checkpoints.save_reference(self.chunks)
             self.reference = ReferencePolicy(self.chunks)
         if resuming:
-            state = self.checkpoints.load_latest(self.chunks, self.optimizer, self.scheduler)
+            settings = self.config.optimizer
+            keep_settings = settings.on_resume == "checkpoint"
+            state = self.checkpoints.load_latest(
+                self.chunks, self.optimizer, self.scheduler, keep_settings=keep_settings
+            )
+            if keep_settings:
+                settings = settings_in_use(settings, self.optimizer, self.scheduler)
+                self.config = dataclasses.replace(self.config, optimizer=settings)
             self.step = state["step"]
             with raise_together():
                 waiting = read_waiting(self.checkpoints.path(self.step))
@@ -342,7 +346,7 @@ class Trainer:
             **self._rollout_metrics(groups),
             **self._policy_metrics(reports),
             "grad_norm": sum(grad_norms) / len(grad_norms),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": result.lr,  # of the last optimizer step
             **self._work_metrics(minibatches, time.perf_counter() - started),
         }
 

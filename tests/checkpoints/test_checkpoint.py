@@ -19,8 +19,9 @@ from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.model.full_tensors import FullTensors, full_parameters
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.training.minibatch import PackingConfig, build_minibatch
+from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
+from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.step import train_step
 from tests.distributed import RankError, run_distributed
 from tests.megatron.models import TRAINING, model_config, relative_error
@@ -69,11 +70,13 @@ def _run(
         if load:
             state = checkpoints.load_latest(chunks, optimizer, scheduler)
             assert state["step"] == steps.start
-        packing = PackingConfig(
-            token_budget=64,
-            data_parallel_size=place.data_parallel_size,
-            model_shape=model_shape(config, chunks.config),
-            pad_to_multiple=parallel.pad_to_multiple,
+        packing = dataclasses.replace(
+            packing_of_run(
+                dataclasses.replace(training, token_budget=64),
+                parallel,
+                model_shape=model_shape(config, chunks.config),
+                data_parallel_size=place.data_parallel_size,
+            ),
             microbatch_multiple=2,
         )
         for step in steps:

@@ -76,6 +76,11 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
         for name in ("lr", "min_lr", "lr_warmup_steps", "weight_decay", "clip_grad")
     ),
     (OptimizerSettings, {"lr_decay_steps": 0}, "lr_decay_steps: 0 must be at least 1"),
+    (
+        OptimizerSettings,
+        {"lr_warmup_steps": 5, "lr_decay_steps": 4},
+        "lr_warmup_steps: 5 exceeds lr_decay_steps: 4, which includes the warm-up; lower it",
+    ),
     (OptimizerSettings, {"lr": 0.1, "min_lr": 0.2}, "min_lr: 0.2 exceeds lr: 0.1; lower it"),
     (OptimizerSettings, {"adam_beta1": 1.0}, r"adam_beta1: 1.0 must be in \[0, 1\)"),
     (OptimizerSettings, {"adam_beta2": -0.1}, r"adam_beta2: -0.1 must be in \[0, 1\)"),
@@ -172,6 +177,16 @@ def _rollouts(**options: Any) -> RolloutsConfig:
             {"rollouts": _rollouts(max_response_length=16)},
             "rollouts.max_response_length: 16 leaves no room for a prompt within "
             "model.max_sequence_length: 16",
+        ),
+        (
+            {
+                "training": TrainingConfig(
+                    steps=2, token_budget=16, epochs_per_rollout=3, optimizer_steps_per_rollout=1
+                ),
+                "optimizer": OptimizerSettings(lr_warmup_steps=7),
+            },
+            r"optimizer.lr_warmup_steps: 7 exceeds the 6 optimizer steps of the run "
+            r"\(training.steps: 2\); lower it, or set optimizer.lr_decay_steps",
         ),
         (
             {"rollouts": _rollouts(stop_tokens=(3, 8))},

@@ -18,7 +18,12 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "examples" / "quickstart"
-OVERRIDES = ("training.steps=2", "rollouts.groups_per_step=4", "output.tensorboard=false")
+OVERRIDES = (
+    "training.steps=2",
+    "optimizer.lr_warmup_steps=1",  # a warm-up does not exceed the run
+    "rollouts.groups_per_step=4",
+    "output.tensorboard=false",
+)
 
 
 def load_script(name: str):

@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 from megatron_prefix.layout import (
     ModelShape,
+    Packing,
     PrefixTree,
-    SharingRule,
     pack,
-    plan_microbatches,
     share_where_it_pays,
     trained_labels,
 )
@@ -125,12 +124,22 @@ def test_a_row_never_outgrows_its_budget(tree):
 
 
 def test_groups_that_are_not_shared_are_split_like_any_sequences():
-    rule = SharingRule(shape=SMALL, only_where_it_pays=True)
-    trees_ = [rule.group(group(2, 30, 30, 30, 30)), rule.group(group(100, 10, 10))]
-    plan = plan_microbatches(trees_, token_budget=125, data_parallel_size=1, cost=SMALL)
-    for rank in plan.microbatches:
+    packing = Packing(
+        token_budget=125,
+        data_parallel_size=1,
+        model_shape=SMALL,
+        pad_to_multiple=1,
+        microbatch_multiple=1,
+        allow_split=True,
+        sharing="groups",
+        trim_last_layer=True,
+        share_only_where_it_pays=True,
+    )
+    trees_ = [packing.group(group(2, 30, 30, 30, 30)), packing.group(group(100, 10, 10))]
+    labels = [tree.packed_lengths for tree in trees_]
+    for rank in packing.plan(trees_, labels=labels).microbatches:
         for slices in rank:
-            assert rule.microbatch(trees_, slices, token_budget=125).grouped_tokens <= 125
+            assert packing.microbatch(trees_, slices).grouped_tokens <= 125
 
 
 def test_labels_follow_the_trained_tokens_whether_shared_or_not():

@@ -15,7 +15,7 @@ from megatron_prefix.config import (
     TrainingConfig,
 )
 from megatron_prefix.distributed.runtime import runtime
-from megatron_prefix.layout import PrefixTree, SharingRule
+from megatron_prefix.layout import Packing, PrefixTree
 from megatron_prefix.layout.estimate import StepSetup, estimate_step
 from megatron_prefix.layout.memory import MemoryModel, RankSizes
 from megatron_prefix.megatron.torch_adam import initialise_adam
@@ -25,6 +25,7 @@ from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.training.batch import PackedBatch
 from megatron_prefix.training.optimizer import build_optimizer
+from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.step import accumulate_gradients
 from tests.distributed import run_distributed
 from tests.megatron.models import TRAINING, model_config, single_process
@@ -208,8 +209,7 @@ def _pipeline_peak(num_chunks: int) -> tuple[int, int]:
                 memory=memory,
                 ranks=rank_sizes(parallel, OptimizerSettings(), data_parallel_size=1),
                 stages=stage_layers(chunks.config),
-                token_budget=480,
-                sharing=SharingRule(shape=memory.shape),
+                packing=_packing(memory, training, parallel, token_budget=480),
             ),
             first_trained=[[prefix] * len(responses) for prefix, responses in shapes],
         )
@@ -218,6 +218,18 @@ def _pipeline_peak(num_chunks: int) -> tuple[int, int]:
         batches = [by_tokens[m.tokens] for m in estimate.microbatches[0]]
         stage = estimate.stages[parallel_state.get_pipeline_model_parallel_rank()]
         return stage.activations + stage.transient, _step_peak(chunks, batches)
+
+
+def _packing(
+    memory: MemoryModel, training: TrainingConfig, parallel: ParallelConfig, *, token_budget: int
+) -> Packing:
+    """Prefixes are shared always: the rows that are measured are built so."""
+    return packing_of_run(
+        dataclasses.replace(training, token_budget=token_budget, share_only_where_it_pays=False),
+        parallel,
+        model_shape=memory.shape,
+        data_parallel_size=1,
+    )
 
 
 def _received(kind: str) -> tuple[int, int]:
@@ -234,9 +246,8 @@ def _received(kind: str) -> tuple[int, int]:
                 memory=memory,
                 ranks=rank_sizes(parallel, OptimizerSettings(), data_parallel_size=1),
                 stages=stage_layers(chunks.config),
-                token_budget=1024,
+                packing=_packing(memory, training, parallel, token_budget=1024),
                 comm_type=kind,
-                sharing=SharingRule(shape=memory.shape),
             ),
             first_trained=[[shape[0]] * len(shape[1])],
         )

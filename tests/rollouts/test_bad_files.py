@@ -183,6 +183,21 @@ def test_after_an_error_the_engine_stands_where_it_stood(tmp_path, suffix):
     assert contents(reader.next_groups(2, step=1)) == contents(groups[1:3])
 
 
+def test_after_a_reward_that_failed_the_engine_stands_where_it_stood(tmp_path):
+    groups = numbered_groups(4)
+    records = [whole_record(g) for g in groups]
+    records[2] = {**records[2], "rewards": None, "answer": "text"}
+    path = write(tmp_path / "a.jsonl", records)
+    reader = engine(path, reward=exact_match, epochs=1)
+    reader.next_groups(1, step=0)
+    state = reader.state_dict()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:3: .*exact_match failed"):
+            reader.next_groups(3, step=1)
+        assert reader.state_dict() == state
+    assert contents(reader.next_groups(1, step=1)) == contents(groups[1:2])
+
+
 def test_a_group_of_another_size_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [GOOD, FLAT, FLAT])
     assert engine(path, group_size=2, epochs=1).next_groups(2, step=0)
@@ -196,9 +211,10 @@ def test_a_group_of_another_size_is_refused(tmp_path):
 
 
 def test_a_reward_that_fails_is_named_with_the_line_and_the_response(tmp_path):
-    path = write(tmp_path / "a.jsonl", [changed(GOOD, rewards=ABSENT, answer="text")])
+    # Rewards are computed of a whole batch.
+    path = write(tmp_path / "a.jsonl", [GOOD, changed(GOOD, rewards=ABSENT, answer="text"), GOOD])
     assert failure(path, reward=exact_match) == (
-        f"{path}:1: responses[0]: reward exact_match failed: ValueError: it compares with the "
+        f"{path}:2: responses[0]: reward exact_match failed: ValueError: it compares with the "
         "answer's token ids; answer is 'text'"
     )
 

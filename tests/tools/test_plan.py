@@ -228,3 +228,9 @@ def test_a_file_without_a_model_is_refused(tool, monkeypatch, capsys, tmp_path) 
     path.write_text("training: {steps: 1}\n")
     assert _run(tool, monkeypatch, "--model", str(path), "--case", "2,9,9") == 2
     assert f"{path}: model: required" in capsys.readouterr().err
+
+
+def test_a_run_that_shares_nothing_is_planned_so() -> None:
+    plan = _plan("8,4096,512", sharing="none")
+    assert plan.tokens_ratio == plan.flops_ratio == 1.0 and plan.skipped_groups == 0
+    assert plan.grouped.tokens == _plan("8,4096,512").ungrouped.tokens

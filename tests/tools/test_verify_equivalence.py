@@ -23,6 +23,10 @@ SHAPES = [
 ]
 
 
+# The shapes are short, so that a run would share few of them: each of these proofs is of sharing.
+ALWAYS = {"share_only_where_it_pays": False}
+
+
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tools/verify_equivalence.py; its processes come from the tests' server, and find it by the
@@ -60,6 +64,7 @@ def test_interleaved_pipeline_tensor_parallel_recompute_and_a_split_group(
             virtual_pipeline_model_parallel_size=2,
         ),
         recompute="full",
+        packing=ALWAYS,
         # The first group packs to 26 tokens, the last to 26 too.
         token_budget=24,
     )
@@ -75,6 +80,7 @@ def test_three_steps_of_the_distributed_optimizer(tool: ModuleType) -> None:
         parallel=ParallelConfig(),
         data_parallel_size=2,
         optimizer_steps=3,
+        packing=ALWAYS,
     )
     _assert_exact(tool, report)
 
@@ -90,6 +96,7 @@ def test_experts_on_ranks(tool: ModuleType, tensor: int, expert: int, data: int)
             expert_model_parallel_size=expert,
         ),
         data_parallel_size=data,
+        packing=ALWAYS,
     )
     _assert_exact(tool, report)
 
@@ -116,6 +123,7 @@ def test_context_parallel_with_every_kind_pipelines_and_recompute(tool: ModuleTy
             virtual_pipeline_model_parallel_size=2,
         ),
         recompute="full",
+        packing=ALWAYS,
         token_budget=110,
         optimizer_steps=3,
     )
@@ -128,6 +136,7 @@ def test_context_parallel_with_tensor_parallel_and_a_sequence_level_ratio(tool: 
         shapes=SHAPES_OF_RANKS,
         parallel=ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2),
         objective="gspo",
+        packing=ALWAYS,
         token_budget=110,
     )
     _assert_exact(tool, report)
@@ -138,9 +147,39 @@ def test_four_context_parallel_ranks_with_three_levels_of_sharing(tool: ModuleTy
         model=tool.with_comm_types(_model(tool), ["all_gather", "p2p"]),
         shapes=SHAPES_OF_RANKS,
         parallel=ParallelConfig(context_parallel_size=4),
-        sharing="everything",
+        packing={**ALWAYS, "sharing": "everything"},
     )
     _assert_exact(tool, report)
+
+
+def test_what_is_proved_is_the_packing_of_a_run_unless_said_otherwise(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # A prompt that pays for its sharing, and one that does not.
+    shapes = [{"prefix": 60, "responses": [5, 9, 3, 7]}, {"prefix": 3, "responses": [30, 20]}]
+    texts = {}
+    for name, packing in (("run", {}), ("always", ALWAYS)):
+        report = tool.verify(
+            model=_model(tool), shapes=shapes, parallel=ParallelConfig(), packing=packing
+        )
+        _assert_exact(tool, report)
+        texts[name] = capfd.readouterr().out
+    assert "1 packed without sharing" in texts["run"]
+    assert "0 packed without sharing" in texts["always"]
+    assert f"{59 + 24 + 2 * 2 + 50} packed;" in texts["run"]
+    assert f"{59 + 24 + 2 + 50} packed;" in texts["always"]
+
+
+def test_options_of_packing_are_passed_on_only_where_they_are_given(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(tool, "verify", lambda **o: found.append(o["packing"]) or {"ok": True})
+    assert _main(tool, monkeypatch) == 0
+    arguments = ["--share-always", "--whole-last-layer", "--sharing", "everything"]
+    assert _main(tool, monkeypatch, *arguments) == 0
+    everything = {"sharing": "everything", "trim_last_layer": False}
+    assert found == [{}, {**ALWAYS, **everything}]
 
 
 def test_a_weight_that_is_off_by_a_millionth_is_found(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from megatron_prefix.config import ParallelConfig
+from megatron_prefix.layout import ModelShape, Packing
 from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.training.minibatch import Minibatch, PackingConfig, build_minibatch
+from megatron_prefix.training.minibatch import Minibatch, build_minibatch
+from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.step import accumulate_gradients
 from tests.megatron.models import TRAINING, model_config, single_process
 
@@ -38,17 +41,16 @@ def _groups() -> list[RolloutGroup]:
     return groups
 
 
+def _packing(shape: ModelShape, **options: Any) -> Packing:
+    training = dataclasses.replace(TRAINING, token_budget=160, **options)
+    return packing_of_run(training, ParallelConfig(), model_shape=shape, data_parallel_size=1)
+
+
 def _minibatch(shape: Any, pays: bool, sharing: Literal["groups", "everything"]) -> Minibatch:
     return build_minibatch(
         _groups(),
         OBJECTIVE,
-        PackingConfig(
-            token_budget=160,
-            data_parallel_size=1,
-            model_shape=shape,
-            sharing=sharing,
-            share_only_where_it_pays=pays,
-        ),
+        _packing(shape, sharing=sharing, share_only_where_it_pays=pays),
         data_parallel_rank=0,
         device=torch.device("cpu"),
     )
@@ -95,12 +97,7 @@ def test_a_row_without_sharing_has_no_cross_stage() -> None:
             minibatch = build_minibatch(
                 _groups()[:1],
                 OBJECTIVE,
-                PackingConfig(
-                    token_budget=160,
-                    data_parallel_size=1,
-                    model_shape=shape,
-                    share_only_where_it_pays=pays,
-                ),
+                _packing(shape, share_only_where_it_pays=pays),
                 data_parallel_rank=0,
                 device=torch.device("cpu"),
             )

@@ -104,7 +104,8 @@ def test_a_run_learns_and_leaves_metrics_tensorboard_a_picture_and_a_checkpoint(
         assert row["reward"] == 0.4375
         assert row["grad_norm"] > 0 and row["entropy"] > 0 and row["tokens_per_second"] > 0
     assert rows[-1]["policy_loss"] < 0.9 * rows[0]["policy_loss"]
-    assert rows[0]["lr"] == pytest.approx(1e-2 / 3) and rows[-1]["lr"] == pytest.approx(1e-2)
+    assert [row["lr"] for row in rows] == pytest.approx([1e-2 / 3, 2e-2 / 3, *10 * [1e-2]])
+    assert rows[1]["policy_loss"] < rows[0]["policy_loss"] - 0.01  # the first step of the warm-up
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

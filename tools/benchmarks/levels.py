@@ -211,7 +211,7 @@ def _step_runners(case: Case, sides: Sequence[str], chunks: ModelChunks) -> dict
             case.shape,
             device=case.device,
             kernel=case.kernel,
-            trim_last_layer=own,
+            trim_last_layer=own and training_config().trim_last_layer,
         )
         if not own:
             mechanism = build_mechanism(side, case.shape, device=device, kernel=case.kernel)

@@ -80,7 +80,7 @@ class ModelSizes:
 def training_config(
     *, device: str = "cpu", dtype: str = "float32", recompute: str = "none"
 ) -> TrainingConfig:
-    """What builds the model; the rest of it does not matter here."""
+    """What builds the model and says how a run packs, by its own defaults."""
     return TrainingConfig(
         steps=1, token_budget=1 << 30, dtype=dtype, device=device, recompute=recompute
     )
@@ -116,9 +116,12 @@ def make_batch(
     *,
     device: str = "cpu",
     kernel: str | None = None,
-    trim_last_layer: bool = True,
+    trim_last_layer: bool = training_config().trim_last_layer,
 ) -> PackedBatch:
-    """One packed row whose response tokens are trained on, or this rank's part of it."""
+    """One packed row whose response tokens are trained on, or this rank's part of it.
+
+    The tree is packed as it is: what is measured is sharing, also where it does not pay.
+    """
     weight = 1.0 / sum(shape.responses)
     ranks = 1 if context_parallel_group is None else dist.get_world_size(context_parallel_group)
     return build_batch(

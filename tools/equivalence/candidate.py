@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from equivalence.case import Case
 from megatron_prefix.distributed.runtime import runtime
-from megatron_prefix.layout import MicrobatchPlan
+from megatron_prefix.layout import MicrobatchPlan, Packing, PrefixTree
 from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.model.full_tensors import (
     full_gradients,
@@ -18,9 +19,11 @@ from megatron_prefix.model.full_tensors import (
     load_full_parameters,
 )
 from megatron_prefix.objective import PolicyMetrics
+from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.batch import PackedBatch
-from megatron_prefix.training.minibatch import PackingConfig, build_minibatch
+from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
+from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.step import (
     accumulate_gradients,
     compute_logprobs,
@@ -49,14 +52,11 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
         optimizer = build_optimizer(case.optimizer, chunks)
         optimizer.reload_model_params()
         scheduler = build_scheduler(case.optimizer, optimizer, total_steps=training.steps)
-        packing = PackingConfig(
-            token_budget=training.token_budget,
-            data_parallel_size=place.data_parallel_size,
+        packing = packing_of_run(
+            training,
+            parallel,
             model_shape=model_shape(case.model, chunks.config),
-            pad_to_multiple=parallel.pad_to_multiple,
-            microbatch_multiple=parallel.microbatch_multiple,
-            sharing=training.sharing,
-            trim_last_layer=training.trim_last_layer,
+            data_parallel_size=place.data_parallel_size,
         )
         minibatch = build_minibatch(
             case.groups,
@@ -90,6 +90,7 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
             "packed_tokens": minibatch.packed_tokens,
             "ungrouped_tokens": minibatch.ungrouped_tokens,
             "split": _num_splits(minibatch.plan),
+            "unshared": _num_unshared(case.groups, packing),
             "losses": [],
         }
 
@@ -140,3 +141,9 @@ def _num_splits(plan: MicrobatchPlan) -> int:
             for part in microbatch:
                 runs[part.group] = runs.get(part.group, 0) + 1
     return sum(count > 1 for count in runs.values())
+
+
+def _num_unshared(groups: Sequence[RolloutGroup], packing: Packing) -> int:
+    """Groups that are packed without sharing their prompt, since that would not pay."""
+    trees = [PrefixTree.from_groups([(group.prompt, group.responses)]) for group in groups]
+    return sum(packing.group(tree).grouped_tokens > tree.grouped_tokens for tree in trees)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_prefix.distributed.rank_results import from_rank_0
+from megatron_prefix.distributed.rank_results import on_rank_0
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.sampler import Sampler
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
@@ -145,12 +142,5 @@ def sample_groups(
         groups.append(group)
     if not isinstance(reward, ProcessReward):
         return reward_groups(reward, groups)
-    # Once for all ranks: whether a call takes too long may differ from one to the other.
-    rewarded: Future[list[RolloutGroup]] | None = None
-    if dist.get_rank() == 0:
-        rewarded = Future()
-        try:
-            rewarded.set_result(reward_groups(reward, groups))
-        except ValueError as error:
-            rewarded.set_exception(error)
-    return from_rank_0(rewarded)
+    # Once for all ranks: whether a call takes too long may differ from rank to rank.
+    return on_rank_0(lambda: reward_groups(reward, groups))

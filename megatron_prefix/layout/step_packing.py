@@ -1,0 +1,110 @@
+"""How the groups of an optimizer step become packed rows: the one record of its options.
+
+The trainer, the proof, the benchmark and the planner all pack by it, so that what is proved,
+measured or predicted is what a run does. No option has a default here: those of a run are
+`TrainingConfig`'s, see `megatron_prefix.training.packing.packing_of_run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from numpy.typing import NDArray
+
+from megatron_prefix.layout.cost import ModelShape
+from megatron_prefix.layout.planner import (
+    GroupSlice,
+    MicrobatchPlan,
+    microbatch_tree,
+    plan_microbatches,
+)
+from megatron_prefix.layout.sharing import share_where_it_pays
+from megatron_prefix.layout.tree import PrefixTree
+
+Member = TypeVar("Member")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How groups become microbatches."""
+
+    token_budget: int
+    """Tokens of one packed row at most, padding included."""
+    data_parallel_size: int
+    model_shape: ModelShape
+    """For the balance of work, for what pays, and for the predicted FLOPs."""
+    pad_to_multiple: int
+    """Context-parallel ranks, times tensor-parallel ones under sequence parallelism."""
+    microbatch_multiple: int
+    """The pipeline size under interleaving."""
+    allow_split: bool
+    """See `TrainingConfig.allow_split`, and so on."""
+    sharing: Literal["groups", "everything", "none"]
+    trim_last_layer: bool
+    share_only_where_it_pays: bool
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest row: the budget, to a whole multiple."""
+        return self.token_budget - self.token_budget % self.pad_to_multiple
+
+    def group(self, tree: PrefixTree) -> PrefixTree:
+        """The tree that a group is planned by."""
+        if not self.share_only_where_it_pays:
+            return tree
+        return share_where_it_pays(tree, self.model_shape)
+
+    def units(
+        self, trees: Sequence[PrefixTree], members: Sequence[Sequence[Member]]
+    ) -> tuple[list[PrefixTree], list[list[Member]], list[int]]:
+        """What is planned as one: each group, or each of its sequences where nothing is shared.
+
+        Args:
+            trees: one for each group.
+            members: for each group, whatever belongs to each of its sequences.
+
+        Returns:
+            The trees of the units, the members of each, and the group that each comes from.
+        """
+        if self.sharing != "none":
+            owners = list(range(len(trees)))
+            return [self.group(tree) for tree in trees], [list(m) for m in members], owners
+        owners = [index for index, tree in enumerate(trees) for _ in range(tree.num_sequences)]
+        separate = [sequence for tree in trees for sequence in tree.separate()]
+        return separate, [[member] for group in members for member in group], owners
+
+    def plan(
+        self,
+        trees: Sequence[PrefixTree],
+        *,
+        labels: Sequence[NDArray],
+        names: Sequence[str] | None = None,
+    ) -> MicrobatchPlan:
+        """The microbatches of these units; see `plan_microbatches`.
+
+        Raises:
+            ValueError: a sequence or unit over the token budget, naming it.
+        """
+        return plan_microbatches(
+            trees,
+            token_budget=self.token_budget,
+            data_parallel_size=self.data_parallel_size,
+            cost=self.model_shape,
+            allow_split=self.allow_split,
+            pad_to_multiple=self.pad_to_multiple,
+            microbatch_multiple=self.microbatch_multiple,
+            names=names,
+            labels=labels,
+        )
+
+    def microbatch(self, trees: Sequence[PrefixTree], slices: Sequence[GroupSlice]) -> PrefixTree:
+        """The tree to pack for a microbatch of units' trees, of at most the planned tokens."""
+        tree = microbatch_tree(trees, slices)
+        if self.sharing != "everything":
+            return tree
+        tree = PrefixTree.from_sequences(tree.sequence_tokens(i) for i in range(tree.num_sequences))
+        if not self.share_only_where_it_pays:
+            return tree
+        return share_where_it_pays(tree, self.model_shape, token_budget=self.capacity)
