@@ -34,6 +34,7 @@ from megatron_prefix.distributed.rank_results import raise_together
 from megatron_prefix.megatron.saving import OPTIMIZER_METADATA, begin_save, check_writer
 from megatron_prefix.megatron.torch_adam import initialise_adam, load_optimizer_state
 from megatron_prefix.model.build import ModelChunks
+from megatron_prefix.packages import needed_by
 from megatron_prefix.system_errors import system_error
 
 logger = logging.getLogger(__name__)
@@ -346,11 +347,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def _require_psutil() -> None:
-    try:
+    # Megatron's writer imports it in a child process, and would wait for it for ever.
+    with needed_by("writing a checkpoint", extra="train"):
         import psutil  # noqa: F401
-    except ImportError as error:
-        # Megatron's writer imports it in a child process, and would wait for it for ever.
-        raise ValueError(
-            "checkpoints need the psutil package, which Megatron-Core does not declare: install "
-            "megatron-prefix[train]"
-        ) from error

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from megatron_prefix.packages import needed_by
+
 # Rows of a Parquet file that are Python objects at once, and bytes of a column read at once.
 _PARQUET_ROWS = 64
 _PARQUET_BUFFER_BYTES = 1 << 20
@@ -131,15 +133,9 @@ class ParquetFile:
     """One record per row. Needs pyarrow, which is imported when the first such file is opened."""
 
     def __init__(self, path: Path) -> None:
-        try:
+        with needed_by(f"{path}: reading Parquet", extra="train"):
             import pyarrow
             from pyarrow import parquet
-        except ImportError as error:
-            # Installed but refusing this NumPy is an ImportError too: its own words are needed.
-            raise ValueError(
-                f"{path}: reading Parquet needs pyarrow, whose import failed ({error}): install "
-                "megatron-prefix[train], or give the rollouts as .jsonl"
-            ) from error
         self.path = path
         self._open = parquet.ParquetFile
         self._errors = (pyarrow.ArrowException, OSError)
