@@ -10,26 +10,36 @@ Names are imported when first used, so that importing the package loads neither 
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+from megatron_prefix.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from megatron_prefix.layer_spec import prefix_grouped, prefix_grouped_layer_spec
+    from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+    from megatron_prefix.layout import PrefixTree, pack
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "PrefixPackedSeqParams": "megatron_prefix.layers.packed_seq_params",
-    "PrefixTree": "megatron_prefix.layout",
-    "pack": "megatron_prefix.layout",
-    "prefix_grouped": "megatron_prefix.layer_spec",
-    "prefix_grouped_layer_spec": "megatron_prefix.layer_spec",
-}
+__all__ = [
+    "PrefixPackedSeqParams",
+    "PrefixTree",
+    "__version__",
+    "pack",
+    "prefix_grouped",
+    "prefix_grouped_layer_spec",
+]
 
-__all__ = [*_HOMES, "__version__"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "PrefixPackedSeqParams": "megatron_prefix.layers.packed_seq_params",
+        "PrefixTree": "megatron_prefix.layout",
+        "pack": "megatron_prefix.layout",
+        "prefix_grouped": "megatron_prefix.layer_spec",
+        "prefix_grouped_layer_spec": "megatron_prefix.layer_spec",
+    },
+)
 
 
 def __dir__() -> list[str]:
