@@ -21,6 +21,7 @@ from megatron_prefix.config import RunConfig
 from megatron_prefix.config.loader import load_dataclass
 from megatron_prefix.distributed.runtime import runtime_of_run
 from megatron_prefix.training import __main__ as command
+from megatron_prefix.training import errors
 from megatron_prefix.training.trainer import Trainer
 
 VOCAB_SIZE = 64
@@ -109,7 +110,7 @@ def run_command(config: Path) -> tuple[int, str]:
     with (
         contextlib.redirect_stderr(io.StringIO()) as stderr,
         mock.patch.object(sys, "argv", ["training", str(config)]),
-        mock.patch.object(command, "_GRACE_S", 0.0),
+        mock.patch.object(errors, "GRACE_S", 0.0),
     ):
         status = command.main()
     return status, stderr.getvalue()
