@@ -24,6 +24,12 @@ _WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
     ),
     # Megatron's calls, under the names that torch has used before.
     (r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"torch\.distributed\.c10d_logger"),
+    (
+        r"`(load|save)_state_dict` is deprecated",
+        FutureWarning,
+        r"megatron\.core\.dist_checkpointing\.",
+    ),
+    (r"Please use DTensor instead", FutureWarning, r"torch\.distributed\.checkpoint\."),
 )
 
 _LOG_LINES = {

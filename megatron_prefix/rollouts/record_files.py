@@ -61,6 +61,14 @@ class RecordFile(Protocol):
         """Whether as many lines or rows as `position` says come before it."""
         ...
 
+    def count(self) -> int:
+        """Its records; they are not parsed.
+
+        Raises:
+            ValueError: the file cannot be read, naming it.
+        """
+        ...
+
 
 def open_record_file(path: Path) -> RecordFile:
     """The reader of a file, by the end of its name.
@@ -113,6 +121,11 @@ class JsonLinesFile:
             return False
         return left == 0 and last == b"\n" and number == position.number
 
+    def count(self) -> int:
+        """The lines that are not blank."""
+        with self._open() as file:
+            return sum(bool(line.strip()) for line in self._lines(file, START))
+
     def _open(self) -> gzip.GzipFile | IO[bytes]:
         if self.path.name.lower().endswith(".gz"):
             return gzip.open(self.path, "rb")
@@ -154,6 +167,14 @@ class ParquetFile:
         try:
             with self._open(self.path) as file:
                 return position.number <= file.metadata.num_rows
+        except self._errors as error:
+            raise ValueError(f"{self.path}: not readable as Parquet: {error}") from error
+
+    def count(self) -> int:
+        """The rows."""
+        try:
+            with self._open(self.path) as file:
+                return file.metadata.num_rows
         except self._errors as error:
             raise ValueError(f"{self.path}: not readable as Parquet: {error}") from error
 

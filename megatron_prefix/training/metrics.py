@@ -92,8 +92,9 @@ def plot_reward(rows: list[dict[str, Any]], path: Path) -> None:
         axes.plot(*zip(*trained, strict=True), label="reward of sampled rollouts", linewidth=1.5)
     if evaluated:
         axes.plot(*zip(*evaluated, strict=True), "o--", label="evaluation on unseen prompts")
-    axes.set_xlabel("step")
-    axes.set_ylabel("mean reward")
+    axes.set_title(f"Reward by step: {path.parent.name}")
+    axes.set_xlabel("step (rollout batches trained on)")
+    axes.set_ylabel("mean reward of a batch's responses")
     axes.set_ylim(bottom=min(0.0, *(value for _, value in trained + evaluated), 0.0))
     axes.grid(alpha=0.3)
     if trained or evaluated:

@@ -117,14 +117,15 @@ def run_command(config: Path) -> tuple[int, str]:
 
 
 def torchrun(
-    config: Path, *, processes: int = 2, timeout: float = 150.0
+    config: Path, *, processes: int = 2, timeout: float = 150.0, ignore_warnings: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun -m megatron_prefix.training config`; nothing of it is left, whatever happens."""
+    warnings = ("-W", "ignore") if ignore_warnings else ()
     root = Path(__file__).resolve().parents[2]
     paths = [str(root), str(config.parent), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
         [
-            *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"),
+            *(sys.executable, *warnings, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(processes)),
             *("-m", "megatron_prefix.training", str(config)),
         ],
