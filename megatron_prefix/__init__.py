@@ -4,6 +4,8 @@
     prefix_grouped_layer_spec   a ready layer spec
     PrefixTree, pack            from token lists to a packed row
     PrefixPackedSeqParams       what such a row's batch carries through GPTModel
+    vocab_parallel_log_probs    log-probabilities from hidden states, without all logits at once
+    enable_cpu_device           Megatron-Core without a GPU
 
 Names are imported when first used, so that importing the package loads neither torch nor Megatron.
 """
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from megatron_prefix.layer_spec import prefix_grouped, prefix_grouped_layer_spec
     from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
     from megatron_prefix.layout import PrefixTree, pack
+    from megatron_prefix.megatron.cpu_device import enable_cpu_device
+    from megatron_prefix.objective.log_probs import vocab_parallel_log_probs
 
 __version__ = "0.1.0"
 
@@ -25,9 +29,11 @@ __all__ = [
     "PrefixPackedSeqParams",
     "PrefixTree",
     "__version__",
+    "enable_cpu_device",
     "pack",
     "prefix_grouped",
     "prefix_grouped_layer_spec",
+    "vocab_parallel_log_probs",
 ]
 
 __getattr__ = lazy_names(
@@ -35,9 +41,11 @@ __getattr__ = lazy_names(
     {
         "PrefixPackedSeqParams": "megatron_prefix.layers.packed_seq_params",
         "PrefixTree": "megatron_prefix.layout",
+        "enable_cpu_device": "megatron_prefix.megatron.cpu_device",
         "pack": "megatron_prefix.layout",
         "prefix_grouped": "megatron_prefix.layer_spec",
         "prefix_grouped_layer_spec": "megatron_prefix.layer_spec",
+        "vocab_parallel_log_probs": "megatron_prefix.objective.log_probs",
     },
 )
 

@@ -14,6 +14,7 @@ _MEGATRON = r"megatron\.core\."
 _WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
     (r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning, _MEGATRON),
     (r"\w+ is experimental and still under active development", UserWarning, _MEGATRON),
+    (r"assertion is always true", SyntaxWarning, r".*megatron.core.transformer."),
     # Said of cuda_graph_scope's own default, whether graphs are on or off.
     (r"full scope is deprecated", UserWarning, r"megatron\.core\.transformer\.transformer_config"),
     # Its optimizer looks whether a parameter has a gradient of another name.
