@@ -4,32 +4,50 @@
     prefix_grouped_layer_spec   a ready layer spec
     PrefixTree, pack            from token lists to a packed row
     PrefixPackedSeqParams       what such a row's batch carries through GPTModel
+    vocab_parallel_log_probs    log-probabilities from hidden states, without all logits at once
+    enable_cpu_device           Megatron-Core without a GPU
 
 Names are imported when first used, so that importing the package loads neither torch nor Megatron.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+from megatron_prefix.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from megatron_prefix.layer_spec import prefix_grouped, prefix_grouped_layer_spec
+    from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+    from megatron_prefix.layout import PrefixTree, pack
+    from megatron_prefix.megatron.cpu_device import enable_cpu_device
+    from megatron_prefix.objective.log_probs import vocab_parallel_log_probs
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "PrefixPackedSeqParams": "megatron_prefix.layers.packed_seq_params",
-    "PrefixTree": "megatron_prefix.layout",
-    "pack": "megatron_prefix.layout",
-    "prefix_grouped": "megatron_prefix.layer_spec",
-    "prefix_grouped_layer_spec": "megatron_prefix.layer_spec",
-}
+__all__ = [
+    "PrefixPackedSeqParams",
+    "PrefixTree",
+    "__version__",
+    "enable_cpu_device",
+    "pack",
+    "prefix_grouped",
+    "prefix_grouped_layer_spec",
+    "vocab_parallel_log_probs",
+]
 
-__all__ = [*_HOMES, "__version__"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "PrefixPackedSeqParams": "megatron_prefix.layers.packed_seq_params",
+        "PrefixTree": "megatron_prefix.layout",
+        "enable_cpu_device": "megatron_prefix.megatron.cpu_device",
+        "pack": "megatron_prefix.layout",
+        "prefix_grouped": "megatron_prefix.layer_spec",
+        "prefix_grouped_layer_spec": "megatron_prefix.layer_spec",
+        "vocab_parallel_log_probs": "megatron_prefix.objective.log_probs",
+    },
+)
 
 
 def __dir__() -> list[str]:

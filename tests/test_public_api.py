@@ -13,9 +13,11 @@ def test_every_public_name_can_be_imported() -> None:
         "PrefixPackedSeqParams",
         "PrefixTree",
         "__version__",
+        "enable_cpu_device",
         "pack",
         "prefix_grouped",
         "prefix_grouped_layer_spec",
+        "vocab_parallel_log_probs",
     ]
     for name in megatron_prefix.__all__:
         assert getattr(megatron_prefix, name) is not None

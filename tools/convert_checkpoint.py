@@ -272,6 +272,8 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 def main() -> int:
     """Command line."""
     args = _parser().parse_args()
+    from megatron_prefix.packages import needed_by
+
     # What Megatron and transformers say at import is not about the model.
     warnings.simplefilter("ignore")
     commands = {
@@ -281,13 +283,8 @@ def main() -> int:
         "verify": _verify,
     }
     try:
-        with _sigterm_as_interrupt():
+        with _sigterm_as_interrupt(), needed_by(args.command, extra="hf"):
             return commands[args.command](args)
-    except ImportError as error:
-        print(
-            f'convert_checkpoint: {error}. Install this package with pip install -e ".[train,hf]"',
-            file=sys.stderr,
-        )
     except BrokenPipeError:
         # Whoever read the output has seen enough.
         sys.stdout = None

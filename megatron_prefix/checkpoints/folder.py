@@ -35,6 +35,7 @@ from megatron_prefix.megatron.optimizer_settings import load_with_settings
 from megatron_prefix.megatron.saving import OPTIMIZER_METADATA, begin_save, check_writer
 from megatron_prefix.megatron.torch_adam import initialise_adam
 from megatron_prefix.model.build import ModelChunks
+from megatron_prefix.packages import needed_by
 from megatron_prefix.system_errors import system_error
 
 logger = logging.getLogger(__name__)
@@ -370,11 +371,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def _require_psutil() -> None:
-    try:
+    # Megatron's writer imports it in a child process, and would wait for it for ever.
+    with needed_by("writing a checkpoint", extra="train"):
         import psutil  # noqa: F401
-    except ImportError as error:
-        # Megatron's writer imports it in a child process, and would wait for it for ever.
-        raise ValueError(
-            "checkpoints need the psutil package, which Megatron-Core does not declare: install "
-            "megatron-prefix[train]"
-        ) from error

@@ -92,6 +92,11 @@ def find_checkpoint(path: Path) -> Path:
         steps = complete_steps(folder)
         if steps:
             return find_checkpoint(step_path(folder, steps[-1]))
+    if (path / "config.json").exists():
+        raise ValueError(
+            f"{path}: a Hugging Face model, not a Megatron distributed checkpoint; make one of it: "
+            f"tools/convert_checkpoint.py hf-to-megatron {path} OUTPUT"
+        )
     raise ValueError(
         f"{path}: not a Megatron distributed checkpoint (no metadata.json), nor a folder of them "
         f"(no {TRACKER}, no step_...)"

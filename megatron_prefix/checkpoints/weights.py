@@ -60,18 +60,25 @@ def load_state(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(wanted, str(path))
     except dist_checkpointing.core.CheckpointingException as error:
-        raise ValueError(f"{path}: does not fit this model: {error}") from error
+        raise _misfit(path, str(error)) from error
     except CheckpointException as error:
         # torch collects what each rank raised while it planned its reads, or read.
         failures = [exception for exception, _ in error.failures.values()]
         reasons = "; ".join(sorted({str(exception) for exception in failures}))
         if any(map(_is_unreadable, failures)):
             raise _unreadable(path, reasons) from error
-        raise ValueError(f"{path}: does not fit this model: {reasons}") from error
+        raise _misfit(path, reasons) from error
     except Exception as error:
         if _is_unreadable(error):
             raise _unreadable(path, str(error)) from error
         raise
+
+
+def _misfit(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{path}: does not fit this model: {reason}. Set the model section as it was, or begin "
+        "anew: in another output.directory, or with output.resume: false"
+    )
 
 
 def _is_unreadable(error: BaseException) -> bool:

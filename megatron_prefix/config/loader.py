@@ -2,7 +2,7 @@
 
 The dataclasses say everything: their field names are the keys, their annotations the types, a field
 without a default is required. Nothing is guessed: a wrong key or value is a `ConfigError` that
-names it by its dotted key (`training.token_budget`).
+names it by its dotted key (`training.token_budget`). All faults of a file are found at once.
 
 Understood are int, float, bool, str, pathlib.Path, Any, Literal, `X | None` and other unions,
 list[X], tuple[X, ...], dict[str, X] and dataclasses of these.
@@ -32,7 +32,15 @@ _EXPONENT_FLOAT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+"
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and its value."""
+    """A configuration that cannot be used; the message names the key and its value.
+
+    Attributes:
+        faults: what is wrong, each in one line; the message is these lines.
+    """
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
 
 
 def load_yaml(path: str | Path, cls: type[Config], overrides: Sequence[str] = ()) -> Config:
@@ -84,29 +92,36 @@ def load_dataclass(cls: type[Config], mapping: Mapping[str, Any], *, path: str =
         path: dotted key of the mapping, put in front of every key in errors.
 
     Raises:
-        ConfigError: an unknown or missing key, or a value that is not of its field's type or not
-            one of its choices. A ValueError of the dataclass's own checks becomes one too.
+        ConfigError: unknown and missing keys, and values that are not of their field's type or not
+            one of its choices: all of them. Where there are none, what the dataclass's own checks
+            refuse by a ValueError.
     """
     if not isinstance(mapping, Mapping):
         _refuse(path, mapping, cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    for key in mapping:
-        if key not in fields:
-            raise ConfigError(f"{_join(path, key)}: unknown key; {_suggestion(key, cls)}")
+    faults = [
+        f"{_join(path, key)}: unknown key; {_suggestion(key, mapping[key], cls)}"
+        for key in mapping
+        if key not in fields
+    ]
     missing = [
         name for name, field in fields.items() if _is_required(field) and name not in mapping
     ]
     if missing:
         keys = ", ".join(_join(path, name) for name in missing)
-        raise ConfigError(f"{keys}: required, but not set")
+        faults.append(f"{keys}: required, but not set")
     annotations = typing.get_type_hints(cls)
-    values = {
-        key: _convert(annotations[key], value, _join(path, key)) for key, value in mapping.items()
+    items = {
+        key: (annotations[key], value, _join(path, key))
+        for key, value in mapping.items()
+        if key in fields
     }
+    values = _convert_all(items, faults)
     try:
         return cls(**values)
     except ValueError as error:
-        raise ConfigError(_located(path, str(error), fields)) from error
+        own = error.faults if isinstance(error, ConfigError) else (str(error),)
+        raise ConfigError(*(_located(path, fault, fields) for fault in own)) from error
 
 
 def dump_yaml(config: Any) -> str:
@@ -242,6 +257,32 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
     raise TypeError(f"{path}: no conversion to {annotation!r}")
 
 
+_Key = TypeVar("_Key")
+
+
+def _convert_all(
+    items: Mapping[_Key, tuple[Any, Any, str]], faults: Sequence[str] = ()
+) -> dict[_Key, Any]:
+    """Convert every (annotation, value, path), or raise for all that cannot be.
+
+    Args:
+        items: by a key that the results keep.
+        faults: what has been found before; any ends in an error.
+    """
+    values: dict[_Key, Any] = {}
+    errors = [ConfigError(*faults)] if faults else []
+    for key, item in items.items():
+        try:
+            values[key] = _convert(*item)
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ConfigError(*(fault for error in errors for fault in error.faults))
+    return values
+
+
 def _convert_float(value: Any, path: str) -> float:
     if type(value) in (int, float):
         try:
@@ -279,20 +320,24 @@ def _convert_sequence(annotation: Any, value: Any, path: str) -> Any:
         members = (members[0],) * len(value)
     elif len(members) != len(value):
         _refuse(path, value, annotation)
-    return origin(
-        _convert(member, item, f"{path}[{i}]")
+    items = {
+        i: (member, item, f"{path}[{i}]")
         for i, (member, item) in enumerate(zip(members, value, strict=True))
-    )
+    }
+    return origin(_convert_all(items).values())
 
 
 def _convert_dict(annotation: Any, value: Any, path: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         _refuse(path, value, annotation)
-    for key in value:
-        if not isinstance(key, str):
-            raise ConfigError(f"{_join(path, key)}: the key is not text; {_quoting(key)}")
+    faults = [
+        f"{_join(path, key)}: the key is not text; {_quoting(key)}"
+        for key in value
+        if not isinstance(key, str)
+    ]
     member = get_args(annotation)[1]
-    return {key: _convert(member, item, _join(path, key)) for key, item in value.items()}
+    items = {key: (member, item, _join(path, key)) for key, item in value.items()}
+    return _convert_all(items, faults)
 
 
 def _refuse(path: str, value: Any, annotation: Any) -> typing.NoReturn:
@@ -303,7 +348,7 @@ def _refuse(path: str, value: Any, annotation: Any) -> typing.NoReturn:
         close = difflib.get_close_matches(value, [c for c in choices if isinstance(c, str)], n=1)
         message += "".join(f"; did you mean {choice}?" for choice in close)
     elif str in _members(annotation) or any(isinstance(choice, str) for choice in choices):
-        message += f"; {_quoting(value)}" if isinstance(value, (bool, int, float)) else ""
+        message += f"; {_quoting(value)}" if isinstance(value, (bool, int, float, dict)) else ""
     elif int in _members(annotation) and isinstance(value, float) and value.is_integer():
         message += f"; write {int(value)}"
     elif get_origin(annotation) in (list, tuple) and not isinstance(value, (Mapping, type(None))):
@@ -314,6 +359,8 @@ def _refuse(path: str, value: Any, annotation: Any) -> typing.NoReturn:
 def _quoting(value: Any) -> str:
     if isinstance(value, bool):
         return "YAML reads yes, no, on, off, true and false as true or false: put text in quotes"
+    if isinstance(value, dict):
+        return "YAML reads {...} as a mapping: put text that begins with { in quotes"
     return "put text in quotes"
 
 
@@ -361,8 +408,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _suggestion(key: Any, cls: type) -> str:
-    """Where an unknown key may have been meant to go."""
+def _suggestion(key: Any, value: Any, cls: type) -> str:
+    """What an unknown key may have been meant to be."""
     annotations = typing.get_type_hints(cls)
     valid = [field.name for field in dataclasses.fields(cls) if field.init]
     meant = difflib.get_close_matches(key, valid, n=1) if isinstance(key, str) else []
@@ -374,6 +421,9 @@ def _suggestion(key: Any, cls: type) -> str:
         if dataclasses.is_dataclass(member)
         and key in {field.name for field in dataclasses.fields(member)}
     ]
+    name, colon, text = key.partition(":") if isinstance(key, str) else ("", "", "")
+    if colon and name in valid and value is None:
+        return f"YAML wants a space after a colon: {name}: {text}"
     question = f"did you mean {' or '.join(meant)}? " if meant else ""
     return f"{question}Valid keys: {', '.join(valid)}"
 

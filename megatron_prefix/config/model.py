@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_prefix.config.bounds import at_least
-from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.config.bounds import below, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,16 @@ class ModelConfig:
     """Any other field of Megatron's `TransformerConfig`: `num_layers`, `hidden_size`, ..."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "vocab_size", "make_vocab_size_divisible_by")
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from below(self, 1, "vocab_size", "make_vocab_size_divisible_by")
         # One position predicts, another is predicted.
-        at_least(self, 2, "max_sequence_length")
+        yield from below(self, 2, "max_sequence_length")
         if not 0 < self.rotary_percent <= 1:
-            raise ConfigError(f"rotary_percent: {self.rotary_percent} must be in (0, 1]")
+            yield f"rotary_percent: {self.rotary_percent} must be in (0, 1]"
         if (self.position_embedding_type == "yarn") != (self.yarn is not None):
-            raise ConfigError(
+            yield (
                 f"yarn: {self.yarn} does not go with position_embedding_type: "
                 f"{self.position_embedding_type}; give both or neither"
             )

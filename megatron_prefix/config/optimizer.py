@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prefix.config.bounds import at_least
-from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.config.bounds import below, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +46,20 @@ class OptimizerSettings:
     `use_distributed_optimizer` come from this section always."""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "lr", "min_lr", "lr_warmup_steps", "weight_decay", "clip_grad")
-        at_least(self, 1, "lr_decay_steps")
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from below(self, 0, "lr", "min_lr", "lr_warmup_steps", "weight_decay", "clip_grad")
+        yield from below(self, 1, "lr_decay_steps")
         if self.min_lr > self.lr:
-            raise ConfigError(f"min_lr: {self.min_lr} exceeds lr: {self.lr}; lower it")
+            yield f"min_lr: {self.min_lr} exceeds lr: {self.lr}; lower it"
         if self.lr_decay_steps is not None and self.lr_warmup_steps > self.lr_decay_steps:
-            raise ConfigError(
+            yield (
                 f"lr_warmup_steps: {self.lr_warmup_steps} exceeds lr_decay_steps: "
                 f"{self.lr_decay_steps}, which includes the warm-up; lower it"
             )
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be in [0, 1)")
+                yield f"{name}: {getattr(self, name)} must be in [0, 1)"
         if not self.adam_eps > 0:
-            raise ConfigError(f"adam_eps: {self.adam_eps} must be above 0")
+            yield f"adam_eps: {self.adam_eps} must be above 0"

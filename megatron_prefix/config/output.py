@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_prefix.config.bounds import at_least
+from megatron_prefix.config.bounds import below, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,5 +39,8 @@ class OutputConfig:
     """Draw `reward.png` at the end of the run."""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "save_every")
-        at_least(self, 1, "keep")
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from below(self, 0, "save_every")
+        yield from below(self, 1, "keep")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_prefix.config.bounds import at_least
+from megatron_prefix.config.bounds import below, refuse
 from megatron_prefix.config.loader import ConfigError
 
 
@@ -34,7 +35,10 @@ class ParallelConfig:
     """The row is sharded over tensor-parallel ranks between layers; null: true if there are any."""
 
     def __post_init__(self) -> None:
-        at_least(
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from below(
             self,
             1,
             "tensor_model_parallel_size",
@@ -44,27 +48,25 @@ class ParallelConfig:
         )
         chunks = self.virtual_pipeline_model_parallel_size
         if chunks is not None and chunks < 1:
-            raise ConfigError(
-                f"virtual_pipeline_model_parallel_size: {chunks} must be at least 1, or null"
-            )
+            yield (f"virtual_pipeline_model_parallel_size: {chunks} must be at least 1, or null")
         split = self.expert_tensor_parallel_size
         if split is not None and split < 1:
-            raise ConfigError(f"expert_tensor_parallel_size: {split} must be at least 1, or null")
+            yield f"expert_tensor_parallel_size: {split} must be at least 1, or null"
         tensor = self.tensor_model_parallel_size
         if split not in (None, tensor) and self.expert_model_parallel_size == 1:
             # It takes their parameters for a dense layer's: ranks are missing from their sums.
-            raise ConfigError(
+            yield (
                 f"expert_tensor_parallel_size: {split} with tensor_model_parallel_size: {tensor} "
                 "and expert_model_parallel_size: 1 gives wrong gradients in Megatron-Core; set it "
                 "to null, or spread the experts (expert_model_parallel_size)"
             )
         if self.num_model_chunks > 1 and self.pipeline_model_parallel_size == 1:
-            raise ConfigError(
+            yield (
                 f"virtual_pipeline_model_parallel_size: {chunks} needs "
                 "pipeline_model_parallel_size of at least 2; set it, or set this to null"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ConfigError(
+            yield (
                 "sequence_parallel: true needs tensor_model_parallel_size of at least 2; set it, "
                 "or set this to null"
             )
@@ -114,9 +116,11 @@ class ParallelConfig:
             sizes = "tensor_model_parallel_size x pipeline_model_parallel_size"
             if self.context_parallel_size > 1:
                 sizes += " x context_parallel_size"
+            processes = "process does" if world_size == 1 else "processes do"
             raise ConfigError(
-                f"parallel: {world_size} processes do not divide by {sizes} = "
-                f"{self.model_parallel_size}; start a multiple of it"
+                f"parallel: {world_size} {processes} not divide by {sizes} = "
+                f"{self.model_parallel_size}; start a multiple of it: torchrun --nproc-per-node "
+                f"{self.model_parallel_size} -m megatron_prefix.training ..."
             )
         experts, split = self.expert_model_parallel_size, self.expert_tensor_parallel_size or 1
         ranks_of_stage = world_size // self.pipeline_model_parallel_size

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_prefix.config.bounds import at_least
-from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.config.bounds import below, refuse
 from megatron_prefix.config.server import ServerConfig, WeightsConfig
 from megatron_prefix.config.text import RewardProcessConfig, TextConfig
 
@@ -48,35 +48,38 @@ class RolloutsConfig:
     """How trained weights get to the engines `openai` and `hf`."""
 
     def __post_init__(self) -> None:
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
         if not self.paths:
-            raise ConfigError("paths: none given; name at least one JSONL or Parquet file")
-        at_least(self, 1, "groups_per_step", "group_size", "epochs", "max_response_length")
+            yield "paths: none given; name at least one JSONL or Parquet file"
+        yield from below(self, 1, "groups_per_step", "group_size", "epochs", "max_response_length")
         if self.engine != "file":
             for name in ("group_size", "max_response_length", "reward"):
                 if getattr(self, name) is None:
-                    raise ConfigError(f"{name}: required by engine: {self.engine}")
-        self._check_server()
+                    yield f"{name}: required by engine: {self.engine}"
+        yield from self._faults_of_server()
         if not self.temperature > 0:
-            raise ConfigError(f"temperature: {self.temperature} must be above 0")
+            yield f"temperature: {self.temperature} must be above 0"
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: {self.top_p} must be in (0, 1]")
+            yield f"top_p: {self.top_p} must be in (0, 1]"
 
-    def _check_server(self) -> None:
+    def _faults_of_server(self) -> Iterator[str]:
         server = self.server
         if (self.engine == "openai") != (server is not None):
-            raise ConfigError(
+            yield (
                 f"server: {'missing' if server is None else 'set'}, with engine: {self.engine}; "
                 "it belongs to engine: openai, and only there"
             )
         if server is None:
             return
         if self.text is None and server.kind in ("transformers", "openai"):
-            raise ConfigError(
+            yield (
                 f"text: required by server.kind: {server.kind}, which may answer in text only; "
                 "set text.tokenizer"
             )
         if server.prefetch and self.weights.max_staleness < 1:
-            raise ConfigError(
+            yield (
                 "server.prefetch: makes groups a version old, more than weights.max_staleness: "
                 f"{self.weights.max_staleness} allows; raise it, or set prefetch: false"
             )
@@ -96,7 +99,10 @@ class EvaluationConfig:
     """Temperature of sampling; 0 takes the most likely token."""
 
     def __post_init__(self) -> None:
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
         if not self.paths:
-            raise ConfigError("paths: none given; name at least one JSONL or Parquet file")
-        at_least(self, 1, "num_prompts")
-        at_least(self, 0, "every", "temperature")
+            yield "paths: none given; name at least one JSONL or Parquet file"
+        yield from below(self, 1, "num_prompts")
+        yield from below(self, 0, "every", "temperature")

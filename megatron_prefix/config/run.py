@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.config.bounds import refuse
 from megatron_prefix.config.model import ModelConfig
 from megatron_prefix.config.optimizer import OptimizerSettings
 from megatron_prefix.config.output import OutputConfig
@@ -30,49 +31,52 @@ class RunConfig:
     evaluation: EvaluationConfig | None = None
 
     def __post_init__(self) -> None:
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
         if self.objective.temperature != self.rollouts.temperature:
-            raise ConfigError(
+            yield (
                 f"objective.temperature: {self.objective.temperature} differs from "
                 f"rollouts.temperature: {self.rollouts.temperature}; log-probabilities are taken "
                 "at the temperature that was sampled with: set them equal"
             )
-        self._check_sampling()
+        yield from self._faults_of_sampling()
         shortest = self.parallel.pad_to_multiple
         if self.training.token_budget < shortest:
             kinds = "tensor- and context" if self.parallel.context_parallel_size > 1 else "tensor"
-            raise ConfigError(
+            yield (
                 f"training.token_budget: {self.training.token_budget} is less than a token for "
                 f"each of the {shortest} {kinds}-parallel ranks; raise it"
             )
         if self.rollouts.groups_per_step < self.training.optimizer_steps_per_rollout:
-            raise ConfigError(
+            yield (
                 "training.optimizer_steps_per_rollout: "
                 f"{self.training.optimizer_steps_per_rollout} exceeds rollouts.groups_per_step: "
                 f"{self.rollouts.groups_per_step}; each optimizer step needs a group"
             )
         steps = self.training.optimizer_steps
         if self.optimizer.lr_decay_steps is None and self.optimizer.lr_warmup_steps > steps:
-            raise ConfigError(
+            yield (
                 f"optimizer.lr_warmup_steps: {self.optimizer.lr_warmup_steps} exceeds the {steps} "
                 f"optimizer steps of the run (training.steps: {self.training.steps}); lower it, or "
                 "set optimizer.lr_decay_steps where the run is to go on later"
             )
 
-    def _check_sampling(self) -> None:
+    def _faults_of_sampling(self) -> Iterator[str]:
         rollouts, model = self.rollouts, self.model
         if self.evaluation is not None:
             for name in ("reward", "max_response_length"):
                 if getattr(rollouts, name) is None:
-                    raise ConfigError(f"rollouts.{name}: required by evaluation")
+                    yield f"rollouts.{name}: required by evaluation"
         length = rollouts.max_response_length
         if length is not None and length >= model.max_sequence_length:
-            raise ConfigError(
+            yield (
                 f"rollouts.max_response_length: {length} leaves no room for a prompt within "
                 f"model.max_sequence_length: {model.max_sequence_length}; lower it"
             )
         for token in rollouts.stop_tokens:
             if not 0 <= token < model.vocab_size:
-                raise ConfigError(
+                yield (
                     f"rollouts.stop_tokens: {token} is outside the vocabulary of "
                     f"{model.vocab_size} (0 to {model.vocab_size - 1})"
                 )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_prefix.config.bounds import at_least
-from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.config.bounds import below, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +44,21 @@ class ServerConfig:
     """Sample the next rollout batch during training; its policy is then one version old."""
 
     def __post_init__(self) -> None:
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"url: {self.url} is not of the form http://host:port")
+            yield f"url: {self.url} is not of the form http://host:port"
         if parts.username or parts.password:
-            raise ConfigError(
+            yield (
                 "url: holds a user name or password; put the key into the environment and name its "
                 "variable in api_key_variable"
             )
-        at_least(self, 1, "concurrency", "max_attempts")
+        yield from below(self, 1, "concurrency", "max_attempts")
         for name in ("request_timeout_s", "patience_s"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be above 0")
+                yield f"{name}: {getattr(self, name)} must be above 0"
 
     @property
     def loads_weights(self) -> bool:
@@ -79,10 +82,13 @@ class WeightsConfig:
     """Versions that are kept in the folder."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "every", "keep")
-        at_least(self, 0, "max_staleness")
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from below(self, 1, "every", "keep")
+        yield from below(self, 0, "max_staleness")
         if self.every - 1 > self.max_staleness:
-            raise ConfigError(
+            yield (
                 f"every: {self.every} makes groups {self.every - 1} versions old, more than "
                 f"max_staleness: {self.max_staleness} allows; lower it, or raise max_staleness"
             )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prefix.config.bounds import at_least
+from megatron_prefix.config.bounds import below, refuse
 from megatron_prefix.config.loader import ConfigError
 
 
@@ -46,6 +47,9 @@ class RewardProcessConfig:
     error that names the record."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "processes")
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from below(self, 1, "processes")
         if not self.timeout_s > 0:
-            raise ConfigError(f"timeout_s: {self.timeout_s} must be above 0")
+            yield f"timeout_s: {self.timeout_s} must be above 0"

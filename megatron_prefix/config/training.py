@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prefix.attention.kernels import kernel_names
-from megatron_prefix.config.bounds import at_least
-from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.attention.kernel_names import kernel_names
+from megatron_prefix.config.bounds import below, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,10 @@ class TrainingConfig:
         return self.steps * self.optimizer_steps_per_rollout * self.epochs_per_rollout
 
     def __post_init__(self) -> None:
-        at_least(
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from below(
             self,
             1,
             "steps",
@@ -72,11 +75,11 @@ class TrainingConfig:
             "epochs_per_rollout",
         )
         if not self.timeout_minutes > 0:
-            raise ConfigError(f"timeout_minutes: {self.timeout_minutes} must be above 0")
+            yield f"timeout_minutes: {self.timeout_minutes} must be above 0"
         if self.kernel is not None and self.kernel not in kernel_names():
-            raise ConfigError(
+            yield (
                 f"kernel: there is none named {self.kernel}; choose one of "
                 f"{', '.join(kernel_names())}, or null for the best"
             )
         if self.dtype == "float64" and self.device != "cpu":
-            raise ConfigError("dtype: float64 runs on device: cpu only; set device: cpu")
+            yield "dtype: float64 runs on device: cpu only; set device: cpu"

@@ -9,6 +9,7 @@ from megatron_prefix.config import YarnConfig
 from megatron_prefix.conversion.architecture import FAMILIES, Architecture
 from megatron_prefix.conversion.errors import ConversionError
 from megatron_prefix.conversion.hf_folder import read_json
+from megatron_prefix.packages import needed_by
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -32,7 +33,8 @@ def read_architecture(folder: Path) -> Architecture:
         ConversionError: it is missing or damaged, or says something that Megatron's GPTModel
             cannot compute, naming the key and its value.
     """
-    from transformers import AutoConfig
+    with needed_by("converting", extra="hf"):
+        from transformers import AutoConfig
 
     path = folder / "config.json"
     raw = read_json(path)
@@ -173,7 +175,8 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
     Raises:
         ConversionError: the rotary scaling cannot be said.
     """
-    from transformers import CONFIG_MAPPING
+    with needed_by("converting", extra="hf"):
+        from transformers import CONFIG_MAPPING
 
     a = architecture
     rope: dict[str, Any] = {"rope_type": "default"}

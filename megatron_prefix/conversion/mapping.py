@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.conversion.architecture import Architecture
-from megatron_prefix.conversion.errors import ConversionError
+from megatron_prefix.packages import needed_by
 
 Shape = tuple[int, ...]
 
@@ -207,15 +207,11 @@ def is_no_weight(name: str) -> bool:
 
 def _bridge(a: Architecture) -> Any:
     """mbridge's bridge of the family, as far as names and single tensors go."""
-    try:
+    with needed_by("converting", extra="hf"):
         import mbridge  # noqa: F401  (registers the families)
         from mbridge.core import LLMBridge
         from mbridge.core.bridge import _MODEL_REGISTRY
         from mbridge.core.parallel_states import ParallelStates
-    except ImportError as error:
-        raise ConversionError(
-            f"converting needs {error.name}: install megatron-prefix[hf]"
-        ) from error
     registered = _MODEL_REGISTRY[a.family]
 
     class Bridge(registered):  # type: ignore[misc, valid-type]

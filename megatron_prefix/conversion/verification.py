@@ -31,6 +31,7 @@ from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PrefixTree, pack
 from megatron_prefix.model.build import ModelChunks, build_gpt_model
 from megatron_prefix.model.transformer_config import transformer_config
+from megatron_prefix.packages import needed_by
 
 TOLERANCE = 1e-4
 """Of logits and log-probabilities in float32, absolute."""
@@ -140,7 +141,8 @@ def _same_tensors(source: HFFolder, back: HFFolder) -> Check:
 
 def _transformers_logits(source: Path, groups: Sequence[Group], work: Path) -> list[Path]:
     """Logits of every response's tokens by transformers, a file per group; float32."""
-    from transformers import AutoModelForCausalLM
+    with needed_by("comparing with transformers", extra="hf"):
+        from transformers import AutoModelForCausalLM
 
     try:
         model = AutoModelForCausalLM.from_pretrained(

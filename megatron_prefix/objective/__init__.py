@@ -2,14 +2,23 @@
 
 Everything that normalises is a weight per token, fixed from the whole batch before anything is
 split, so the loss is one plain sum wherever its tokens are computed.
+
+Names are imported when first used: a run's configuration needs `ObjectiveConfig`, but no torch.
 """
 
-from megatron_prefix.objective.advantages import group_advantages
-from megatron_prefix.objective.config import ObjectiveConfig
-from megatron_prefix.objective.log_probs import vocab_parallel_log_probs
-from megatron_prefix.objective.losses import policy_loss
-from megatron_prefix.objective.metrics import PolicyMetrics
-from megatron_prefix.objective.weights import token_weights
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_prefix.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from megatron_prefix.objective.advantages import group_advantages
+    from megatron_prefix.objective.config import ObjectiveConfig
+    from megatron_prefix.objective.log_probs import vocab_parallel_log_probs
+    from megatron_prefix.objective.losses import policy_loss
+    from megatron_prefix.objective.metrics import PolicyMetrics
+    from megatron_prefix.objective.weights import token_weights
 
 __all__ = [
     "ObjectiveConfig",
@@ -19,3 +28,15 @@ __all__ = [
     "token_weights",
     "vocab_parallel_log_probs",
 ]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ObjectiveConfig": "megatron_prefix.objective.config",
+        "PolicyMetrics": "megatron_prefix.objective.metrics",
+        "group_advantages": "megatron_prefix.objective.advantages",
+        "policy_loss": "megatron_prefix.objective.losses",
+        "token_weights": "megatron_prefix.objective.weights",
+        "vocab_parallel_log_probs": "megatron_prefix.objective.log_probs",
+    },
+)

@@ -8,6 +8,7 @@ from megatron_prefix.config import RunConfig
 from megatron_prefix.distributed.rank_results import on_rank_0
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.model.build import ModelChunks
+from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.engine import EmbeddedEngine
 from megatron_prefix.rollouts.embedded.evaluator import Evaluator
@@ -19,7 +20,6 @@ from megatron_prefix.rollouts.hf.export import weights_exporter
 from megatron_prefix.rollouts.hf.folders import PolicyFolders, generation_settings
 from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream, take_first
 from megatron_prefix.rollouts.rewards import RewardFunction, load_reward
-from megatron_prefix.rollouts.server.build import build_openai_engine
 from megatron_prefix.rollouts.text.prompts import TextPrompts
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
@@ -84,6 +84,8 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
             seed=config.training.seed,
             device=runtime.device,
         )
+    with needed_by("rollouts.engine: openai", extra="rollouts"):
+        from megatron_prefix.rollouts.server.build import build_openai_engine
     return build_openai_engine(config, source, reward, folders, options, tokenizer, os.environ)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from megatron_prefix.packages import needed_by
+
 # Rows of a Parquet file that are Python objects at once, and bytes of a column read at once.
 _PARQUET_ROWS = 64
 _PARQUET_BUFFER_BYTES = 1 << 20
@@ -57,6 +59,14 @@ class RecordFile(Protocol):
 
     def can_continue_at(self, position: FilePosition) -> bool:
         """Whether as many lines or rows as `position` says come before it."""
+        ...
+
+    def count(self) -> int:
+        """Its records; they are not parsed.
+
+        Raises:
+            ValueError: the file cannot be read, naming it.
+        """
         ...
 
 
@@ -111,6 +121,11 @@ class JsonLinesFile:
             return False
         return left == 0 and last == b"\n" and number == position.number
 
+    def count(self) -> int:
+        """The lines that are not blank."""
+        with self._open() as file:
+            return sum(bool(line.strip()) for line in self._lines(file, START))
+
     def _open(self) -> gzip.GzipFile | IO[bytes]:
         if self.path.name.lower().endswith(".gz"):
             return gzip.open(self.path, "rb")
@@ -131,15 +146,9 @@ class ParquetFile:
     """One record per row. Needs pyarrow, which is imported when the first such file is opened."""
 
     def __init__(self, path: Path) -> None:
-        try:
+        with needed_by(f"{path}: reading Parquet", extra="train"):
             import pyarrow
             from pyarrow import parquet
-        except ImportError as error:
-            # Installed but refusing this NumPy is an ImportError too: its own words are needed.
-            raise ValueError(
-                f"{path}: reading Parquet needs pyarrow, whose import failed ({error}): install "
-                "megatron-prefix[train], or give the rollouts as .jsonl"
-            ) from error
         self.path = path
         self._open = parquet.ParquetFile
         self._errors = (pyarrow.ArrowException, OSError)
@@ -158,6 +167,14 @@ class ParquetFile:
         try:
             with self._open(self.path) as file:
                 return position.number <= file.metadata.num_rows
+        except self._errors as error:
+            raise ValueError(f"{self.path}: not readable as Parquet: {error}") from error
+
+    def count(self) -> int:
+        """The rows."""
+        try:
+            with self._open(self.path) as file:
+                return file.metadata.num_rows
         except self._errors as error:
             raise ValueError(f"{self.path}: not readable as Parquet: {error}") from error
 

@@ -1,34 +1,27 @@
-"""Run a training configuration under torchrun.
+"""Run a training configuration: `python -m megatron_prefix.training run.yaml`, or under torchrun.
 
-torchrun --nproc-per-node 2 -m megatron_prefix.training run.yaml [section.key=value ...]
+Neither torch nor Megatron is imported before the arguments and the configuration's own rules have
+been checked: a wrong key is answered at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_prefix.config import RunConfig
-from megatron_prefix.config.loader import ConfigError
-from megatron_prefix.distributed.runtime import Runtime, runtime_of_run
-from megatron_prefix.distributed.stop import StopRequest
-from megatron_prefix.training.run_config import load_run_config
-from megatron_prefix.training.trainer import Trainer
+from megatron_prefix.config.bounds import refuse
+from megatron_prefix.config.loader import ConfigError, load_yaml
+from megatron_prefix.packages import MissingPackageError
+from megatron_prefix.training.errors import report_error
+from megatron_prefix.training.imports import import_megatron
+from megatron_prefix.training.requirements import missing_packages
 
-_GRACE_S = 10.0
-"""So long the other ranks wait for rank 0 to report what all of them met; when it ends, torchrun
-ends them. One that still runs then has met it alone."""
-
-_ENDING = threading.Lock()
-"""Held for ever by the thread that ends the process."""
+_USAGE = "torchrun --nproc-per-node N -m megatron_prefix.training run.yaml [section.key=value ...]"
 
 
 def main() -> int:
@@ -38,87 +31,90 @@ def main() -> int:
         0: done, or stopped and saved because of SIGTERM or SIGUSR1; 1: an error, or other ranks
         were lost; 2: a wrong configuration.
     """
-    parser = argparse.ArgumentParser(
-        prog="torchrun ... -m megatron_prefix.training", description=__doc__
-    )
-    parser.add_argument("config", type=Path, help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, as in the file")
-    args = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
+    source = None
+    try:
+        args = _arguments(sys.argv[1:], rank)
+        if args is None:
+            return 0
+        source = args.config
+        config = _load(source, args.overrides)
+        _log_to_stderr(rank)
+        import_megatron()
+        from megatron_prefix.training import launch
+
+        launch.check(config)
+    except ConfigError as error:
+        report_error(error.faults, rank, source=source)
+        return 2
+    except MissingPackageError as error:
+        report_error([str(error)], rank)
+        return 2
+    return launch.run(config, rank)
+
+
+def _load(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """The configuration, as far as it can be checked without torch.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    try:
+        config = load_yaml(path, RunConfig, overrides)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror or error}") from error
+    config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
+    refuse(missing_packages(config))
+    return config
+
+
+def _log_to_stderr(rank: int) -> None:
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"[rank {rank}] %(levelname)s %(name)s: %(message)s",
     )
     # At INFO it lists every parameter.
     logging.getLogger("megatron").setLevel(logging.WARNING)
-    try:
-        config = load_run_config(args.config, tuple(args.overrides))
-        config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
-    except (ConfigError, OSError) as error:
-        _report(f"{args.config}: {error}", rank)
-        return 2
-    with StopRequest() as stop:
-        return _run(config, stop, rank)
 
 
-def _run(config: RunConfig, stop: StopRequest, rank: int) -> int:
-    with runtime_of_run(config) as place:
-        place.liveness.end_with_others(
-            lambda lost: _end(place, lost, "another rank found it; here nothing has failed yet")
-        )
-        # A launcher that has lost a rank asks the others to stop, and they may wait for that one.
-        is_over = threading.Event()
-        stop.when_made(lambda: _end_if_others_are_lost(place, stop, is_over))
-        try:
-            Trainer(config, place, stop=stop).run()
-        except (ValueError, OSError) as error:
-            is_over.set()
-            stop.release()  # whoever waits below may be ended
-            _report(str(error), rank)
-            return 1
-        except Exception as error:
-            first_line = (str(error).splitlines() or [""])[0]
-            how = f"here it shows as {type(error).__name__}: {first_line}"
-            lost = place.liveness.lost_ranks()
-            if not lost:
-                raise
-            _end(place, lost, how)
-        finally:
-            is_over.set()
-    return 0
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]  (argparse's ends the process)
+        raise ConfigError(f"{message}; usage: {_USAGE}")
 
 
-def _end_if_others_are_lost(place: Runtime, stop: StopRequest, is_over: threading.Event) -> None:
-    lost = place.liveness.lost_ranks()
-    if lost and not is_over.is_set():
-        assert stop.signal is not None
-        name = signal.Signals(stop.signal).name
-        _end(place, lost, f"this one was asked to stop ({name})")
+def _arguments(words: Sequence[str], rank: int) -> argparse.Namespace | None:
+    """The parsed arguments; None where help was asked for, and given by rank 0.
 
-
-def _end(place: Runtime, lost: list[int], how: str) -> NoReturn:
-    """End this rank because others are gone, without waiting for anything of theirs."""
-    with _ENDING:
-        names = ", ".join(map(str, lost))
-        print(
-            f"error: rank {place.rank}: lost rank {names} (ended or stopped) in the middle of the "
-            f"run; {how}. Find out why it ended and start the run again; it continues from its "
-            "last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        place.liveness.leave(lost)
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(1)
-
-
-def _report(message: str, rank: int) -> None:
-    """Print an error once, though every rank has met it."""
-    if rank != 0:
-        time.sleep(_GRACE_S)
-        message = f"rank {rank}: {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    Raises:
+        ConfigError: they are wrong.
+    """
+    parser = _Parser(
+        usage=_USAGE,
+        description="Train as a YAML file says; overrides replace or add single keys of it. "
+        "Without torchrun it is one process.",
+        add_help=False,
+    )
+    parser.add_argument("config", type=Path, metavar="run.yaml", help="the run's configuration")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="for example optimizer.lr=1e-5",
+    )
+    if {"-h", "--help"} & set(words):
+        if rank == 0:
+            print(parser.format_help(), end="")
+        return None
+    for index, word in enumerate(words):
+        if word.startswith("-"):
+            name, equals, value = word.lstrip("-").partition("=")
+            if not equals:
+                value = next(iter(words[index + 1 :]), "value")
+            raise ConfigError(
+                f"{word}: options are keys of the configuration, without dashes: {name}={value}"
+            )
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

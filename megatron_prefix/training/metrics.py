@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_prefix.packages import needed_by
+
 
 class MetricsLog:
     """Appends one line per step to metrics.jsonl, and the same scalars to TensorBoard."""
@@ -34,13 +36,8 @@ class MetricsLog:
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = None
         if tensorboard:
-            try:
+            with needed_by("output.tensorboard: true", extra="train"):
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError(
-                    "output.tensorboard: true needs the tensorboard package: install "
-                    "megatron-prefix[train], or set it to false"
-                ) from error
             self._tensorboard = SummaryWriter(
                 directory / "tensorboard", purge_step=resume_after + 1 if resume_after else None
             )
@@ -82,10 +79,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def plot_reward(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw reward (and evaluation, where there is any) over steps as a PNG."""
-    import matplotlib
+    with needed_by("output.plot: true", extra="train"):
+        import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     trained = [(row["step"], row["reward"]) for row in rows if row.get("reward") is not None]
@@ -94,8 +92,9 @@ def plot_reward(rows: list[dict[str, Any]], path: Path) -> None:
         axes.plot(*zip(*trained, strict=True), label="reward of sampled rollouts", linewidth=1.5)
     if evaluated:
         axes.plot(*zip(*evaluated, strict=True), "o--", label="evaluation on unseen prompts")
-    axes.set_xlabel("step")
-    axes.set_ylabel("mean reward")
+    axes.set_title(f"Reward by step: {path.parent.name}")
+    axes.set_xlabel("step (rollout batches trained on)")
+    axes.set_ylabel("mean reward of a batch's responses")
     axes.set_ylim(bottom=min(0.0, *(value for _, value in trained + evaluated), 0.0))
     axes.grid(alpha=0.3)
     if trained or evaluated:

@@ -9,7 +9,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from megatron_prefix.training.optimizer import (
     settings_in_use,
 )
 from megatron_prefix.training.packing import packing_of_run
+from megatron_prefix.training.report import progress, report_end, report_start
 from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
 from megatron_prefix.training.waiting import read_waiting, write_waiting
 
@@ -123,6 +124,8 @@ class Trainer:
             writer=config.output.checkpoint_writer,
         )
         self.step = 0
+        self._weights = "random weights"
+        """Where they are from, in words."""
         self.stopped = False
         """Whether `run` has returned because it was asked to."""
         self._waiting: list[RolloutGroup] | None = None  # rollouts that are not trained on yet
@@ -138,10 +141,18 @@ class Trainer:
         if output.load is not None and not resuming:
             check_initial_weights(output.load, self.config.model, self.chunks)
             load_weights(output.load, self.chunks, self.optimizer)
+            self._weights = f"weights of {output.load}"
         if not resuming:
             self.checkpoints.set_aside()
         if self.config.objective.kl_coefficient > 0:
             if resuming:
+                if not self.checkpoints.reference_path.is_dir():
+                    raise ValueError(
+                        f"objective.kl_coefficient: {self.config.objective.kl_coefficient}, but "
+                        f"the run in {output.directory} began with 0 and has not kept the weights "
+                        "that it started from, which are the reference; set it to 0, or begin anew "
+                        "in another output.directory"
+                    )
                 load_weights(self.checkpoints.reference_path, self.chunks, self.optimizer)
             else:
                 self.checkpoints.save_reference(self.chunks)
@@ -156,6 +167,7 @@ class Trainer:
                 settings = settings_in_use(settings, self.optimizer, self.scheduler)
                 self.config = dataclasses.replace(self.config, optimizer=settings)
             self.step = state["step"]
+            self._weights = f"resumed after step {self.step} ({self.checkpoints.path(self.step)})"
             with raise_together():
                 waiting = read_waiting(self.checkpoints.path(self.step))
             if waiting is not None:
@@ -169,6 +181,8 @@ class Trainer:
             The last step's metrics, the same on every rank.
         """
         config, output = self.config, self.config.output
+        began, why = self.step, ""
+        report_start(config, self.runtime, self.chunks, weights=self._weights, step=began)
         log = None
         if self.runtime.is_main:
             log = MetricsLog(
@@ -177,7 +191,7 @@ class Trainer:
         metrics: dict[str, Any] = {}
         saved_step = self.step
         try:
-            with self._progress() as progress:
+            with self._progress() as advance:
                 if self.evaluator is not None and self.step == 0:
                     metrics = {"eval": self._evaluate()}
                     self._log(log, 0, metrics)
@@ -186,6 +200,7 @@ class Trainer:
                         break
                     groups = self._waiting or self._next_groups()
                     if groups is None:
+                        why = "the rollouts have ended"
                         break
                     self._waiting = groups
                     if self._is_to_stop():
@@ -196,7 +211,7 @@ class Trainer:
                     if self._evaluates_now():
                         metrics["eval"] = self._evaluate()
                     self._log(log, self.step, metrics)
-                    progress(metrics)
+                    advance(self.step, metrics)
                     if output.save_every and self.step % output.save_every == 0:
                         self._save(background=output.save_in_background)
                         saved_step = self.step
@@ -218,6 +233,9 @@ class Trainer:
             plot_reward(
                 read_metrics(output.directory / "metrics.jsonl"), output.directory / "reward.png"
             )
+        if self.runtime.is_main:
+            why = "it was asked to stop; start the run again to go on" if self.stopped else why
+            report_end(config, self.checkpoints, began=began, step=self.step, why=why)
         return metrics
 
     def _is_to_stop(self) -> bool:
@@ -408,24 +426,11 @@ class Trainer:
             background=background,
         )
 
-    @contextlib.contextmanager
-    def _progress(self) -> Iterator[Any]:
-        """A progress bar on rank 0; elsewhere nothing."""
-        if not self.runtime.is_main:
-            yield lambda metrics: None
-            return
-        from tqdm import tqdm
-
-        with tqdm(
-            total=self.config.training.steps, initial=self.step, unit="step", dynamic_ncols=True
-        ) as bar:
-
-            def advance(metrics: dict[str, Any]) -> None:
-                shown = {k: metrics[k] for k in ("reward", "eval", "grad_norm") if k in metrics}
-                bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
-                bar.update(1)
-
-            yield advance
+    def _progress(self) -> contextlib.AbstractContextManager[Callable[..., None]]:
+        """Shows each step on rank 0; elsewhere nothing."""
+        if self.runtime.is_main:
+            return progress(self.config, self.step)
+        return contextlib.nullcontext(lambda step, metrics: None)
 
 
 def _fingerprint(groups: Sequence[RolloutGroup], minibatches: Sequence[Minibatch]) -> str:

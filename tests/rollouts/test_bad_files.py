@@ -268,8 +268,12 @@ def test_a_broken_parquet_file_is_named(tmp_path):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", [GOOD])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"needs pyarrow, .*: install megatron-prefix\[train\]"):
+    with pytest.raises(ValueError, match=r"reading Parquet needs pyarrow") as caught:
         engine(path)
+    assert str(caught.value) == (
+        f"{path}: reading Parquet needs pyarrow, which is not installed; "
+        "pip install 'megatron-prefix[train]'"
+    )
 
 
 def test_wrong_paths_and_options_are_refused_before_anything_is_read(tmp_path):

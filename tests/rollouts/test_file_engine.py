@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from megatron_prefix import rollouts
 from megatron_prefix.rollouts import rewards
 from megatron_prefix.rollouts.engine import EndOfRollouts, RolloutEngine
+from megatron_prefix.rollouts.record_files import open_record_file
 
 from .files import (
     FORMATS,
@@ -315,3 +316,9 @@ print([group.responses for group in engine.next_groups(3, step=0)])
         check=False,
     )
     assert done.stdout == f"{[group.responses for group in groups]}\n", done.stderr
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_records_are_counted_without_reading_them(tmp_path, suffix):
+    path = write(tmp_path / f"rollouts{suffix}", [whole_record(g) for g in numbered_groups(7)])
+    assert open_record_file(path).count() == 7

@@ -21,6 +21,7 @@ from megatron_prefix.config import RunConfig
 from megatron_prefix.config.loader import load_dataclass
 from megatron_prefix.distributed.runtime import runtime_of_run
 from megatron_prefix.training import __main__ as command
+from megatron_prefix.training import errors
 from megatron_prefix.training.trainer import Trainer
 
 VOCAB_SIZE = 64
@@ -109,21 +110,22 @@ def run_command(config: Path) -> tuple[int, str]:
     with (
         contextlib.redirect_stderr(io.StringIO()) as stderr,
         mock.patch.object(sys, "argv", ["training", str(config)]),
-        mock.patch.object(command, "_GRACE_S", 0.0),
+        mock.patch.object(errors, "GRACE_S", 0.0),
     ):
         status = command.main()
     return status, stderr.getvalue()
 
 
 def torchrun(
-    config: Path, *, processes: int = 2, timeout: float = 150.0
+    config: Path, *, processes: int = 2, timeout: float = 150.0, ignore_warnings: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun -m megatron_prefix.training config`; nothing of it is left, whatever happens."""
+    warnings = ("-W", "ignore") if ignore_warnings else ()
     root = Path(__file__).resolve().parents[2]
     paths = [str(root), str(config.parent), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
         [
-            *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"),
+            *(sys.executable, *warnings, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(processes)),
             *("-m", "megatron_prefix.training", str(config)),
         ],

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_prefix.training import __main__ as command
+from megatron_prefix.training import launch
 from tests.distributed import run_distributed
 from tests.training.runs import (
     MAX_SEQUENCE_LENGTH,
@@ -334,10 +334,11 @@ def test_a_wrong_configuration_ends_with_status_2_before_any_process_group(
         if section == "model":
             values["model"]["transformer"] = transformer
     config = write_config(tmp_path / "run.yaml", values)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    # Split and spread over 2 each, experts fill 4 processes.
+    monkeypatch.setenv("WORLD_SIZE", "4" if name == "experts split on the CPU" else "2")
     monkeypatch.setenv("RANK", "0")
     with mock.patch.object(
-        command, "runtime_of_run", side_effect=AssertionError("a group was started")
+        launch, "runtime_of_run", side_effect=AssertionError("a group was started")
     ):
         status, stderr = run_command(config)
     assert status == 2

@@ -7,6 +7,7 @@ import logging
 
 import torch
 
+from megatron_prefix.attention.kernel_names import kernel_names
 from megatron_prefix.attention.kernels.base import Kernel
 from megatron_prefix.attention.kernels.flash_attn import (
     FlashAttn2Kernel,
@@ -29,12 +30,9 @@ _KERNELS: tuple[Kernel, ...] = (
     TorchCpuKernel(),
     ReferenceKernel(),
 )
-"""Best first. A new kernel is one file and one entry here."""
+"""Best first. A new kernel is one file, one entry here and its name in `kernel_names.py`."""
 
-
-def kernel_names() -> tuple[str, ...]:
-    """The names that `select_kernel` takes."""
-    return tuple(kernel.name for kernel in _KERNELS)
+assert kernel_names() == tuple(kernel.name for kernel in _KERNELS)
 
 
 def select_kernel(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_prefix.config import WeightsConfig
 from megatron_prefix.distributed.rank_results import gather
+from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
@@ -118,7 +119,8 @@ class HuggingFaceEngine:
         close_reward(self._reward)
 
     def _load(self, folder: Any) -> None:
-        from transformers import AutoModelForCausalLM
+        with needed_by("rollouts.engine: hf", extra="rollouts"):
+            from transformers import AutoModelForCausalLM
 
         self._model = None
         try:

@@ -25,6 +25,7 @@ from megatron_prefix.config import ModelConfig
 from megatron_prefix.distributed.rank_results import gather
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.model.parameter_shards import Shape, parameter_shards
+from megatron_prefix.packages import needed_by
 
 if TYPE_CHECKING:
     from megatron_prefix.conversion.hf_folder import Shard
@@ -82,19 +83,15 @@ def weights_exporter(
         ValueError: the conversion's packages are not installed, or the model is of no Hugging Face
             family that it knows, naming the option, or has a parameter that the family lacks.
     """
-    try:
+    with needed_by("writing the weights as a Hugging Face model", extra="rollouts"):
         from megatron_prefix.conversion.architecture import from_model_config
         from megatron_prefix.conversion.checks import check_stored
         from megatron_prefix.conversion.hf_config import config_values
         from megatron_prefix.conversion.hf_folder import ShardWriter, finish_shards, write_json
         from megatron_prefix.conversion.mapping import Mapping, dtype_name
-    except ImportError as error:
-        raise ValueError(
-            "rollouts.engine: openai and hf write the weights as a Hugging Face model, whose "
-            f"packages are not installed ({error}): install megatron-prefix[rollouts]"
-        ) from error
-    mapping = Mapping(from_model_config(model))
-    values = config_values(mapping.architecture, dtype_name(chunks.config.params_dtype))
+
+        mapping = Mapping(from_model_config(model))
+        values = config_values(mapping.architecture, dtype_name(chunks.config.params_dtype))
     parameters = mapping.parameters()
     # Parts travel through the processes' own memory: a GPU has none to spare for them.
     group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))

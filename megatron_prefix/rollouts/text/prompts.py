@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prefix.config import TextConfig
+from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.parsing import check_names
 from megatron_prefix.rollouts.prompts import Prompt
@@ -231,13 +232,8 @@ def _read_table(paths: Sequence[Path]) -> Any:
     As JSON, since a column has one type, but a prompt or an answer may be text here and a list
     there.
     """
-    try:
+    with needed_by(f"{paths[0]}: reading text prompts", extra="rollouts"):
         import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"{paths[0]}: reading text prompts needs the datasets package ({error}): install "
-            "megatron-prefix[rollouts]"
-        ) from error
     # The cache knows files by what is given here: a changed file must not be taken for the old one.
     stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     try:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_prefix.packages import MissingPackageError, needed_by
+
 logger = logging.getLogger(__name__)
 
 Tokens = tuple[int, ...]
@@ -26,13 +28,8 @@ class TextTokenizer:
             ValueError: transformers is not installed, there is no such tokenizer, or it has tokens
                 that the model has not.
         """
-        try:
+        with needed_by(f"rollouts.text.tokenizer: {path}", extra="rollouts"):
             from transformers import AutoTokenizer
-        except ImportError as error:
-            raise ValueError(
-                f"rollouts.text.tokenizer: {path} needs the transformers package ({error}): "
-                "install megatron-prefix[rollouts]"
-            ) from error
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(path))
         except (OSError, ValueError) as error:
@@ -66,9 +63,12 @@ class TextTokenizer:
         if not self._tokenizer.chat_template:
             raise ValueError(f"the tokenizer {self.path} has no chat template")
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False
-            )
+            with needed_by(f"the chat template of {self.path}", extra="rollouts"):
+                text = self._tokenizer.apply_chat_template(
+                    list(messages), add_generation_prompt=True, tokenize=False
+                )
+        except MissingPackageError:
+            raise
         # Templates are programs: jinja2's own errors, KeyErrors, TypeErrors ...
         except Exception as error:
             raise ValueError(

@@ -1,0 +1,18 @@
+"""The attention kernels' names, which a configuration is checked by before torch is imported."""
+
+from __future__ import annotations
+
+_NAMES = (
+    "flash_attn_3",
+    "flash_attn_4",
+    "flash_attn_2",
+    "torch_cuda",
+    "torch_cpu",
+    "reference",
+)
+"""In the order of the registry (`attention/kernels`)."""
+
+
+def kernel_names() -> tuple[str, ...]:
+    """The names that `select_kernel` takes."""
+    return _NAMES

@@ -1,0 +1,61 @@
+"""What Megatron-Core and torch say of themselves at import and at start, which no user can act on.
+
+Each is named by its text, its category and the module that says it, so that whatever else these
+say still reaches the user. For programs only: a library leaves its user's filters as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+_MEGATRON = r"megatron\.core\."
+
+_WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
+    (r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning, _MEGATRON),
+    (r"\w+ is experimental and still under active development", UserWarning, _MEGATRON),
+    (r"assertion is always true", SyntaxWarning, r".*megatron.core.transformer."),
+    # Said of cuda_graph_scope's own default, whether graphs are on or off.
+    (r"full scope is deprecated", UserWarning, r"megatron\.core\.transformer\.transformer_config"),
+    # Its optimizer looks whether a parameter has a gradient of another name.
+    (
+        r"The \.grad attribute of a Tensor that is not a leaf Tensor",
+        UserWarning,
+        r"megatron\.core\.optimizer\.",
+    ),
+    # Megatron's calls, under the names that torch has used before.
+    (r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"torch\.distributed\.c10d_logger"),
+    (
+        r"`(load|save)_state_dict` is deprecated",
+        FutureWarning,
+        r"megatron\.core\.dist_checkpointing\.",
+    ),
+    (r"Please use DTensor instead", FutureWarning, r"torch\.distributed\.checkpoint\."),
+)
+
+_LOG_LINES = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": (
+        "DistributedDataParallel: full_param_layout not provided"
+    ),
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+}
+
+
+def hide_known_messages() -> None:
+    """Hide them in this process from now on; to be called before Megatron is imported."""
+    for text, category, module in _WARNINGS:
+        warnings.filterwarnings("ignore", message=text, category=category, module=module)
+    for name, text in _LOG_LINES.items():
+        logging.getLogger(name).addFilter(_BeginsOtherwise(text))
+
+
+class _BeginsOtherwise(logging.Filter):
+    """Lets every line pass that does not begin with a text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self._text)

@@ -1,0 +1,56 @@
+"""The packages beyond the bare install that a run's configuration asks for.
+
+They are looked for before anything starts: a run must not end at its last step because the picture
+of its rewards cannot be drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_prefix.config import RunConfig
+from megatron_prefix.packages import is_installed, missing_line
+
+_HUGGING_FACE = ("transformers", "safetensors", "mbridge", "einops")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Need:
+    what: str
+    """The option that asks for them."""
+    extra: str
+    packages: tuple[str, ...]
+
+
+def missing_packages(config: RunConfig) -> list[str]:
+    """A line for each option that needs packages which are not installed, with what to do."""
+    lines = []
+    for need in _needs(config):
+        missing = [package for package in need.packages if not is_installed(package)]
+        if missing:
+            lines.append(missing_line(need.what, " and ".join(missing), need.extra))
+    return lines
+
+
+def _needs(config: RunConfig) -> Iterator[_Need]:
+    rollouts, output = config.rollouts, config.output
+    if output.tensorboard:
+        yield _Need(what="output.tensorboard: true", extra="train", packages=("tensorboard",))
+    if output.plot:
+        yield _Need(what="output.plot: true", extra="train", packages=("matplotlib",))
+    if output.save_every or output.save_last or config.objective.kl_coefficient > 0:
+        yield _Need(what="writing a checkpoint", extra="train", packages=("psutil",))
+    paths = rollouts.paths + (() if config.evaluation is None else config.evaluation.paths)
+    if any(path.suffix == ".parquet" for path in paths):
+        yield _Need(what="reading Parquet", extra="train", packages=("pyarrow",))
+    engine = f"rollouts.engine: {rollouts.engine}"
+    if rollouts.engine == "openai":
+        yield _Need(what=engine, extra="rollouts", packages=("httpx", *_HUGGING_FACE))
+    elif rollouts.engine == "hf":
+        yield _Need(what=engine, extra="rollouts", packages=_HUGGING_FACE)
+    if rollouts.text is not None:
+        packages = ("transformers", *(("jinja2",) if rollouts.text.chat else ()))
+        if rollouts.engine != "file" or config.evaluation is not None:
+            packages += ("datasets",)
+        yield _Need(what="rollouts.text", extra="rollouts", packages=packages)

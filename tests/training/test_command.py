@@ -1,0 +1,246 @@
+"""What the command line answers before torch and Megatron are imported, and what it then hides."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prefix.config import RunConfig
+from megatron_prefix.config.loader import load_dataclass
+from megatron_prefix.megatron.known_messages import hide_known_messages
+from megatron_prefix.training.requirements import missing_packages
+from tests.training.runs import run_values, torchrun, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Ends by saying which of the two it has imported.
+_COMMAND = """
+import sys, time
+from megatron_prefix.training.__main__ import main
+status = main()
+print("imported:", [name for name in ("torch", "megatron", "numpy") if name in sys.modules])
+sys.exit(status)
+"""
+
+
+def _command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    values = run_values(tmp_path / "out", records=tmp_path / "rollouts.jsonl")
+    return write_config(tmp_path / "run.yaml", values)
+
+
+def test_help_is_short_and_imports_neither_torch_nor_megatron() -> None:
+    done = _command("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    *lines, imported = done.stdout.splitlines()
+    assert imported == "imported: []"
+    assert len(lines) < 10 and "section.key=value" in done.stdout
+
+
+def test_a_misspelt_key_is_answered_within_a_second(config: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = _command(config, "training.stepz=3")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 2 and done.stdout == "imported: []\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {config}: training.stepz: unknown key; did you mean steps?")
+    # Of the processor, which other processes on the machine do not lengthen; it waits for nothing.
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1
+
+
+def test_all_faults_of_all_sections_are_said_at_once(config: Path) -> None:
+    done = _command(
+        config,
+        *(
+            "training.stepz=3",
+            "training.token_budget=many",
+            "optimizer.lr=-1",
+            "optimizer.min_lr=-2",
+        ),
+        *("model.vocab_size=", "rollouts.engine=openai", "optimiser={lr: 1}", "output.keep=0"),
+    )
+    assert done.returncode == 2 and done.stdout == "imported: []\n"
+    first, *faults = done.stderr.splitlines()
+    assert first == f"error: {config}: {len(faults)} faults"
+    for fault in (
+        "training.stepz: unknown key; did you mean steps?",
+        'training.token_budget: expected int, got "many"',
+        "optimizer.lr: -1.0 must be at least 0",
+        "optimizer.min_lr: -2.0 must be at least 0",
+        "model.vocab_size: expected int, got null",
+        "rollouts.group_size: required by engine: openai",
+        "rollouts.max_response_length: required by engine: openai",
+        "rollouts.reward: required by engine: openai",
+        "rollouts.server: missing, with engine: openai",
+        "optimiser: unknown key; did you mean optimizer?",
+        "output.keep: 0 must be at least 1",
+    ):
+        assert sum(line.startswith(f"  {fault}") for line in faults) == 1, fault
+    assert len(faults) == 11
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: run.yaml; usage: torchrun "),
+        (
+            ["run.yaml", "--optimizer.lr", "1e-5"],
+            "--optimizer.lr: options are keys of the configuration, without dashes: "
+            "optimizer.lr=1e-5",
+        ),
+        (["run.yaml", "--optimizer.lr=1e-5"], "without dashes: optimizer.lr=1e-5"),
+        (["nope.yaml"], "nope.yaml: cannot be read: No such file or directory"),
+    ],
+)
+def test_wrong_arguments_are_one_line_that_says_what_to_write(
+    arguments: list[str], message: str
+) -> None:
+    done = _command(*arguments)
+    assert done.returncode == 2 and done.stdout == "imported: []\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "rollouts.text={tokenizer: t, prompt_template: {question}}",
+            'rollouts.text.prompt_template: expected str, got {"question": null}; YAML reads {...} '
+            "as a mapping: put text that begins with { in quotes",
+        ),
+        (
+            "rollouts.server={url:x}",
+            "rollouts.server.url:x: unknown key; YAML wants a space after a colon: url: x",
+        ),
+        (
+            "parallel.tensor_model_parallel_size=2",
+            "parallel: 1 process does not divide by tensor_model_parallel_size x "
+            "pipeline_model_parallel_size = 2; start a multiple of it: torchrun --nproc-per-node "
+            "2 -m megatron_prefix.training",
+        ),
+    ],
+)
+def test_usual_mistakes_are_answered_with_what_to_write(
+    config: Path, override: str, message: str
+) -> None:
+    done = _command(config, override)
+    assert done.returncode == 2 and done.stdout == "imported: []\n"
+    assert message in done.stderr
+
+
+def test_under_torchrun_only_rank_0_reports_and_torchruns_summary_ends_with_it(
+    config: Path,
+) -> None:
+    values = config.read_text().replace("token_budget", "token_bugdet")
+    config.write_text(values)
+    failed = torchrun(config)
+    assert failed.returncode != 0
+    (error,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert "2 faults" in error
+    assert failed.stderr.count("  training.token_bugdet: unknown key") == 2
+    # Once by rank 0, once in the summary.
+    assert "training.token_bugdet: unknown key" in failed.stderr.split("Root Cause")[1]
+
+
+def test_without_a_gpu_the_default_device_is_one_line_that_says_cpu(tmp_path: Path) -> None:
+    values = run_values(tmp_path / "out", records=tmp_path / "rollouts.jsonl")
+    del values["training"]["device"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "megatron_prefix.training"),
+            str(write_config(tmp_path / "run.yaml", values)),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "training.device: cuda, but torch" in line
+    assert line.endswith("sees no GPU here; set training.device: cpu")
+
+
+def _needs(monkeypatch: pytest.MonkeyPatch, missing: set[str], **sections: Any) -> list[str]:
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    values = run_values(Path("out"), records=Path("r.jsonl"), **sections)
+    return missing_packages(load_dataclass(RunConfig, values))
+
+
+def test_missing_packages_are_named_by_the_options_that_need_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    missing = {"tensorboard", "matplotlib", "psutil", "httpx", "jinja2", "datasets", "pyarrow"}
+    train = "which is not installed; pip install 'megatron-prefix[train]'"
+    rollouts = "which is not installed; pip install 'megatron-prefix[rollouts]'"
+    quiet = {"save_last": False}
+    assert _needs(monkeypatch, missing, output=quiet) == []
+    assert _needs(monkeypatch, missing) == [f"writing a checkpoint needs psutil, {train}"]
+    assert _needs(monkeypatch, missing, output={**quiet, "tensorboard": True, "plot": True}) == [
+        f"output.tensorboard: true needs tensorboard, {train}",
+        f"output.plot: true needs matplotlib, {train}",
+    ]
+    assert _needs(monkeypatch, missing, output=quiet, rollouts={"paths": ["a.parquet"]}) == [
+        f"reading Parquet needs pyarrow, {train}"
+    ]
+    asked = {"group_size": 2, "max_response_length": 4, "reward": "r"}
+    text = {"tokenizer": "t", "chat": True}
+    server = {"url": "http://localhost:1", "kind": "vllm"}
+    openai = {**asked, "engine": "openai", "server": server, "text": text}
+    assert _needs(monkeypatch, missing, output=quiet, rollouts=openai) == [
+        f"rollouts.engine: openai needs httpx, {rollouts}",
+        f"rollouts.text needs jinja2 and datasets, {rollouts}",
+    ]
+    hf = {**asked, "engine": "hf"}
+    assert _needs(monkeypatch, {*missing, "mbridge"}, output=quiet, rollouts=hf) == [
+        f"rollouts.engine: hf needs mbridge, {rollouts}"
+    ]
+
+
+def test_only_what_is_known_is_hidden(caplog: pytest.LogCaptureFixture) -> None:
+    name = "megatron.core.models.gpt.gpt_model"
+    before = logging.getLogger(name).filters[:]
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            hide_known_messages()
+            for text, category, module in [
+                ("Apex is not installed. Falling back", UserWarning, "megatron.core.optimizer"),
+                ("Apex is not installed. Falling back", UserWarning, "my_module"),
+                ("Apex is not installed. Falling back", FutureWarning, "megatron.core.optimizer"),
+                ("Your batch is empty", UserWarning, "megatron.core.optimizer"),
+            ]:
+                warnings.warn_explicit(text, category, "file.py", 1, module=module)
+        assert [(str(w.message)[:4], w.category) for w in caught] == [
+            ("Apex", UserWarning),
+            ("Apex", FutureWarning),
+            ("Your", UserWarning),
+        ]
+        logging.getLogger(name).warning("GPTModel IS DEPRECATED. GPTModel is only accepting")
+        logging.getLogger(name).warning("the vocabulary is odd")
+        assert [record.getMessage() for record in caplog.records] == ["the vocabulary is odd"]
+    finally:
+        logging.getLogger(name).filters[:] = before
