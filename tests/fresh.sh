@@ -122,7 +122,7 @@ test_train() {
         --optimizer-steps 1
     check "plan a run" venv/bin/python tools/plan.py --model examples/configs/qwen2.5-7b.yaml \
         --case 16,2048,1024 --groups 32 --tp 4 --pp 2 --token-budget 32768
-    check "draw a layout" venv/bin/python tools/show_layout.py --output layout.png
+    check "draw a layout" venv/bin/python tools/show_layout.py --out layout.png
     says "a server names the extra that it needs" 2 "megatron-prefix[rollouts]" \
         venv/bin/python -m megatron_prefix.training run.yaml rollouts.engine=openai \
         rollouts.group_size=2 rollouts.max_response_length=8 rollouts.reward=numeric \
