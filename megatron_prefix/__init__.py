@@ -6,6 +6,7 @@
     PrefixPackedSeqParams       what such a row's batch carries through GPTModel
     vocab_parallel_log_probs    log-probabilities from hidden states, without all logits at once
     enable_cpu_device           Megatron-Core without a GPU
+    select_kernel, check_kernel the attention kernel of a device, and whether it computes attention
 
 Names are imported when first used, so that importing the package loads neither torch nor Megatron.
 """
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING
 from megatron_prefix.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from megatron_prefix.attention.kernels import select_kernel
+    from megatron_prefix.attention.self_check import check_kernel
     from megatron_prefix.layer_spec import prefix_grouped, prefix_grouped_layer_spec
     from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
     from megatron_prefix.layout import PrefixTree, pack
@@ -29,10 +32,12 @@ __all__ = [
     "PrefixPackedSeqParams",
     "PrefixTree",
     "__version__",
+    "check_kernel",
     "enable_cpu_device",
     "pack",
     "prefix_grouped",
     "prefix_grouped_layer_spec",
+    "select_kernel",
     "vocab_parallel_log_probs",
 ]
 
@@ -41,10 +46,12 @@ __getattr__ = lazy_names(
     {
         "PrefixPackedSeqParams": "megatron_prefix.layers.packed_seq_params",
         "PrefixTree": "megatron_prefix.layout",
+        "check_kernel": "megatron_prefix.attention.self_check",
         "enable_cpu_device": "megatron_prefix.megatron.cpu_device",
         "pack": "megatron_prefix.layout",
         "prefix_grouped": "megatron_prefix.layer_spec",
         "prefix_grouped_layer_spec": "megatron_prefix.layer_spec",
+        "select_kernel": "megatron_prefix.attention.kernels",
         "vocab_parallel_log_probs": "megatron_prefix.objective.log_probs",
     },
 )

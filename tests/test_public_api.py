@@ -13,10 +13,12 @@ def test_every_public_name_can_be_imported() -> None:
         "PrefixPackedSeqParams",
         "PrefixTree",
         "__version__",
+        "check_kernel",
         "enable_cpu_device",
         "pack",
         "prefix_grouped",
         "prefix_grouped_layer_spec",
+        "select_kernel",
         "vocab_parallel_log_probs",
     ]
     for name in megatron_prefix.__all__:

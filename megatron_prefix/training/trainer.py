@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.checkpoints.folder import CheckpointFolder
 from megatron_prefix.checkpoints.initial_weights import check_initial_weights
 from megatron_prefix.checkpoints.weights import load_weights
@@ -25,11 +24,11 @@ from megatron_prefix.distributed.rank_results import raise_together
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.distributed.stop import StopRequest
 from megatron_prefix.model.build import ModelChunks, build_model_chunks, model_shape
-from megatron_prefix.model.transformer_config import DTYPES
 from megatron_prefix.objective import PolicyMetrics
 from megatron_prefix.rollouts.build import build_engine, build_evaluator
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.training.kernel_check import check_kernel_of_run
 from megatron_prefix.training.metrics import MetricsLog, plot_reward, read_metrics
 from megatron_prefix.training.minibatch import (
     Minibatch,
@@ -95,14 +94,7 @@ class Trainer:
             config.training,
             use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         )
-        # Before anything is loaded: a kernel that cannot do what the run asks for.
-        select_kernel(
-            config.training.kernel,
-            device=runtime.device,
-            dtype=DTYPES[config.training.dtype],
-            head_dim=self.chunks.config.kv_channels,
-            deterministic=config.training.deterministic,
-        )
+        check_kernel_of_run(config.training, self.chunks.config, runtime.device)
         self.optimizer = build_optimizer(config.optimizer, self.chunks)
         self.scheduler = build_scheduler(
             config.optimizer,

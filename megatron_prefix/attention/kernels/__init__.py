@@ -18,7 +18,7 @@ from megatron_prefix.attention.kernels.reference import ReferenceKernel
 from megatron_prefix.attention.kernels.torch_cpu import TorchCpuKernel
 from megatron_prefix.attention.kernels.torch_cuda import TorchCudaKernel
 
-__all__ = ["Kernel", "kernel_names", "select_kernel"]
+__all__ = ["Kernel", "kernel_names", "select_kernel", "usable_kernels"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,18 @@ def select_kernel(
         kernel = automatic[0]
     _log_choice(kernel.name, device.type, dtype, head_dim)
     return kernel
+
+
+def usable_kernels(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    deterministic: bool = False,
+) -> tuple[str, ...]:
+    """The names that `select_kernel` takes for these inputs, best first."""
+    reasons = _reasons(torch.device(device), dtype, head_dim, deterministic)
+    return tuple(name for name, reason in reasons.items() if reason is None)
 
 
 @functools.lru_cache(maxsize=64)  # every layer of every microbatch asks for the same few
