@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from megatron_prefix.attention import kernels
-from megatron_prefix.attention.kernels import TorchCudaKernel, kernel_names, select_kernel
+from megatron_prefix.attention.kernels import (
+    TorchCudaKernel,
+    kernel_names,
+    select_kernel,
+    usable_kernels,
+)
 from megatron_prefix.attention.kernels import flash_attn as flash_attn_kernels
 from megatron_prefix.attention.kernels import torch_cuda as torch_cuda_kernel
 from megatron_prefix.attention.kernels.cuda_varlen import (
@@ -185,6 +190,15 @@ def test_what_cannot_be_deterministic_is_refused_by_name_and_not_chosen(on_gpu):
     assert select_kernel(None, **inputs, deterministic=True).name == "flash_attn_2"
     with pytest.raises(ValueError, match=r"head_dim 256, deterministic: its deterministic back"):
         select_kernel("flash_attn_3", **inputs, deterministic=True)
+
+
+def test_the_beta_of_flash_attention_4_is_only_chosen_by_name(on_gpu):
+    """On Blackwell it is the first of the kernels that can."""
+    on_gpu((10, 0))
+    inputs = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 128}
+    assert usable_kernels(*inputs.values())[0] == "flash_attn_4"
+    assert select_kernel(None, **inputs).name == "flash_attn_2"
+    assert select_kernel("flash_attn_4", **inputs).name == "flash_attn_4"
 
 
 def test_without_packages_torchs_own_kernel_is_chosen(on_gpu, monkeypatch):

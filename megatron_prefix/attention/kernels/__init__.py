@@ -46,8 +46,9 @@ def select_kernel(
     """The attention kernel called `name`, or the best that the inputs allow.
 
     Args:
-        name: one of `kernel_names()`, or None for the best. The reference kernel, which holds all
-            scores of a segment in memory, is only ever chosen by name.
+        name: one of `kernel_names()`, or None for the best. Two are only ever chosen by name: the
+            reference kernel, which holds all scores of a segment in memory, and FlashAttention 4,
+            a beta.
         device, dtype, head_dim: of q, k and v.
         deterministic: only kernels whose backward can give the same bits every time. It has to be
             asked for in each call of `Kernel.backward` as well.
