@@ -133,7 +133,7 @@ def build_model_chunks(
     for chunk in bare:
         if training.device == "cuda":
             chunk.cuda(torch.cuda.current_device())
-    head = LogProbHead.install(
+    head = LogProbHead.of(
         bare[-1], vocab_size=model.vocab_size, chunk_tokens=training.log_prob_chunk_tokens
     )
     inner = [Float16Module(config, c) if config.bf16 else c for c in bare]

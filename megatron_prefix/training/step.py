@@ -69,7 +69,9 @@ def run_schedule(
     forward_backward = get_forward_backward_func()
     iterators: list[Iterator[PackedBatch]] = [iter(batches) for _ in chunks.wrapped]
     return forward_backward(
-        forward_step_func=functools.partial(_forward_step, chunks=chunks, objective=objective),
+        forward_step_func=functools.partial(
+            _forward_step, chunks=chunks, objective=objective, with_entropy=not collect_logprobs
+        ),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=chunks.wrapped if len(chunks.wrapped) > 1 else chunks.wrapped[0],
         num_microbatches=len(batches),
@@ -87,6 +89,7 @@ def _forward_step(
     *,
     chunks: ModelChunks,
     objective: ObjectiveConfig,
+    with_entropy: bool,
 ) -> tuple[Tensor, Any]:
     batch = next(data_iterator)
     call = functools.partial(
@@ -97,13 +100,14 @@ def _forward_step(
         packed_seq_params=batch.params,
     )
     if chunks.head is not None and model is chunks.wrapped[-1]:
-        with chunks.head.request(
+        output = chunks.head.log_probs(
+            call,
             batch.label_positions,
             batch.labels,
             temperature=objective.temperature,
-            train_entropy=objective.entropy_coefficient > 0,
-        ):
-            output = call()
+            with_entropy=with_entropy,
+            train_entropy=with_entropy and objective.entropy_coefficient > 0,
+        )
     else:
         output = call()
     return output, functools.partial(_loss, batch=batch, objective=objective)
@@ -112,9 +116,10 @@ def _forward_step(
 def _loss(
     output: Tensor, non_loss_data: bool = False, *, batch: PackedBatch, objective: ObjectiveConfig
 ) -> Any:
-    """output [1, N, 2] -> Megatron's (loss, token count, report), or the [E] log-probabilities."""
+    """output [1, N, 2] -> Megatron's (loss, token count, report); or [1, N, 1] -> the [E]
+    log-probabilities."""
     # Plain indexing: on CUDA its backward adds shared positions up in a fixed order.
-    logprobs, entropy = output[0][batch.entry_labels].unbind(-1)
+    logprobs, *entropy = output[0][batch.entry_labels].unbind(-1)
     if non_loss_data:
         return logprobs.detach()
     loss, metrics = policy_loss(
@@ -126,7 +131,7 @@ def _loss(
         num_sequences=batch.num_sequences,
         config=objective,
         reference_logprobs=batch.reference_logprobs,
-        entropy=entropy,
+        entropy=entropy[0],
         context_parallel_group=batch.context_parallel_group,
     )
     # The count is not used (see the head of the file), but its type and place are Megatron's.

@@ -36,6 +36,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
 
+from megatron_prefix.megatron.output import takes_output_processor
 from megatron_prefix.megatron.support import REFUSALS
 
 VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
@@ -251,3 +252,7 @@ def test_buckets_know_the_ranks_that_their_gradients_are_sharded_over() -> None:
 
 def test_a_layer_spec_class_may_be_any_base_transformer_layer() -> None:
     assert issubclass(TransformerLayer, BaseTransformerLayer)
+
+
+def test_the_output_processor_is_there_since_0_18() -> None:
+    assert takes_output_processor() == (VERSION >= (0, 18))

@@ -46,7 +46,7 @@ def build(device: str, kernel: str | None) -> tuple[GPTModel, LogProbHead]:
     training = dataclasses.replace(TRAINING, dtype="bfloat16", device=device, kernel=kernel)
     config = transformer_config(MODEL, ParallelConfig(), training)
     model = build_gpt_model(MODEL, config).bfloat16()
-    head = LogProbHead.install(model, vocab_size=MODEL.vocab_size, chunk_tokens=8)
+    head = LogProbHead.of(model, vocab_size=MODEL.vocab_size, chunk_tokens=8)
     return model, head
 
 
@@ -78,7 +78,9 @@ def batch_on(device: torch.device, kernel: str | None, *, deterministic: bool) -
 def run_microbatch(model: GPTModel, head: LogProbHead, batch: PackedBatch) -> torch.Tensor:
     """Forward and backward, by the functions that a train step is made of."""
     chunks = SimpleNamespace(head=head, wrapped=[model])
-    output, loss_function = _forward_step(iter([batch]), model, chunks=chunks, objective=OBJECTIVE)
+    output, loss_function = _forward_step(
+        iter([batch]), model, chunks=chunks, objective=OBJECTIVE, with_entropy=True
+    )
     loss, _, metrics = loss_function(output)
     loss.backward()
     return metrics.stack()

@@ -146,18 +146,17 @@ def _forward_step(
         # Token ids are exact in float64.
         return torch.stack((tokens.to(logprobs.dtype), logprobs), dim=-1)
 
-    draws_here = chunks.head is not None and model is chunks.wrapped[-1]
-    with (
-        chunks.head.request_from_logits(request.positions, draw_block)
-        if draws_here
-        else contextlib.nullcontext()
-    ):
-        output = model(
-            request.input_ids,
-            request.params.position_ids[None],
-            attention_mask=None,
-            packed_seq_params=request.params,
-        )
+    call = functools.partial(
+        model,
+        request.input_ids,
+        request.params.position_ids[None],
+        attention_mask=None,
+        packed_seq_params=request.params,
+    )
+    if chunks.head is not None and model is chunks.wrapped[-1]:
+        output = chunks.head.from_logits(call, request.positions, draw_block)
+    else:
+        output = call()
     return output, _as_it_is
 
 
