@@ -1,18 +1,28 @@
 """bfloat16 and float16 attention over packed rows, by relative L2 error against float64.
 
+Whole rows, rows of a trimmed last layer, and the stages of context-parallel ranks, rank by rank.
 Every kernel that can compute the dtype on a device is measured there: on the CPU always, on a GPU
 where there is one.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_prefix.attention.function import prefix_attention
+from megatron_prefix.attention.function import MergedAttention, StageCompute, prefix_attention
 from megatron_prefix.attention.kernels import kernel_names, select_kernel
-from megatron_prefix.attention.stages import AttentionPlan
-from megatron_prefix.layout import PrefixTree, pack
+from megatron_prefix.attention.stages import AttentionPlan, stage_tensors
+from megatron_prefix.layout import (
+    AttentionStage,
+    PackedLayout,
+    PrefixTree,
+    RankStages,
+    pack,
+    rows_to_keep,
+    shard_layout,
+)
 from tests.attention.oracle import dense_attention, gradients, group, random_qkv, visible_keys
 
 # Inputs are the oracle's own. What is left is rounding: of a stage's out and of the merged one (at
@@ -46,33 +56,102 @@ def usable() -> list[object]:
     return found
 
 
+def layouts() -> list[PackedLayout]:
+    """Rows of even length, of two levels and of three."""
+    trees = [PrefixTree.from_groups([group(p, r) for p, r in g]) for g in LAYOUTS.values()]
+    return [pack(t, pad_to_multiple=8) for t in (*trees, PrefixTree.from_sequences(DEEP))]
+
+
 @pytest.mark.parametrize(("device", "name", "dtype", "head_dim"), usable())
 def test_relative_error(rng, device, name, dtype, head_dim):
-    trees = [PrefixTree.from_groups([group(p, r) for p, r in g]) for g in LAYOUTS.values()]
-    for tree in (*trees, PrefixTree.from_sequences(DEEP)):
-        layout = pack(tree, pad_to_multiple=8)
-        check(layout, device, name, dtype, 4, 2, head_dim)
+    for layout in layouts():
+        row = Row(layout, dtype, head_dim)
+        plan = AttentionPlan.from_layout(layout, device)
+        check_plan(row, plan, np.arange(layout.num_tokens), device, name)
 
 
-def check(layout, device, name, dtype, heads, kv_heads, head_dim) -> None:
+@pytest.mark.parametrize(("device", "name", "dtype", "head_dim"), usable())
+def test_relative_error_of_a_trimmed_layer(rng, device, name, dtype, head_dim):
+    """Queries and keys are picked by row tensors, and so are the rows that are merged into."""
+    picked = {"queries": False, "keys": False}
+    for layout in layouts():
+        needed = np.zeros(layout.num_tokens, dtype=bool)
+        for i in range(layout.tree.num_sequences):
+            # Of some sequences the whole last segment, of others its end or nothing of it.
+            needed[layout.sequence_positions(i)[-1 - 40 * (i % 2) :]] = i % 3 < 2
+        kept = rows_to_keep(layout.stages[0], needed, multiple=1)
+        plan = AttentionPlan.from_layout(layout, device).trimmed(kept)
+        for stage in plan.stages:
+            picked["queries"] |= isinstance(stage.queries, torch.Tensor)
+            picked["keys"] |= isinstance(stage.keys, torch.Tensor)
+        check_plan(Row(layout, dtype, head_dim), plan, np.flatnonzero(kept), device, name)
+    assert all(picked.values())
+
+
+@pytest.mark.parametrize(("device", "name", "dtype", "head_dim"), usable())
+def test_relative_error_of_context_parallel_stages(rng, device, name, dtype, head_dim):
+    """Rank by rank in this process: each against the shards of both, the gradients added up."""
+    for layout in layouts():
+        row = Row(layout, dtype, head_dim)
+        shards = shard_layout(layout, 2)
+        ranks = [RankStages(shards, rank) for rank in range(2)]
+        sharded = np.concatenate(
+            [r.rows()[:n] for r, n in zip(ranks, shards.shard_tokens, strict=True)]
+        )
+        assert len(sharded)
+        kernel = select_kernel(name, device=device, dtype=dtype, head_dim=head_dim)
+        compute = StageCompute(kernel, row.scale)
+        found = [torch.zeros_like(x) for x in (row.q, row.q, row.k, row.v)]
+        for stages in ranks:
+            gathered = stages.from_all_shards()
+            own, others = stages.rows(), sharded[gathered.source]
+            real = own >= 0
+            out, dq, d_own, d_others = attend_as_rank(
+                row, compute, stages.local(), gathered.stages, own, others, device
+            )
+            found[0][own[real]] = out[real]
+            found[1][own[real]] = dq[real]
+            for whole, mine, other in zip(found[2:], d_own, d_others, strict=True):
+                whole.index_add_(0, torch.from_numpy(own[real]), mine[real])
+                whole.index_add_(0, torch.from_numpy(others), other)
+        # Padding is nobody's, so nothing of it comes back.
+        real = slice(0, layout.num_tokens - layout.num_padding)
+        expected = row.expected(np.arange(layout.num_tokens)[real])
+        assert_accurate([x[real] for x in found], [expected[0], *(x[real] for x in expected[1:])])
+
+
+class Row:
+    """Inputs of a packed row in the dtype, and what is exact for them."""
+
+    heads, kv_heads = 4, 2
+
+    def __init__(self, layout: PackedLayout, dtype: torch.dtype, head_dim: int) -> None:
+        self.scale, self.dtype = head_dim**-0.5, dtype
+        self._layout = layout
+        self.q, self.k, self.v = random_qkv(
+            layout.num_tokens, self.heads, self.kv_heads, head_dim, dtype
+        )
+        shape = layout.num_tokens, self.heads, head_dim
+        self.dout = torch.randn(shape, dtype=torch.float64).to(dtype)
+
+    def expected(self, queries: np.ndarray) -> list[torch.Tensor]:
+        """out of these rows of queries, and dq, dk, dv of all, from a dense mask in float64."""
+        exact = tuple(x.double().requires_grad_() for x in (self.q, self.k, self.v))
+        out = dense_attention(*exact, visible_keys(self._layout), self.scale)[queries]
+        return [out, *gradients(out, self.dout[queries].double(), exact)]
+
+
+def check_plan(row: Row, plan: AttentionPlan, queries: np.ndarray, device: str, name: str) -> None:
     """Out, dq, dk and dv; twice, the second time deterministic and compared to the bit."""
-    scale = head_dim**-0.5
-    inputs = random_qkv(layout.num_tokens, heads, kv_heads, head_dim, dtype)
-    dout = torch.randn(layout.num_tokens, heads, head_dim, dtype=torch.float64).to(dtype)
-    exact = tuple(x.double().requires_grad_() for x in inputs)
-    expected_out = dense_attention(*exact, visible_keys(layout), scale)
-    expected = (expected_out, *gradients(expected_out, dout.double(), exact))
-
-    inputs = tuple(x.to(device).requires_grad_() for x in inputs)
-    dout = dout.to(device)
-    plan = AttentionPlan.from_layout(layout, device)
-    choice = {"device": device, "dtype": dtype, "head_dim": head_dim}
+    inputs = tuple(x.to(device).requires_grad_() for x in (row.q[queries], row.k, row.v))
+    dout = row.dout[queries].to(device)
+    choice = {"device": device, "dtype": row.dtype, "head_dim": row.q.shape[-1]}
     kernel = select_kernel(name, **choice)
-    out = prefix_attention(*inputs, plan, scale=scale, kernel=kernel)
-    found = (out, *gradients(out, dout, inputs))
-    for what, value, exact_value in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        error = (value.cpu().double() - exact_value).norm() / exact_value.norm()
-        assert error <= (OUT if what == "out" else GRADIENT), f"{what}: {error:.2e}"
+    out = prefix_attention(*inputs, plan, scale=row.scale, kernel=kernel)
+    out_expected, dq_expected, *others = row.expected(queries)
+    assert_accurate(
+        [out, *gradients(out, dout, inputs)], [out_expected, dq_expected[queries], *others]
+    )
 
     try:
         kernel = select_kernel(name, **choice, deterministic=True)
@@ -80,9 +159,49 @@ def check(layout, device, name, dtype, heads, kv_heads, head_dim) -> None:
         return  # it says so, and has been measured
     runs = []
     for _ in range(2):
-        out = prefix_attention(*inputs, plan, scale=scale, kernel=kernel, deterministic=True)
+        out = prefix_attention(*inputs, plan, scale=row.scale, kernel=kernel, deterministic=True)
         runs.append((out, *gradients(out, dout, inputs)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def attend_as_rank(
+    row: Row,
+    compute: StageCompute,
+    local: tuple[AttentionStage, ...],
+    gathered: tuple[AttentionStage, ...],
+    own: np.ndarray,
+    others: np.ndarray,
+    device: str,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """out and dq, dk and dv of the rank's own rows, and dk and dv of the gathered ones.
+
+    As `_GatheredAttention` does, but that nothing travels. Padding is a copy of some token, with a
+    zero dout.
+    """
+    padding = torch.from_numpy(own < 0)
+    q, k, v, dout = (x[own].to(device) for x in (row.q, row.k, row.v, row.dout))
+    dout[padding.to(device)] = 0
+    others_kv = [x[others].to(device) for x in (row.k, row.v)]
+    first, *cross = stage_tensors(local, device)
+    from_shards = stage_tensors(gathered, device)
+    out, lse = compute.first(first, q, k, v, wide=True)
+    compute.merge(cross, q, k, v, out, lse)
+    compute.merge(from_shards, q, *others_kv, out, lse)
+    out = out.to(q.dtype)
+    merged = MergedAttention(q=q, out=out, lse=lse, dout=dout)
+    dq, *d_own = compute.first_shares(first, merged, k, v, wide=True)
+    compute.add_shares(cross, merged, k, v, dq, *d_own)
+    d_others = [torch.zeros_like(x, dtype=lse.dtype) for x in others_kv]
+    compute.add_shares(from_shards, merged, *others_kv, dq, *d_others)
+    back = [[x.to("cpu", row.dtype) for x in xs] for xs in ((out, dq), d_own, d_others)]
+    return *back[0], back[1], back[2]
+
+
+def assert_accurate(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """out, dq, dk and dv by their relative L2 error."""
+    for what, value, exact in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        error = (value.cpu().double() - exact).norm() / exact.norm()
+        assert error <= (OUT if what == "out" else GRADIENT), f"{what}: {error:.2e}"
 
 
 @pytest.mark.gpu

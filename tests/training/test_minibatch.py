@@ -11,12 +11,13 @@ import torch
 
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.layout import ModelShape, Packing
+from megatron_prefix.model import head as head_module
 from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.minibatch import Minibatch, build_minibatch
 from megatron_prefix.training.packing import packing_of_run
-from megatron_prefix.training.step import accumulate_gradients
+from megatron_prefix.training.step import accumulate_gradients, compute_logprobs
 from tests.megatron.models import TRAINING, model_config, single_process
 
 OBJECTIVE = ObjectiveConfig()
@@ -83,6 +84,30 @@ def test_results_do_not_depend_on_where_sharing_is_skipped(sharing: str) -> None
     assert where_it_pays.ungrouped_tokens == always.ungrouped_tokens
     assert where_it_pays.flops <= where_it_pays.ungrouped_flops
     assert all(batch.num_tokens <= 160 for batch in where_it_pays.batches)
+
+
+def test_log_probabilities_alone_need_no_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of the old and the reference policy; a step reports entropies, so it computes them."""
+    asked = []
+    function = head_module.vocab_parallel_log_probs
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["with_entropy"])
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(head_module, "vocab_parallel_log_probs", spy)
+    config = model_config({"hidden_size": 32}, max_sequence_length=256)
+    with single_process():
+        chunks = build_model_chunks(
+            config, ParallelConfig(), TRAINING, use_distributed_optimizer=False
+        )
+        batches = _minibatch(model_shape(config, chunks.config), True, "groups").batches
+        found = compute_logprobs(chunks, batches, OBJECTIVE)
+        assert asked == [False] * len(batches)
+        assert [len(logprobs) for logprobs in found] == [len(b.entry_labels) for b in batches]
+        metrics = accumulate_gradients(chunks, batches, OBJECTIVE)
+    assert asked == [False] * len(batches) + [True] * len(batches)
+    assert all(float(m.entropy) > 0 for m in metrics)
 
 
 def test_a_row_without_sharing_has_no_cross_stage() -> None:
