@@ -15,7 +15,10 @@ All sides run in one process and take turns step by step; the medians of the rep
 and gradients of all sides must agree. Peak memory is measured in a process of its own per side,
 beyond the model that is already built.
 
-The last line of stdout is a JSON object.
+With --json the last line of stdout is a JSON object, which also says what the figures were measured
+on. Columns: `time x` is the median time over that of `grouped`, with the least and the most of the
+repeats; `FLOPs x` the same of counted FLOPs, the limit of `time x` where matrix products bound it;
+`share` is `time x` over `FLOPs x`, 1.0 where the whole limit is reached.
 """
 
 from __future__ import annotations
@@ -27,30 +30,23 @@ import platform
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benchmarks.levels import LEVELS, PEERS, Case, build_runners
-from benchmarks.measuring import (
-    check_equal,
-    in_fresh_process,
-    interleaved_seconds,
-    peak_growth_mb,
-    ratios,
-)
-from benchmarks.mechanisms import MECHANISMS
+# What imports torch and Megatron is imported where it is used: help and wrong arguments need none.
+from benchmarks.names import LEVELS, MECHANISMS, PEERS, TOLERANCES
 from benchmarks.report import HEADER, line, plot
 from benchmarks.shapes import ModelSizes, Shape, parse_case, training_config, trees
+from tool_help import HelpFormatter, require_megatron
 
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.layout import trained_labels
 from megatron_prefix.layout.cost import attention_pairs
-from megatron_prefix.model.build import model_shape
-from megatron_prefix.model.transformer_config import transformer_config
+
+if TYPE_CHECKING:
+    from benchmarks.levels import Case
 
 DEFAULT_CASES = ("8,2048,256", "8,256,2048", "1,2048,256")
 GRID = tuple(
@@ -61,8 +57,6 @@ GRID = tuple(
 )
 SMALL = ("1,1024,512", "1,64,256", "4,64,256", "8,16,256", "16,64,512")
 CASES = {"default": DEFAULT_CASES, "grid": GRID, "small": SMALL}
-# Relative L2 error: sums over thousands of tokens in another order, in each format.
-TOLERANCES = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 6e-2, "float16": 2e-2}
 
 
 def flops_ratio(case: Case, side: str) -> float | None:
@@ -76,6 +70,9 @@ def flops_ratio(case: Case, side: str) -> float | None:
     if case.level == "attention":
         pairs = {name: int(attention_pairs(tree).sum()) for name, tree in both.items()}
         return pairs["ungrouped"] / pairs["grouped"]
+    from megatron_prefix.model.build import model_shape
+    from megatron_prefix.model.transformer_config import transformer_config
+
     config = case.sizes.config()
     shape = model_shape(config, transformer_config(config, ParallelConfig(), training_config()))
     if case.level == "layer":
@@ -97,6 +94,9 @@ def measure_times(
     case: Case, sides: list[str], repeats: int, seconds: float
 ) -> dict[str, list[float]]:
     """Seconds of each repeat of each side, interleaved in one process."""
+    from benchmarks.levels import build_runners
+    from benchmarks.measuring import check_equal, interleaved_seconds
+
     with build_runners(case, sides) as runners:
         check_equal(runners, tolerance=TOLERANCES[case.dtype])
         return interleaved_seconds(runners, repeats=repeats, seconds=seconds)
@@ -104,6 +104,9 @@ def measure_times(
 
 def measure_peak_mb(case: Case, side: str) -> float:
     """Peak memory of one step, in a fresh process."""
+    from benchmarks.levels import build_runners
+    from benchmarks.measuring import peak_growth_mb
+
     # A tiny step first, so that what libraries set up once does not count.
     tiny = Shape(prefix=8, responses=(8, 8))
     with build_runners(dataclasses.replace(case, shape=tiny), [side]) as runners:
@@ -114,6 +117,8 @@ def measure_peak_mb(case: Case, side: str) -> float:
 
 def benchmark(args: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
     """A row for each side."""
+    from benchmarks.measuring import in_fresh_process, ratios
+
     seconds = in_fresh_process(measure_times, case, args.sides, args.repeats, args.seconds)
     rows = []
     for side in args.sides:
@@ -141,14 +146,23 @@ def benchmark(args: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
 
 def add_common_arguments(parser: argparse.ArgumentParser, *, layers: int) -> None:
     """The rollouts' shapes, the model's sizes and the output."""
-    parser.add_argument("--case", type=parse_case, action="append", help="G,prefix,response")
-    parser.add_argument("--layers", type=int, default=layers)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--ffn", type=int, default=688)
-    parser.add_argument("--vocab", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--case",
+        type=parse_case,
+        action="append",
+        metavar="G,PREFIX,RESPONSE",
+        help="responses of a group, tokens of the prompt and of a response; may be repeated",
+    )
+    for name, default, what in (
+        ("layers", layers, "decoder layers"),
+        ("hidden", 256, "hidden size"),
+        ("heads", 8, "attention heads"),
+        ("kv-heads", 4, "heads of keys and values"),
+        ("ffn", 688, "hidden size of the MLP"),
+        ("vocab", 512, "tokens of the vocabulary"),
+        ("seed", 0, "of weights and tokens"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=what)
     parser.add_argument("--json", action="store_true", help="print the JSON line as well")
 
 
@@ -168,6 +182,7 @@ def model_sizes(args: argparse.Namespace, *, qkv_bias: bool = False) -> ModelSiz
 def environment(device: str) -> dict[str, Any]:
     """What the figures depend on."""
     import megatron.core
+    import torch
 
     name = platform.processor() or platform.machine()
     if device == "cuda":
@@ -187,26 +202,32 @@ def environment(device: str) -> dict[str, Any]:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_common_arguments(parser, layers=4)
     parser.add_argument("--cases", choices=CASES, default="default", help="instead of --case")
-    parser.add_argument("--level", choices=LEVELS, default="step")
+    parser.add_argument("--level", choices=LEVELS, default="step", help="what is run")
     parser.add_argument(
         "--sides",
         nargs="+",
         choices=[*MECHANISMS, *PEERS],
         default=["grouped", "ungrouped"],
+        help="what is compared; grouped must be one of them",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=TOLERANCES, default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where it runs")
+    parser.add_argument("--dtype", choices=TOLERANCES, default="float32", help="of the weights")
     parser.add_argument("--kernel", help="attention kernel by name, of grouped and ungrouped")
-    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--recompute",
+        choices=["none", "selective", "full"],
+        default="none",
+        help="activations computed again in backward",
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each side")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each side in a repeat")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--threads", type=int, help="of torch; left out: torch's own number")
+    parser.add_argument(
+        "--no-memory", dest="memory", action="store_false", help="do not measure peak memory"
+    )
     parser.add_argument("--png", type=Path, help="write a picture here")
     args = parser.parse_args()
     if "grouped" not in args.sides:
@@ -216,6 +237,10 @@ def main() -> int:
         parser.error(f"--sides {peers[0]}: only at --level step, not {args.level}")
     if "flex" in args.sides and args.device == "cpu":
         parser.error("--sides flex: FlexAttention has no backward on the CPU; needs --device cuda")
+    require_megatron(parser)
+    import torch
+    from benchmarks.levels import Case
+
     shapes = args.case or [parse_case(text) for text in CASES[args.cases]]
     print(HEADER)
     rows = []
@@ -228,7 +253,7 @@ def main() -> int:
             dtype=args.dtype,
             kernel=args.kernel,
             recompute=args.recompute,
-            threads=args.threads,
+            threads=args.threads or torch.get_num_threads(),
             seed=args.seed,
         )
         for row in benchmark(args, case):

@@ -10,7 +10,8 @@ keys and values, and what would travel if the whole packed row were gathered. Be
 printed, loss and gradients of all kinds must agree. Kinds take turns step by step. `--dispatch`
 only times the dispatcher, on a thousand segments and 64 ranks.
 
-The last line of stdout is a JSON object.
+With --json or --dispatch the last line of stdout is a JSON object. Columns: `work` is the busiest
+rank's attention work over the ranks' mean, `dispatch` the time to distribute the row.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from benchmark import add_common_arguments, model_sizes
-from benchmarks.levels import OBJECTIVE
 from benchmarks.shapes import Shape, make_batch, parse_case, training_config, trees
-from ranks import run_ranks
+from tool_help import HelpFormatter, require_megatron
 
 from megatron_prefix.attention.comm_types import COMM_TYPES
 from megatron_prefix.config import ParallelConfig
-from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layout import ContextShards, PackedLayout, PrefixTree, pack, shard_layout
-from megatron_prefix.model.build import ModelChunks, build_model_chunks
-from megatron_prefix.training.step import accumulate_gradients
+
+# What imports torch and Megatron is imported where it is used: help and wrong arguments need none.
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_prefix.model.build import ModelChunks
 
 DEFAULT_CASES = ("8,2048,256", "16,2048,256", "8,2048,512")
 LAYER = 1
@@ -57,6 +58,13 @@ def set_comm_type(chunks: ModelChunks, kind: str) -> None:
 
 def measure(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     """This rank's seconds, bytes and loss for each kind, and what its row looks like."""
+    import torch.distributed as dist
+    from benchmarks.levels import OBJECTIVE
+
+    from megatron_prefix.distributed.runtime import runtime
+    from megatron_prefix.model.build import build_model_chunks
+    from megatron_prefix.training.step import accumulate_gradients
+
     parallel = ParallelConfig(context_parallel_size=args.cp)
     with runtime(parallel, device="cpu", seed=args.seed, timeout_minutes=10) as place:
         chunks = build_model_chunks(
@@ -115,6 +123,8 @@ def _worker(rank: int, args: argparse.Namespace, shape: Shape, folder: str) -> N
 
 def benchmark(args: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
     """One row for each kind."""
+    from ranks import run_ranks
+
     with tempfile.TemporaryDirectory() as folder:
         run_ranks(_worker, args.cp, args, shape, folder)
         ranks = [
@@ -191,13 +201,17 @@ def dispatch_rows(seed: int) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--cp", type=int, default=2, help="context-parallel ranks")
-    parser.add_argument("--kinds", nargs="+", choices=COMM_TYPES, default=list(COMM_TYPES))
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=COMM_TYPES,
+        default=list(COMM_TYPES),
+        help="of communication, as model.transformer.cp_comm_type names them",
+    )
     add_common_arguments(parser, layers=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each kind")
     parser.add_argument("--dispatch", action="store_true", help="time the dispatcher alone")
     args = parser.parse_args()
     if args.dispatch:
@@ -213,9 +227,12 @@ def main() -> int:
     if args.cp < 2:
         parser.error(f"--cp: {args.cp} must be at least 2")
     cases = args.case or [parse_case(text) for text in DEFAULT_CASES]
+    require_megatron(parser)
     print(
-        f"{'G':>3} {'prefix':>7} {'response':>8} {'kind':>10} {'seconds':>8} {'forward kB':>10} "
-        f"{'least':>8} {'whole row':>9} {'backward kB':>11} {'work':>6} {'dispatch ms':>11}"
+        f"{'G':>3} {'prefix':>7} {'response':>8} {'kind':>10} {'seconds':>8} {'forward':>10} "
+        f"{'least':>8} {'whole row':>9} {'backward':>11} {'work':>6} {'dispatch':>11}\n"
+        f"{'':>3} {'tokens':>7} {'tokens':>8} {'':>10} {'':>8} {'kB':>10} "
+        f"{'kB':>8} {'kB':>9} {'kB':>11} {'x mean':>6} {'ms':>11}"
     )
     rows = []
     for shape in cases:

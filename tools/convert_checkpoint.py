@@ -21,19 +21,21 @@ import math
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from tool_help import HelpFormatter
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, summary: str, details: str) -> argparse.ArgumentParser:
@@ -41,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.\n\n{details}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
         )
 
     bring = command(
@@ -52,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "of a run's config. Put that into run.yaml, add `output: {load: OUTPUT, ...}`, and train.",
     )
     bring.add_argument("source", type=Path, metavar="HF_FOLDER", help="config.json, *.safetensors")
-    _add_output(bring, "largest file of the checkpoint in GB (default 5)")
+    _add_output(bring, "largest file of the checkpoint in GB")
 
     take = command(
         "megatron-to-hf",
@@ -74,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN_YAML",
         help="a run's config whose `model` section describes the checkpoint",
     )
-    _add_output(take, "largest safetensors file in GB (default 5)")
+    _add_output(take, "largest safetensors file in GB")
 
     look = command(
         "inspect",
@@ -102,11 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='JSONL or Parquet of {"prompt": [ids], "responses": [[ids], ...]}; else random tokens',
     )
-    verify.add_argument(
-        "--num-groups", type=int, default=4, help="read at most so many (default 4)"
-    )
+    verify.add_argument("--num-groups", type=int, default=4, help="read at most so many")
     verify.add_argument("--work-folder", type=Path, help="where the temporary folders are made")
-    verify.add_argument("--tolerance", type=float, default=1e-4, help="absolute (default 1e-4)")
+    verify.add_argument("--tolerance", type=float, default=1e-4, help="of logits, absolute")
     verify.add_argument("--seed", type=int, default=0, help="of the random tokens")
     verify.add_argument("--json", action="store_true", help="the checks as one JSON object")
     return parser
@@ -203,8 +203,19 @@ def _inspect(args: argparse.Namespace) -> int:
     for tensor in found["tensors"]:
         print(f"{tensor['name']:<{width}}  {tensor['dtype']:<8}  {tensor['shape']}")
     if found["others"]:
-        print(f"and {len(found['others'])} entries of optimizer, random states and extra states")
+        kinds = Counter(_kind(name) for name in found["others"])
+        counted = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
+        print(f"and entries that are no weights: {counted}")
     return 0
+
+
+def _kind(entry: str) -> str:
+    """What an entry of a checkpoint that is no weight belongs to."""
+    if "_extra_state" in entry:
+        return "Transformer Engine's extra states (empty without it)"
+    if entry.startswith(("optimizer", "chained_")):
+        return "the optimizer"
+    return "the run (random states, schedule)"
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@
 file's. Groups are given as --case G,prefix,response, or --shapes with a YAML list of
 {prefix: int, responses: [int, ...]}. Microbatches and places on context-parallel ranks are those
 that a run would choose. Nothing is measured: FLOPs and bytes are counted, and the time ratio is the
-FLOPs ratio unless rates are given (--tflops, --gb-per-second). The last line of stdout with --json
+FLOPs ratio unless rates are given (--tflops, --gb-per-second). With --json the last line of stdout
 is a JSON object.
 """
 
@@ -16,20 +16,20 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from tool_help import HelpFormatter, require_megatron
 
 from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.layout.estimate import StepEstimate
-from megatron_prefix.training.planning import (
-    Plan,
-    PlannedRun,
-    load_planned_run,
-    plan_run,
-    read_sections,
-)
 from megatron_prefix.training.shapes import parse_case, read_shapes
+
+# It imports Megatron, which help and wrong arguments do not wait for.
+if TYPE_CHECKING:
+    from megatron_prefix.training.planning import Plan, PlannedRun
 
 GIB = 2**30
 PICTURE_RATIOS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
@@ -43,14 +43,18 @@ def _case(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="YAML with a model section")
     parser.add_argument("--shapes", type=Path, help="YAML: [{prefix: int, responses: [int]}]")
-    parser.add_argument("--case", type=_case, action="append", help="G,prefix,response")
+    parser.add_argument(
+        "--case",
+        type=_case,
+        action="append",
+        metavar="G,PREFIX,RESPONSE",
+        help="responses of a group, tokens of the prompt and of a response; may be repeated",
+    )
     parser.add_argument("--groups", type=int, default=1, help="of each shape in a step")
     for name, what in (
         ("tp", "tensor_model_parallel_size"),
@@ -60,15 +64,26 @@ def parse_arguments() -> argparse.Namespace:
         ("ep", "expert_model_parallel_size"),
         ("etp", "expert_tensor_parallel_size"),
     ):
-        parser.add_argument(f"--{name}", type=int, help=what)
+        parser.add_argument(f"--{name}", type=int, help=f"{what}; left out: the file's")
     parser.add_argument("--dp", type=int, default=1, help="data-parallel ranks")
-    parser.add_argument("--recompute", choices=["none", "selective", "full"])
-    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float64"])
-    parser.add_argument("--sharing", choices=["groups", "everything"])
-    parser.add_argument("--token-budget", type=int, help="default: the longest sequence, or 32768")
+    for name, choices in (
+        ("recompute", ["none", "selective", "full"]),
+        ("dtype", ["bfloat16", "float32", "float64"]),
+        ("sharing", ["groups", "everything"]),
+    ):
+        parser.add_argument(
+            f"--{name}", choices=choices, help=f"training.{name}; left out: the file's"
+        )
+    parser.add_argument(
+        "--token-budget",
+        type=int,
+        help="tokens of a microbatch; left out: the file's, or 32768, or the longest sequence",
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], help="cpu: Megatron's local layers")
-    parser.add_argument("--tflops", type=float, help="matrix products of a rank, measured")
-    parser.add_argument("--gb-per-second", type=float, help="between context-parallel ranks")
+    parser.add_argument("--tflops", type=float, help="measured TFLOP/s of a rank's matrix products")
+    parser.add_argument(
+        "--gb-per-second", type=float, help="measured GB/s between context-parallel ranks"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON line as well")
     parser.add_argument("--png", type=Path, help="draw ratios against prefix / response")
     args = parser.parse_args()
@@ -83,11 +98,13 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: {rate} must be above 0")
     if args.gb_per_second is not None and args.tflops is None:
         parser.error("--gb-per-second needs --tflops beside it")
-    return args
+    return args, parser
 
 
 def planned_run(args: argparse.Namespace, shapes: list[dict[str, Any]]) -> PlannedRun:
     """The run of the file with the command line's options."""
+    from megatron_prefix.training.planning import load_planned_run, read_sections
+
     sections = read_sections(args.model)
     parallel = {
         "tensor_model_parallel_size": args.tp,
@@ -165,22 +182,48 @@ def report(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def layout_line(run: PlannedRun) -> str:
+    """The ranks that the plan is for."""
+    parallel = run.parallel
+    sizes = {
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "context": parallel.context_parallel_size,
+        "data": run.data_parallel_size,
+    }
+    product = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    ranks = parallel.model_parallel_size * run.data_parallel_size
+    place = "GPU" if run.training.device == "cuda" else "process"
+    return f"{ranks} rank{'s' if ranks > 1 else ''} (one {place} each) = {product}"
+
+
+def flops_unit(flops: float) -> tuple[str, float]:
+    """The unit in which a number of FLOPs has digits before the point, and its size."""
+    for name, size in (("PFLOPs", 1e15), ("TFLOPs", 1e12), ("GFLOPs", 1e9)):
+        if flops >= 0.1 * size:
+            return name, size
+    return "MFLOPs", 1e6
+
+
 def print_table(result: dict[str, Any]) -> None:
     """The two sides next to each other, then the memory of every pipeline rank."""
     grouped, ungrouped = result["grouped"], result["ungrouped"]
+    unit, size = flops_unit(grouped["flops"])
 
     def row(name: str, form: str, key: str, ratio: str | None = None, unit: float = 1.0) -> None:
         values = (format(side[key] / unit, form) for side in (grouped, ungrouped))
         tail = "" if ratio is None else f"{result[ratio]:>9.2f}"
         print(f"{name:<34}{next(values):>12}{next(values):>12}{tail}")
 
+    # A small model's gibibytes have their digits behind the point.
+    places = ".1f" if grouped["memory_bytes"] >= GIB else ".3f"
     print(f"{'':<34}{'grouped':>12}{'ungrouped':>12}{'ratio':>9}")
     row("tokens", ",.0f", "tokens", "tokens_ratio")
-    row("PFLOPs of the step, all ranks", ",.2f", "flops", "flops_ratio", 1e15)
+    row(f"{unit} of the step, all ranks", ",.2f", "flops", "flops_ratio", size)
     row("microbatches of a rank", ".0f", "microbatches_per_rank")
     if grouped["context_parallel_bytes_per_layer"] or ungrouped["context_parallel_bytes_per_layer"]:
         row("MB received in a layer (CP)", ",.1f", "context_parallel_bytes_per_layer", None, 1e6)
-    row("GiB of the fullest rank", ".1f", "memory_bytes", "memory_ratio", GIB)
+    row("GiB of the fullest rank", places, "memory_bytes", "memory_ratio", GIB)
     if "seconds" in grouped:
         row("seconds at the given rates", ".2f", "seconds", "time_ratio")
     else:
@@ -200,7 +243,7 @@ def print_table(result: dict[str, Any]) -> None:
         print(
             f"{f'pipeline {rank}':<14}"
             + "".join(
-                f"{stage[key] / GIB:>{width}.1f}"
+                f"{stage[key] / GIB:>{width}{places}}"
                 for key, width in (
                     ("parameters", 11),
                     ("gradients", 11),
@@ -210,13 +253,15 @@ def print_table(result: dict[str, Any]) -> None:
                     ("total", 9),
                 )
             )
-            + f"{other['total'] / GIB:>11.1f}"
+            + f"{other['total'] / GIB:>11{places}}"
         )
 
 
 def draw(args: argparse.Namespace, prefix: int, path: Path) -> None:
     """FLOPs and memory ratios against prefix / response, at a fixed prefix, as a PNG."""
     import matplotlib
+
+    from megatron_prefix.training.planning import plan_run
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -255,11 +300,16 @@ def draw(args: argparse.Namespace, prefix: int, path: Path) -> None:
 
 def main() -> int:
     """Command line."""
-    args = parse_arguments()
+    args, parser = parse_arguments()
+    require_megatron(parser)
+    from megatron_prefix.training.planning import plan_run
+
     try:
         shapes = args.case if args.shapes is None else read_shapes(args.shapes)
         shapes = list(shapes) * args.groups
-        result = report(plan_run(planned_run(args, shapes), shapes), args)
+        run = planned_run(args, shapes)
+        result = report(plan_run(run, shapes), args)
+        print(layout_line(run))
         print_table(result)
         if args.png is not None:
             draw(args, max(s.get("system", 0) + s["prefix"] for s in shapes), args.png)

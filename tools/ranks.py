@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
+from megatron_prefix.megatron.known_messages import hide_known_messages
+
 
 def fresh_processes() -> multiprocessing.context.BaseContext:
     """The context whose processes begin with their imports made; spawned where there is no fork."""
@@ -22,7 +24,12 @@ def fresh_processes() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     # The server finds our package only where it is installed or in the current folder.
     context.set_forkserver_preload(
-        ["megatron.core.models.gpt", "megatron.core.optimizer", "megatron_prefix.training.trainer"]
+        [
+            "megatron_prefix.megatron.hidden_messages",
+            "megatron.core.models.gpt",
+            "megatron.core.optimizer",
+            "megatron_prefix.training.trainer",
+        ]
     )
     return context
 
@@ -59,5 +66,6 @@ def _rank_main(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    hide_known_messages()
     torch.set_num_threads(1)
     function(rank, *args)

@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from tool_help import HelpFormatter
 
 from megatron_prefix.layout import (
     ContextShards,
@@ -29,6 +32,7 @@ from megatron_prefix.layout import (
     pack,
     shard_layout,
 )
+from megatron_prefix.packages import MissingPackageError, needed_by
 from megatron_prefix.training.shapes import read_shapes
 
 EXAMPLE = [{"prefix": 12, "responses": [5, 7, 4]}, {"prefix": 6, "responses": [3, 5]}]
@@ -87,19 +91,21 @@ def draw(shapes: list[dict[str, Any]], path: Path) -> None:
 
     colours = ListedColormap(["#f4f4f4", "#2b6cb0", "#dd8a2e"])
     layouts = [pack(tree) for tree in trees(shapes)]
+    longest = max(layout.num_tokens for layout in layouts)
     figure, axes = plt.subplots(
         1,
         2,
-        figsize=(11, 5.8),
+        figsize=(12, 6.4),
         layout="constrained",
-        width_ratios=[layout.num_tokens for layout in layouts],
+        # As wide as the rows are long; a short one still has the width of its title.
+        width_ratios=[max(layout.num_tokens, longest // 2) for layout in layouts],
     )
     for axis, layout, title in zip(axes, layouts, ("ungrouped", "grouped"), strict=True):
         seen = mask(layout)
         axis.imshow(seen, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
         _label_segments(axis, layout, colour="white")
         axis.set_title(
-            f"{title}: {layout.num_tokens} tokens, {np.count_nonzero(seen)} attention pairs"
+            f"{title}\n{layout.num_tokens:,} tokens\n{np.count_nonzero(seen):,} attention pairs"
         )
     axes[0].set_ylabel("query")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours(i)) for i in (SELF_STAGE, CROSS_STAGE)]
@@ -227,12 +233,16 @@ def _name(layout: PackedLayout, index: int) -> str:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--shapes",
+        type=Path,
+        help="YAML: [{prefix: int, responses: [int]}]; left out: two small groups",
     )
-    parser.add_argument("--shapes", type=Path, help="YAML: [{prefix: int, responses: [int]}]")
     parser.add_argument("--cp", type=int, default=1, help="context-parallel ranks")
-    parser.add_argument("--out", type=Path, default=Path("layout.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/layout.png"), help="the picture to write"
+    )
     args = parser.parse_args()
     if args.cp < 1:
         parser.error(f"--cp: {args.cp} must be at least 1")
@@ -243,10 +253,16 @@ def main() -> int:
         except (ValueError, OSError) as error:
             print(f"show_layout: {error}", file=sys.stderr)
             return 2
-    if args.cp == 1:
-        draw(shapes, args.out)
-    else:
-        draw_ranks(shapes, args.cp, args.out)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with needed_by("show_layout", extra="train"):
+            if args.cp == 1:
+                draw(shapes, args.out)
+            else:
+                draw_ranks(shapes, args.cp, args.out)
+    except (MissingPackageError, OSError) as error:
+        print(f"show_layout: {error}", file=sys.stderr)
+        return 2
     print(args.out)
     return 0
 

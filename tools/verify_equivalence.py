@@ -23,8 +23,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from equivalence.case import (
@@ -39,7 +37,7 @@ from equivalence.case import (
     with_comm_types,
 )
 from equivalence.comparison import TOLERANCES, compare
-from ranks import run_ranks
+from tool_help import HelpFormatter, require_megatron
 
 from megatron_prefix.attention.comm_types import COMM_TYPES
 from megatron_prefix.config import (
@@ -48,12 +46,16 @@ from megatron_prefix.config import (
     ParallelConfig,
     TrainingConfig,
 )
-from megatron_prefix.config.loader import ConfigError, load_dataclass, read_yaml
+from megatron_prefix.config.loader import load_dataclass, read_yaml
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.training.shapes import read_shapes
 
+# torch is imported where it is used: help and wrong arguments need it not.
+
 
 def _worker(rank: int, job: str, folder: Path, seed: int) -> None:
+    import torch
+
     try:
         # Written by this very run in its own temporary folder.
         inputs = torch.load(folder / "inputs.pt", weights_only=False)
@@ -75,6 +77,9 @@ def _worker(rank: int, job: str, folder: Path, seed: int) -> None:
 
 def spawn(job: str, world_size: int, folder: Path, seed: int) -> Any:
     """Run a job on fresh processes and return what rank 0 saved."""
+    import torch
+    from ranks import run_ranks
+
     run_ranks(_worker, world_size, job, folder, seed)
     return torch.load(folder / f"{job}.pt", weights_only=False)
 
@@ -100,6 +105,8 @@ def verify(
         packing: options of the `training` section that change how a run packs; without them the
             candidate packs as a run does.
     """
+    import torch
+
     groups = draw_groups(shapes, model.vocab_size, seed)
     largest = max(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
     training = TrainingConfig(
@@ -160,9 +167,7 @@ def packing_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", type=Path, help="YAML with the `model` section of a run")
     parser.add_argument("--shapes", type=Path, help="YAML: [{prefix: int, responses: [int]}]")
     parser.add_argument(
@@ -180,12 +185,22 @@ def main() -> int:
     parser.add_argument("--dp", type=int, default=1, help="data parallel")
     parser.add_argument("--ep", type=int, default=1, help="expert parallel")
     parser.add_argument("--etp", type=int, help="ranks that each expert is split over")
-    parser.add_argument("--no-sequence-parallel", action="store_true")
-    parser.add_argument("--no-distributed-optimizer", action="store_true")
-    parser.add_argument("--dtype", choices=sorted(TOLERANCES), default="float64")
-    parser.add_argument("--optimizer-steps", type=int, default=1)
-    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
-    parser.add_argument("--objective", choices=["grpo", "gspo"], default="grpo")
+    parser.add_argument(
+        "--no-sequence-parallel", action="store_true", help="with tensor parallelism, too"
+    )
+    parser.add_argument(
+        "--no-distributed-optimizer", action="store_true", help="each rank holds all of its state"
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(TOLERANCES), default="float64", help="it decides the tolerances"
+    )
+    parser.add_argument("--optimizer-steps", type=int, default=1, help="AdamW steps")
+    parser.add_argument(
+        "--recompute", choices=["none", "selective", "full"], default="none", help="as in a run"
+    )
+    parser.add_argument(
+        "--objective", choices=["grpo", "gspo"], default="grpo", help="whose loss is compared"
+    )
     parser.add_argument(
         "--sharing", choices=["groups", "everything"], help="training.sharing, as a run has it"
     )
@@ -223,8 +238,9 @@ def main() -> int:
         )
         shapes = DEFAULT_SHAPES if args.shapes is None else read_shapes(args.shapes)
         check_lengths(shapes, model, args.shapes)
+        require_megatron(parser)
         check_layout(model, parallel, args.dp, args.optimizer_steps)
-    except (ConfigError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"verify_equivalence: {error}", file=sys.stderr)
         return 2
     report = verify(

@@ -99,6 +99,7 @@ def _compare(rank: int, world_size: int) -> dict[str, Any]:
     """Every mechanism at every level, and what is said of sides that compute something else."""
     sys.path.insert(0, str(TOOL.parent))
     import benchmarks.levels as levels
+    import benchmarks.names as names
     from benchmarks.measuring import check_equal
     from benchmarks.shapes import ModelSizes, parse_case
 
@@ -106,9 +107,9 @@ def _compare(rank: int, world_size: int) -> dict[str, Any]:
     found: dict[str, Any] = {"equal": [], "messages": []}
     sides = ["grouped", "ungrouped", "dense_mask", "kv_copy"]
     for text in ("3,9,5", "3,20,1-17", "1,9,5", "2,1,6"):
-        for level in levels.LEVELS:
+        for level in names.LEVELS:
             case = levels.Case(level=level, shape=parse_case(text), sizes=sizes, dtype="float64")
-            peer = list(levels.PEERS) if level == "step" and not text.startswith("2,1,") else []
+            peer = list(names.PEERS) if level == "step" and not text.startswith("2,1,") else []
             with levels.build_runners(case, sides + peer) as runners:
                 check_equal(runners, tolerance=1e-5)
                 found["equal"].append((text, level, *runners))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -51,6 +52,11 @@ def test_a_model_goes_in_comes_out_and_is_verified(run, tmp_path: Path) -> None:
     status, out, _ = run("inspect", megatron)
     assert status == 0 and "family: qwen3" in out
     assert "decoder.layers.mlp.linear_fc1.weight" in out and "[2, 192, 64]" in out
+    last = out.splitlines()[-1]
+    assert re.fullmatch(
+        r"and entries that are no weights: \d+ of Transformer Engine's extra states \(empty .*\)",
+        last,
+    ), last
     status, out, _ = run("inspect", hf, "--json")
     assert json.loads(out)["model"]["head_dim"] == 32
     status, out, err = run("megatron-to-hf", megatron, back, "--hf-source", hf)

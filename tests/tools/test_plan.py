@@ -164,6 +164,7 @@ def test_table_json_and_picture(tool, monkeypatch, capsys, tmp_path) -> None:
         stage["total"] for stage in result["grouped"]["pipeline_ranks"]
     )
     assert result["grouped"]["seconds"] < result["ungrouped"]["seconds"]
+    assert out.startswith("32 ranks (one GPU each) = tensor 4 x pipeline 2 x context 2 x data 2\n")
     for words in ("tokens", "PFLOPs", "MB received in a layer", "pipeline 1", "grouped"):
         assert words in out
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -234,3 +235,12 @@ def test_a_run_that_shares_nothing_is_planned_so() -> None:
     plan = _plan("8,4096,512", sharing="none")
     assert plan.tokens_ratio == plan.flops_ratio == 1.0 and plan.skipped_groups == 0
     assert plan.grouped.tokens == _plan("8,4096,512").ungrouped.tokens
+
+
+@pytest.mark.parametrize(
+    ("flops", "unit"),
+    [(3e17, "PFLOPs"), (2e14, "PFLOPs"), (5e13, "TFLOPs"), (4e8, "GFLOPs"), (7e6, "MFLOPs")],
+)
+def test_flops_are_shown_in_a_unit_that_fits(tool: ModuleType, flops: float, unit: str) -> None:
+    name, size = tool.flops_unit(flops)
+    assert name == unit and 0.1 <= flops / size < 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -183,7 +184,7 @@ def test_options_of_packing_are_passed_on_only_where_they_are_given(
 
 
 def test_a_weight_that_is_off_by_a_millionth_is_found(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = tool.spawn
 
@@ -196,6 +197,9 @@ def test_a_weight_that_is_off_by_a_millionth_is_found(
     monkeypatch.setattr(tool, "spawn", disturb)
     report = tool.verify(model=_model(tool), shapes=SHAPES[:2], parallel=ParallelConfig())
     assert not report["ok"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "FAILED: see the rows above"
+    assert re.fullmatch(r"  log-probabilities, absolute +\S+ +1e-10  FAILED", lines[-4])
     # Small, and still far above what it accepts.
     for name in ("logprob_abs", "grad_rel", "param_rel"):
         assert tool.TOLERANCES["float64"][name] < report[name] < 1e-2, name

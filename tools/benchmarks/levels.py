@@ -23,11 +23,9 @@ from megatron_prefix.training.step import accumulate_gradients
 
 from .measuring import Runner
 from .mechanisms import Mechanism, build_mechanism
+from .names import PEERS
 from .shapes import ModelSizes, Shape, make_batch, training_config, trees
 
-LEVELS = ("attention", "layer", "step")
-PEERS = ("prefix_grouper", "prefix_grouper_mask")
-"""Whole models of others, at level "step" only."""
 OBJECTIVE = ObjectiveConfig()
 
 

@@ -14,6 +14,8 @@ import torch
 from ranks import fresh_processes
 from torch import Tensor
 
+from megatron_prefix.megatron.known_messages import hide_known_messages
+
 
 class Runner(Protocol):
     """One side, ready to run."""
@@ -107,5 +109,5 @@ def peak_growth_mb(run: Callable[[], Any]) -> float:
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a new process and return its result."""
-    with fresh_processes().Pool(1) as pool:
+    with fresh_processes().Pool(1, initializer=hide_known_messages) as pool:
         return pool.apply(function, args)

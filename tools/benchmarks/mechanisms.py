@@ -27,10 +27,10 @@ from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.attention.stages import AttentionPlan
 from megatron_prefix.layout import PackedLayout, pack
 
+from .names import MECHANISMS
 from .shapes import Shape, trees
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-MECHANISMS = ("grouped", "ungrouped", "dense_mask", "flex", "kv_copy")
 
 
 @dataclass(frozen=True, kw_only=True)

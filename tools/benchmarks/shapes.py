@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from megatron_prefix.config import ModelConfig, TrainingConfig
 from megatron_prefix.layout import PrefixTree, pack
 from megatron_prefix.training import shapes
-from megatron_prefix.training.batch import PackedBatch, TrainedSequence, build_batch
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from megatron_prefix.training.batch import PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,12 @@ def make_batch(
 
     The tree is packed as it is: what is measured is sharing, also where it does not pay.
     """
+    # Here, so that a tool's help and its arguments' errors need not wait for them.
+    import torch
+    import torch.distributed as dist
+
+    from megatron_prefix.training.batch import TrainedSequence, build_batch
+
     weight = 1.0 / sum(shape.responses)
     ranks = 1 if context_parallel_group is None else dist.get_world_size(context_parallel_group)
     return build_batch(

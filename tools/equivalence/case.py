@@ -15,7 +15,6 @@ from megatron_prefix.config import (
     ParallelConfig,
     TrainingConfig,
 )
-from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutGroup
 
@@ -117,6 +116,8 @@ def check_layout(
     Raises:
         ValueError: naming the option.
     """
+    from megatron_prefix.model.transformer_config import transformer_config
+
     for name, value in (("dp", data_parallel_size), ("optimizer-steps", optimizer_steps)):
         if value < 1:
             raise ValueError(f"{name}: {value} must be at least 1")

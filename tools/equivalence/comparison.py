@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 # grad_rel and param_rel are relative L2 errors per parameter, the worst one counts. float64's are
 # the project's promise; float32's and bfloat16's are the rounding of a few layers in that format.
@@ -13,6 +15,13 @@ TOLERANCES = {
     "float64": {"loss_rel": 1e-10, "logprob_abs": 1e-10, "grad_rel": 1e-10, "param_rel": 1e-8},
     "float32": {"loss_rel": 1e-4, "logprob_abs": 1e-4, "grad_rel": 1e-3, "param_rel": 1e-2},
     "bfloat16": {"loss_rel": 5e-2, "logprob_abs": 2e-1, "grad_rel": 1e-1, "param_rel": 5e-2},
+}
+
+_COMPARED = {
+    "loss_rel": "loss, relative",
+    "logprob_abs": "log-probabilities, absolute",
+    "grad_rel": "gradients, relative, worst parameter",
+    "param_rel": "parameters after the steps, relative",
 }
 
 
@@ -73,4 +82,14 @@ def compare(reference: dict[str, Any], candidate: dict[str, Any], dtype: str) ->
     print(f"{'worst parameters after the optimizer steps':<64} relative error")
     for name, error in parameters[:5]:
         print(f"  {name:<62} {error:.2e}")
+    print_verdict(report, dtype)
     return report
+
+
+def print_verdict(report: dict[str, Any], dtype: str) -> None:
+    """What was compared, how far it may be apart in this format, and whether it is closer."""
+    print(f"{'largest difference (' + dtype + ')':<44}{'found':>10}{'allowed':>10}")
+    for name, bound in TOLERANCES[dtype].items():
+        verdict = "OK" if report[name] <= bound else "FAILED"
+        print(f"  {_COMPARED[name]:<42}{report[name]:>10.1e}{bound:>10.0e}  {verdict}")
+    print("OK: all are within tolerance" if report["ok"] else "FAILED: see the rows above")

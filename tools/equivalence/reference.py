@@ -62,7 +62,7 @@ def reference_loss(model: torch.nn.Module, case: Case, found: list[list[np.ndarr
             token_loss = token_loss - objective.entropy_coefficient * entropy
             loss = token_loss.mean() / num_sequences
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
     return total
 
 
