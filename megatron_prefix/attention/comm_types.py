@@ -15,6 +15,13 @@ CommType = Literal["all_gather", "p2p", "a2a"]
 
 COMM_TYPES: tuple[str, ...] = get_args(CommType)
 
+RUN_AS: dict[str, CommType] = {"a2a+p2p": "p2p"}
+"""Kinds of Megatron's that we have no form of our own of, and what runs in their place.
+
+Its a2a+p2p exchanges heads within a node, for the sake of whole sequences that go round the ring
+between nodes. Only shared shards go round ours.
+"""
+
 
 def layer_comm_type(config: Any, layer_number: int) -> CommType:
     """The kind of one layer.
@@ -27,6 +34,9 @@ def layer_comm_type(config: Any, layer_number: int) -> CommType:
     kinds = config.cp_comm_type
     if kinds is None:
         return "all_gather"
-    if isinstance(kinds, str):
-        return kinds
-    return kinds[layer_number - 1 + len(kinds) - config.num_layers]
+    kind = (
+        kinds
+        if isinstance(kinds, str)
+        else kinds[layer_number - 1 + len(kinds) - config.num_layers]
+    )
+    return RUN_AS.get(kind, kind)

@@ -20,7 +20,7 @@ from megatron_prefix.layers.last_layer import query_key_value
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.borrowed import row_as_one_sequence
-from megatron_prefix.megatron.support import refuse_unsupported
+from megatron_prefix.megatron.options import refuse_unsupported
 
 
 class _PrefixSelfAttention:

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.megatron.comm_type_list import repair_comm_type_list
-from megatron_prefix.megatron.support import UnsupportedOptionError, refuse_unsupported
+from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

@@ -66,6 +66,9 @@ def randomise(model: GPTModel) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):
+            buffer.add_(torch.randn_like(buffer), alpha=0.2)
 
 
 def random_groups(

@@ -20,7 +20,7 @@ from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PackedLayout, pack
-from megatron_prefix.megatron.support import yarn_takes_packed_rows
+from megatron_prefix.megatron.options.attention import _say_what_runs, yarn_takes_packed_rows
 from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.distributed import run_distributed
@@ -173,10 +173,9 @@ def test_different_rows_and_batches_that_cannot_run_are_refused_on_every_rank() 
     ("transformer", "message"),
     [
         (
-            {"cp_comm_type": "a2a+p2p"},
-            r"cp_comm_type='a2a\+p2p' .*Set cp_comm_type: all_gather, p2",
+            {"cp_comm_type": ["p2p", "ring"]},
+            r"cp_comm_type=\['p2p', 'ring'\] cannot .* no kind 'ring'.* Set cp_comm_type to all_ga",
         ),
-        ({"cp_comm_type": ["p2p", "ring"]}, r"cp_comm_type='ring' cannot"),
         ({"cp_comm_type": "a2a", "num_query_groups": 1}, r"num_query_groups=1 to be a multiple of"),
         ({"cp_comm_type": ["p2p"]}, r"Length of cp_comm_type"),
     ],
@@ -205,3 +204,16 @@ def test_each_layer_has_the_kind_of_its_place_in_the_list() -> None:
     assert kinds(model_config({"num_layers": 3, "cp_comm_type": listed})) == listed
     assert kinds(model_config({"cp_comm_type": "p2p"})) == ["p2p", "p2p"]
     assert kinds(model_config()) == ["all_gather", "all_gather"]
+
+
+def test_heads_within_a_node_and_a_ring_between_nodes_run_as_a_ring_which_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _say_what_runs.cache_clear()
+    for kinds in ("a2a+p2p", ["a2a+p2p", "a2a"]):
+        built = transformer_config(model_config({"cp_comm_type": kinds}), PARALLEL, TRAINING)
+        assert layer_comm_type(built, 1) == "p2p"
+    assert layer_comm_type(built, 2) == "a2a"
+    assert [r.message for r in caplog.records if "a2a+p2p" in r.message] == [
+        "cp_comm_type a2a+p2p runs as p2p with shared prefixes"
+    ]

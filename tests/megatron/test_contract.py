@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import megatron.core
+import numpy as np
 import pytest
+import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import dict_utils, mapping
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -36,8 +38,11 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
 
+from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.layout import PrefixTree, pack
+from megatron_prefix.megatron.options import OPTIONS
 from megatron_prefix.megatron.output import takes_output_processor
-from megatron_prefix.megatron.support import REFUSALS
+from tests.megatron.option_fields import config_fields, release_of, what_is_wrong
 
 VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 
@@ -198,16 +203,6 @@ NAMES: list[tuple[Any, str]] = [
     (DistributedDataParallel, "broadcast_params"),
 ]
 
-# Options that came or went with a release: (first, last), None for open ends.
-OPTION_RELEASES: dict[str, tuple[tuple[int, int] | None, tuple[int, int] | None]] = {
-    "softmax_type": ((0, 15), None),
-    "experimental_attention_variant": ((0, 16), None),
-    "qk_clip": ((0, 16), None),
-    "hybrid_context_parallel": ((0, 16), None),
-    "cuda_graph_impl": ((0, 15), None),
-    "fused_single_qkv_rope": ((0, 15), None),
-}
-
 
 @pytest.mark.parametrize(
     ("function", "parameters"),
@@ -235,13 +230,35 @@ def test_names_we_use_exist(owner: Any, name: str) -> None:
     assert hasattr(owner, name)
 
 
-@pytest.mark.parametrize("refusal", REFUSALS, ids=[refusal.option for refusal in REFUSALS])
-def test_refused_options_are_options_of_this_release(refusal: Any) -> None:
-    """A renamed option would no longer be refused: this is where that shows."""
-    first, last = OPTION_RELEASES.get(refusal.option, (None, None))
-    expected = (first is None or first <= VERSION) and (last is None or last >= VERSION)
-    present = refusal.option in {field.name for field in dataclasses.fields(TransformerConfig)}
-    assert present == expected
+def test_every_option_of_this_release_is_used_refused_or_harmless_and_no_other_has_a_row() -> None:
+    """A new option fails here by name, and so does one that was renamed or went."""
+    wrong = what_is_wrong(config_fields(), release_of(megatron.core.__version__))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_options_have_one_row_each() -> None:
+    names = [option.name for option in OPTIONS]
+    assert len(names) == len(set(names))
+
+
+def test_params_leave_megatrons_optional_fields_alone() -> None:
+    """`tokens_per_sample` would let experts see a row as several, `total_tokens` fill others."""
+    optional = {f.name for f in dataclasses.fields(PackedSeqParams)} - {
+        "qkv_format",
+        "cu_seqlens_q",
+        "cu_seqlens_kv",
+        "max_seqlen_q",
+        "max_seqlen_kv",
+    }
+    layout = pack(PrefixTree.from_groups([([1, 2, 3], [[4, 5], [6]])]))
+    params = PrefixPackedSeqParams.from_layout(layout, torch.device("cpu"))
+    params.trim_last_layer(np.array([3]))
+    for each in (params, params.last_layer):
+        assert {name: getattr(each, name) for name in optional} == {
+            field.name: field.default
+            for field in dataclasses.fields(PackedSeqParams)
+            if field.name in optional
+        }
 
 
 def test_buckets_know_the_ranks_that_their_gradients_are_sharded_over() -> None:

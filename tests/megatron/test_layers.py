@@ -73,6 +73,24 @@ MODELS: dict[str, dict[str, Any]] = {
             "moe_ffn_hidden_size": 24,
         }
     },
+    # As DeepSeek-V3 routes.
+    "frozen expert bias": {
+        "transformer": {
+            "num_moe_experts": 8,
+            "moe_ffn_hidden_size": 24,
+            "moe_router_topk": 2,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_num_groups": 4,
+            "moe_router_group_topk": 2,
+            "moe_router_topk_scaling_factor": 2.5,
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": 0.0,
+        }
+    },
+    "no rotary embedding in every other layer": {"transformer": {"no_rope_freq": 2}},
+    "scores by layer number, residuals in float32": {
+        "transformer": {"apply_query_key_layer_scaling": True, "fp32_residual_connection": True}
+    },
 }
 if HAS_YARN:
     MODELS["yarn"] = {

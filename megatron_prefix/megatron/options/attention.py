@@ -1,0 +1,220 @@
+"""Options of attention and of positions."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from typing import Any
+
+import megatron.core
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+
+from megatron_prefix.attention.comm_types import COMM_TYPES, RUN_AS
+from megatron_prefix.megatron.options.record import (
+    Option,
+    harmless,
+    is_set,
+    positive,
+    refused,
+    set_to,
+    used,
+)
+
+logger = logging.getLogger(__name__)
+
+_DROPOUT = "a shared prefix has one dropout mask where repeated prompts would have had many"
+_OTHER_KERNEL = (
+    "it chooses among Megatron's kernels, for ordinary batches; PrefixPackedSeqParams names the "
+    "kernel of shared prefixes, and all of them compute the same attention"
+)
+
+
+def yarn_takes_packed_rows() -> bool:
+    """Whether this release's GPTModel tells YaRN that a batch is packed."""
+    return "cp_group" in inspect.signature(YarnRotaryEmbedding.forward).parameters
+
+
+def fused_rotary_takes_interleaved_rows() -> bool:
+    """Whether this release tells the fused kernel of packed rows that channels are interleaved.
+
+    Without Transformer Engine there is no fused kernel, and Megatron refuses the option itself.
+    """
+    fused = rope_utils.fused_apply_rotary_pos_emb_thd
+    return fused is None or "interleaved" in inspect.signature(fused).parameters
+
+
+def _fused_rotary(fused: bool, config: Any) -> tuple[str, str] | None:
+    if not fused:
+        return None
+    off = set_to("apply_rope_fusion", False)
+    if is_set(getattr(config, "yarn_rotary_scaling_factor", None)):
+        return "the fused kernel drops YaRN's attention scale for packed rows", off
+    if config.rotary_interleaved and not fused_rotary_takes_interleaved_rows():
+        return (
+            f"with rotary_interleaved=True, megatron-core {megatron.core.__version__} rotates "
+            "halves in the fused kernel of packed rows, which is another model",
+            f"{off}, or install megatron-core 0.19",
+        )
+    return None
+
+
+def _yarn(factor: Any, config: Any) -> tuple[str, str] | None:
+    size = config.context_parallel_size
+    if not is_set(factor) or size == 1 or yarn_takes_packed_rows():
+        return None
+    return (
+        f"context_parallel_size={size} cannot be combined with YaRN in megatron-core "
+        f"{megatron.core.__version__}, which cuts its table as if a packed row were one sequence",
+        "Set context_parallel_size to 1, or install megatron-core 0.16 or newer",
+    )
+
+
+def _comm_type(kinds: Any, config: Any) -> tuple[str, str] | None:
+    """Kinds that are not ours, and heads that cannot be exchanged."""
+    size = config.context_parallel_size
+    if size == 1 or kinds is None:
+        return None
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind in RUN_AS:
+            _say_what_runs(kind)
+        elif kind not in COMM_TYPES:
+            return (
+                f"there is no kind {kind!r}",
+                f"Set cp_comm_type to {', '.join(COMM_TYPES[:-1])} or {COMM_TYPES[-1]}",
+            )
+        tensor = config.tensor_model_parallel_size
+        for option in ("num_attention_heads", "num_query_groups"):
+            heads = getattr(config, option)
+            if kind == "a2a" and heads % (tensor * size):
+                return (
+                    f"a2a needs {option}={heads} to be a multiple of tensor_model_parallel_size x "
+                    f"context_parallel_size = {tensor} x {size}",
+                    "Set cp_comm_type to all_gather or p2p",
+                )
+    return None
+
+
+@functools.cache
+def _say_what_runs(kind: str) -> None:
+    logger.warning("cp_comm_type %s runs as %s with shared prefixes", kind, RUN_AS[kind])
+
+
+OPTIONS: list[Option] = [
+    *used(
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "softmax_scale",
+        why="our attention takes heads and scale as Megatron's does",
+    ),
+    *used(
+        "add_qkv_bias",
+        "qk_layernorm",
+        "no_rope_freq",
+        why="Megatron's self attention computes it, row by row; a trimmed last layer as well",
+    ),
+    *used(
+        "qk_l2_norm",
+        "attention_output_gate",
+        why="Megatron's self attention computes it, row by row; a trimmed last layer as well",
+        first="0.16",
+    ),
+    *used(
+        "rotary_interleaved",
+        why="Megatron rotates by our table of positions; see apply_rope_fusion",
+    ),
+    Option(
+        name="apply_rope_fusion",
+        kind="used",
+        why="the fused kernel takes our table as one sequence of a row's length",
+        check=_fused_rotary,
+    ),
+    Option(
+        name="yarn_rotary_scaling_factor",
+        kind="used",
+        why="GPTModel's YaRN table is read by position",
+        check=_yarn,
+        declared=False,
+    ),
+    Option(
+        name="cp_comm_type",
+        kind="used",
+        why="our context-parallel attention has kinds of the same names",
+        check=_comm_type,
+    ),
+    *refused("attention_dropout", "hidden_dropout", when=positive, why=_DROPOUT, instead=0.0),
+    *refused(
+        "multi_latent_attention",
+        when=is_set,
+        why="its own rotary modules do not take per-token positions yet",
+        instead=False,
+    ),
+    *refused(
+        "mrope_section",
+        when=is_set,
+        why="multimodal rotary tables already hold one row per token, and ours would be taken "
+        "from them once more; use position_embedding_type rope",
+        instead=None,
+    ),
+    *refused(
+        "window_size",
+        when=is_set,
+        why="a sliding window would have to follow each sequence across its segments",
+        instead=None,
+    ),
+    *harmless("window_attn_skip_freq", why="only window_size reads it", first="0.15"),
+    *refused(
+        "softmax_type",
+        when=lambda value: value is not None and value != "vanilla",
+        why="a softmax offset would enter once per attention stage",
+        instead="vanilla",
+        first="0.15",
+    ),
+    *refused(
+        "experimental_attention_variant",
+        when=is_set,
+        why="only softmax attention can be computed in stages",
+        instead=None,
+        first="0.16",
+    ),
+    *refused(
+        "qk_clip",
+        when=is_set,
+        why="the stages do not report their largest attention logit, which it clips by",
+        instead=False,
+        first="0.16",
+    ),
+    *refused(
+        "log_max_attention_logit",
+        when=is_set,
+        why="the stages do not report their largest attention logit",
+        instead=False,
+        first="0.16",
+    ),
+    *harmless("qk_clip_alpha", "qk_clip_threshold", why="only qk_clip reads it", first="0.16"),
+    *refused(
+        "fused_single_qkv_rope",
+        when=is_set,
+        why="Megatron's kernel does not take packed rows",
+        instead=False,
+        first="0.15",
+    ),
+    *refused(
+        "batch_invariant_mode",
+        when=is_set,
+        why="attention over a tree adds up in another order than over a sequence of its own, so "
+        "the last bits depend on the batch",
+        instead=False,
+        first="0.16",
+    ),
+    *harmless("attention_backend", why=_OTHER_KERNEL),
+    *harmless("flash_attention_version", why=_OTHER_KERNEL, first="0.19"),
+    *harmless(
+        "apply_query_key_layer_scaling",
+        "attention_softmax_in_fp32",
+        "masked_softmax_fusion",
+        why="it is about how Megatron's softmax keeps its precision; ours is in float32 or wider",
+    ),
+]
