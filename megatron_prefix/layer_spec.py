@@ -17,13 +17,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_module
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
 
 from megatron_prefix.layers.attention import prefix_core_attention, prefix_self_attention
 from megatron_prefix.layers.last_layer import prefix_transformer_layer
-from megatron_prefix.megatron.norms import PrefixTorchNorm
+from megatron_prefix.megatron.norms import IN_PLACE_OF, use_in_blocks
 
 Spec = TypeVar("Spec")
 
@@ -37,8 +36,8 @@ def prefix_grouped(spec: Spec) -> Spec:
 
     Returns:
         The same structure with every `SelfAttention`, its core attention and its layer replaced by
-        subclasses of themselves; everything else as it was. Torch norms also take sequence
-        parallelism.
+        subclasses of themselves; everything else as it was. Torch's norms also take sequence
+        parallelism, and Apex's give way to them for RMSNorm and on the CPU.
 
     Raises:
         ValueError: the spec has no self attention that can share prefixes.
@@ -59,8 +58,8 @@ def _rewrite(spec: Any) -> tuple[Any, bool]:
         return functools.partial(spec.func, *spec.args, **keywords), found
     if isinstance(spec, ModuleSpec):
         return _rewrite_module_spec(spec)
-    if spec is WrappedTorchNorm:
-        return PrefixTorchNorm, False
+    if isinstance(spec, type) and spec in IN_PLACE_OF:
+        return IN_PLACE_OF[spec], False
     if isinstance(spec, (list, tuple)):
         parts = [_rewrite(part) for part in spec]
         return type(spec)(part for part, _ in parts), any(found for _, found in parts)
@@ -132,6 +131,8 @@ class PrefixTransformerLayer(BaseTransformerLayer):
         kwargs.pop("submodules", None)
         return build_module(prefix_grouped(spec), config, *args, **kwargs)
 
+
+use_in_blocks()
 
 prefix_grouped_layer_spec = ModuleSpec(module=PrefixTransformerLayer)
 """A layer spec for `--spec megatron_prefix.layer_spec prefix_grouped_layer_spec`."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.borrowed import residual_through
+from megatron_prefix.megatron.fused_gradients import gradient_by_autograd
 
 
 class _PrefixTransformerLayer:
@@ -100,11 +101,13 @@ def query_key_value(
     groups, dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
     heads_of_group = attention.num_attention_heads_per_partition // groups
 
+    whole_weight = gradient_by_autograd(linear.weight)
+
     def project(x: Tensor, heads: slice) -> Tensor:
         """[n, 1, h] -> [n, 1, groups, heads of the slice, dim]; a group is queries, key, value."""
         weight, bias = (
             None if w is None else w.unflatten(0, (groups, heads_of_group + 2, dim))[:, heads]
-            for w in (linear.weight, linear.bias)
+            for w in (whole_weight, linear.bias)
         )
         out = F.linear(x, weight.flatten(0, 2), None if bias is None else bias.flatten())
         return out.unflatten(-1, (groups, -1, dim))

@@ -1,10 +1,17 @@
-"""Megatron's torch norm where Megatron refuses it: under sequence parallelism."""
+"""Megatron's norms where Transformer Engine is not installed, for what they refuse.
+
+Its local specs name Apex's fused norm where Apex is installed, which has no RMSNorm and needs a
+GPU, and else torch's norm, which refuses sequence parallelism.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.core.transformer import transformer_block
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -28,10 +35,36 @@ class PrefixTorchNorm:
         for option in ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm"):
             if getattr(config, option):
                 raise ValueError(
-                    f"{option}=True needs Transformer Engine's norm: set it to False, or use a "
-                    "Transformer Engine layer spec"
+                    f"{option}=True is not an option of torch's norms, which this model has: set "
+                    "it to False, or use a Transformer Engine layer spec"
                 )
         norm = classes[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class PrefixFusedNorm:
+    """Apex's `FusedLayerNorm` where it can run, else `PrefixTorchNorm`."""
+
+    def __new__(
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
+    ) -> torch.nn.Module:
+        """Build the norm that `config.normalization` names, for the model's device."""
+        if config.normalization == "LayerNorm" and not config.use_cpu_initialization:
+            return FusedLayerNorm(config, hidden_size, eps=eps, **kwargs)
+        return PrefixTorchNorm(config, hidden_size, eps=eps, **kwargs)
+
+
+IN_PLACE_OF: dict[Any, type] = {WrappedTorchNorm: PrefixTorchNorm, FusedLayerNorm: PrefixFusedNorm}
+"""Norms that a spec may name -> what builds these, and what they refuse."""
+
+
+def use_in_blocks() -> None:
+    """Let blocks that are built from a layer's spec alone have our norm as their last one.
+
+    Such a block takes its last norm from a name in Megatron's module, and no spec says another.
+    What Megatron's own norm can be built for is built as before.
+    """
+    norm = transformer_block.LayerNormImpl
+    transformer_block.LayerNormImpl = IN_PLACE_OF.get(norm, norm)

@@ -23,6 +23,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
     param_and_grad_buffer,
 )
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -30,6 +31,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer import transformer_block
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.module import Float16Module
@@ -59,6 +61,7 @@ SIGNATURES: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
     ),
     (DotProductAttention.forward, ("packed_seq_params",)),
     (WrappedTorchNorm.__new__, ("config", "hidden_size", "eps")),
+    (FusedLayerNorm.__init__, ("config", "hidden_size", "eps")),
     (
         GPTModel.__init__,
         (
@@ -201,6 +204,7 @@ NAMES: list[tuple[Any, str]] = [
     (filesystem_async, "_results_queue"),
     (DistributedDataParallel, "zero_grad_buffer"),
     (DistributedDataParallel, "broadcast_params"),
+    (transformer_block, "LayerNormImpl"),
 ]
 
 
@@ -265,6 +269,11 @@ def test_buckets_know_the_ranks_that_their_gradients_are_sharded_over() -> None:
     source = inspect.getsource(param_and_grad_buffer)
     assert "self.intra_distributed_optimizer_instance_group = " in source
     assert "grad_data" in source
+
+
+def test_weights_whose_gradient_a_layer_has_added_itself_bear_the_mark_that_we_reset() -> None:
+    assert "param.grad_added_to_main_grad = False" in inspect.getsource(DistributedDataParallel)
+    assert "weight.grad_added_to_main_grad = True" in inspect.getsource(tensor_parallel.layers)
 
 
 def test_a_layer_spec_class_may_be_any_base_transformer_layer() -> None:

@@ -1,0 +1,96 @@
+"""Steps under `gradient_accumulation_fusion`, whose microbatches are not trimmed alike.
+
+Apex's `fused_weight_gradient_mlp_cuda` is a CUDA kernel that adds a weight's gradient to
+`main_grad`. A STUB of it does that on the CPU; all else is Megatron's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.tensor_parallel import layers
+
+from megatron_prefix.config import ParallelConfig
+from megatron_prefix.model.build import build_model_chunks, model_shape
+from megatron_prefix.objective import ObjectiveConfig
+from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.training.batch import PackedBatch
+from megatron_prefix.training.minibatch import PackingConfig, build_minibatch
+from megatron_prefix.training.step import accumulate_gradients
+from tests.megatron.models import TRAINING, model_config, relative_error, single_process
+
+
+class _StubOfApex(types.ModuleType):
+    """Counts what it does, so that a test sees that it was used."""
+
+    calls = 0
+
+    def wgrad_gemm_accum_fp32(
+        self, inputs: torch.Tensor, gradient: torch.Tensor, main_gradient: torch.Tensor
+    ) -> None:
+        self.calls += 1
+        main_gradient.add_(gradient.t() @ inputs)
+
+
+@pytest.fixture
+def stub_of_apex(monkeypatch: pytest.MonkeyPatch) -> _StubOfApex:
+    stub = _StubOfApex("fused_weight_gradient_mlp_cuda")
+    monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", stub, raising=False)
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
+    return stub
+
+
+def _group(prompt: int, response: int) -> RolloutGroup:
+    rng = np.random.default_rng(prompt)
+    return RolloutGroup(
+        prompt=tuple(rng.integers(0, 61, prompt).tolist()),
+        responses=tuple(tuple(rng.integers(0, 61, response).tolist()) for _ in range(2)),
+        rewards=(0.0, 1.0),
+        source=f"prompt of {prompt}",
+    )
+
+
+def _gradients(fusion: bool, trimmed: list[bool]) -> dict[str, torch.Tensor]:
+    """Of a step of two microbatches; `trimmed` says whether the last layer is, in their order."""
+    # Apex has no kernel for float64.
+    training = dataclasses.replace(TRAINING, dtype="float32")
+    config = model_config({"gradient_accumulation_fusion": fusion}, vocab_size=64)
+    chunks = build_model_chunks(config, ParallelConfig(), training, use_distributed_optimizer=False)
+    packing = PackingConfig(
+        token_budget=40, data_parallel_size=1, model_shape=model_shape(config, chunks.config)
+    )
+    batches = build_minibatch(
+        # Every row of a one-token prompt's group is trained on, so none can be left out.
+        [_group(20, 8), _group(1, 16)],
+        ObjectiveConfig(),
+        packing,
+        data_parallel_rank=0,
+        device=torch.device("cpu"),
+    ).batches
+
+    def is_trimmed(batch: PackedBatch) -> bool:
+        return batch.params.last_layer is not None
+
+    assert sorted(map(is_trimmed, batches)) == [False, True]
+    batches = sorted(batches, key=is_trimmed, reverse=trimmed[0])
+    accumulate_gradients(chunks, batches, ObjectiveConfig())
+    return {name: p.main_grad.clone() for name, p in chunks.named_parameters()}
+
+
+@pytest.mark.parametrize("trimmed", [[True, False], [False, True]], ids=["trimmed first", "last"])
+def test_fused_gradients_of_a_step_with_a_trimmed_microbatch_are_whole(
+    trimmed: list[bool], stub_of_apex: _StubOfApex
+) -> None:
+    with single_process(float64=False):
+        expected = _gradients(False, trimmed)
+        assert stub_of_apex.calls == 0
+    with single_process(float64=False):
+        found = _gradients(True, trimmed)
+    assert stub_of_apex.calls > 0
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    # The stub adds up as autograd does, in another order. A lost microbatch is an error of 0.8.
+    assert max(errors.values()) <= 1e-5, errors
