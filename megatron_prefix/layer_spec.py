@@ -22,7 +22,9 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer, Tr
 
 from megatron_prefix.layers.attention import prefix_core_attention, prefix_self_attention
 from megatron_prefix.layers.last_layer import prefix_transformer_layer
+from megatron_prefix.layers.recurrent import refused_recurrent_layer
 from megatron_prefix.megatron.norms import IN_PLACE_OF, use_in_blocks
+from megatron_prefix.megatron.recurrent_layers import RECURRENT_LAYERS
 
 Spec = TypeVar("Spec")
 
@@ -40,7 +42,9 @@ def prefix_grouped(spec: Spec) -> Spec:
         parallelism, and Apex's give way to them for RMSNorm and on the CPU.
 
     Raises:
-        ValueError: the spec has no self attention that can share prefixes.
+        ValueError: the spec has no self attention that can share prefixes. (Recurrent layers
+            beside it, such as Mamba's, are refused where one is built: a spec of a hybrid model
+            names them whether the model has any or not.)
     """
     grouped, found = _rewrite(copy.deepcopy(spec))
     if not found:
@@ -79,6 +83,9 @@ def _rewrite(spec: Any) -> tuple[Any, bool]:
 def _rewrite_module_spec(spec: ModuleSpec) -> tuple[ModuleSpec, bool]:
     spec.submodules, found = _rewrite(spec.submodules)
     module = get_module(spec)
+    if isinstance(module, type) and issubclass(module, RECURRENT_LAYERS):
+        spec.module = refused_recurrent_layer(module)
+        return spec, found
     if found and isinstance(module, type) and issubclass(module, TransformerLayer):
         spec.module = prefix_transformer_layer(module)
         return spec, True

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_prefix.layers.dropout import refuse_dropout
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.borrowed import residual_through
@@ -29,13 +30,20 @@ from megatron_prefix.megatron.fused_gradients import gradient_by_autograd
 
 
 class _PrefixTransformerLayer:
+    prefix_dropout_refused = False
+    """Whether this layer was searched for dropout, which may come in after it was built."""
+
     def forward(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any
     ) -> Any:
         """See Megatron's `TransformerLayer.forward`."""
         context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        shares_prefixes = isinstance(packed_seq_params, PrefixPackedSeqParams)
+        if shares_prefixes and self.training and not self.prefix_dropout_refused:
+            refuse_dropout(self, f"layer {self.layer_number}")
+            self.prefix_dropout_refused = True
         if (
-            isinstance(packed_seq_params, PrefixPackedSeqParams)
+            shares_prefixes
             and packed_seq_params.last_layer is not None
             and self.layer_number == self.config.num_layers
         ):

@@ -14,6 +14,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
 )
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_prefix.config import ParallelConfig, YarnConfig
 from megatron_prefix.config.loader import ConfigError
@@ -282,3 +285,43 @@ def test_relative_error_is_zero_only_for_equals() -> None:
     values = torch.randn(5)
     assert relative_error(values, values) == 0
     assert relative_error(values + 1e-3, values) > 0
+
+
+class _Adapter(torch.nn.Module):
+    """A LoRA adapter around a linear layer, as frameworks put it into a model that is built."""
+
+    def __init__(self, linear: torch.nn.Module, dropout: float) -> None:
+        super().__init__()
+        self.linear = linear
+        self.dropout = torch.nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        out, bias = self.linear(x)
+        return out + 0 * self.dropout(x).sum(), bias
+
+
+def test_dropout_of_an_adapter_is_refused_while_training_shared_prefixes() -> None:
+    layout = pack(random_groups(np.random.default_rng(), SHAPES))
+    with single_process():
+        _, grouped = model_pair(model_config())
+        mlp = grouped.decoder.layers[1].mlp
+        mlp.linear_fc1 = _Adapter(mlp.linear_fc1, 0.1)
+        grouped.eval()
+        packed_logits(grouped, layout)
+        grouped.train()
+        with pytest.raises(ValueError, match=r"layer 2, mlp\.linear_fc1\.dropout: .*p=0\.1 cannot"):
+            packed_logits(grouped, layout)
+        mlp.linear_fc1.dropout.p = 0.0
+        packed_logits(grouped, layout)
+
+
+def test_a_recurrent_layer_beside_attention_is_refused_where_it_is_built() -> None:
+    block = TransformerBlockSubmodules(
+        layer_specs=[
+            get_gpt_layer_local_spec(normalization="RMSNorm"),
+            ModuleSpec(module=MambaLayer, submodules=MambaLayerSubmodules()),
+        ]
+    )
+    config = transformer_config(model_config(), ParallelConfig(), TRAINING)
+    with single_process(), pytest.raises(ValueError, match="MambaLayer cannot be combined with"):
+        GPTModel(config, prefix_grouped(block), vocab_size=61, max_sequence_length=64)

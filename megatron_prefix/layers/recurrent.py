@@ -1,0 +1,21 @@
+"""Layers that would take a packed row for one sequence, and are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_prefix.layers.subclass import prefix_subclass
+
+
+class _RefusedRecurrentLayer:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            f"{type(self).__mro__[2].__name__} cannot be combined with shared prefixes: its state "
+            "would run through a packed row as if this were one sequence. Use a model whose layers "
+            "all have softmax attention"
+        )
+
+
+def refused_recurrent_layer(base: type) -> type:
+    """A subclass that cannot be built, and says why."""
+    return prefix_subclass(_RefusedRecurrentLayer, base)
