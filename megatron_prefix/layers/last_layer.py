@@ -92,12 +92,15 @@ def query_key_value(
 
     Returns:
         query [N, 1, heads, dim], key and value [T, 1, kv heads, dim] of this tensor-parallel rank,
-        normalised as the layer does; None where its projection is no plain linear layer (as in
-        Transformer Engine's, which holds the norm too) and can only be computed whole.
+        normalised as the layer does; None where its projection can only be computed whole: it is
+        no plain linear layer (Transformer Engine's holds the norm too), or has no whole groups.
     """
-    linear = attention.linear_qkv
-    if type(linear) is not ColumnParallelLinear or getattr(
-        attention.config, "attention_output_gate", False
+    linear, config = attention.linear_qkv, attention.config
+    if (
+        type(linear) is not ColumnParallelLinear
+        or getattr(config, "attention_output_gate", False)
+        # A rank's shard of the weight is then less than a group of queries, key and value.
+        or config.num_query_groups < config.tensor_model_parallel_size
     ):
         return None
     if linear.sequence_parallel:

@@ -26,6 +26,8 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from megatron_prefix.megatron.fused_gradients import gradient_by_autograd
+
 Make = Callable[[Tensor, Tensor], Tensor]
 """Final hidden states [T, h], and this rank's rows of the output weight [V/tp, h] -> [N, ...].
 
@@ -106,4 +108,5 @@ def _made(
         )
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden_states)
-    return make(hidden[:, 0], output_layer.weight if weight is None else weight)
+    weight = gradient_by_autograd(output_layer.weight if weight is None else weight)
+    return make(hidden[:, 0], weight)

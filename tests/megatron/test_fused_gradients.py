@@ -15,6 +15,8 @@ import torch
 from megatron.core.tensor_parallel import layers
 
 from megatron_prefix.config import ParallelConfig
+from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.layout import PrefixTree, pack
 from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutGroup
@@ -94,3 +96,37 @@ def test_fused_gradients_of_a_step_with_a_trimmed_microbatch_are_whole(
     errors = {name: relative_error(found[name], expected[name]) for name in expected}
     # The stub adds up as autograd does, in another order. A lost microbatch is an error of 0.8.
     assert max(errors.values()) <= 1e-5, errors
+
+
+def _output_gradient(fusion: bool) -> torch.Tensor:
+    """Of the output layer, for a microbatch that asks for logits and one for log-probabilities."""
+    config = model_config({"gradient_accumulation_fusion": fusion}, vocab_size=64)
+    training = dataclasses.replace(TRAINING, dtype="float32")
+    chunks = build_model_chunks(config, ParallelConfig(), training, use_distributed_optimizer=False)
+    layout = pack(PrefixTree.from_groups([([1, 2, 3], [[4, 5], [6]])]))
+    (model,), head = chunks.wrapped, chunks.head
+    assert head is not None
+    inputs = (
+        torch.from_numpy(layout.input_ids)[None],
+        torch.from_numpy(layout.position_ids)[None],
+        None,
+    )
+    params = PrefixPackedSeqParams.from_layout(layout, torch.device("cpu"))
+    model.zero_grad_buffer()
+    model(*inputs, packed_seq_params=params).square().sum().backward()
+    rows = torch.arange(layout.num_tokens)
+    labels = torch.from_numpy(layout.labels)
+    with head.request(rows, labels, temperature=1.0, train_entropy=False):
+        model(*inputs, packed_seq_params=params).sum().backward()
+    return head.weight.main_grad.clone()
+
+
+def test_logits_and_log_probabilities_in_one_step_give_the_output_layer_a_whole_gradient(
+    stub_of_apex: _StubOfApex,
+) -> None:
+    with single_process(float64=False):
+        expected = _output_gradient(False)
+    with single_process(float64=False):
+        found = _output_gradient(True)
+    assert stub_of_apex.calls > 0
+    assert relative_error(found, expected) <= 1e-5
