@@ -15,8 +15,9 @@ from megatron_prefix.config import OptimizerSettings, ParallelConfig
 from megatron_prefix.model.build import ModelChunks, build_model_chunks, model_shape
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.training.minibatch import PackingConfig, build_minibatch
+from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
+from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.step import train_step
 from tests.megatron.models import TRAINING, model_config, single_process
 
@@ -60,8 +61,11 @@ def test_steps_leave_it_as_it_is_and_a_checkpoint_keeps_it(tmp_path: Path) -> No
             bias.copy_(value)
         optimizer = build_optimizer(SETTINGS, chunks)
         scheduler = build_scheduler(SETTINGS, optimizer, total_steps=2)
-        packing = PackingConfig(
-            token_budget=64, data_parallel_size=1, model_shape=model_shape(MODEL, chunks.config)
+        packing = packing_of_run(
+            TRAINING,
+            ParallelConfig(),
+            model_shape=model_shape(MODEL, chunks.config),
+            data_parallel_size=1,
         )
         batches = build_minibatch(
             _groups(),

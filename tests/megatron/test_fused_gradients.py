@@ -21,7 +21,8 @@ from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.batch import PackedBatch
-from megatron_prefix.training.minibatch import PackingConfig, build_minibatch
+from megatron_prefix.training.minibatch import build_minibatch
+from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.step import accumulate_gradients
 from tests.megatron.models import TRAINING, model_config, relative_error, single_process
 
@@ -57,13 +58,16 @@ def _group(prompt: int, response: int) -> RolloutGroup:
 
 
 def _gradients(fusion: bool, trimmed: list[bool]) -> dict[str, torch.Tensor]:
-    """Of a step of two microbatches; `trimmed` says whether the last layer is, in their order."""
+    """Of a step; `trimmed` says of its first and last microbatch whether the last layer is."""
     # Apex has no kernel for float64.
-    training = dataclasses.replace(TRAINING, dtype="float32")
+    training = dataclasses.replace(TRAINING, dtype="float32", token_budget=40)
     config = model_config({"gradient_accumulation_fusion": fusion}, vocab_size=64)
     chunks = build_model_chunks(config, ParallelConfig(), training, use_distributed_optimizer=False)
-    packing = PackingConfig(
-        token_budget=40, data_parallel_size=1, model_shape=model_shape(config, chunks.config)
+    packing = packing_of_run(
+        training,
+        ParallelConfig(),
+        model_shape=model_shape(config, chunks.config),
+        data_parallel_size=1,
     )
     batches = build_minibatch(
         # Every row of a one-token prompt's group is trained on, so none can be left out.
@@ -77,7 +81,7 @@ def _gradients(fusion: bool, trimmed: list[bool]) -> dict[str, torch.Tensor]:
     def is_trimmed(batch: PackedBatch) -> bool:
         return batch.params.last_layer is not None
 
-    assert sorted(map(is_trimmed, batches)) == [False, True]
+    assert set(map(is_trimmed, batches)) == {False, True}
     batches = sorted(batches, key=is_trimmed, reverse=trimmed[0])
     accumulate_gradients(chunks, batches, ObjectiveConfig())
     return {name: p.main_grad.clone() for name, p in chunks.named_parameters()}

@@ -55,11 +55,11 @@ def refuse_unsupported(config: Any) -> None:
     if len(refusals) == 1:
         (refusal,) = refusals
         message = (
-            f"{refusal.option}={refusal.value!r} cannot be combined with shared prefixes: "
+            f"{refusal.setting} cannot be combined with shared prefixes: "
             f"{refusal.why}. {refusal.instead}"
         )
     else:
-        lines = [f"\n  {r.option}={r.value!r}: {r.why}. {r.instead}" for r in refusals]
+        lines = [f"\n  {r.setting}: {r.why}. {r.instead}" for r in refusals]
         message = f"{len(refusals)} options cannot be combined with shared prefixes:" + "".join(
             lines
         )

@@ -14,6 +14,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import Yar
 from megatron_prefix.attention.comm_types import COMM_TYPES, RUN_AS
 from megatron_prefix.megatron.options.record import (
     Option,
+    Reason,
     harmless,
     is_set,
     positive,
@@ -45,33 +46,38 @@ def fused_rotary_takes_interleaved_rows() -> bool:
     return fused is None or "interleaved" in inspect.signature(fused).parameters
 
 
-def _fused_rotary(fused: bool, config: Any) -> tuple[str, str] | None:
+def _fused_rotary(fused: bool, config: Any) -> Reason | None:
     if not fused:
         return None
     off = set_to("apply_rope_fusion", False)
     if is_set(getattr(config, "yarn_rotary_scaling_factor", None)):
-        return "the fused kernel drops YaRN's attention scale for packed rows", off
+        return Reason(
+            why="the fused kernel drops YaRN's attention scale for packed rows",
+            instead=off,
+            beside="yarn_rotary_scaling_factor set",
+        )
     if config.rotary_interleaved and not fused_rotary_takes_interleaved_rows():
-        return (
-            f"with rotary_interleaved=True, megatron-core {megatron.core.__version__} rotates "
-            "halves in the fused kernel of packed rows, which is another model",
-            f"{off}, or install megatron-core 0.19",
+        return Reason(
+            why=f"megatron-core {megatron.core.__version__} does not tell the fused kernel of "
+            "packed rows that channels are interleaved, and it computes another model",
+            instead=f"{off}, or install megatron-core 0.19",
+            beside="rotary_interleaved=True",
         )
     return None
 
 
-def _yarn(factor: Any, config: Any) -> tuple[str, str] | None:
+def _yarn(factor: Any, config: Any) -> Reason | None:
     size = config.context_parallel_size
     if not is_set(factor) or size == 1 or yarn_takes_packed_rows():
         return None
-    return (
-        f"context_parallel_size={size} cannot be combined with YaRN in megatron-core "
+    return Reason(
+        why=f"context_parallel_size={size} cannot be combined with YaRN in megatron-core "
         f"{megatron.core.__version__}, which cuts its table as if a packed row were one sequence",
-        "Set context_parallel_size to 1, or install megatron-core 0.16 or newer",
+        instead="Set context_parallel_size to 1, or install megatron-core 0.16 or newer",
     )
 
 
-def _comm_type(kinds: Any, config: Any) -> tuple[str, str] | None:
+def _comm_type(kinds: Any, config: Any) -> Reason | None:
     """Kinds that are not ours, and heads that cannot be exchanged."""
     size = config.context_parallel_size
     if size == 1 or kinds is None:
@@ -80,18 +86,18 @@ def _comm_type(kinds: Any, config: Any) -> tuple[str, str] | None:
         if kind in RUN_AS:
             _say_what_runs(kind)
         elif kind not in COMM_TYPES:
-            return (
-                f"there is no kind {kind!r}",
-                f"Set cp_comm_type to {', '.join(COMM_TYPES[:-1])} or {COMM_TYPES[-1]}",
+            return Reason(
+                why=f"there is no kind {kind!r}",
+                instead=f"Set cp_comm_type to {', '.join(COMM_TYPES[:-1])} or {COMM_TYPES[-1]}",
             )
         tensor = config.tensor_model_parallel_size
         for option in ("num_attention_heads", "num_query_groups"):
             heads = getattr(config, option)
             if kind == "a2a" and heads % (tensor * size):
-                return (
-                    f"a2a needs {option}={heads} to be a multiple of tensor_model_parallel_size x "
-                    f"context_parallel_size = {tensor} x {size}",
-                    "Set cp_comm_type to all_gather or p2p",
+                return Reason(
+                    why=f"a2a needs {option}={heads} to be a multiple of "
+                    f"tensor_model_parallel_size x context_parallel_size = {tensor} x {size}",
+                    instead="Set cp_comm_type to all_gather or p2p",
                 )
     return None
 

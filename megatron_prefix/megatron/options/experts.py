@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_prefix.megatron.options.record import (
     Option,
+    Reason,
     harmless,
     is_set,
     more_than_one,
@@ -22,21 +23,21 @@ _BY_TOKEN = "Megatron's experts and router compute it, token by token"
 _DISPATCH = "it is about how tokens travel to their experts and back, one by one"
 
 
-def _load_balancing(kinds: Any, config: Any) -> tuple[str, str] | None:
+def _load_balancing(kinds: Any, config: Any) -> Reason | None:
     """Only 'none', and auxiliary losses with a coefficient of 0, route each token by itself."""
     if config.num_moe_experts is None:
         return None
     kinds = kinds if isinstance(kinds, (list, tuple)) else [kinds]
     if any(kind not in ("none", *_AUXILIARY) for kind in kinds):
-        return (
-            "it routes a token by what other tokens of the batch need, and a shared prefix "
+        return Reason(
+            why="it routes a token by what other tokens of the batch need, and a shared prefix "
             "stands there once",
-            set_to("moe_router_load_balancing_type", "none"),
+            instead=set_to("moe_router_load_balancing_type", "none"),
         )
     return None
 
 
-def _auxiliary_loss(coefficients: Any, config: Any) -> tuple[str, str] | None:
+def _auxiliary_loss(coefficients: Any, config: Any) -> Reason | None:
     """The auxiliary loss is off when its type is 'none' or its coefficient 0, per type."""
     if config.num_moe_experts is None:
         return None
@@ -46,43 +47,47 @@ def _auxiliary_loss(coefficients: Any, config: Any) -> tuple[str, str] | None:
         coefficients = [coefficients] * len(kinds)
     for kind, coefficient in zip(kinds, coefficients, strict=True):
         if kind in _AUXILIARY and coefficient:
-            return (
-                f"with moe_router_load_balancing_type {kind!r}, {_ROUTER}",
-                "Set moe_aux_loss_coeff to 0.0, or moe_router_load_balancing_type to 'none'",
+            return Reason(
+                why=_ROUTER,
+                instead="Set moe_aux_loss_coeff to 0.0, or moe_router_load_balancing_type to "
+                "'none'",
+                beside=f"moe_router_load_balancing_type={kind!r}",
             )
     return None
 
 
-def _expert_bias(enabled: bool, config: Any) -> tuple[str, str] | None:
+def _expert_bias(enabled: bool, config: Any) -> Reason | None:
     """A bias that does not move is a constant of the choice of experts."""
     rate = config.moe_router_bias_update_rate
     if not enabled or rate == 0:
         return None
-    return (
-        f"with moe_router_bias_update_rate={rate!r} the bias follows statistics that would count "
-        "a shared prefix once instead of once per response",
-        "Set moe_router_bias_update_rate to 0.0, which keeps the bias of the checkpoint as it is, "
-        "or moe_router_enable_expert_bias to False",
+    return Reason(
+        why="the bias follows statistics that would count a shared prefix once instead of once "
+        "per response",
+        instead="Set moe_router_bias_update_rate to 0.0, which keeps the bias of the checkpoint "
+        "as it is, or moe_router_enable_expert_bias to False",
+        beside=f"moe_router_bias_update_rate={rate!r}",
     )
 
 
-def _dispatcher(kind: str, config: Any) -> tuple[str, str] | None:
+def _dispatcher(kind: str, config: Any) -> Reason | None:
     """What needs as many tokens on every rank of an expert-parallel group."""
     if config.num_moe_experts is None or config.expert_model_parallel_size == 1:
         return None
     unequal = "takes as many tokens from every expert-parallel rank, and packed rows differ"
     if kind == "allgather":
-        return f"it {unequal}", set_to("moe_token_dispatcher_type", "alltoall")
+        return Reason(why=f"it {unequal}", instead=set_to("moe_token_dispatcher_type", "alltoall"))
     backend = getattr(config, "moe_flex_dispatcher_backend", None)
     if (
         kind == "flex"
         and backend == "hybridep"
         and not getattr(config, "moe_hybridep_pad_uneven_dispatch_inputs", False)
     ):
-        return (
-            f"with moe_flex_dispatcher_backend {backend!r} it {unequal}",
-            "Set moe_token_dispatcher_type to 'alltoall', or, from megatron-core 0.19 on, "
+        return Reason(
+            why=f"it {unequal}",
+            instead="Set moe_token_dispatcher_type to 'alltoall', or, from megatron-core 0.19 on, "
             "moe_hybridep_pad_uneven_dispatch_inputs to True",
+            beside=f"moe_flex_dispatcher_backend={backend!r}",
         )
     return None
 

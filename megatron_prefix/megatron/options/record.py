@@ -36,10 +36,27 @@ class Refusal:
     """What shared prefixes would change, or what would fail."""
     instead: str
     """What to do, as a sentence without its full stop."""
+    beside: str = ""
+    """The value of another option that it is refused with, as `name=value`."""
+
+    @property
+    def setting(self) -> str:
+        """Name and value, and what it is refused with."""
+        setting = f"{self.option}={self.value!r}"
+        return f"{setting} with {self.beside}" if self.beside else setting
 
 
-Check = Callable[[Any, Any], "tuple[str, str] | None"]
-"""(value, config) -> None where it is fine, else (why, instead) of a `Refusal`."""
+@dataclass(frozen=True, kw_only=True)
+class Reason:
+    """Why a value is refused: what a check of an option finds. See `Refusal`."""
+
+    why: str
+    instead: str
+    beside: str = ""
+
+
+Check = Callable[[Any, Any], "Reason | None"]
+"""(value, config) -> why the value is refused, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +84,13 @@ class Option:
         found = self.check(value, config)
         if found is None:
             return None
-        why, instead = found
-        return Refusal(option=self.name, value=value, why=why, instead=instead)
+        return Refusal(
+            option=self.name,
+            value=value,
+            why=found.why,
+            instead=found.instead,
+            beside=found.beside,
+        )
 
 
 def used(*names: str, why: str, check: Check | None = None, **releases: Any) -> list[Option]:
@@ -91,8 +113,8 @@ def refused(
     """
 
     def rows(name: str) -> Option:
-        def check(value: Any, config: Any) -> tuple[str, str] | None:
-            return (why, set_to(name, instead)) if when(value) else None
+        def check(value: Any, config: Any) -> Reason | None:
+            return Reason(why=why, instead=set_to(name, instead)) if when(value) else None
 
         return Option(name=name, kind="refused", why=why, check=check, **releases)
 
