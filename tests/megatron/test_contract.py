@@ -11,9 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import megatron.core
-import numpy as np
 import pytest
-import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import dict_utils, mapping
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -40,8 +38,6 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
 
-from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
-from megatron_prefix.layout import PrefixTree, pack
 from megatron_prefix.megatron.options import OPTIONS
 from megatron_prefix.megatron.output import takes_output_processor
 from tests.megatron.option_fields import config_fields, release_of, what_is_wrong
@@ -243,26 +239,6 @@ def test_every_option_of_this_release_is_used_refused_or_harmless_and_no_other_h
 def test_options_have_one_row_each() -> None:
     names = [option.name for option in OPTIONS]
     assert len(names) == len(set(names))
-
-
-def test_params_leave_megatrons_optional_fields_alone() -> None:
-    """`tokens_per_sample` would let experts see a row as several, `total_tokens` fill others."""
-    optional = {f.name for f in dataclasses.fields(PackedSeqParams)} - {
-        "qkv_format",
-        "cu_seqlens_q",
-        "cu_seqlens_kv",
-        "max_seqlen_q",
-        "max_seqlen_kv",
-    }
-    layout = pack(PrefixTree.from_groups([([1, 2, 3], [[4, 5], [6]])]))
-    params = PrefixPackedSeqParams.from_layout(layout, torch.device("cpu"))
-    params.trim_last_layer(np.array([3]))
-    for each in (params, params.last_layer):
-        assert {name: getattr(each, name) for name in optional} == {
-            field.name: field.default
-            for field in dataclasses.fields(PackedSeqParams)
-            if field.name in optional
-        }
 
 
 def test_buckets_know_the_ranks_that_their_gradients_are_sharded_over() -> None:

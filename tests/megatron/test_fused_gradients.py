@@ -7,6 +7,7 @@ Apex's `fused_weight_gradient_mlp_cuda` is a CUDA kernel that adds a weight's gr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 
 import numpy as np
@@ -120,9 +121,9 @@ def _output_gradient(fusion: bool) -> torch.Tensor:
     model(*inputs, packed_seq_params=params).square().sum().backward()
     rows = torch.arange(layout.num_tokens)
     labels = torch.from_numpy(layout.labels)
-    with head.request(rows, labels, temperature=1.0, train_entropy=False):
-        model(*inputs, packed_seq_params=params).sum().backward()
-    return head.weight.main_grad.clone()
+    call = functools.partial(model, *inputs, packed_seq_params=params)
+    head.log_probs(call, rows, labels, temperature=1.0, with_entropy=False).sum().backward()
+    return head.output_layer.weight.main_grad.clone()
 
 
 def test_logits_and_log_probabilities_in_one_step_give_the_output_layer_a_whole_gradient(

@@ -49,8 +49,8 @@ OPTIONS: list[Option] = [
     *refused(
         "use_mup",
         when=is_set,
-        why="Megatron multiplies the output layer's result by mup_output_mult, and this would be "
-        "log-probabilities from our head",
+        why="Megatron multiplies logits by mup_output_mult behind the output layer, where "
+        "log-probabilities are made already",
         instead=False,
         first="0.17",
     ),
