@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_prefix.config import RunConfig
-from megatron_prefix.config.loader import described
+from megatron_prefix.config.wording import described
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "megatron_prefix" / "config" / "README.md"

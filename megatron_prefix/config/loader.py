@@ -14,8 +14,6 @@ an error, and 1e-4 is a number, as in version 1.2.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
 import re
 import types
@@ -25,6 +23,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
+
+from megatron_prefix.config.wording import (
+    join,
+    located,
+    quoting,
+    refusal,
+    shown,
+    suggestion,
+)
 
 Config = TypeVar("Config")
 
@@ -79,7 +86,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"the file is not a mapping of keys to values but {_shown(values)}")
+        raise ConfigError(f"the file is not a mapping of keys to values but {shown(values)}")
     return values
 
 
@@ -97,10 +104,10 @@ def load_dataclass(cls: type[Config], mapping: Mapping[str, Any], *, path: str =
             refuse by a ValueError.
     """
     if not isinstance(mapping, Mapping):
-        _refuse(path, mapping, cls)
+        raise ConfigError(refusal(path, mapping, cls))
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     faults = [
-        f"{_join(path, key)}: unknown key; {_suggestion(key, mapping[key], cls)}"
+        f"{join(path, key)}: unknown key; {suggestion(key, mapping[key], cls)}"
         for key in mapping
         if key not in fields
     ]
@@ -108,11 +115,11 @@ def load_dataclass(cls: type[Config], mapping: Mapping[str, Any], *, path: str =
         name for name, field in fields.items() if _is_required(field) and name not in mapping
     ]
     if missing:
-        keys = ", ".join(_join(path, name) for name in missing)
+        keys = ", ".join(join(path, name) for name in missing)
         faults.append(f"{keys}: required, but not set")
     annotations = typing.get_type_hints(cls)
     items = {
-        key: (annotations[key], value, _join(path, key))
+        key: (annotations[key], value, join(path, key))
         for key, value in mapping.items()
         if key in fields
     }
@@ -121,7 +128,7 @@ def load_dataclass(cls: type[Config], mapping: Mapping[str, Any], *, path: str =
         return cls(**values)
     except ValueError as error:
         own = error.faults if isinstance(error, ConfigError) else (str(error),)
-        raise ConfigError(*(_located(path, fault, fields) for fault in own)) from error
+        raise ConfigError(*(located(path, fault, fields) for fault in own)) from error
 
 
 def dump_yaml(config: Any) -> str:
@@ -216,7 +223,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             section[key] = {}
         if not isinstance(section[key], dict):
             raise ConfigError(
-                f"override {override!r}: {'.'.join(keys[:depth])} is {_shown(section[key])}, which "
+                f"override {override!r}: {'.'.join(keys[:depth])} is {shown(section[key])}, which "
                 "has no keys of its own"
             )
         # Where the file has an alias, another section is the same object.
@@ -236,7 +243,7 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
         for choice in get_args(annotation):
             if type(choice) is type(value) and choice == value:
                 return choice
-        _refuse(path, value, annotation)
+        raise ConfigError(refusal(path, value, annotation))
     if origin in (list, tuple):
         return _convert_sequence(annotation, value, path)
     if origin is dict:
@@ -246,14 +253,14 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
     if annotation is Path:
         if isinstance(value, (str, Path)) and str(value):
             return Path(value)
-        _refuse(path, value, annotation)
+        raise ConfigError(refusal(path, value, annotation))
     if annotation is float:
         return _convert_float(value, path)
     if annotation in (int, bool, str, types.NoneType):
         # By identity: a bool is an int to isinstance.
         if type(value) is annotation:
             return value
-        _refuse(path, value, annotation)
+        raise ConfigError(refusal(path, value, annotation))
     raise TypeError(f"{path}: no conversion to {annotation!r}")
 
 
@@ -288,13 +295,13 @@ def _convert_float(value: Any, path: str) -> float:
         try:
             number = float(value)
         except OverflowError:
-            _refuse(path, value, float)
+            raise ConfigError(refusal(path, value, float)) from None
         if not math.isnan(number):
             return number
     # What a YAML 1.1 loader, or a shell, made text of.
     elif isinstance(value, str) and _EXPONENT_FLOAT.fullmatch(value):
         return float(value)
-    _refuse(path, value, float)
+    raise ConfigError(refusal(path, value, float))
 
 
 def _convert_union(annotation: Any, value: Any, path: str) -> Any:
@@ -309,17 +316,17 @@ def _convert_union(annotation: Any, value: Any, path: str) -> Any:
             return _convert(member, value, path)
         except ConfigError:
             continue
-    _refuse(path, value, annotation)
+    raise ConfigError(refusal(path, value, annotation))
 
 
 def _convert_sequence(annotation: Any, value: Any, path: str) -> Any:
     if not isinstance(value, (list, tuple)):
-        _refuse(path, value, annotation)
+        raise ConfigError(refusal(path, value, annotation))
     origin, members = get_origin(annotation), get_args(annotation)
     if origin is list or members[1:] == (...,):
         members = (members[0],) * len(value)
     elif len(members) != len(value):
-        _refuse(path, value, annotation)
+        raise ConfigError(refusal(path, value, annotation))
     items = {
         i: (member, item, f"{path}[{i}]")
         for i, (member, item) in enumerate(zip(members, value, strict=True))
@@ -329,120 +336,15 @@ def _convert_sequence(annotation: Any, value: Any, path: str) -> Any:
 
 def _convert_dict(annotation: Any, value: Any, path: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        _refuse(path, value, annotation)
+        raise ConfigError(refusal(path, value, annotation))
     faults = [
-        f"{_join(path, key)}: the key is not text; {_quoting(key)}"
+        f"{join(path, key)}: the key is not text; {quoting(key)}"
         for key in value
         if not isinstance(key, str)
     ]
     member = get_args(annotation)[1]
-    items = {key: (member, item, _join(path, key)) for key, item in value.items()}
+    items = {key: (member, item, join(path, key)) for key, item in value.items()}
     return _convert_all(items, faults)
-
-
-def _refuse(path: str, value: Any, annotation: Any) -> typing.NoReturn:
-    """Raise for a value that is not of its type."""
-    message = f"expected {described(annotation)}, got {_shown(value)}"
-    choices = _choices(annotation)
-    if isinstance(value, str) and choices:
-        close = difflib.get_close_matches(value, [c for c in choices if isinstance(c, str)], n=1)
-        message += "".join(f"; did you mean {choice}?" for choice in close)
-    elif str in _members(annotation) or any(isinstance(choice, str) for choice in choices):
-        message += f"; {_quoting(value)}" if isinstance(value, (bool, int, float, dict)) else ""
-    elif int in _members(annotation) and isinstance(value, float) and value.is_integer():
-        message += f"; write {int(value)}"
-    elif get_origin(annotation) in (list, tuple) and not isinstance(value, (Mapping, type(None))):
-        message += f"; write [{_shown(value)}]"
-    raise ConfigError(f"{path}: {message}" if path else message)
-
-
-def _quoting(value: Any) -> str:
-    if isinstance(value, bool):
-        return "YAML reads yes, no, on, off, true and false as true or false: put text in quotes"
-    if isinstance(value, dict):
-        return "YAML reads {...} as a mapping: put text that begins with { in quotes"
-    return "put text in quotes"
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    is_union = get_origin(annotation) in (Union, types.UnionType)
-    return get_args(annotation) if is_union else (annotation,)
-
-
-def _choices(annotation: Any) -> list[Any]:
-    return [
-        choice
-        for member in _members(annotation)
-        if get_origin(member) is Literal
-        for choice in get_args(member)
-    ]
-
-
-def described(annotation: Any) -> str:
-    """A field's type as a user of YAML knows it."""
-    names = {bool: "bool (true or false)", types.NoneType: "null", Path: "path", Any: "anything"}
-    if annotation in names:
-        return names[annotation]
-    origin, members = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return " or ".join(described(member) for member in members)
-    if origin is Literal:
-        shown = [choice if isinstance(choice, str) else _shown(choice) for choice in members]
-        return f"one of {', '.join(shown)}"
-    if origin is tuple and members[1:] != (...,):
-        return f"list of {len(members)}: {', '.join(described(member) for member in members)}"
-    if origin in (list, tuple):
-        return f"list of {described(members[0])}"
-    if origin is dict or dataclasses.is_dataclass(annotation):
-        return "mapping of keys to values"
-    return annotation.__name__
-
-
-def _shown(value: Any) -> str:
-    """A value as YAML writes it, shortened."""
-    try:
-        text = json.dumps(value, default=str, ensure_ascii=False)
-    except (TypeError, ValueError):
-        # A mapping whose keys are lists, or one that an alias has put into itself.
-        text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _suggestion(key: Any, value: Any, cls: type) -> str:
-    """What an unknown key may have been meant to be."""
-    annotations = typing.get_type_hints(cls)
-    valid = [field.name for field in dataclasses.fields(cls) if field.init]
-    meant = difflib.get_close_matches(key, valid, n=1) if isinstance(key, str) else []
-    # A key of a section that was written without its section.
-    meant = meant or [
-        f"{name}.{key}"
-        for name in valid
-        for member in _members(annotations[name])
-        if dataclasses.is_dataclass(member)
-        and key in {field.name for field in dataclasses.fields(member)}
-    ]
-    name, colon, text = key.partition(":") if isinstance(key, str) else ("", "", "")
-    if colon and name in valid and value is None:
-        return f"YAML wants a space after a colon: {name}: {text}"
-    question = f"did you mean {' or '.join(meant)}? " if meant else ""
-    return f"{question}Valid keys: {', '.join(valid)}"
-
-
-def _located(path: str, message: str, fields: Mapping[str, Any]) -> str:
-    """A dataclass's own error with the dotted key in front of it.
-
-    A message that begins with the name of a field continues the key: `rollouts` and `top_p: 2 ...`
-    make `rollouts.top_p: 2 ...`.
-    """
-    if not path:
-        return message
-    begins_with_field = re.split(r"\W", message, maxsplit=1)[0] in fields
-    return f"{path}.{message}" if begins_with_field else f"{path}: {message}"
-
-
-def _join(path: str, key: Any) -> str:
-    name = key if isinstance(key, str) else _shown(key)
-    return f"{path}.{name}" if path else name
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
