@@ -25,6 +25,7 @@ from megatron_prefix.layers.last_layer import prefix_transformer_layer
 from megatron_prefix.layers.recurrent import refused_recurrent_layer
 from megatron_prefix.megatron.norms import IN_PLACE_OF, use_in_blocks
 from megatron_prefix.megatron.recurrent_layers import RECURRENT_LAYERS
+from megatron_prefix.megatron.releases import have_transformer_engine
 
 Spec = TypeVar("Spec")
 
@@ -103,13 +104,6 @@ def _prefix_core(core: Any) -> Any:
         core.module = prefix_core_attention(get_module(core))
         return core
     return prefix_core_attention(get_module(core))
-
-
-def have_transformer_engine() -> bool:
-    """Whether Megatron-Core found Transformer Engine."""
-    from megatron.core.models.gpt import gpt_layer_specs
-
-    return bool(gpt_layer_specs.HAVE_TE)
 
 
 class PrefixTransformerLayer(BaseTransformerLayer):

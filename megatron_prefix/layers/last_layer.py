@@ -27,6 +27,7 @@ from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.borrowed import residual_through
 from megatron_prefix.megatron.fused_gradients import gradient_by_autograd
+from megatron_prefix.megatron.releases import option
 
 
 class _PrefixTransformerLayer:
@@ -98,7 +99,7 @@ def query_key_value(
     linear, config = attention.linear_qkv, attention.config
     if (
         type(linear) is not ColumnParallelLinear
-        or getattr(config, "attention_output_gate", False)
+        or option(config, "attention_output_gate")
         # A rank's shard of the weight is then less than a group of queries, key and value.
         or config.num_query_groups < config.tensor_model_parallel_size
     ):

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import megatron.core
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_prefix.megatron.releases import release
 from megatron_prefix.system_errors import system_error
 
 OPTIMIZER_METADATA = {
@@ -54,7 +54,7 @@ def check_writer(name: str) -> None:
     if not _NAMES_WRITER:
         raise ValueError(
             f"output.checkpoint_writer: {name} is not in megatron-core "
-            f"{megatron.core.__version__}; install megatron-core 0.17 or newer, {instead}"
+            f"{release()}; install megatron-core 0.17 or newer, {instead}"
         )
     try:
         importlib.import_module(_MODULES[name])

@@ -13,8 +13,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
-from megatron_prefix.layer_spec import have_transformer_engine, prefix_grouped
+from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layout import ModelShape
+from megatron_prefix.megatron.releases import have_transformer_engine
 from megatron_prefix.model.head import LogProbHead
 from megatron_prefix.model.transformer_config import transformer_config
 

@@ -13,6 +13,7 @@ from megatron_prefix.config import (
 )
 from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.layout.memory import MemoryModel, RankSizes
+from megatron_prefix.megatron.releases import gate_has_offset, option
 from megatron_prefix.model.build import model_shape, moe_layers
 
 
@@ -50,8 +51,8 @@ def _mlp_widths(config: TransformerConfig, *, fused: bool) -> int:
         return 1 if config.activation_func is F.relu else 2
     if fused and config.bias_activation_fusion and config.activation_func is F.silu:
         return 3
-    # Both halves, the activated one, the product; since 0.15 the other half plus an offset.
-    return 4 + hasattr(config, "glu_linear_offset")
+    # Both halves, the activated one, the product; and the other half plus an offset.
+    return 4 + gate_has_offset()
 
 
 def rank_sizes(
@@ -77,16 +78,16 @@ def stage_layers(config: TransformerConfig) -> list[list[list[int]]]:
     Raises:
         ConfigError: an uneven distribution that is not counted here.
     """
-    for option in (
+    for name in (
         "pipeline_model_parallel_layout",
         "account_for_embedding_in_pipeline_split",
         "account_for_loss_in_pipeline_split",
         "num_layers_in_first_pipeline_stage",
         "num_layers_in_last_pipeline_stage",
     ):
-        if getattr(config, option, None):
+        if option(config, name):
             raise ConfigError(
-                f"model.transformer.{option}: {getattr(config, option)} is not planned for; leave "
+                f"model.transformer.{name}: {option(config, name)} is not planned for; leave "
                 "it out to plan with equal stages"
             )
     ranks = config.pipeline_model_parallel_size

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import typing
 from collections.abc import Callable
 from typing import Any
 
-import megatron.core
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.megatron.comm_type_list import repair_comm_type_list
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
+from megatron_prefix.megatron.releases import position_embedding_types, release
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -75,13 +73,11 @@ def transformer_config(
             another section decides, or whose combination Megatron or shared prefixes refuse.
     """
     _check_transformer_keys(model.transformer)
-    known = typing.get_args(
-        inspect.signature(GPTModel.__init__).parameters["position_embedding_type"].annotation
-    )
+    known = position_embedding_types()
     if model.position_embedding_type not in known:
         raise ConfigError(
             f"model.position_embedding_type: {model.position_embedding_type} is not in "
-            f"megatron-core {megatron.core.__version__}, which knows {', '.join(known)}; choose "
+            f"megatron-core {release()}, which knows {', '.join(known)}; choose "
             "one of these or install a newer release"
         )
     if model.transformer.get("num_moe_experts") is None:

@@ -7,7 +7,6 @@ import inspect
 import logging
 from typing import Any
 
-import megatron.core
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
@@ -22,6 +21,7 @@ from megatron_prefix.megatron.options.record import (
     set_to,
     used,
 )
+from megatron_prefix.megatron.releases import release
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def _fused_rotary(fused: bool, config: Any) -> Reason | None:
         )
     if config.rotary_interleaved and not fused_rotary_takes_interleaved_rows():
         return Reason(
-            why=f"megatron-core {megatron.core.__version__} does not tell the fused kernel of "
+            why=f"megatron-core {release()} does not tell the fused kernel of "
             "packed rows that channels are interleaved, and it computes another model",
             instead=f"{off}, or install megatron-core 0.19",
             beside="rotary_interleaved=True",
@@ -72,7 +72,7 @@ def _yarn(factor: Any, config: Any) -> Reason | None:
         return None
     return Reason(
         why=f"context_parallel_size={size} cannot be combined with YaRN in megatron-core "
-        f"{megatron.core.__version__}, which cuts its table as if a packed row were one sequence",
+        f"{release()}, which cuts its table as if a packed row were one sequence",
         instead="Set context_parallel_size to 1, or install megatron-core 0.16 or newer",
     )
 

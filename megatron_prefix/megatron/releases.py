@@ -1,0 +1,38 @@
+"""What the installed release of Megatron-Core has, asked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from typing import Any
+
+import megatron.core
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def release() -> str:
+    """The installed version of megatron-core."""
+    return megatron.core.__version__
+
+
+def position_embedding_types() -> tuple[str, ...]:
+    """The kinds of position embedding that GPTModel declares."""
+    parameter = inspect.signature(GPTModel.__init__).parameters["position_embedding_type"]
+    return typing.get_args(parameter.annotation)
+
+
+def have_transformer_engine() -> bool:
+    """Whether Megatron-Core found Transformer Engine."""
+    return bool(gpt_layer_specs.HAVE_TE)
+
+
+def option(config: TransformerConfig, name: str) -> Any:
+    """The value of a config's option; None where the release does not have it."""
+    return getattr(config, name, None)
+
+
+def gate_has_offset() -> bool:
+    """Whether a gated MLP adds `glu_linear_offset` to a half, which keeps one more tensor."""
+    return "glu_linear_offset" in {field.name for field in dataclasses.fields(TransformerConfig)}
