@@ -50,7 +50,11 @@ def kept_bytes(chunks: ModelChunks, batch: PackedBatch) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _output, _loss = _forward_step(
-            iter([batch]), chunks.wrapped[0], chunks=chunks, objective=ObjectiveConfig()
+            iter([batch]),
+            chunks.wrapped[0],
+            chunks=chunks,
+            objective=ObjectiveConfig(),
+            with_entropy=True,
         )
     return sum(storage.nbytes() for storage in kept.values())
 
