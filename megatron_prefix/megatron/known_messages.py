@@ -31,6 +31,13 @@ _WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
         r"megatron\.core\.dist_checkpointing\.",
     ),
     (r"Please use DTensor instead", FutureWarning, r"torch\.distributed\.checkpoint\."),
+    (
+        r"(The argument order of (load|save) has been changed"
+        r"|torch\.distributed is disabled, unavailable or uninitialized)",
+        UserWarning,
+        r"torch\.distributed\.checkpoint\.",
+    ),
+    (r"Failed to create unified memory mempool", UserWarning, r"megatron\.core\.inference\."),
 )
 
 _LOG_LINES = {
@@ -38,6 +45,7 @@ _LOG_LINES = {
     "megatron.core.distributed.distributed_data_parallel": (
         "DistributedDataParallel: full_param_layout not provided"
     ),
+    "megatron.core.utils": "fused_indices_to_multihot has reached end of life",
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
 }
 
