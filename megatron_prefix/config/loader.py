@@ -64,10 +64,15 @@ def load_yaml(path: str | Path, cls: type[Config], overrides: Sequence[str] = ()
             the file, which the caller knows.
         OSError: the file cannot be read.
     """
+    return load_dataclass(cls, read_values(path, overrides))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a YAML file with overrides; see `load_yaml` for both and for errors."""
     values = read_yaml(path)
     for override in overrides:
         _apply_override(values, override)
-    return load_dataclass(cls, values)
+    return values
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

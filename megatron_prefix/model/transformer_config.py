@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +12,12 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_prefix.config.bounds import refuse
 from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.megatron.comm_type_list import repair_comm_type_list
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
 from megatron_prefix.megatron.releases import position_embedding_types, release
+from megatron_prefix.megatron.transformer_keys import faults_of_transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -25,41 +26,6 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "squared_relu": lambda x: torch.pow(F.relu(x), 2),
-}
-
-_SIZES = {
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "ffn_hidden_size",
-    "num_moe_experts",
-    "moe_ffn_hidden_size",
-    "moe_router_topk",
-}
-
-# Fields of TransformerConfig that other sections of the run's config decide.
-_DECIDED_ELSEWHERE = {
-    "activation_func": "model.activation",
-    "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
-    "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline_model_parallel_size",
-    "context_parallel_size": "parallel.context_parallel_size",
-    "expert_model_parallel_size": "parallel.expert_model_parallel_size",
-    "expert_tensor_parallel_size": "parallel.expert_tensor_parallel_size",
-    "sequence_parallel": "parallel.sequence_parallel",
-    "params_dtype": "training.dtype",
-    "pipeline_dtype": "training.dtype",
-    "bf16": "training.dtype",
-    "fp16": "training.dtype",
-    "recompute_granularity": "training.recompute",
-    "recompute_modules": "training.recompute",
-    "calculate_per_token_loss": "objective.aggregation",
-    "variable_seq_lengths": "training.token_budget",
-    "finalize_model_grads_func": "the trainer",
-    "use_cpu_initialization": "training.device",
-    "deterministic_mode": "training.deterministic",
 }
 
 
@@ -72,7 +38,7 @@ def transformer_config(
         ConfigError: a key of `model.transformer` that Megatron does not know, of a wrong type, that
             another section decides, or whose combination Megatron or shared prefixes refuse.
     """
-    _check_transformer_keys(model.transformer)
+    refuse(faults_of_transformer(model.transformer))
     known = position_embedding_types()
     if model.position_embedding_type not in known:
         raise ConfigError(
@@ -172,31 +138,6 @@ def transformer_config(
     return config
 
 
-def _check_transformer_keys(values: dict[str, Any]) -> None:
-    fields = {f.name: f for f in dataclasses.fields(TransformerConfig)}
-    hints = typing.get_type_hints(TransformerConfig)
-    for required in ("num_layers", "hidden_size", "num_attention_heads"):
-        if required not in values:
-            raise ConfigError(f"model.transformer.{required}: required, and missing")
-    for size in _SIZES & values.keys():
-        if type(values[size]) is int and values[size] < 1:
-            raise ConfigError(f"model.transformer.{size}: {values[size]} must be at least 1")
-    for key, value in values.items():
-        if key in _DECIDED_ELSEWHERE:
-            raise ConfigError(
-                f"model.transformer.{key}: {value!r} is decided by {_DECIDED_ELSEWHERE[key]}; "
-                "remove it here"
-            )
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(
-                f"model.transformer.{key}: Megatron-Core's TransformerConfig has no such "
-                f"field{hint}"
-            )
-        _check_plain_type(f"model.transformer.{key}", value, hints[key])
-
-
 def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:
     """What Megatron would only find, by an assertion, when it builds the layers."""
     tensor = config.tensor_model_parallel_size
@@ -246,16 +187,3 @@ def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:
         frequency = config.moe_layer_freq
         if isinstance(frequency, list) and len(frequency) != config.num_layers:
             refuse("moe_layer_freq", f"needs one entry for each of {config.num_layers} layers")
-
-
-def _check_plain_type(key: str, value: Any, hint: Any) -> None:
-    """Refuse a number, string or flag where Megatron declares another plain type."""
-    accepted = set(typing.get_args(hint)) or {hint}
-    plain = {bool, int, float, str, type(None)}
-    if not accepted <= plain:
-        return
-    if float in accepted:
-        accepted.add(int)
-    if type(value) not in accepted:
-        names = " or ".join(sorted("null" if t is type(None) else t.__name__ for t in accepted))
-        raise ConfigError(f"{key}: {value!r} is not of type {names}")

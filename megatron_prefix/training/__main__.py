@@ -10,12 +10,14 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_prefix.config import RunConfig
 from megatron_prefix.config.bounds import refuse
-from megatron_prefix.config.loader import ConfigError, load_yaml
+from megatron_prefix.config.loader import ConfigError, load_dataclass, read_values
+from megatron_prefix.megatron.transformer_keys import faults_of_transformer
 from megatron_prefix.packages import MissingPackageError
 from megatron_prefix.training.errors import report_error
 from megatron_prefix.training.imports import import_megatron
@@ -60,12 +62,22 @@ def _load(path: Path, overrides: Sequence[str]) -> RunConfig:
         ConfigError: it cannot be used.
     """
     try:
-        config = load_yaml(path, RunConfig, overrides)
+        values = read_values(path, overrides)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror or error}") from error
+    try:
+        config = load_dataclass(RunConfig, values)
+    except ConfigError as error:
+        raise ConfigError(*error.faults, *_faults_of_transformer(values)) from error
     config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
-    refuse(missing_packages(config))
+    refuse([*_faults_of_transformer(values), *missing_packages(config)])
     return config
+
+
+def _faults_of_transformer(values: Mapping[str, Any]) -> list[str]:
+    model = values.get("model")
+    transformer = model.get("transformer") if isinstance(model, Mapping) else None
+    return list(faults_of_transformer(transformer)) if isinstance(transformer, Mapping) else []
 
 
 def _log_to_stderr(rank: int) -> None:

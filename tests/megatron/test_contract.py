@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer, Tr
 
 from megatron_prefix.megatron.options import OPTIONS
 from megatron_prefix.megatron.output import takes_output_processor
+from megatron_prefix.megatron.transformer_keys import declared_fields
 from tests.megatron.option_fields import config_fields, release_of, what_is_wrong
 
 VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
@@ -258,3 +260,12 @@ def test_a_layer_spec_class_may_be_any_base_transformer_layer() -> None:
 
 def test_the_output_processor_is_there_since_0_18() -> None:
     assert takes_output_processor() == (VERSION >= (0, 18))
+
+
+def test_declarations_read_from_the_source_are_those_of_the_class() -> None:
+    hints = typing.get_type_hints(TransformerConfig)
+    declared = declared_fields()
+    assert declared.keys() == {field.name for field in dataclasses.fields(TransformerConfig)}
+    known = {name for name, hint in declared.items() if "Any" not in str(hint)}
+    assert not {name for name in known if declared[name] != hints[name]}
+    assert len(known) > 150

@@ -73,6 +73,9 @@ def test_all_faults_of_all_sections_are_said_at_once(config: Path) -> None:
             "training.token_budget=many",
             "optimizer.lr=-1",
             "optimizer.min_lr=-2",
+            "model.transformer.hiden_size=8",
+            "model.transformer.num_layers=two",
+            "model.transformer.bf16=true",
         ),
         *("model.vocab_size=", "rollouts.engine=openai", "optimiser={lr: 1}", "output.keep=0"),
     )
@@ -91,9 +94,13 @@ def test_all_faults_of_all_sections_are_said_at_once(config: Path) -> None:
         "rollouts.server: missing, with engine: openai",
         "optimiser: unknown key; did you mean optimizer?",
         "output.keep: 0 must be at least 1",
+        "model.transformer.hiden_size: Megatron-Core's TransformerConfig has no such field; did you "
+        "mean hidden_size?",
+        "model.transformer.num_layers: 'two' is not of type int",
+        "model.transformer.bf16: True is decided by training.dtype; remove it here",
     ):
         assert sum(line.startswith(f"  {fault}") for line in faults) == 1, fault
-    assert len(faults) == 11
+    assert len(faults) == 14
 
 
 @pytest.mark.parametrize(
