@@ -9,6 +9,7 @@ Legend: E entries; all log-probabilities and entropies in nats.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from megatron_prefix.objective.config import KlEstimator, ObjectiveConfig
 from megatron_prefix.objective.metrics import PolicyMetrics
+
+LARGEST_LOG_RATIO = 10.0
+"""Ratios to the old policy are at most exp(10), or 1 + clip_high where that is more."""
 
 
 def policy_loss(
@@ -34,8 +38,9 @@ def policy_loss(
 ) -> tuple[Tensor, PolicyMetrics]:
     """The loss, a plain sum of weight * token loss over the entries, and its metrics.
 
-    With r = exp(logprobs - old_logprobs), A the advantage, and clip(r) = r held between
-    1 - clip_low and 1 + clip_high, the token loss is
+    With r = exp(logprobs - old_logprobs), held below a bound (`LARGEST_LOG_RATIO`) beyond which it
+    has no gradient, A the advantage, and clip(r) = r held between 1 - clip_low and 1 + clip_high,
+    the token loss is
 
         grpo, dr_grpo, dapo   -min(r A, clip(r) A)
         gspo                  the same, r being the geometric mean of r over the sequence
@@ -96,7 +101,7 @@ def policy_loss(
         log_ratio = _sequence_mean(log_ratio, sequence_ids, num_sequences, context_parallel_group)[
             sequence_ids
         ]
-    ratio = log_ratio.exp()
+    ratio = _bounded_ratio(log_ratio, config)
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     if config.name == "supervised":
         token_loss = -logprobs
@@ -126,7 +131,7 @@ def policy_loss(
         clipped_high=_total(clipped_high),
         ratio=_total(ratio),
         ratio_squared=_total(ratio.detach().double().square()),
-        old_kl=_total(torch.expm1(current - old) - (current - old)),
+        old_kl=_total(kl_per_token(old, current, "k3")),
     )
     return loss, metrics
 
@@ -145,6 +150,9 @@ def kl_per_token(logprobs: Tensor, reference_logprobs: Tensor, estimator: KlEsti
         k3  exp(d) - 1 - d    unbiased and never negative, the one in GRPO's eq. 4. Its gradient
                               is the forward KL's, KL(reference || policy), in expectation.
 
+    Beyond d = `LARGEST_LOG_RATIO`, k3 goes on as the straight line that touches it there, so that
+    one token's gradient stays finite.
+
     Once the policy has moved away from the one that sampled, these hold only approximately: no
     ratio corrects them, as in the papers.
 
@@ -162,7 +170,20 @@ def kl_per_token(logprobs: Tensor, reference_logprobs: Tensor, estimator: KlEsti
     if estimator == "k2":
         return 0.5 * difference.square()
     assert estimator == "k3", estimator
-    return torch.expm1(difference) - difference
+    bounded = difference.clamp(max=LARGEST_LOG_RATIO)
+    beyond = difference - bounded
+    return torch.expm1(bounded) + bounded.exp() * beyond - difference
+
+
+def _bounded_ratio(log_ratio: Tensor, config: ObjectiveConfig) -> Tensor:
+    """exp(log_ratio), constant and without gradient beyond a bound.
+
+    A token that the old policy held for nearly impossible has a ratio that overflows: 0 times
+    infinity in the branch that clipping does not take would make every gradient NaN. Ratios within
+    the clip range are what they are.
+    """
+    bound = max(LARGEST_LOG_RATIO, math.log1p(config.clip_high))
+    return log_ratio.clamp(max=bound).exp()
 
 
 def _sequence_mean(

@@ -12,6 +12,8 @@ One example serves all objectives. Two sequences; the old policy gave every toke
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,7 +25,7 @@ from megatron_prefix.objective import (
     policy_loss,
     token_weights,
 )
-from megatron_prefix.objective.losses import kl_per_token
+from megatron_prefix.objective.losses import LARGEST_LOG_RATIO, kl_per_token
 from tests.distributed import run_distributed
 
 SEQUENCE_IDS = torch.tensor([0, 0, 1, 1, 1])
@@ -283,6 +285,51 @@ def test_metrics_add_up_and_survive_stacking():
     assert twice.means()["policy_loss"] == 2 * metrics.means()["policy_loss"]
     assert not metrics.stack().requires_grad
     assert set(PolicyMetrics.zeros().means().values()) == {0.0}
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("old", [-9999.0, -100.0, -30.0])
+def test_a_token_that_the_old_policy_held_for_impossible_ends_no_run(name, advantage, old):
+    """Servers write -9999 for a log-probability of minus infinity."""
+    logprobs = torch.tensor([-3.0, -1.0], requires_grad=True)
+    loss, metrics = policy_loss(
+        logprobs,
+        old_logprobs=torch.tensor([old, -1.0]),
+        reference_logprobs=torch.tensor([-1.0, 5000.0]),  # and the reverse, for the k3 estimate
+        advantages=torch.full((2,), advantage),
+        weights=torch.full((2,), 0.5),
+        sequence_ids=torch.tensor([0, 1]),
+        num_sequences=2,
+        config=ObjectiveConfig(name=name, kl_coefficient=0.1, aggregation="token_mean"),
+    )
+    loss.backward()
+    assert logprobs.grad.isfinite().all() and metrics.stack().isfinite().all()
+    bound = math.exp(LARGEST_LOG_RATIO)
+    # Of the second token: its advantage, and the slope of k3 at the bound.
+    assert logprobs.grad[1].item() == pytest.approx(
+        0.5 * (-advantage - 0.1 * (bound - 1)), rel=1e-5
+    )
+    # The first token's ratio is beyond the bound (cispo's weight is clipped to 5).
+    of_ratio = -0.5 * advantage * 5 if name == "cispo" else 0.0
+    of_kl = -0.1 * 0.5 * math.expm1(2.0)
+    assert logprobs.grad[0].item() == pytest.approx(of_ratio + of_kl, rel=1e-5)
+    assert metrics.ratio.item() == pytest.approx(bound + 1, rel=1e-5)
+
+
+def test_ratios_within_a_wide_clip_range_are_what_they_are():
+    logprobs = torch.tensor([-3.0], dtype=torch.float64, requires_grad=True)
+    loss, _ = policy_loss(
+        logprobs,
+        old_logprobs=torch.tensor([-14.0], dtype=torch.float64),
+        advantages=torch.tensor([1.0]),
+        weights=torch.tensor([1.0]),
+        sequence_ids=torch.tensor([0]),
+        num_sequences=1,
+        config=ObjectiveConfig(name="grpo", clip_high=math.exp(12.0)),
+    )
+    loss.backward()
+    assert loss.item() == logprobs.grad.item() == pytest.approx(-math.exp(11.0), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo"])

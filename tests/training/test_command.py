@@ -94,8 +94,8 @@ def test_all_faults_of_all_sections_are_said_at_once(config: Path) -> None:
         "rollouts.server: missing, with engine: openai",
         "optimiser: unknown key; did you mean optimizer?",
         "output.keep: 0 must be at least 1",
-        "model.transformer.hiden_size: Megatron-Core's TransformerConfig has no such field; did you "
-        "mean hidden_size?",
+        "model.transformer.hiden_size: Megatron-Core's TransformerConfig has no such field; did "
+        "you mean hidden_size?",
         "model.transformer.num_layers: 'two' is not of type int",
         "model.transformer.bf16: True is decided by training.dtype; remove it here",
     ):
