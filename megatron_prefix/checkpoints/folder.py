@@ -239,6 +239,7 @@ class CheckpointFolder:
             raise ValueError(f"{self.directory}: no complete checkpoint")
         path = self.path(step)
         state = files.read_state(path)
+        _check_sharding(path, state, sharded=optimizer.config.use_distributed_optimizer)
         initialise_adam(optimizer)
         model = model_state(chunks)
         wanted = {
@@ -348,6 +349,22 @@ def _layout() -> dict[str, int]:
         "context": parallel_state.get_context_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
     }
+
+
+def _check_sharding(path: Path, state: dict[str, Any], *, sharded: bool) -> None:
+    """Refuse a checkpoint whose optimizer state Megatron wrote in the form of the other optimizer.
+
+    Raises:
+        ValueError: it did.
+    """
+    settings = state.get("config", {}).get("optimizer", {})
+    saved = settings.get("use_distributed_optimizer", sharded)
+    if saved != sharded:
+        raise ValueError(
+            f"optimizer.use_distributed_optimizer: {str(sharded).lower()}, but {path} was saved "
+            f"with {str(saved).lower()}, and Megatron-Core stores the two in different forms; set "
+            f"it to {str(saved).lower()}, or start a new run with output.load: {path.parent}"
+        )
 
 
 def _random_state() -> ShardedObject:

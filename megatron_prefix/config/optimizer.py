@@ -42,8 +42,8 @@ class OptimizerSettings:
     """Where a resumed run takes learning rates, schedule, weight decay, betas and epsilon from:
     this section, or its checkpoint. With `config` a changed value holds from the next step on, and
     a schedule over the whole run is stretched when training.steps is raised. The schedule goes on
-    at its step in both cases, and the log says what differs. `clip_grad` and
-    `use_distributed_optimizer` come from this section always."""
+    at its step in both cases, and the log says what differs. `clip_grad` comes from this section
+    always. `use_distributed_optimizer` has to be that of the checkpoint."""
 
     def __post_init__(self) -> None:
         refuse(self._faults())

@@ -66,6 +66,18 @@ def test_a_good_run_under_torchrun_says_what_it_does_in_at_most_25_lines(
     assert len(steps) == 6
 
 
+def test_a_run_that_goes_on_under_torchrun_shows_no_warnings_of_megatron_or_torch(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    for steps in (1, 7):
+        values["training"]["steps"] = steps
+        done = torchrun(write_config(tmp_path / "run.yaml", values), ignore_warnings=False)
+        assert done.returncode == 0, done.stderr
+    lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    assert len(lines) <= 25, done.stderr
+    assert not [line for line in lines if re.search(r"Warning|DEPRECATED|deprecated", line)]
+
+
 def _runs(rank: int, world_size: int, configs: list[Path]) -> list[tuple[int, str]]:
     return [run_command(config) for config in configs]
 

@@ -187,3 +187,14 @@ def test_a_step_moves_the_weights_by_the_rate_that_it_reports(tmp_path: Path) ->
     name = "decoder.layers.mlp.linear_fc2.weight"
     moved = (first["parameters"][name] - first["start"][name]).abs()
     assert moved.max().item() == pytest.approx(2.5e-3, rel=1e-4)
+
+
+@SHARDED
+def test_an_optimizer_that_is_sharded_otherwise_is_refused_by_its_option(
+    tmp_path: Path, sharded: bool
+) -> None:
+    _train(tmp_path, [(1, FIRST)], sharded=sharded)
+    was, now = str(sharded).lower(), str(not sharded).lower()
+    message = f"optimizer.use_distributed_optimizer: {now}, but .* was saved with {was}"
+    with pytest.raises(Exception, match=message):
+        _train(tmp_path, [(2, FIRST)], sharded=not sharded)
