@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -219,6 +219,7 @@ class CheckpointFolder:
         scheduler: OptimizerParamScheduler,
         *,
         keep_settings: bool = False,
+        remaining_steps: Callable[[int], int] | None = None,
     ) -> dict[str, Any]:
         """Load the newest complete checkpoint and return the trainer's state.
 
@@ -230,6 +231,8 @@ class CheckpointFolder:
             scheduler: the same.
             keep_settings: take learning rate, schedule, weight decay, betas and epsilon from the
                 checkpoint, not from the run's configuration.
+            remaining_steps: optimizer steps that the run still takes behind a step, where its
+                schedule ends with the run; see `load_with_settings`.
 
         Raises:
             ValueError: there is none, or it does not fit the model.
@@ -261,7 +264,10 @@ class CheckpointFolder:
             saved_optimizer=loaded["optimizer"],
             saved_scheduler=loaded["scheduler"],
             keep_saved=keep_settings,
+            remaining_steps=remaining_steps and remaining_steps(step),
         )
+        if not keep_settings:
+            changes += _change_of_clipping(state, optimizer.config.clip_grad)
         if changes and dist.get_rank() == 0:
             logger.info(
                 "%s (optimizer.on_resume: %s): %s",
@@ -349,6 +355,12 @@ def _layout() -> dict[str, int]:
         "context": parallel_state.get_context_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
     }
+
+
+def _change_of_clipping(state: dict[str, Any], clip_grad: float) -> list[str]:
+    """Clipping is no state of the optimizer: only the configuration that was saved says it."""
+    saved = state.get("config", {}).get("optimizer", {}).get("clip_grad", clip_grad)
+    return [] if saved == clip_grad else [f"optimizer.clip_grad {saved} -> {clip_grad}"]
 
 
 def _check_sharding(path: Path, state: dict[str, Any], *, sharded: bool) -> None:

@@ -59,7 +59,11 @@ class TrainingConfig:
     @property
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.steps * self.optimizer_steps_per_rollout * self.epochs_per_rollout
+        return self.optimizer_steps_of(self.steps)
+
+    def optimizer_steps_of(self, rollout_batches: int) -> int:
+        """Optimizer steps on so many rollout batches."""
+        return rollout_batches * self.optimizer_steps_per_rollout * self.epochs_per_rollout
 
     def __post_init__(self) -> None:
         refuse(self._faults())

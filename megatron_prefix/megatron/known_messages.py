@@ -40,6 +40,19 @@ _WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
     (r"Failed to create unified memory mempool", UserWarning, r"megatron\.core\.inference\."),
 )
 
+_ABOUT_GPUS: tuple[tuple[str, type[Warning], str], ...] = (
+    (
+        r"When using (sequence parallelism|async grad allreduce) it is recommended to set the",
+        UserWarning,
+        r"megatron\.core\.tensor_parallel\.",
+    ),
+    (
+        r"If you are using transformer_engine as the transformer implementation",
+        UserWarning,
+        r"megatron\.core\.transformer\.transformer_config",
+    ),
+)
+
 _LOG_LINES = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.distributed.distributed_data_parallel": (
@@ -52,10 +65,19 @@ _LOG_LINES = {
 
 def hide_known_messages() -> None:
     """Hide them in this process from now on; to be called before Megatron is imported."""
-    for text, category, module in _WARNINGS:
-        warnings.filterwarnings("ignore", message=text, category=category, module=module)
+    _hide(_WARNINGS)
     for name, text in _LOG_LINES.items():
         logging.getLogger(name).addFilter(_BeginsOtherwise(text))
+
+
+def hide_messages_about_gpus() -> None:
+    """Hide, in a program that runs on the CPU, what Megatron recommends for GPUs."""
+    _hide(_ABOUT_GPUS)
+
+
+def _hide(messages: tuple[tuple[str, type[Warning], str], ...]) -> None:
+    for text, category, module in messages:
+        warnings.filterwarnings("ignore", message=text, category=category, module=module)
 
 
 class _BeginsOtherwise(logging.Filter):

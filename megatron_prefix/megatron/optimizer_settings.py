@@ -89,6 +89,7 @@ def load_with_settings(
     saved_optimizer: Any,
     saved_scheduler: Mapping[str, Any],
     keep_saved: bool,
+    remaining_steps: int | None = None,
 ) -> list[str]:
     """Load the state of an optimizer and of its scheduler, but settings only as asked for.
 
@@ -99,6 +100,9 @@ def load_with_settings(
         saved_optimizer: its saved state; the settings within are changed.
         saved_scheduler: the scheduler's.
         keep_saved: use the settings of the checkpoint, not those of `optimizer` and `scheduler`.
+        remaining_steps: optimizer steps that a run still takes whose schedule ends with it; the
+            schedule is then as long as what has been taken and these. None: it is as long as that
+            of `scheduler`.
 
     Returns:
         What differs between checkpoint and configuration: see `HeldSettings.changes`, from what
@@ -107,6 +111,9 @@ def load_with_settings(
     saved_groups = list(_param_groups(saved_optimizer))
     saved = HeldSettings.read(saved_scheduler, saved_groups)
     configured = HeldSettings.read(scheduler.state_dict(), optimizer.param_groups)
+    if remaining_steps is not None:
+        length = saved_scheduler["num_steps"] + remaining_steps
+        configured = dataclasses.replace(configured, lr_decay_steps=length)
     used, other = (saved, configured) if keep_saved else (configured, saved)
     used.write(saved_groups)
     used.write(optimizer.param_groups)

@@ -18,6 +18,7 @@ from megatron_prefix.config import RunConfig
 from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.distributed.runtime import Runtime, runtime_of_run
 from megatron_prefix.distributed.stop import StopRequest
+from megatron_prefix.megatron.known_messages import hide_messages_about_gpus
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.training.errors import report_error
 from megatron_prefix.training.trainer import Trainer
@@ -32,6 +33,8 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: a combination that Megatron or shared prefixes refuse, or no GPU for a process.
     """
+    if config.training.device == "cpu":
+        hide_messages_about_gpus()
     transformer_config(config.model, config.parallel, config.training)
     if config.training.device == "cuda":
         _check_gpu(int(os.environ.get("LOCAL_RANK", "0")))

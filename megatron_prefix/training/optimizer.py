@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prefix.config import OptimizerSettings
 from megatron_prefix.megatron.optimizer_settings import HeldSettings, warmup_in_megatron
 from megatron_prefix.model.build import ModelChunks
+
+logger = logging.getLogger(__name__)
 
 
 def build_optimizer(settings: OptimizerSettings, chunks: ModelChunks) -> MegatronOptimizer:
@@ -62,6 +66,20 @@ def build_scheduler(
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+
+
+def warn_of_ended_schedule(scheduler: OptimizerParamScheduler, remaining_steps: int) -> None:
+    """Say so where steps that are still to be taken run at the last rate of a decay."""
+    if scheduler.lr_decay_style == "constant" or scheduler.num_steps < scheduler.lr_decay_steps:
+        return
+    if remaining_steps > 0 and dist.get_rank() == 0:
+        logger.warning(
+            "optimizer.lr_decay_steps: the schedule has ended after %d optimizer steps; the %d "
+            "that follow run at min_lr: %g. Raise it to decay over them",
+            scheduler.num_steps,
+            remaining_steps,
+            scheduler.min_lr,
+        )
 
 
 def settings_in_use(

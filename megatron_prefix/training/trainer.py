@@ -39,6 +39,7 @@ from megatron_prefix.training.optimizer import (
     build_optimizer,
     build_scheduler,
     settings_in_use,
+    warn_of_ended_schedule,
 )
 from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.report import progress, report_end, report_start
@@ -153,18 +154,28 @@ class Trainer:
             settings = self.config.optimizer
             keep_settings = settings.on_resume == "checkpoint"
             state = self.checkpoints.load_latest(
-                self.chunks, self.optimizer, self.scheduler, keep_settings=keep_settings
+                self.chunks,
+                self.optimizer,
+                self.scheduler,
+                keep_settings=keep_settings,
+                remaining_steps=None if settings.lr_decay_steps else self._steps_behind,
             )
             if keep_settings:
                 settings = settings_in_use(settings, self.optimizer, self.scheduler)
                 self.config = dataclasses.replace(self.config, optimizer=settings)
             self.step = state["step"]
+            warn_of_ended_schedule(self.scheduler, self._steps_behind(self.step))
             self._weights = f"resumed after step {self.step} ({self.checkpoints.path(self.step)})"
             with raise_together():
                 waiting = read_waiting(self.checkpoints.path(self.step))
             if waiting is not None:
                 self._waiting, state["engine"] = waiting
             self.engine.load_state_dict(state["engine"])
+
+    def _steps_behind(self, step: int) -> int:
+        """Optimizer steps that the run still takes when rollout batch `step` is done."""
+        training = self.config.training
+        return training.optimizer_steps_of(max(training.steps - step, 0))
 
     def run(self) -> dict[str, Any]:
         """Train to the configured number of steps, or until a stop is requested.

@@ -52,20 +52,23 @@ class _Lines(logging.Handler):
 
 
 def _runs(
-    rank: int, world_size: int, folder: Path, sharded: bool, phases: list[tuple[int, dict]]
+    rank: int, world_size: int, folder: Path, sharded: bool, phases: list[tuple[Any, ...]]
 ) -> list[dict[str, Any]]:
-    """Runs in one folder, each the continuation of the one before it, to (steps, optimizer)."""
+    """Runs in one folder, each the continuation of the one before it.
+
+    Each is (steps, optimizer), or (steps, optimizer, other keys of training).
+    """
     records = folder / "records.jsonl"
     logger, handler = logging.getLogger("megatron_prefix"), _Lines()
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     found = []
-    for steps, optimizer in phases:
+    for steps, optimizer, *training in phases:
         values = run_values(
             folder / "out",
             records=records,
             objective={"name": "supervised"},
-            training={"steps": steps},
+            training={"steps": steps, **dict(*training)},
             optimizer={"use_distributed_optimizer": sharded, **optimizer},
         )
         handler.lines.clear()
@@ -94,7 +97,7 @@ def _runs(
 
 
 def _train(
-    folder: Path, phases: list[tuple[int, dict]], *, sharded: bool = True, ranks: int = 1
+    folder: Path, phases: list[tuple[Any, ...]], *, sharded: bool = True, ranks: int = 1
 ) -> list[list[dict[str, Any]]]:
     write_records(folder / "records.jsonl", good_records(2))
     return run_distributed(_runs, ranks, folder, sharded, phases, timeout=240)
@@ -198,3 +201,31 @@ def test_an_optimizer_that_is_sharded_otherwise_is_refused_by_its_option(
     message = f"optimizer.use_distributed_optimizer: {now}, but .* was saved with {was}"
     with pytest.raises(Exception, match=message):
         _train(tmp_path, [(2, FIRST)], sharded=not sharded)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_schedule_over_the_whole_run_ends_with_it_whatever_a_step_takes(
+    tmp_path: Path, before: int, after: int
+) -> None:
+    cosine = {"lr": 1e-2, "lr_decay_style": "cosine"}
+    phases = [
+        (2, cosine, {"optimizer_steps_per_rollout": before}),
+        (4, cosine, {"optimizer_steps_per_rollout": after}),
+    ]
+    ((_, second),) = _train(tmp_path, phases)
+    total = 2 * before + 2 * after
+    # The rate of a rollout batch's last optimizer step, of the last two batches.
+    taken = [2 * before + after - 1, total - 1]
+    expected = [1e-2 * (1 + math.cos(math.pi * k / total)) / 2 for k in taken]
+    assert [row["lr"] for row in second["rows"][2:]] == pytest.approx(expected, rel=1e-12)
+
+
+def test_steps_behind_the_end_of_a_schedule_and_other_clipping_are_said(tmp_path: Path) -> None:
+    cosine = {"lr": 1e-2, "min_lr": 1e-3, "lr_decay_style": "cosine", "lr_decay_steps": 2}
+    ((_, second),) = _train(tmp_path, [(2, cosine), (3, {**cosine, "clip_grad": 0.5})])
+    assert second["rows"][2]["lr"] == pytest.approx(1e-3)
+    assert any("optimizer.clip_grad 1.0 -> 0.5" in line for line in second["said"])
+    (ended,) = [line for line in second["said"] if line.startswith("optimizer.lr_decay_steps: ")]
+    assert (
+        "the schedule has ended after 2 optimizer steps; the 1 that follow run at min_lr" in ended
+    )
