@@ -11,6 +11,12 @@ _NAMES = (
     "reference",
 )
 """In the order of the registry (`attention/kernels`)."""
+_ON_CPU = ("torch_cpu", "reference")
+
+
+def cpu_kernel_names() -> tuple[str, ...]:
+    """The names of those that compute on the CPU; the others need a GPU."""
+    return _ON_CPU
 
 
 def kernel_names() -> tuple[str, ...]:

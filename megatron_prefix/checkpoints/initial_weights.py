@@ -18,7 +18,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_prefix.checkpoints.torch_dist import contents, find_checkpoint, read_metadata
+from megatron_prefix.checkpoints.finding import find_checkpoint
+from megatron_prefix.checkpoints.torch_dist import contents, read_metadata
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.config.loader import load_dataclass, read_yaml
 from megatron_prefix.distributed.rank_results import raise_together

@@ -10,8 +10,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prefix.checkpoints.finding import find_checkpoint
 from megatron_prefix.checkpoints.initial_weights import use_stored_names
-from megatron_prefix.checkpoints.torch_dist import find_checkpoint
 from megatron_prefix.model.build import ModelChunks
 
 

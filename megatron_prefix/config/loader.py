@@ -8,7 +8,7 @@ Understood are int, float, bool, str, pathlib.Path, Any, Literal, `X | None` and
 list[X], tuple[X, ...], dict[str, X] and dataclasses of these.
 
 YAML is read as version 1.1 by the safe loader, with two differences: a key that is there twice is
-an error, and 1e-4 is a number, as in version 1.2.
+an error, and 1e-4 is a number, as in version 1.2. A float is finite: .inf and .nan are errors.
 """
 
 from __future__ import annotations
@@ -301,11 +301,13 @@ def _convert_float(value: Any, path: str) -> float:
             number = float(value)
         except OverflowError:
             raise ConfigError(refusal(path, value, float)) from None
-        if not math.isnan(number):
-            return number
     # What a YAML 1.1 loader, or a shell, made text of.
     elif isinstance(value, str) and _EXPONENT_FLOAT.fullmatch(value):
-        return float(value)
+        number = float(value)
+    else:
+        raise ConfigError(refusal(path, value, float))
+    if math.isfinite(number):
+        return number
     raise ConfigError(refusal(path, value, float))
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prefix.attention.kernel_names import kernel_names
+from megatron_prefix.attention.kernel_names import cpu_kernel_names, kernel_names
 from megatron_prefix.config.bounds import below, refuse
+
+_MAX_TIMEOUT_MINUTES = 10 * 24 * 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,8 @@ class TrainingConfig:
     `NVTE_ALLOW_NONDETERMINISTIC_ALGO=0` has to be in the environment. On the CPU the bits are the
     same in any case."""
     timeout_minutes: float = 10.0
-    """Minutes after which a collective that waits ends the run with an error."""
+    """Minutes after which a collective that waits ends the run with an error; 14400 (10 days) at
+    most."""
 
     @property
     def optimizer_steps(self) -> int:
@@ -80,10 +83,21 @@ class TrainingConfig:
         )
         if not self.timeout_minutes > 0:
             yield f"timeout_minutes: {self.timeout_minutes} must be above 0"
+        elif self.timeout_minutes > _MAX_TIMEOUT_MINUTES:
+            yield (
+                f"timeout_minutes: {self.timeout_minutes} must be at most {_MAX_TIMEOUT_MINUTES} "
+                "(10 days): a run whose processes wait for each other longer has hung, and no "
+                "error would ever say so; lower it"
+            )
         if self.kernel is not None and self.kernel not in kernel_names():
             yield (
                 f"kernel: there is none named {self.kernel}; choose one of "
                 f"{', '.join(kernel_names())}, or null for the best"
+            )
+        elif self.device == "cpu" and self.kernel not in (None, *cpu_kernel_names()):
+            yield (
+                f"kernel: {self.kernel} cannot compute on device: cpu; choose one of "
+                f"{', '.join(cpu_kernel_names())}, or null for the best"
             )
         if self.dtype == "float64" and self.device != "cpu":
             yield "dtype: float64 runs on device: cpu only; set device: cpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 import types
 import typing
@@ -22,11 +23,22 @@ def refusal(path: str, value: Any, annotation: Any) -> str:
         message += "".join(f"; did you mean {choice}?" for choice in close)
     elif str in members_of(annotation) or any(isinstance(choice, str) for choice in choices):
         message += f"; {quoting(value)}" if isinstance(value, (bool, int, float, dict)) else ""
+    elif float in members_of(annotation) and _is_not_finite(value):
+        message += "; set a finite number"
     elif int in members_of(annotation) and isinstance(value, float) and value.is_integer():
         message += f"; write {int(value)}"
     elif get_origin(annotation) in (list, tuple) and not isinstance(value, (Mapping, type(None))):
         message += f"; write [{shown(value)}]"
     return f"{path}: {message}" if path else message
+
+
+def _is_not_finite(value: Any) -> bool:
+    try:
+        return not math.isfinite(float(value))
+    except OverflowError:
+        return True
+    except (TypeError, ValueError):
+        return False
 
 
 def quoting(value: Any) -> str:

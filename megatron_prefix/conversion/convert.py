@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_prefix.checkpoints.finding import TRACKER, find_checkpoint
 from megatron_prefix.checkpoints.initial_weights import MODEL_SECTION, recorded_model
-from megatron_prefix.checkpoints.torch_dist import TRACKER, find_checkpoint
 from megatron_prefix.config.loader import dump_yaml
 from megatron_prefix.conversion.architecture import (
     Architecture,

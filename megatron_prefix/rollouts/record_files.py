@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import reprlib
 import zlib
 from collections.abc import Generator, Iterator
@@ -17,6 +18,8 @@ from megatron_prefix.packages import needed_by
 _PARQUET_ROWS = 64
 _PARQUET_BUFFER_BYTES = 1 << 20
 _BLOCK_BYTES = 1 << 20
+_JSON_LINES_ENDINGS = (".jsonl", ".jsonl.gz")
+_PARQUET_ENDING = ".parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +77,29 @@ def open_record_file(path: Path) -> RecordFile:
     """The reader of a file, by the end of its name.
 
     Raises:
-        ValueError: there is no such file, its name tells no known format, or the package that
-            reads it is not installed.
+        ValueError: see `fault_of_path`, or the package that reads it is not installed.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    name = path.name.lower()
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        return JsonLinesFile(path)
-    if name.endswith(".parquet"):
-        return ParquetFile(path)
-    raise ValueError(f"{path}: unknown format; its name must end in .jsonl, .jsonl.gz or .parquet")
+    if fault := fault_of_path(path):
+        raise ValueError(fault)
+    is_parquet = path.name.lower().endswith(_PARQUET_ENDING)
+    return ParquetFile(path) if is_parquet else JsonLinesFile(path)
+
+
+def fault_of_path(path: Path) -> str | None:
+    """Why there is no file of records at a path, as one line that names it; None if there is one.
+
+    It is not opened.
+    """
+    if os.path.isdir(path):  # unlike its method, false where the user may not look
+        return f"{path}: is a directory; name the files in it"
+    if not os.path.isfile(path):
+        searched = "" if path.is_absolute() else f" in {Path.cwd()}"
+        return f"{path}: there is no such file{searched}"
+    if not os.access(path, os.R_OK):
+        return f"{path}: cannot be read by this user"
+    if not path.name.lower().endswith((*_JSON_LINES_ENDINGS, _PARQUET_ENDING)):
+        return f"{path}: unknown format; its name must end in .jsonl, .jsonl.gz or .parquet"
+    return None
 
 
 class JsonLinesFile:

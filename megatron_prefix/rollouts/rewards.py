@@ -95,25 +95,35 @@ def load_reward(
         ValueError: there is no such name, module or function, the module does not import, or a
             text reward has no tokenizer.
     """
+    if fault := fault_of_name(spec, has_tokenizer=tokenizer is not None):
+        raise ValueError(f"reward {spec!r}: {fault}")
     if spec in TEXT_REWARDS and tokenizer is not None:
         if spec in REWARDS:
             return _ExactMatch(tokenizer)
         return TextReward(TEXT_REWARDS[spec], tokenizer)
     if spec in REWARDS:
         return REWARDS[spec]
-    if spec in TEXT_REWARDS:
-        raise ValueError(f"reward {spec!r}: it reads text; set rollouts.text.tokenizer")
-    module_name, colon, path = spec.partition(":")
-    if not (colon and module_name and path):
-        names = ", ".join(dict.fromkeys([*REWARDS, *TEXT_REWARDS]))
-        raise ValueError(
-            f"reward {spec!r}: name one of {names}, or a function of yours as module:function"
-        )
     if process is None:
         from megatron_prefix.config import RewardProcessConfig
 
         process = RewardProcessConfig()
     return ProcessReward(spec, process, tokenizer=tokenizer)
+
+
+def fault_of_name(spec: str, *, has_tokenizer: bool) -> str | None:
+    """What is wrong with a reward's name, and what to do; None if it may be one.
+
+    A function's module is not looked for: to import it may take long, or do anything.
+    """
+    if spec in REWARDS or (spec in TEXT_REWARDS and has_tokenizer):
+        return None
+    if spec in TEXT_REWARDS:
+        return "it reads text; set rollouts.text.tokenizer"
+    module_name, colon, path = spec.partition(":")
+    if colon and module_name and path:
+        return None
+    names = ", ".join(dict.fromkeys([*REWARDS, *TEXT_REWARDS]))
+    return f"name one of {names}, or a function of yours as module:function"
 
 
 def reward_groups(reward: RewardFunction, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:

@@ -22,6 +22,7 @@ from megatron_prefix.packages import MissingPackageError
 from megatron_prefix.training.errors import report_error
 from megatron_prefix.training.imports import import_megatron
 from megatron_prefix.training.requirements import missing_packages
+from megatron_prefix.training.surroundings import faults_of_surroundings
 
 _USAGE = "torchrun --nproc-per-node N -m megatron_prefix.training run.yaml [section.key=value ...]"
 
@@ -40,7 +41,7 @@ def main() -> int:
         if args is None:
             return 0
         source = args.config
-        config = _load(source, args.overrides)
+        config = _load(source, args.overrides, rank)
         _log_to_stderr(rank)
         import_megatron()
         from megatron_prefix.training import launch
@@ -55,7 +56,7 @@ def main() -> int:
     return launch.run(config, rank)
 
 
-def _load(path: Path, overrides: Sequence[str]) -> RunConfig:
+def _load(path: Path, overrides: Sequence[str], rank: int) -> RunConfig:
     """The configuration, as far as it can be checked without torch.
 
     Raises:
@@ -69,9 +70,23 @@ def _load(path: Path, overrides: Sequence[str]) -> RunConfig:
         config = load_dataclass(RunConfig, values)
     except ConfigError as error:
         raise ConfigError(*error.faults, *_faults_of_transformer(values)) from error
-    config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
-    refuse([*_faults_of_transformer(values), *missing_packages(config)])
+    refuse(
+        [
+            *_faults_of_layout(config),
+            *_faults_of_transformer(values),
+            *missing_packages(config),
+            *faults_of_surroundings(config, rank),
+        ]
+    )
     return config
+
+
+def _faults_of_layout(config: RunConfig) -> Sequence[str]:
+    try:
+        config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigError as error:
+        return error.faults
+    return ()
 
 
 def _faults_of_transformer(values: Mapping[str, Any]) -> list[str]:

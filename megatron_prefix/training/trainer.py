@@ -166,6 +166,8 @@ class Trainer:
             self.step = state["step"]
             warn_of_ended_schedule(self.scheduler, self._steps_behind(self.step))
             self._weights = f"resumed after step {self.step} ({self.checkpoints.path(self.step)})"
+            if output.load is not None:
+                self._weights += f", output.load: {output.load} is not used"
             with raise_together():
                 waiting = read_waiting(self.checkpoints.path(self.step))
             if waiting is not None:

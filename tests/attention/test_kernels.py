@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_prefix.attention import kernels
+from megatron_prefix.attention.kernel_names import cpu_kernel_names
 from megatron_prefix.attention.kernels import kernel_names, select_kernel, torch_cpu
 from tests.attention.oracle import assert_close
 
@@ -37,6 +38,10 @@ CPU_KERNELS = [
     for name in kernel_names()
     if kernels._reasons(torch.device("cpu"), torch.float64, 40, True)[name] is None
 ]
+
+
+def test_the_names_for_the_cpu_are_those_of_the_kernels_that_compute_there():
+    assert sorted(cpu_kernel_names()) == sorted(CPU_KERNELS)
 
 
 def cu_seqlens(lengths: list[int]) -> torch.Tensor:

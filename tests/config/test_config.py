@@ -111,6 +111,16 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
         )
     ),
     (TrainingConfig, {"timeout_minutes": 0.0}, "timeout_minutes: 0.0 must be above 0"),
+    (
+        TrainingConfig,
+        {"timeout_minutes": 14401.0},
+        r"timeout_minutes: 14401.0 must be at most 14400 \(10 days\): .*; lower it",
+    ),
+    (
+        TrainingConfig,
+        {"kernel": "flash_attn_4", "device": "cpu"},
+        "kernel: flash_attn_4 cannot compute on device: cpu; choose one of torch_cpu, reference",
+    ),
     (TrainingConfig, {"kernel": "fast"}, "kernel: there is none named fast; choose one of .*torch"),
     (TrainingConfig, {"dtype": "float64"}, "dtype: float64 runs on device: cpu only"),
     (OutputConfig, {"save_every": -1}, "save_every: -1 must be at least 0"),

@@ -147,9 +147,9 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     values = run_values(in_the_way / "run", records=records)
     config = write_config(tmp_path / "run.yaml", values)
     ((status, stderr),) = run_distributed(_command, 1, config)
-    assert status == 1
+    assert status == 2
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert "Not a directory" in line and str(in_the_way) in line
+    assert "output.directory" in line and "Not a directory" in line and str(in_the_way) in line
     assert "Traceback" not in stderr and in_the_way.read_text() == "a file"
 
 
@@ -159,9 +159,9 @@ def test_a_kernel_that_cannot_run_here_is_refused_before_anything_is_read(tmp_pa
     )
     config = write_config(tmp_path / "run.yaml", values)
     ((status, stderr),) = run_distributed(_command, 1, config)
-    assert status == 1
+    assert status == 2
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert "'torch_cuda' cannot compute device cpu" in line and "torch_cpu" in line
+    assert "torch_cuda cannot compute on device: cpu" in line and "torch_cpu" in line
     assert "Traceback" not in stderr
 
 
@@ -328,7 +328,8 @@ def test_a_wrong_configuration_ends_with_status_2_before_any_process_group(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sections, expected = WRONG_CONFIGS[name]
-    values = run_values(tmp_path / "out", records=tmp_path / "rollouts.jsonl")
+    records = write_records(tmp_path / "rollouts.jsonl", GOOD)
+    values = run_values(tmp_path / "out", records=records)
     for section, changes in sections.items():
         transformer = {**values["model"]["transformer"], **changes.get("transformer", {})}
         values[section] = {**values[section], **changes}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 import resource
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from megatron_prefix.config import RunConfig
 from megatron_prefix.config.loader import load_dataclass
 from megatron_prefix.megatron.known_messages import hide_known_messages
 from megatron_prefix.training.requirements import missing_packages
-from tests.training.runs import run_values, torchrun, write_config
+from megatron_prefix.training.surroundings import faults_of_surroundings
+from tests.training.runs import good_records, run_values, torchrun, write_config, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,7 +45,8 @@ def _command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    values = run_values(tmp_path / "out", records=tmp_path / "rollouts.jsonl")
+    records = write_records(tmp_path / "rollouts.jsonl", good_records(1))
+    values = run_values(tmp_path / "out", records=records)
     return write_config(tmp_path / "run.yaml", values)
 
 
@@ -168,7 +172,8 @@ def test_under_torchrun_only_rank_0_reports_and_torchruns_summary_ends_with_it(
 
 
 def test_without_a_gpu_the_default_device_is_one_line_that_says_cpu(tmp_path: Path) -> None:
-    values = run_values(tmp_path / "out", records=tmp_path / "rollouts.jsonl")
+    records = write_records(tmp_path / "rollouts.jsonl", good_records(1))
+    values = run_values(tmp_path / "out", records=records)
     del values["training"]["device"]
     done = subprocess.run(
         [
@@ -188,6 +193,98 @@ def test_without_a_gpu_the_default_device_is_one_line_that_says_cpu(tmp_path: Pa
     (line,) = done.stderr.splitlines()
     assert "training.device: cuda, but torch" in line
     assert line.endswith("sees no GPU here; set training.device: cpu")
+
+
+def test_what_is_missing_around_a_run_is_said_at_once_before_torch_is_imported(
+    config: Path,
+) -> None:
+    folder = config.parent
+    missing, there = folder / "missing.jsonl", folder / "rollouts.jsonl"
+    (folder / "a.txt").touch()
+    done = _command(
+        config,
+        f"rollouts.paths=[{missing}, {there}, {folder}, {folder / 'a.txt'}, nowhere.jsonl]",
+        f"evaluation={{paths: [{missing}], num_prompts: 1}}",
+        "rollouts.max_response_length=4",
+        "rollouts.reward=exact_mach",
+        f"output.load={folder / 'no_weights'}",
+        f"output.directory={config}",
+        "output.checkpoint_writer=nvrx",
+        "parallel.tensor_model_parallel_size=2",
+    )
+    assert done.returncode == 2 and done.stdout == "imported: []\n"
+    first, *faults = done.stderr.splitlines()
+    assert first == f"error: {config}: {len(faults)} faults"
+    expected = [
+        "parallel: 1 process does not divide by",
+        f"rollouts.paths: {missing}: there is no such file",
+        f"rollouts.paths: {folder}: is a directory; name the files in it",
+        f"rollouts.paths: {folder / 'a.txt'}: unknown format; its name must end in .jsonl,",
+        f"rollouts.paths: nowhere.jsonl: there is no such file in {ROOT}",
+        f"evaluation.paths: {missing}: there is no such file",
+        "rollouts.reward: exact_mach: name one of exact_match, token_match_fraction,",
+        "output.checkpoint_writer: nvrx needs nvidia-resiliency-ext 0.6 or newer",
+        f"output.load: {folder / 'no_weights'}: does not exist; name the folder of a distributed",
+        f"output.directory: {config} cannot be written: Not a directory: {config}; name another",
+    ]
+    if importlib.util.find_spec("nvidia_resiliency_ext"):
+        expected = [fault for fault in expected if "nvrx" not in fault]
+    assert len(faults) == len(expected), faults
+    for fault, start in zip(faults, expected, strict=True):
+        assert fault.startswith(f"  {start}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.timeout_minutes=.inf", "expected float, got Infinity; set a finite number"),
+        ("training.timeout_minutes=1e300", "1e+300 must be at most 14400 (10 days): a run whose"),
+        ("optimizer.lr=.inf", "expected float, got Infinity; set a finite number"),
+        ("optimizer.weight_decay=.inf", "expected float, got Infinity; set a finite number"),
+        ("objective.clip_high=.inf", "expected float, got Infinity; set a finite number"),
+        ("training.kernel=flash_attn_4", "flash_attn_4 cannot compute on device: cpu; choose one"),
+        ("rollouts.reward=numeric", "numeric: it reads text; set rollouts.text.tokenizer"),
+    ],
+)
+def test_a_value_that_no_run_could_use_is_named_by_its_key(
+    config: Path, override: str, message: str
+) -> None:
+    done = _command(config, override)
+    assert done.returncode == 2 and done.stdout == "imported: []\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {config}: {override.partition('=')[0]}: {message}")
+
+
+def _around(config: Path, rank: int = 0, **output: Any) -> list[str]:
+    values = run_values(config.parent / "out", records=config.parent / "rollouts.jsonl")
+    values["output"].update(output)
+    return faults_of_surroundings(load_dataclass(RunConfig, values), rank)
+
+
+def test_weights_to_start_from_are_looked_for_where_no_checkpoint_takes_their_place(
+    config: Path,
+) -> None:
+    missing = str(config.parent / "no_weights")
+    assert _around(config) == []
+    (fault,) = _around(config, load=missing)
+    assert fault.startswith(f"output.load: {missing}: does not exist")
+    assert _around(config, rank=1, load=missing) == []
+    (config.parent / "out/checkpoints/step_000001").mkdir(parents=True)
+    assert _around(config, load=missing) == []
+    (fault,) = _around(config, load=missing, resume=False)
+    assert fault.startswith("output.load: ")
+
+
+def test_an_output_folder_without_the_right_to_write_is_named(config: Path) -> None:
+    closed = config.parent / "closed"
+    closed.mkdir(mode=0o500)
+    if os.access(closed, os.W_OK):
+        pytest.skip("this user may write anywhere")
+    (fault,) = _around(config, directory=str(closed / "run" / "1"))
+    assert fault == (
+        f"output.directory: {closed}/run/1 cannot be written: Permission denied: {closed}; name "
+        "another folder, or make it writable"
+    )
 
 
 def _needs(monkeypatch: pytest.MonkeyPatch, missing: set[str], **sections: Any) -> list[str]:

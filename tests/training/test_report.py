@@ -86,17 +86,21 @@ def test_a_run_that_goes_on_says_from_where_and_a_finished_one_what_to_do(
     tmp_path: Path, values: dict[str, Any]
 ) -> None:
     first = {**values, "training": {**values["training"], "steps": 2}}
+    # Where the run began, and needed no more.
+    gone = {"output": {**values["output"], "load": str(tmp_path / "gone")}}
     configs = [
         write_config(tmp_path / "first.yaml", first),
         write_config(tmp_path / "again.yaml", first),
-        write_config(tmp_path / "longer.yaml", {**values, "optimizer": {"lr": 1e-3}}),
+        write_config(tmp_path / "longer.yaml", {**values, "optimizer": {"lr": 1e-3}, **gone}),
     ]
     ((begun, again, longer),) = run_distributed(_runs, 1, configs)
     assert "random weights" in begun[1]
     assert "steps: 0 to do of 2" in again[1]
     assert "done: all 2 steps were done before; raise training.steps to train on" in again[1]
     checkpoint = tmp_path / "out" / "checkpoints" / "step_000002"
-    assert f"resumed after step 2 ({checkpoint})" in longer[1]
+    unused = f"output.load: {tmp_path / 'gone'} is not used"
+    assert f"resumed after step 2 ({checkpoint}), {unused}\n" in longer[1]
+    assert f"resumed after step 2 ({checkpoint})\n" in again[1]
     assert "steps: 4 to do of 6" in longer[1] and "step 3/6" in longer[1]
     assert [status for status, _ in (begun, again, longer)] == [0, 0, 0]
 
@@ -172,8 +176,9 @@ def test_a_run_that_cannot_go_on_as_it_is_told_says_what_to_do(
     ]
     (((status, _), *refused),) = run_distributed(_runs, 1, configs)
     assert status == 0
-    for (status, text), message in zip(
+    for (status, text), expected, message in zip(
         refused,
+        (1, 1, 2),  # 2: it is seen before anything is imported
         (
             "Set the model section as it was, or begin anew: in another output.directory, or with "
             "output.resume: false",
@@ -184,4 +189,4 @@ def test_a_run_that_cannot_go_on_as_it_is_told_says_what_to_do(
         strict=True,
     ):
         (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
-        assert status == 1 and re.search(message, line), line
+        assert status == expected and re.search(message, line), line

@@ -1,0 +1,84 @@
+"""The files, folders and names outside a run's configuration that it asks for.
+
+They are looked for before torch is imported, together with the packages (`requirements`): all that
+is wrong is said at once. What changes after that, or cannot be told without reading it, is found
+where it is used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_prefix.checkpoints.files import complete_steps
+from megatron_prefix.checkpoints.finding import find_checkpoint
+from megatron_prefix.config import RunConfig
+from megatron_prefix.packages import is_installed
+from megatron_prefix.rollouts.record_files import fault_of_path
+from megatron_prefix.rollouts.rewards import fault_of_name
+
+
+def faults_of_surroundings(config: RunConfig, rank: int) -> list[str]:
+    """A line for each thing that is missing or in the way, with what to do.
+
+    Args:
+        rank: this process's. Every rank reads the files of rollouts and prompts. Folders are looked
+            at by rank 0, which decides whether a run resumes.
+    """
+    faults = [*_faults_of_rollouts(config), *_faults_of_writer(config)]
+    if rank == 0:
+        faults += [*_faults_of_load(config), *_faults_of_directory(config.output.directory)]
+    return faults
+
+
+def _faults_of_rollouts(config: RunConfig) -> Iterator[str]:
+    rollouts, evaluation = config.rollouts, config.evaluation
+    keys = {"rollouts.paths": rollouts.paths}
+    if evaluation is not None:
+        keys["evaluation.paths"] = evaluation.paths
+    for key, paths in keys.items():
+        for path in paths:
+            if fault := fault_of_path(path):
+                yield f"{key}: {fault}"
+    if rollouts.reward is not None:
+        fault = fault_of_name(rollouts.reward, has_tokenizer=rollouts.text is not None)
+        if fault:
+            yield f"rollouts.reward: {rollouts.reward}: {fault}"
+
+
+def _faults_of_writer(config: RunConfig) -> Iterator[str]:
+    name = config.output.checkpoint_writer
+    if name == "nvrx" and not is_installed("nvidia_resiliency_ext"):
+        yield (
+            f"output.checkpoint_writer: {name} needs nvidia-resiliency-ext 0.6 or newer, which is "
+            "not installed; install it, or set output.checkpoint_writer: mcore"
+        )
+
+
+def _faults_of_load(config: RunConfig) -> Iterator[str]:
+    output = config.output
+    if output.load is None or (output.resume and _has_checkpoint(output.directory)):
+        return
+    try:
+        find_checkpoint(output.load)
+    except (ValueError, OSError) as error:
+        yield f"output.load: {error}"
+
+
+def _has_checkpoint(directory: Path) -> bool:
+    try:
+        return bool(complete_steps(directory / "checkpoints"))
+    except OSError:  # the folder's own fault is said for output.directory
+        return True
+
+
+def _faults_of_directory(directory: Path) -> Iterator[str]:
+    nearest = directory.absolute()
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    begin = f"output.directory: {directory} cannot be written"
+    if not nearest.is_dir():
+        yield f"{begin}: Not a directory: {nearest}; name another folder"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        yield f"{begin}: Permission denied: {nearest}; name another folder, or make it writable"
