@@ -357,9 +357,14 @@ def _layout() -> dict[str, int]:
     }
 
 
+def _saved_settings(state: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer section of the run that saved a checkpoint; empty where none is recorded."""
+    return state.get("config", {}).get("optimizer", {})
+
+
 def _change_of_clipping(state: dict[str, Any], clip_grad: float) -> list[str]:
     """Clipping is no state of the optimizer: only the configuration that was saved says it."""
-    saved = state.get("config", {}).get("optimizer", {}).get("clip_grad", clip_grad)
+    saved = _saved_settings(state).get("clip_grad", clip_grad)
     return [] if saved == clip_grad else [f"optimizer.clip_grad {saved} -> {clip_grad}"]
 
 
@@ -369,8 +374,7 @@ def _check_sharding(path: Path, state: dict[str, Any], *, sharded: bool) -> None
     Raises:
         ValueError: it did.
     """
-    settings = state.get("config", {}).get("optimizer", {})
-    saved = settings.get("use_distributed_optimizer", sharded)
+    saved = _saved_settings(state).get("use_distributed_optimizer", sharded)
     if saved != sharded:
         raise ValueError(
             f"optimizer.use_distributed_optimizer: {str(sharded).lower()}, but {path} was saved "
