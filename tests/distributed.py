@@ -138,6 +138,7 @@ def _rank_main(rank: int, job: _Job, fn: Callable[..., Any], args: tuple[Any, ..
                 world_size=job.world_size,
                 timeout=datetime.timedelta(seconds=0.75 * job.timeout),
             )
+            _wait_for_peers(rank, job)
         result = pickle.dumps(fn(rank, job.world_size, *args))
         job.path("result", rank).write_bytes(result)
     except BaseException:
@@ -149,6 +150,18 @@ def _rank_main(rank: int, job: _Job, fn: Callable[..., Any], args: tuple[Any, ..
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _wait_for_peers(rank: int, job: _Job) -> None:
+    """Go on when every rank has its group; one that ended before would break its peers' start."""
+    store = dist.TCPStore(
+        "127.0.0.1",
+        job.port,
+        is_master=False,
+        timeout=datetime.timedelta(seconds=0.75 * job.timeout),
+    )
+    store.set(f"initialized {rank}", "")
+    store.wait([f"initialized {peer}" for peer in range(job.world_size)])
 
 
 def _wait(processes: list[BaseProcess], job: _Job) -> None:
