@@ -31,9 +31,10 @@ from megatron_prefix.rollouts.parsing import (
     response_field,
 )
 from megatron_prefix.rollouts.record_files import START, FilePosition, Record
-from megatron_prefix.rollouts.records import RolloutGroup, indexed_field, validate_group
+from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_groups
 from megatron_prefix.rollouts.stream import RecordStream
+from megatron_prefix.rollouts.validation import indexed_field, validate_group
 
 Value = TypeVar("Value")
 

@@ -1,29 +1,41 @@
-"""A group of rollouts, and what has to hold for a model to train on it."""
+"""Rollouts as records: a group by itself, a batch of groups in flat arrays, and its summary.
+
+A batch is what travels through a run. It is arrays from the reader to the device: no Python object
+stands for a token. Offsets say where each item begins: item i of `tokens` is
+`tokens[offsets[i] : offsets[i + 1]]`.
+
+Legend: G groups, R responses of all groups, P prompt tokens, T response tokens.
+"""
 
 from __future__ import annotations
 
-import math
-import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Log-probabilities taken from bfloat16 logits can come out a little above 0; a value beyond this is
-# no rounding but a sign that was dropped.
-_LOGPROB_ROUNDING = 0.1
+import numpy as np
+from numpy.typing import NDArray
+
+UNKNOWN = -1
+"""The value of `finished` and `policy_versions` where it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutGroup:
-    """One prompt with the responses that were sampled for it. Tokens are ids, whole numbers."""
+    """One prompt with the responses that were sampled for it. Tokens are ids, whole numbers.
 
-    prompt: tuple[int, ...]
-    responses: tuple[tuple[int, ...], ...]
-    rewards: tuple[float, ...]
+    What stands for a sequence may be an array or any sequence of plain numbers.
+    """
+
+    prompt: Sequence[int] | NDArray
+    responses: Sequence[Sequence[int] | NDArray]
+    rewards: Sequence[float] | NDArray
     """One for each response."""
-    old_logprobs: tuple[tuple[float, ...], ...] | None = None
+    old_logprobs: Sequence[Sequence[float] | NDArray] | None = None
     """For each response and each of its tokens, the log-probability that it was sampled with."""
-    finished: tuple[bool, ...] | None = None
+    loss_mask: Sequence[Sequence[bool] | NDArray] | None = None
+    """For each response and each of its tokens, whether it is trained on; None: all are."""
+    finished: Sequence[bool] | NDArray | None = None
     """For each response, whether it ended by itself, rather than at a limit of length."""
     answer: Any = None
     """What a reward function compares with."""
@@ -33,99 +45,218 @@ class RolloutGroup:
     """Where the group comes from, as errors name it: "file.jsonl:17"."""
 
 
-FieldName = Callable[[str, int], str]
-"""How an error names the value of a field that belongs to a response, given by its index."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RolloutBatch:
+    """Groups in flat arrays; nobody writes to them."""
 
+    prompt_tokens: NDArray[np.int32]
+    """[P]"""
+    prompt_offsets: NDArray[np.int64]
+    """[G + 1]"""
+    group_offsets: NDArray[np.int64]
+    """[G + 1] into the R responses."""
+    response_tokens: NDArray[np.int32]
+    """[T]"""
+    response_offsets: NDArray[np.int64]
+    """[R + 1]"""
+    rewards: NDArray[np.float64]
+    """[R]"""
+    old_logprobs: NDArray[np.float32] | None
+    """[T] under the policy that sampled them; None: not known."""
+    loss_mask: NDArray[np.bool_] | None
+    """[T] whether a token is trained on; None: all are."""
+    finished: NDArray[np.int8]
+    """[R] 1: the response ended by itself; 0: at a limit of length; `UNKNOWN`."""
+    policy_versions: NDArray[np.int64]
+    """[G] rollout batches that the weights which sampled had been trained on, or `UNKNOWN`."""
+    answers: tuple[Any, ...]
+    """[G] what a reward function compares with."""
+    sources: tuple[str, ...]
+    """[G] where each group comes from, as errors name it."""
 
-def indexed_field(field: str, response: int) -> str:
-    """The name of a response's value in a record that holds a whole group: `rewards[2]`."""
-    return f"{field}[{response}]"
+    def __post_init__(self) -> None:
+        groups, responses = self.num_groups, self.num_responses
+        assert len(self.prompt_offsets) == len(self.group_offsets) == groups + 1
+        assert len(self.answers) == len(self.policy_versions) == groups
+        assert len(self.rewards) == len(self.finished) == responses
+        assert self.prompt_offsets[-1] == len(self.prompt_tokens)
+        assert self.response_offsets[-1] == len(self.response_tokens)
+        for values in (self.old_logprobs, self.loss_mask):
+            assert values is None or len(values) == len(self.response_tokens)
 
+    @classmethod
+    def from_groups(cls, groups: Iterable[RolloutGroup]) -> RolloutBatch:
+        """A batch of groups that `validate_group` has passed.
 
-def validate_group(
-    group: RolloutGroup,
-    *,
-    vocab_size: int,
-    max_positions: int,
-    field_name: FieldName = indexed_field,
-) -> None:
-    """Check that a model can train on the group.
-
-    Args:
-        group: what to check.
-        vocab_size: token ids lie in [0, vocab_size).
-        max_positions: positions of the model. A prompt and a response together take one less than
-            they have tokens, since the last one is nobody's input.
-        field_name: how errors name what belongs to one response.
-
-    Raises:
-        ValueError: an empty prompt or response, no responses, a token that is not an id of the
-            vocabulary, a prompt and response beyond the model's positions, a reward or
-            log-probability that is not finite, a log-probability above 0, or lists of different
-            lengths; the message begins with the group's source and the field.
-    """
-    source = group.source
-    check_tokens(f"{source}: prompt", group.prompt, vocab_size)
-    if len(group.prompt) > max_positions:
-        raise ValueError(
-            f"{source}: prompt: its {len(group.prompt)} tokens exceed the model's {max_positions} "
-            "positions"
+        Raises:
+            ValueError: some groups have old log-probabilities and some do not, naming two of them.
+        """
+        groups = list(groups)
+        _check_all_or_none(groups)
+        responses = [response for group in groups for response in group.responses]
+        masks = None
+        if any(group.loss_mask is not None for group in groups):
+            masks = [mask for group in groups for mask in _masks(group)]
+        old = None
+        if groups and groups[0].old_logprobs is not None:
+            old = [values for group in groups for values in group.old_logprobs or ()]
+        return cls(
+            prompt_tokens=_joined([group.prompt for group in groups], np.int32),
+            prompt_offsets=offsets_of([len(group.prompt) for group in groups]),
+            group_offsets=offsets_of([len(group.responses) for group in groups]),
+            response_tokens=_joined(responses, np.int32),
+            response_offsets=offsets_of([len(response) for response in responses]),
+            rewards=_joined([group.rewards for group in groups], np.float64),
+            old_logprobs=None if old is None else _joined(old, np.float32),
+            loss_mask=None if masks is None else _joined(masks, np.bool_),
+            finished=_joined([_finished(group) for group in groups], np.int8),
+            policy_versions=np.array(
+                [UNKNOWN if g.policy_version is None else g.policy_version for g in groups],
+                dtype=np.int64,
+            ),
+            answers=tuple(group.answer for group in groups),
+            sources=tuple(group.source for group in groups),
         )
-    if not group.responses:
-        raise ValueError(f"{source}: responses: there are none; a group needs at least one")
-    for field in ("rewards", "old_logprobs", "finished"):
-        values = getattr(group, field)
-        if values is not None and len(values) != len(group.responses):
-            raise ValueError(
-                f"{source}: {field}: {len(values)} for {len(group.responses)} responses; "
-                "there must be one for each"
-            )
-    for r, response in enumerate(group.responses):
-        where = f"{source}: {field_name('responses', r)}"
-        check_tokens(where, response, vocab_size)
-        needed = len(group.prompt) + len(response) - 1
-        if needed > max_positions:
-            raise ValueError(
-                f"{where}: its {len(response)} tokens after a prompt of {len(group.prompt)} need "
-                f"{needed} positions, the model has {max_positions}"
-            )
-        _check_finite(f"{source}: {field_name('rewards', r)}", group.rewards[r])
-        if group.old_logprobs is not None:
-            where = f"{source}: {field_name('old_logprobs', r)}"
-            _check_logprobs(where, group.old_logprobs[r], len(response))
 
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return len(self.sources)
 
-def check_tokens(where: str, tokens: Sequence[int], vocab_size: int) -> None:
-    """Raise a ValueError, which begins with `where`, unless these are ids of the vocabulary."""
-    if len(tokens) == 0:
-        raise ValueError(f"{where}: is empty; it needs at least one token")
-    # Whole lists at once where all is well: prompts are long, and every rank reads all of them.
-    if set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) < vocab_size:
-        return
-    for i, token in enumerate(tokens):
-        if type(token) is not int:
-            raise ValueError(
-                f"{where}[{i}]: {reprlib.repr(token)} is not a token id (a whole number)"
-            )
-        if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"{where}[{i}]: token {reprlib.repr(token)} is outside the vocabulary of "
-                f"{vocab_size} (0 to {vocab_size - 1})"
-            )
+    @property
+    def num_responses(self) -> int:
+        """R."""
+        return len(self.response_offsets) - 1
 
+    def prompt(self, group: int) -> NDArray[np.int32]:
+        """The tokens of a group's prompt, a view."""
+        return self.prompt_tokens[self.prompt_offsets[group] : self.prompt_offsets[group + 1]]
 
-def _check_finite(where: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{where}: {value} is not a finite number")
+    def responses_of(self, group: int) -> range:
+        """Indices of a group's responses."""
+        return range(int(self.group_offsets[group]), int(self.group_offsets[group + 1]))
 
+    def tokens_of(self, response: int) -> slice:
+        """Where a response's tokens are in the arrays of T."""
+        return slice(int(self.response_offsets[response]), int(self.response_offsets[response + 1]))
 
-def _check_logprobs(where: str, logprobs: Sequence[float], length: int) -> None:
-    if len(logprobs) != length:
-        raise ValueError(
-            f"{where}: {len(logprobs)} log-probabilities for a response of {length} tokens; "
-            "there must be one for each"
+    def group(self, index: int) -> RolloutGroup:
+        """One group by itself; its arrays are views."""
+        responses = self.responses_of(index)
+        tokens = [self.tokens_of(response) for response in responses]
+        old, mask, version = self.old_logprobs, self.loss_mask, int(self.policy_versions[index])
+        finished = self.finished[responses.start : responses.stop]
+        return RolloutGroup(
+            prompt=self.prompt(index),
+            responses=tuple(self.response_tokens[part] for part in tokens),
+            rewards=self.rewards[responses.start : responses.stop],
+            old_logprobs=None if old is None else tuple(old[part] for part in tokens),
+            loss_mask=None if mask is None else tuple(mask[part] for part in tokens),
+            finished=None if (finished == UNKNOWN).any() else finished == 1,
+            answer=self.answers[index],
+            policy_version=None if version == UNKNOWN else version,
+            source=self.sources[index],
         )
-    for i, value in enumerate(logprobs):
-        _check_finite(f"{where}[{i}]", value)
-        if value > _LOGPROB_ROUNDING:
-            raise ValueError(f"{where}[{i}]: {value} is not a log-probability, they are at most 0")
+
+    def groups(self) -> Iterable[RolloutGroup]:
+        """All groups, one at a time."""
+        return (self.group(index) for index in range(self.num_groups))
+
+    def summary(self) -> RolloutSummary:
+        """What every rank has to know of the batch."""
+        lengths = np.diff(self.response_offsets).astype(np.int32)
+        trained = lengths
+        if self.loss_mask is not None:
+            before = np.append(0, np.cumsum(self.loss_mask, dtype=np.int64))
+            trained = np.diff(before[self.response_offsets]).astype(np.int32)
+        return RolloutSummary(
+            prompt_lengths=np.diff(self.prompt_offsets).astype(np.int32),
+            group_sizes=np.diff(self.group_offsets).astype(np.int32),
+            response_lengths=lengths,
+            trained_lengths=trained,
+            rewards=self.rewards,
+            sources=self.sources,
+            has_old_logprobs=self.old_logprobs is not None,
+            has_loss_mask=self.loss_mask is not None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RolloutSummary:
+    """What every rank knows of a batch: some twenty bytes a response, and no token."""
+
+    prompt_lengths: NDArray[np.int32]
+    """[G]"""
+    group_sizes: NDArray[np.int32]
+    """[G] responses of each group."""
+    response_lengths: NDArray[np.int32]
+    """[R]"""
+    trained_lengths: NDArray[np.int32]
+    """[R] tokens of each response that are trained on."""
+    rewards: NDArray[np.float64]
+    """[R]"""
+    sources: tuple[str, ...]
+    """[G]"""
+    has_old_logprobs: bool
+    has_loss_mask: bool
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return len(self.sources)
+
+    @property
+    def group_offsets(self) -> NDArray[np.int64]:
+        """[G + 1] into the R responses."""
+        return offsets_of(self.group_sizes)
+
+    def of_groups(self, groups: range) -> RolloutSummary:
+        """The summary of consecutive groups."""
+        offsets = self.group_offsets
+        responses = slice(int(offsets[groups.start]), int(offsets[groups.stop]))
+        chosen = slice(groups.start, groups.stop)
+        return RolloutSummary(
+            prompt_lengths=self.prompt_lengths[chosen],
+            group_sizes=self.group_sizes[chosen],
+            response_lengths=self.response_lengths[responses],
+            trained_lengths=self.trained_lengths[responses],
+            rewards=self.rewards[responses],
+            sources=self.sources[chosen],
+            has_old_logprobs=self.has_old_logprobs,
+            has_loss_mask=self.has_loss_mask,
+        )
+
+
+def offsets_of(lengths: Sequence[int] | NDArray) -> NDArray[np.int64]:
+    """[n + 1] where each of n items begins, and where the last one ends."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _joined(parts: Sequence[Any], dtype: type) -> NDArray:
+    """The parts one behind the other, in an array that cannot be written to."""
+    arrays = [np.asarray(part, dtype=dtype) for part in parts]
+    joined = np.concatenate([np.zeros(0, dtype=dtype), *arrays])
+    joined.flags.writeable = False
+    return joined
+
+
+def _masks(group: RolloutGroup) -> Sequence[Any]:
+    if group.loss_mask is not None:
+        return group.loss_mask
+    return [np.ones(len(response), dtype=np.bool_) for response in group.responses]
+
+
+def _finished(group: RolloutGroup) -> Sequence[Any] | NDArray:
+    return [UNKNOWN] * len(group.responses) if group.finished is None else group.finished
+
+
+def _check_all_or_none(groups: Sequence[RolloutGroup]) -> None:
+    """A response's ratio would otherwise depend on which groups share its row."""
+    known = {group.old_logprobs is not None: group.source for group in groups}
+    if len(known) > 1:
+        raise ValueError(
+            f"{known[False]}: old_logprobs: missing, but {known[True]}, of the same rollout batch, "
+            "has them; give them for all groups or for none"
+        )

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from megatron_prefix.rollouts.records import RolloutGroup, validate_group
+from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.rollouts.validation import validate_group
 
 GROUP = RolloutGroup(
     prompt=(1, 2, 3),

@@ -9,9 +9,10 @@ from megatron_prefix.distributed.rank_results import on_rank_0
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.sampler import Sampler
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
-from megatron_prefix.rollouts.records import RolloutGroup, validate_group
+from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.rollouts.reward_process import ProcessReward
 from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_groups
+from megatron_prefix.rollouts.validation import validate_group
 
 
 class EmbeddedEngine:

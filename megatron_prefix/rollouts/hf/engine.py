@@ -21,8 +21,9 @@ from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
-from megatron_prefix.rollouts.records import RolloutGroup, validate_group
+from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_groups
+from megatron_prefix.rollouts.validation import validate_group
 
 
 class HuggingFaceEngine:

@@ -17,12 +17,13 @@ from megatron_prefix.distributed.rank_results import from_rank_0
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
-from megatron_prefix.rollouts.records import RolloutGroup, validate_group
+from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_groups
 from megatron_prefix.rollouts.server.answers import OtherWeights, Sample
 from megatron_prefix.rollouts.server.asking import Asker, Tally, Wanted, request_seed
 from megatron_prefix.rollouts.server.client import ServerClient, ServerError
 from megatron_prefix.rollouts.server.loading import WeightLoader
+from megatron_prefix.rollouts.validation import validate_group
 
 logger = logging.getLogger(__name__)
 

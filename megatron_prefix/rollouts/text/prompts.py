@@ -27,8 +27,8 @@ from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.parsing import check_names
 from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.record_files import START, Record, open_record_file
-from megatron_prefix.rollouts.records import check_tokens
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens
+from megatron_prefix.rollouts.validation import check_tokens
 
 
 class TextPrompts:
