@@ -8,7 +8,15 @@ TRITON = "sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"
 # mbridge names neither einops nor transformers, which it imports.
 HUGGING_FACE = ["transformers", "safetensors", "mbridge==0.15.1", "einops", "tqdm"]
 ROLLOUTS = [*HUGGING_FACE, "datasets", "httpx", "jinja2"]
-TRAINING = ["psutil", "tqdm", "tensorboard", "matplotlib", "pyarrow<25"]
+TRAINING = [
+    "psutil",
+    "tqdm",
+    "tensorboard",
+    "matplotlib",
+    "pyarrow<25",
+    # No wheel for newer Pythons; JSON Lines are then read by the standard library.
+    "pysimdjson; python_version < '3.14'",
+]
 
 setup(
     name="megatron-prefix",

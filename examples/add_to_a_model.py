@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 
 from megatron_prefix import (  # noqa: E402
+    AttentionSetup,
     PrefixPackedSeqParams,
     PrefixTree,
     enable_cpu_device,
@@ -154,7 +155,7 @@ def log_probs_of_packed_row(model: GPTModel) -> tuple[list[Tensor], int]:
         row(layout.input_ids),
         row(layout.position_ids),
         row(layout.labels),
-        PrefixPackedSeqParams.from_layout(layout, DEVICE),
+        PrefixPackedSeqParams.from_layout(layout, AttentionSetup.of(model.config, DEVICE)),
     )
     responses = [response for _, responses in GROUPS for response in responses]
     of_responses = [

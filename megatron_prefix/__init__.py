@@ -3,7 +3,9 @@
     prefix_grouped              any layer spec, taught to share prefixes
     prefix_grouped_layer_spec   a ready layer spec
     PrefixTree, pack            from token lists to a packed row
+    AttentionSetup              how a model's attention is computed, made once
     PrefixPackedSeqParams       what such a row's batch carries through GPTModel
+    check_same_row              whether context-parallel ranks hold parts of the same row
     vocab_parallel_log_probs    log-probabilities from hidden states, without all logits at once
     enable_cpu_device           Megatron-Core without a GPU
     select_kernel, check_kernel the attention kernel of a device, and whether it computes attention
@@ -19,7 +21,9 @@ from megatron_prefix.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from megatron_prefix.attention.kernels import select_kernel
+    from megatron_prefix.attention.row_attention import AttentionSetup
     from megatron_prefix.attention.self_check import check_kernel
+    from megatron_prefix.distributed.agreement import check_same_row
     from megatron_prefix.layer_spec import prefix_grouped, prefix_grouped_layer_spec
     from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
     from megatron_prefix.layout import PrefixTree, pack
@@ -29,10 +33,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionSetup",
     "PrefixPackedSeqParams",
     "PrefixTree",
     "__version__",
     "check_kernel",
+    "check_same_row",
     "enable_cpu_device",
     "pack",
     "prefix_grouped",
@@ -44,9 +50,11 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
+        "AttentionSetup": "megatron_prefix.attention.row_attention",
         "PrefixPackedSeqParams": "megatron_prefix.layers.packed_seq_params",
         "PrefixTree": "megatron_prefix.layout",
         "check_kernel": "megatron_prefix.attention.self_check",
+        "check_same_row": "megatron_prefix.distributed.agreement",
         "enable_cpu_device": "megatron_prefix.megatron.cpu_device",
         "pack": "megatron_prefix.layout",
         "prefix_grouped": "megatron_prefix.layer_spec",

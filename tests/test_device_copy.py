@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_prefix import device_copy
-from megatron_prefix.device_copy import copy_to_device
+from megatron_prefix.device_copy import copy_to_device, record_to_device
+from megatron_prefix.layout import AttentionStage, Rectangles
 
 ARRAYS = [
     np.arange(7, dtype=np.int32),
@@ -49,6 +50,25 @@ def test_elsewhere_they_are_parts_of_one_aligned_buffer(monkeypatch):
     check(tensors)
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
     assert all(t.storage_offset() * t.element_size() % 64 == 0 for t in tensors)
+
+
+def test_a_record_goes_in_one_copy_and_an_array_that_it_holds_twice_goes_once(monkeypatch):
+    copies = []
+
+    def copy(arrays, device):
+        copies.append(len(arrays))
+        return copy_to_device(arrays, device)
+
+    monkeypatch.setattr(device_copy, "copy_to_device", copy)
+    bounds, rows = np.array([0, 3], dtype=np.int32), np.array([1, 4, 5])
+    on = Rectangles(cu_q=bounds, cu_k=bounds, max_q=3, max_k=3, causal=True)
+    stage = AttentionStage(on=on, queries=slice(0, 3), keys=rows)
+    (found, nothing), same = record_to_device(((stage, None), rows), "cpu")
+    assert copies == [2]
+    assert nothing is None and found.queries == slice(0, 3) and found.on.max_q == 3
+    assert found.on.cu_q is found.on.cu_k and found.keys is same
+    assert found.on.cu_q.dtype == torch.int32 and found.keys.tolist() == [1, 4, 5]
+    assert isinstance(stage.keys, np.ndarray), "the record itself is as it was"
 
 
 @pytest.mark.gpu

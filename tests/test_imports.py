@@ -19,6 +19,7 @@ ORDER = [
     {"layers"},
     {"layer_spec"},
     {"model"},
+    {"planning"},
     {"checkpoints"},
     {"conversion"},
     {"rollouts"},

@@ -63,7 +63,7 @@ def test_a_module_of_our_own_that_is_not_there_is_the_programmers_error() -> Non
 _IMPORT_WITHOUT_EXTRAS = """
 import sys
 for name in ("httpx", "transformers", "datasets", "mbridge", "pyarrow", "tensorboard", "matplotlib",
-             "psutil", "tqdm", "jinja2", "safetensors", "einops"):
+             "psutil", "tqdm", "jinja2", "safetensors", "einops", "simdjson"):
     sys.modules[name] = None
 import megatron_prefix.training.trainer
 import megatron_prefix.rollouts.server.build as build

@@ -10,10 +10,12 @@ import megatron_prefix
 
 def test_every_public_name_can_be_imported() -> None:
     assert sorted(megatron_prefix.__all__) == [
+        "AttentionSetup",
         "PrefixPackedSeqParams",
         "PrefixTree",
         "__version__",
         "check_kernel",
+        "check_same_row",
         "enable_cpu_device",
         "pack",
         "prefix_grouped",

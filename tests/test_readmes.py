@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,9 +19,9 @@ from megatron_prefix.config.loader import load_dataclass, read_yaml
 from megatron_prefix.layout import PrefixTree
 from megatron_prefix.megatron.releases import gate_has_offset
 from megatron_prefix.model.transformer_config import transformer_config
+from megatron_prefix.planning.shapes import read_shapes
 from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.rewards import exact_match
-from megatron_prefix.training.shapes import read_shapes
 from tests import readmes
 from tests.commands import run_python
 from tests.megatron.models import TRAINING, model_config, single_process
@@ -134,8 +135,8 @@ def test_records_are_read(block: Block, tmp_path: Path) -> None:
         return
     assert block.mark in ("", "file")
     engine = FileEngine([file], vocab_size=64, max_positions=64, reward=exact_match, epochs=1)
-    groups = engine.next_groups(block.text.count('"responses"') or 1, step=0)
-    assert all(group.rewards for group in groups)
+    batch = engine.next_rollouts(block.text.count('"responses"') or 1, step=0)
+    assert batch is not None and np.isfinite(batch.rewards).all()
 
 
 @_of("python")

@@ -17,6 +17,7 @@ rank's attention work over the ranks' mean, `dispatch` the time to distribute th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -53,7 +54,8 @@ def set_comm_type(chunks: ModelChunks, kind: str) -> None:
     """Let all layers communicate by this kind from now on."""
     for chunk in chunks.bare:
         for layer in chunk.decoder.layers:
-            layer.self_attention.core_attention.prefix_comm_type = kind
+            attention = layer.self_attention.core_attention
+            attention.prefix_layer = dataclasses.replace(attention.prefix_layer, comm_type=kind)
 
 
 def measure(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
@@ -61,6 +63,7 @@ def measure(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     import torch.distributed as dist
     from benchmarks.levels import OBJECTIVE
 
+    from megatron_prefix.attention.row_attention import AttentionSetup
     from megatron_prefix.distributed.runtime import runtime
     from megatron_prefix.model.build import build_model_chunks
     from megatron_prefix.training.step import accumulate_gradients
@@ -73,6 +76,14 @@ def measure(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
             training_config(),
             use_distributed_optimizer=False,
         )
+        setup = dataclasses.replace(
+            AttentionSetup.of(
+                chunks.config,
+                place.device,
+                context_parallel_group=place.context_parallel_group,
+            ),
+            comm_types=tuple(args.kinds),
+        )
         tree = trees(shape, args.vocab, args.seed)["grouped"]
         seconds: dict[str, list[float]] = {kind: [] for kind in args.kinds}
         bytes_received: dict[str, dict[str, int]] = {}
@@ -80,7 +91,7 @@ def measure(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
         for repeat in range(args.repeats + 1):
             for kind in args.kinds:
                 set_comm_type(chunks, kind)
-                batch = make_batch(tree, shape, place.context_parallel_group)
+                batch = make_batch(tree, shape, setup)
                 dist.barrier()
                 started = time.perf_counter()
                 loss = accumulate_gradients(chunks, [batch], OBJECTIVE)[0].policy_loss.float()
@@ -92,7 +103,7 @@ def measure(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
                 dist.all_reduce(loss)
                 losses[kind] = float(loss)
                 gradients[kind] = [p.main_grad.clone() for _, p in chunks.named_parameters()]
-                received = batch.params.plan.traffic.received
+                received = batch.params.attention.exchange.traffic.received
                 bytes_received[kind] = {
                     direction: received[LAYER, direction] for direction in ("forward", "backward")
                 }

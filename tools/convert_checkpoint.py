@@ -243,7 +243,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _read_groups(path: Path, count: int) -> list[tuple[Any, Any]]:
     from megatron_prefix.rollouts.parsing import parse_group
-    from megatron_prefix.rollouts.record_files import START, open_record_file
+    from megatron_prefix.rollouts.record import START
+    from megatron_prefix.rollouts.record_files import open_record_file
 
     groups = []
     for record in open_record_file(path).records(START):

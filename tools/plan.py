@@ -24,14 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tool_help import HelpFormatter, require_megatron
 
 from megatron_prefix.config.loader import ConfigError
-from megatron_prefix.layout.estimate import StepEstimate
-from megatron_prefix.training.shapes import parse_case, read_shapes
+from megatron_prefix.planning.report import layout_line, report, table
+from megatron_prefix.planning.shapes import parse_case, read_shapes
 
 # It imports Megatron, which help and wrong arguments do not wait for.
 if TYPE_CHECKING:
-    from megatron_prefix.training.planning import Plan, PlannedRun
+    from megatron_prefix.planning.run import PlannedRun
 
-GIB = 2**30
 PICTURE_RATIOS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 PICTURE_GROUPS = (2, 4, 8, 16)
 
@@ -79,6 +78,12 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         type=int,
         help="tokens of a microbatch; left out: the file's, or 32768, or the longest sequence",
     )
+    parser.add_argument(
+        "--share-across-microbatches",
+        action="store_true",
+        default=None,
+        help="training.share_across_microbatches: true; left out: the file's",
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], help="cpu: Megatron's local layers")
     parser.add_argument("--tflops", type=float, help="measured TFLOP/s of a rank's matrix products")
     parser.add_argument(
@@ -103,7 +108,7 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
 
 def planned_run(args: argparse.Namespace, shapes: list[dict[str, Any]]) -> PlannedRun:
     """The run of the file with the command line's options."""
-    from megatron_prefix.training.planning import load_planned_run, read_sections
+    from megatron_prefix.planning.run import load_planned_run, read_sections
 
     sections = read_sections(args.model)
     parallel = {
@@ -120,6 +125,7 @@ def planned_run(args: argparse.Namespace, shapes: list[dict[str, Any]]) -> Plann
         "device": args.device,
         "sharing": args.sharing,
         "token_budget": args.token_budget,
+        "share_across_microbatches": args.share_across_microbatches,
     }
     if args.dtype == "float64" and args.device is None:
         training["device"] = "cpu"
@@ -136,132 +142,11 @@ def planned_run(args: argparse.Namespace, shapes: list[dict[str, Any]]) -> Plann
     )
 
 
-def summary(estimate: StepEstimate, args: argparse.Namespace) -> dict[str, Any]:
-    """One side as plain numbers: FLOPs and bytes in units."""
-    worst = estimate.worst
-    result: dict[str, Any] = {
-        "microbatches_per_rank": len(estimate.microbatches[0]),
-        "tokens": estimate.tokens,
-        "flops": estimate.flops,
-        "context_parallel_bytes_per_layer": estimate.context_parallel_bytes,
-        "memory_bytes": worst.total,
-        "worst_pipeline_rank": worst.pipeline_rank,
-        "pipeline_ranks": [
-            {
-                "parameters": stage.static.parameters,
-                "gradients": stage.static.gradients,
-                "optimizer": stage.static.optimizer,
-                "activations": stage.activations,
-                "transient": stage.transient,
-                "total": stage.total,
-            }
-            for stage in estimate.stages
-        ],
-    }
-    if args.tflops is not None:
-        rate = None if args.gb_per_second is None else args.gb_per_second * 1e9
-        result["seconds"] = estimate.seconds(
-            flops_per_second=args.tflops * 1e12, bytes_per_second=rate
-        )
-    return result
-
-
-def report(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
-    """Both sides and their ratios."""
-    sides = {"grouped": summary(plan.grouped, args), "ungrouped": summary(plan.ungrouped, args)}
-    time_ratio = plan.flops_ratio
-    if args.tflops is not None:
-        time_ratio = sides["ungrouped"]["seconds"] / sides["grouped"]["seconds"]
-    return {
-        **sides,
-        "tokens_ratio": plan.tokens_ratio,
-        "flops_ratio": plan.flops_ratio,
-        "memory_ratio": plan.ungrouped.worst.total / plan.grouped.worst.total,
-        "time_ratio": time_ratio,
-        "skipped_groups": plan.skipped_groups,
-    }
-
-
-def layout_line(run: PlannedRun) -> str:
-    """The ranks that the plan is for."""
-    parallel = run.parallel
-    sizes = {
-        "tensor": parallel.tensor_model_parallel_size,
-        "pipeline": parallel.pipeline_model_parallel_size,
-        "context": parallel.context_parallel_size,
-        "data": run.data_parallel_size,
-    }
-    product = " x ".join(f"{name} {size}" for name, size in sizes.items())
-    ranks = parallel.model_parallel_size * run.data_parallel_size
-    place = "GPU" if run.training.device == "cuda" else "process"
-    return f"{ranks} rank{'s' if ranks > 1 else ''} (one {place} each) = {product}"
-
-
-def flops_unit(flops: float) -> tuple[str, float]:
-    """The unit in which a number of FLOPs has digits before the point, and its size."""
-    for name, size in (("PFLOPs", 1e15), ("TFLOPs", 1e12), ("GFLOPs", 1e9)):
-        if flops >= 0.1 * size:
-            return name, size
-    return "MFLOPs", 1e6
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """The two sides next to each other, then the memory of every pipeline rank."""
-    grouped, ungrouped = result["grouped"], result["ungrouped"]
-    unit, size = flops_unit(grouped["flops"])
-
-    def row(name: str, form: str, key: str, ratio: str | None = None, unit: float = 1.0) -> None:
-        values = (format(side[key] / unit, form) for side in (grouped, ungrouped))
-        tail = "" if ratio is None else f"{result[ratio]:>9.2f}"
-        print(f"{name:<34}{next(values):>12}{next(values):>12}{tail}")
-
-    # A small model's gibibytes have their digits behind the point.
-    places = ".1f" if grouped["memory_bytes"] >= GIB else ".3f"
-    print(f"{'':<34}{'grouped':>12}{'ungrouped':>12}{'ratio':>9}")
-    row("tokens", ",.0f", "tokens", "tokens_ratio")
-    row(f"{unit} of the step, all ranks", ",.2f", "flops", "flops_ratio", size)
-    row("microbatches of a rank", ".0f", "microbatches_per_rank")
-    if grouped["context_parallel_bytes_per_layer"] or ungrouped["context_parallel_bytes_per_layer"]:
-        row("MB received in a layer (CP)", ",.1f", "context_parallel_bytes_per_layer", None, 1e6)
-    row("GiB of the fullest rank", places, "memory_bytes", "memory_ratio", GIB)
-    if "seconds" in grouped:
-        row("seconds at the given rates", ".2f", "seconds", "time_ratio")
-    else:
-        print(f"{'step time, bound by FLOPs':<58}{result['time_ratio']:>9.2f}")
-    if result["skipped_groups"]:
-        print(
-            f"groups whose prefix is not shared, since it would not pay: {result['skipped_groups']}"
-        )
-    print()
-    print(
-        f"{'GiB, grouped':<14}{'parameters':>11}{'gradients':>11}{'optimizer':>11}"
-        f"{'activations':>13}{'transient':>11}{'total':>9}{'ungrouped':>11}"
-    )
-    for rank, (stage, other) in enumerate(
-        zip(grouped["pipeline_ranks"], ungrouped["pipeline_ranks"], strict=True)
-    ):
-        print(
-            f"{f'pipeline {rank}':<14}"
-            + "".join(
-                f"{stage[key] / GIB:>{width}{places}}"
-                for key, width in (
-                    ("parameters", 11),
-                    ("gradients", 11),
-                    ("optimizer", 11),
-                    ("activations", 13),
-                    ("transient", 11),
-                    ("total", 9),
-                )
-            )
-            + f"{other['total'] / GIB:>11{places}}"
-        )
-
-
 def draw(args: argparse.Namespace, prefix: int, path: Path) -> None:
     """FLOPs and memory ratios against prefix / response, at a fixed prefix, as a PNG."""
     import matplotlib
 
-    from megatron_prefix.training.planning import plan_run
+    from megatron_prefix.planning.run import plan_run
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -302,15 +187,18 @@ def main() -> int:
     """Command line."""
     args, parser = parse_arguments()
     require_megatron(parser)
-    from megatron_prefix.training.planning import plan_run
+    from megatron_prefix.planning.run import plan_run
 
     try:
         shapes = args.case if args.shapes is None else read_shapes(args.shapes)
         shapes = list(shapes) * args.groups
         run = planned_run(args, shapes)
-        result = report(plan_run(run, shapes), args)
-        print(layout_line(run))
-        print_table(result)
+        result = report(
+            plan_run(run, shapes),
+            flops_per_second=args.tflops and args.tflops * 1e12,
+            bytes_per_second=args.gb_per_second and args.gb_per_second * 1e9,
+        )
+        print(layout_line(run), *table(result), sep="\n")
         if args.png is not None:
             draw(args, max(s.get("system", 0) + s["prefix"] for s in shapes), args.png)
             print(args.png)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from megatron_prefix.layout import (
     shard_layout,
 )
 from megatron_prefix.packages import MissingPackageError, needed_by
-from megatron_prefix.training.shapes import read_shapes
+from megatron_prefix.planning.shapes import read_shapes
 
 EXAMPLE = [{"prefix": 12, "responses": [5, 7, 4]}, {"prefix": 6, "responses": [3, 5]}]
 EXAMPLE_OF_RANKS = [{"prefix": 25, "responses": [9, 7, 8, 6]}, {"prefix": 9, "responses": [4, 5]}]
@@ -70,11 +71,10 @@ def mask(layout: PackedLayout) -> np.ndarray:
     """[T, T]: the kind of stage in which each query (row) sees each key (column), 0 for none."""
     seen = np.zeros((layout.num_tokens, layout.num_tokens), dtype=np.int8)
     for stage in layout.stages:
-        for i in range(len(stage.cu_q) - 1):
-            q0, q1 = stage.q_start + stage.cu_q[i], stage.q_start + stage.cu_q[i + 1]
-            k0, k1 = stage.k_start + stage.cu_k[i], stage.k_start + stage.cu_k[i + 1]
+        q_bounds, k_bounds = stage.queries.start + stage.on.cu_q, stage.keys.start + stage.on.cu_k
+        for (q0, q1), (k0, k1) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
             block = np.ones((q1 - q0, k1 - k0), dtype=np.int8)
-            if stage.causal:
+            if stage.on.causal:
                 seen[q0:q1, k0:k1] = np.tril(block) * SELF_STAGE
             else:
                 seen[q0:q1, k0:k1] = block * CROSS_STAGE

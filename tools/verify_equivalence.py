@@ -46,9 +46,11 @@ from megatron_prefix.config import (
     ParallelConfig,
     TrainingConfig,
 )
+from megatron_prefix.config.bounds import refuse
 from megatron_prefix.config.loader import load_dataclass, read_yaml
+from megatron_prefix.config.training import faults_of_layout
 from megatron_prefix.objective import ObjectiveConfig
-from megatron_prefix.training.shapes import read_shapes
+from megatron_prefix.planning.shapes import read_shapes
 
 # torch is imported where it is used: help and wrong arguments need it not.
 
@@ -148,6 +150,7 @@ def verify(
         f"{len(groups)} groups, {candidate['ungrouped_tokens']} tokens ungrouped, "
         f"{candidate['packed_tokens']} packed; {candidate['num_microbatches']} microbatches per "
         f"data-parallel rank, {candidate['split']} groups split over microbatches, "
+        f"{candidate['series']} series of rows that share a prefix, "
         f"{candidate['unshared']} packed without sharing since it would not pay"
     )
     return compare(reference, candidate, dtype)
@@ -162,6 +165,8 @@ def packing_options(args: argparse.Namespace) -> dict[str, Any]:
         options["share_only_where_it_pays"] = False
     if args.whole_last_layer:
         options["trim_last_layer"] = False
+    if args.share_across_microbatches:
+        options["share_across_microbatches"] = True
     return options
 
 
@@ -214,6 +219,11 @@ def main() -> int:
         action="store_true",
         help="compute it also where nothing depends on it (training.trim_last_layer: false)",
     )
+    parser.add_argument(
+        "--share-across-microbatches",
+        action="store_true",
+        help="pieces of a group that is over the token budget run its prefix once, as in a run",
+    )
     parser.add_argument("--token-budget", type=int, help="tokens of one microbatch at most")
     parser.add_argument("--seed", type=int, help="of weights and rollouts; a fresh one by default")
     args = parser.parse_args()
@@ -238,6 +248,8 @@ def main() -> int:
         )
         shapes = DEFAULT_SHAPES if args.shapes is None else read_shapes(args.shapes)
         check_lengths(shapes, model, args.shapes)
+        training = TrainingConfig(steps=1, token_budget=1, **packing_options(args))
+        refuse(faults_of_layout(training, parallel))
         require_megatron(parser)
         check_layout(model, parallel, args.dp, args.optimizer_steps)
     except (ValueError, OSError) as error:

@@ -13,32 +13,37 @@ are reported.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import logging
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.checkpoints.weights import load_weights
 from megatron_prefix.config import RunConfig
+from megatron_prefix.config.packing import packing_of_run
+from megatron_prefix.distributed.rank_results import on_rank_0
 from megatron_prefix.distributed.runtime import Runtime, runtime_of_run
-from megatron_prefix.layout import PrefixTree, microbatch_tree, pack, plan_microbatches
+from megatron_prefix.layout import Packing
 from megatron_prefix.model.build import ModelChunks, build_model_chunks, model_shape
 from megatron_prefix.objective import ObjectiveConfig, PolicyMetrics
 from megatron_prefix.rollouts.build import build_engine
-from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.training.batch import PackedBatch, TrainedSequence, build_batch
-from megatron_prefix.training.minibatch import trained_sequences
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
+from megatron_prefix.training.minibatch import Minibatch
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
 from megatron_prefix.training.run_config import load_run_config
 from megatron_prefix.training.step import accumulate_gradients, reduce_sums, train_step
+from megatron_prefix.training.update import PolicyUpdate
 
 SIDES = ("grouped", "ungrouped")
 TOLERANCE = 1e-3
@@ -46,52 +51,19 @@ TOLERANCE = 1e-3
 another order. A token in the wrong place shows as more than 1e-2."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One optimizer step's microbatches of this rank, on one side."""
-
-    batches: list[PackedBatch]
-    tokens: int
-    """Of all ranks, padding included."""
-
-
-def prefix_trees(group: RolloutGroup, side: str) -> list[PrefixTree]:
-    """One tree of the whole group, or one of each response with a prompt of its own."""
-    if side == "grouped":
-        return [PrefixTree.from_groups([(group.prompt, group.responses)])]
-    return [PrefixTree.from_sequences([group.prompt + response]) for response in group.responses]
-
-
-def build_step(
-    groups: list[RolloutGroup], side: str, config: RunConfig, chunks: ModelChunks, place: Runtime
-) -> Step:
-    """Plan and pack one side of an optimizer step, with the same advantages and weights on both."""
-    trees: list[PrefixTree] = []
-    sequences: list[list[TrainedSequence]] = []
-    for group, members in zip(groups, trained_sequences(groups, config.objective), strict=True):
-        trees += prefix_trees(group, side)
-        sequences += [members] if side == "grouped" else [[member] for member in members]
-    padding = config.parallel.pad_to_multiple
-    plan = plan_microbatches(
-        trees,
-        token_budget=config.training.token_budget,
+def packings(config: RunConfig, chunks: ModelChunks, place: Runtime) -> dict[str, Packing]:
+    """How each side packs: as the run does, and every response with a prompt of its own."""
+    grouped = packing_of_run(
+        config.training,
+        config.parallel,
+        model_shape=model_shape(config.model, chunks.config),
         data_parallel_size=place.data_parallel_size,
-        cost=model_shape(config.model, chunks.config),
-        pad_to_multiple=padding,
     )
-    batches, tokens = [], 0
-    for rank, microbatches in enumerate(plan.microbatches):
-        for slices in microbatches:
-            layout = pack(microbatch_tree(trees, slices), pad_to_multiple=padding)
-            tokens += layout.num_tokens
-            if rank == place.data_parallel_rank:
-                members = [sequences[s.group][i] for s in slices for i in s.sequences]
-                batches.append(build_batch(layout, members, device=place.device))
-    return Step(batches=batches, tokens=tokens)
+    return {"grouped": grouped, "ungrouped": dataclasses.replace(grouped, sharing="none")}
 
 
 def check_equal(
-    chunks: ModelChunks, steps: dict[str, Step], config: RunConfig, place: Runtime
+    chunks: ModelChunks, steps: dict[str, Minibatch], config: RunConfig, place: Runtime
 ) -> float:
     """Compare losses and gradients, of the objective and of the plain log-likelihood.
 
@@ -129,6 +101,19 @@ def check_equal(
     return worst
 
 
+def sample(
+    config: RunConfig, chunks: ModelChunks, place: Runtime, num_batches: int
+) -> list[tuple[RolloutBatch | None, RolloutSummary]]:
+    """Rollout batches (whole on rank 0 alone) and their summaries."""
+    engine = build_engine(config, chunks, place)
+    rollouts = []
+    for index in range(num_batches):
+        batch = engine.next_rollouts(config.rollouts.groups_per_step, step=index)
+        rollouts.append((batch, on_rank_0(functools.partial(RolloutBatch.summary, batch))))
+    engine.close()
+    return rollouts
+
+
 def compare(config: RunConfig, place: Runtime, *, num_batches: int, repeats: int) -> dict[str, Any]:
     """Tokens and median seconds of an optimizer step on each side, and their ratios."""
     chunks = build_model_chunks(
@@ -141,27 +126,33 @@ def compare(config: RunConfig, place: Runtime, *, num_batches: int, repeats: int
     scheduler = build_scheduler(config.optimizer, optimizer, total_steps=config.training.steps)
     if config.output.load is not None:
         load_weights(config.output.load, chunks, optimizer)
-    engine = build_engine(config, chunks, place)
-    rollouts = [
-        engine.next_groups(config.rollouts.groups_per_step, step=i) for i in range(num_batches)
-    ]
-    engine.close()
+    attention = AttentionSetup.of(
+        chunks.config, place.device, context_parallel_group=place.context_parallel_group
+    )
+    updates = {
+        side: PolicyUpdate(
+            config, place, chunks, optimizer, scheduler, packing=packing, attention=attention
+        )
+        for side, packing in packings(config, chunks, place).items()
+    }
+    rollouts = sample(config, chunks, place, num_batches)
 
     worst = 0.0
     tokens = dict.fromkeys(SIDES, 0)
-    for groups in rollouts:
-        steps = {side: build_step(groups, side, config, chunks, place) for side in SIDES}
+    for batch, summary in rollouts:
+        steps = {side: updates[side].minibatches(batch, summary, step=0)[0] for side in SIDES}
         worst = max(worst, check_equal(chunks, steps, config, place))
         for side, step in steps.items():
-            tokens[side] += step.tokens
+            own = torch.tensor([float(step.packed_tokens)], device=place.device)
+            tokens[side] += round(float(reduce_sums(own, contributes=place.reports_metrics)))
 
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in tqdm(range(repeats), unit="repeat", desc="compare", disable=not place.is_main):
-        for groups in rollouts:
+        for batch, summary in rollouts:
             for side in SIDES:
                 dist.barrier()
                 started = time.perf_counter()
-                step = build_step(groups, side, config, chunks, place)
+                (step,) = updates[side].minibatches(batch, summary, step=0)
                 train_step(chunks, optimizer, scheduler, step.batches, config.objective)
                 dist.barrier()
                 seconds[side].append(time.perf_counter() - started)

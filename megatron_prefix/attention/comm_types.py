@@ -9,11 +9,11 @@ a2a          heads are exchanged: every rank computes its share of the heads ove
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
-CommType = Literal["all_gather", "p2p", "a2a"]
+from megatron_prefix.layout import COMM_TYPES, CommType
 
-COMM_TYPES: tuple[str, ...] = get_args(CommType)
+__all__ = ["COMM_TYPES", "RUN_AS", "CommType", "layer_comm_type", "model_comm_types"]
 
 RUN_AS: dict[str, CommType] = {"a2a+p2p": "p2p"}
 """Kinds of Megatron's that we have no form of our own of, and what runs in their place.
@@ -40,3 +40,17 @@ def layer_comm_type(config: Any, layer_number: int) -> CommType:
         else kinds[layer_number - 1 + len(kinds) - config.num_layers]
     )
     return RUN_AS.get(kind, kind)
+
+
+def model_comm_types(config: Any) -> tuple[CommType, ...]:
+    """The kinds of all layers of a model, each once.
+
+    Args:
+        config: as for `layer_comm_type`.
+    """
+    kinds = config.cp_comm_type
+    if kinds is None:
+        return ("all_gather",)
+    if isinstance(kinds, str):
+        kinds = [kinds]
+    return tuple(dict.fromkeys(RUN_AS.get(kind, kind) for kind in kinds))

@@ -69,6 +69,11 @@ class Exchange:
         self.shard_tokens = tuple(int(n) for n in shard_tokens)
         self.traffic = Traffic()
 
+    @property
+    def own_tokens(self) -> int:
+        """n: tokens of this rank's shard, which its row begins with."""
+        return self.shard_tokens[self.rank]
+
     def recorder(self, layer_number: int, direction: Direction) -> Recorder:
         """Counts (sent, received) bytes of a layer in one direction."""
 

@@ -1,18 +1,12 @@
 """Exact attention over a packed row with shared prefixes: stages, merged by log-sum-exp.
 
-A token's keys lie in several stages, its own segment and each ancestor level. Each stage returns
-its out and lse over its own keys, which `merge.py` merges. Backward needs no such merge: a stage's
-backward with the merged out and lse yields that stage's share of dq, dk and dv, and the shares add
-up (see `Kernel.backward`).
-
 Shapes: T packed tokens, N of them attend (all, but for a trimmed last layer), H query heads, Hk
 key/value heads, D head dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,41 +14,65 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_prefix.attention.kernels import Kernel
-from megatron_prefix.attention.merge import merge_
-from megatron_prefix.attention.stages import AttentionPlan, StageTensors
+from megatron_prefix.attention.root_keys import LayerRootKeys, RootStage
+from megatron_prefix.attention.stage_compute import (
+    StageCompute,
+    gradients_like,
+    save_for_backward,
+    saved_for_backward,
+)
+from megatron_prefix.layout import AttentionStage, RowStages
 
 
 def prefix_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: AttentionPlan,
+    stages: RowStages[Tensor],
     *,
     scale: float,
     kernel: Kernel,
     deterministic: bool = False,
+    root: LayerRootKeys | None = None,
 ) -> Tensor:
     """Attention in which every token sees its ancestors' segments, and its own causally.
 
     Args:
-        q: [N, H, D], with N = T unless the plan is trimmed; k and v: [T, Hk, D] with H a multiple
-            of Hk. Views are not copied as long as their last dimension is contiguous.
-        plan: the stages of this packed row, on q's device.
+        q: [N, H, D], with N = T unless the stages are trimmed; k and v: [T, Hk, D] with H a
+            multiple of Hk. Views are not copied as long as their last dimension is contiguous.
+        stages: of this packed row, on q's device.
         scale: factor of q k^T before the softmax.
         kernel: what computes a stage, from `select_kernel`.
         deterministic: the same inputs give the same gradients, to the bit. The kernel must have
             been selected for it.
+        root: keys of a root that an earlier row has run, where the stages have one for them.
 
     Returns:
         [N, H, D] in q's dtype. Merging, and adding up gradients of more than one stage, is done in
         float32 or wider, always in the same order.
 
     Raises:
-        ValueError: the shapes or dtypes of q, k, v and the plan do not belong together.
+        ValueError: the shapes or dtypes of q, k, v and the stages do not belong together.
     """
-    check_shapes(q, k, v, num_queries=plan.num_queries, num_tokens=plan.num_tokens)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return _PrefixAttention.apply(q, k, v, plan, StageCompute(kernel, scale, deterministic))
+    q, k, v = checked_inputs(q, k, v, stages)
+    compute = StageCompute(kernel, scale, deterministic)
+    root_stage = None
+    if stages.root is not None:
+        assert root is not None
+        root_stage = RootStage(stage=stages.root, keys=root)
+    return attend_to_row(q, k, v, stages.local, compute, root_stage)
+
+
+def attend_to_row(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stages: Sequence[AttentionStage[Tensor]],
+    compute: StageCompute,
+    root: RootStage | None = None,
+) -> Tensor:
+    """The same from the stages alone: the self stage of all queries, then the cross stages."""
+    return _PrefixAttention.apply(q, k, v, stages, compute, root)
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -66,149 +84,42 @@ class _PrefixAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        plan: AttentionPlan,
+        stages: Sequence[AttentionStage[Tensor]],
         compute: StageCompute,
+        root: RootStage | None,
     ) -> Tensor:
         """Compute the self stage into the packed output, then merge the cross stages into it."""
-        self_stage, *cross_stages = plan.stages
-        out, lse = compute.first(self_stage, q, k, v, wide=len(cross_stages) > 1)
-        compute.merge(cross_stages, q, k, v, out, lse)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.compute = plan, compute
-        return out
+        ctx.stages, ctx.compute, ctx.root = stages, compute, root
+        ctx.wide = len(stages) + (root is not None) > 2
+        out, lse = compute.attend(stages, q, k, v, wide=ctx.wide)
+        if root is not None:
+            root.merge(compute, q, out, lse)
+        return save_for_backward(ctx, q, k, v, out, lse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Add up the stages' shares of dq, dk and dv, in the order of the stages."""
-        q, k, v, out, lse = ctx.saved_tensors
-        merged = MergedAttention(q=q, out=out, lse=lse, dout=dout.contiguous())
-        self_stage, *cross_stages = ctx.plan.stages
-        wide = len(cross_stages) > 1
-        dq, dk, dv = ctx.compute.first_shares(self_stage, merged, k, v, wide=wide)
-        ctx.compute.add_shares(cross_stages, merged, k, v, dq, dk, dv)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        merged, k, v = saved_for_backward(ctx, dout)
+        gradients = ctx.compute.shares(ctx.stages, merged, k, v, wide=ctx.wide)
+        if ctx.root is not None:
+            ctx.root.add_shares(ctx.compute, merged, gradients[0])
+        return *gradients_like(gradients, (merged.q, k, v)), None, None, None
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergedAttention:
-    """What the backward of every stage reads of the queries: out and lse over all their keys."""
+def checked_inputs(
+    q: Tensor, k: Tensor, v: Tensor, stages: RowStages[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with a contiguous last dimension.
 
-    q: Tensor
-    """[N, H, D]"""
-    out: Tensor
-    """[N, H, D]"""
-    lse: Tensor
-    """[N, H]"""
-    dout: Tensor
-    """[N, H, D], contiguous"""
-
-
-@dataclass(frozen=True)
-class StageCompute:
-    """Stages through one kernel: forward merged, backward added up.
-
-    What is merged or added into is `wide`, in the lse's dtype, where a row may take part in more
-    than two stages. A single merge or addition is computed in float32 whatever the dtypes, so what
-    it goes into may be in the kernel's own dtype: it is rounded once either way.
+    Raises:
+        ValueError: they do not fit the stages or each other.
     """
-
-    kernel: Kernel
-    scale: float
-    deterministic: bool = False
-
-    def first(
-        self, stage: StageTensors, q: Tensor, k: Tensor, v: Tensor, *, wide: bool
-    ) -> tuple[Tensor, Tensor]:
-        """out [N, H, D] and lse [N, H] of a stage of all queries."""
-        out, lse = self._forward(stage, q, k, v)
-        return (out.to(lse.dtype) if wide else out), lse
-
-    def merge(
-        self,
-        stages: Iterable[StageTensors],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-    ) -> None:
-        """Merge stages against the keys k, v into out and lse, in place."""
-        for stage in stages:
-            stage_out, stage_lse = self._forward(stage, q, k, v)
-            if isinstance(stage.queries, Tensor):
-                merge_(out, lse, stage_out, stage_lse, rows=stage.queries)
-            else:
-                merge_(out[stage.queries], lse[stage.queries], stage_out, stage_lse)
-
-    def first_shares(
-        self, stage: StageTensors, merged: MergedAttention, k: Tensor, v: Tensor, *, wide: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of a stage of all queries, to be added to."""
-        dq, *d_keys = self._backward(stage, merged, k, v)
-        if wide:
-            dq, *d_keys = (share.to(merged.lse.dtype) for share in (dq, *d_keys))
-        if d_keys[0].shape[0] < k.shape[0]:
-            shares = d_keys
-            d_keys = [x.new_zeros(x.shape, dtype=shares[0].dtype) for x in (k, v)]
-            for all_keys, share in zip(d_keys, shares, strict=True):
-                all_keys[stage.keys] = share
-        return dq, *d_keys
-
-    def add_shares(
-        self,
-        stages: Iterable[StageTensors],
-        merged: MergedAttention,
-        k: Tensor,
-        v: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        """Add the stages' shares against the keys k, v to dq, and to dk and dv of these keys."""
-        for stage in stages:
-            dq_share, dk_share, dv_share = self._backward(stage, merged, k, v)
-            dq[stage.queries] += dq_share
-            dk[stage.keys] += dk_share
-            dv[stage.keys] += dv_share
-
-    def _forward(
-        self, stage: StageTensors, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self.kernel.forward(
-            q[stage.queries],
-            k[stage.keys],
-            v[stage.keys],
-            stage.cu_q,
-            stage.cu_k,
-            stage.max_q,
-            stage.max_k,
-            causal=stage.causal,
-            scale=self.scale,
-        )
-
-    def _backward(
-        self, stage: StageTensors, merged: MergedAttention, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.kernel.backward(
-            merged.dout[stage.queries],
-            merged.q[stage.queries],
-            k[stage.keys],
-            v[stage.keys],
-            merged.out[stage.queries],
-            merged.lse[stage.queries],
-            stage.cu_q,
-            stage.cu_k,
-            stage.max_q,
-            stage.max_k,
-            causal=stage.causal,
-            scale=self.scale,
-            deterministic=self.deterministic,
-        )
+    _check_shapes(q, k, v, num_queries=stages.num_queries, num_tokens=stages.num_tokens)
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
 
 
-def check_shapes(q: Tensor, k: Tensor, v: Tensor, *, num_queries: int, num_tokens: int) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, *, num_queries: int, num_tokens: int) -> None:
     """Raise a ValueError unless q [num_queries, heads, head_dim], k and v [num_tokens, ...] fit."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 3:

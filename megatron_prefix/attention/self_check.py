@@ -20,19 +20,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from megatron_prefix.attention.function import MergedAttention, StageCompute
-from megatron_prefix.attention.kernels import Kernel, usable_kernels
+from megatron_prefix.attention.kernels import Kernel, MergedAttention, usable_kernels
 from megatron_prefix.attention.kernels.reference import ReferenceKernel
-from megatron_prefix.attention.stages import stage_tensors
-from megatron_prefix.layout import (
-    AttentionStage,
-    PrefixTree,
-    RankStages,
-    pack,
-    rows_to_keep,
-    shard_layout,
-    trim_stages,
-)
+from megatron_prefix.attention.stage_compute import StageCompute
+from megatron_prefix.device_copy import record_to_device
+from megatron_prefix.layout import AttentionStage, PrefixTree, pack, rank_row
 
 
 class KernelCheckError(ValueError):
@@ -114,7 +106,7 @@ def check_kernel(
     raise KernelCheckError(
         f"attention kernel {kernel.name!r} {verdict}. It was compared with the reference before "
         f"the first step, on {device} in {dtype} with {num_heads} query heads and {num_key_heads} "
-        f"key heads of {head_dim}. Set training.kernel (kernel= of PrefixPackedSeqParams) to "
+        f"key heads of {head_dim}. Set training.kernel (kernel= of AttentionSetup) to "
         f"another: {', '.join(others) or 'none can compute these inputs'}"
     )
 
@@ -131,17 +123,17 @@ class _Problem:
     """The stages of one row, or of one rank's row and what it gathers."""
 
     name: str
-    stages: tuple[AttentionStage, ...]
+    stages: tuple[AttentionStage[Any], ...]
     """The self stage of all queries, then cross stages against the row's own keys."""
     num_keys: int
     """Of the row."""
-    gathered_stages: tuple[AttentionStage, ...] = ()
+    gathered_stages: tuple[AttentionStage[Any], ...] = ()
     """Cross stages against gathered keys."""
     num_gathered: int = 0
 
     @property
     def num_queries(self) -> int:
-        return int(self.stages[0].cu_q[-1])
+        return int(self.stages[0].on.cu_q[-1])
 
     @property
     def wide(self) -> bool:
@@ -160,29 +152,26 @@ def _problems() -> tuple[_Problem, ...]:
         ([7] * 3, [[8] * 18, [9] * 2]),
     ]
     layout = pack(PrefixTree.from_groups(groups), pad_to_multiple=2)
-    needed = np.zeros(layout.num_tokens, dtype=bool)
-    for sequence, last in ((0, 2), (1, 1), (2, 9), (3, 3), (5, 1)):
-        needed[layout.sequence_positions(sequence)[-last:]] = True
-    kept = rows_to_keep(layout.stages[0], needed, multiple=1)
-    shards = shard_layout(layout, 2)
+    sequences = ((0, 2), (1, 1), (2, 9), (3, 3), (5, 1))
+    needed = np.concatenate([layout.sequence_positions(i)[-last:] for i, last in sequences])
+    whole = rank_row(layout, needed=needed).model
     problems = [
-        _Problem(name="a whole row", stages=layout.stages, num_keys=layout.num_tokens),
+        _Problem(name="a whole row", stages=whole.stages.local, num_keys=layout.num_tokens),
         _Problem(
             name="a trimmed last layer",
-            stages=trim_stages(layout.stages, kept),
+            stages=whole.last_stages.local,
             num_keys=layout.num_tokens,
         ),
     ]
     for rank in range(2):
-        of_rank = RankStages(shards, rank)
-        gathered = of_rank.from_all_shards()
+        of_rank = rank_row(layout, rank=rank, num_ranks=2).model.stages
         problems.append(
             _Problem(
                 name=f"context-parallel rank {rank} of 2",
-                stages=of_rank.local(),
-                num_keys=shards.tokens_per_rank,
-                gathered_stages=gathered.stages,
-                num_gathered=len(gathered.source),
+                stages=of_rank.local,
+                num_keys=of_rank.num_tokens,
+                gathered_stages=of_rank.gathered.stages,
+                num_gathered=len(of_rank.gathered.source),
             )
         )
     return tuple(problems)
@@ -256,15 +245,12 @@ def _run(problem: _Problem, x: dict[str, Tensor], compute: StageCompute) -> dict
     """
     q, k, v = x["q"], x["k"], x["v"]
     gathered = (x["gathered k"], x["gathered v"])
-    first, *cross = stage_tensors(problem.stages, q.device)
-    gathered_stages = stage_tensors(problem.gathered_stages, q.device)
-    out, lse = compute.first(first, q, k, v, wide=problem.wide)
-    compute.merge(cross, q, k, v, out, lse)
+    stages, gathered_stages = record_to_device((problem.stages, problem.gathered_stages), q.device)
+    out, lse = compute.attend(stages, q, k, v, wide=problem.wide)
     compute.merge(gathered_stages, q, *gathered, out, lse)
     out = out.to(q.dtype)
     merged = MergedAttention(q=q, out=out, lse=lse, dout=x["dout"].contiguous())
-    dq, dk, dv = compute.first_shares(first, merged, k, v, wide=problem.wide)
-    compute.add_shares(cross, merged, k, v, dq, dk, dv)
+    dq, dk, dv = compute.shares(stages, merged, k, v, wide=problem.wide)
     d_gathered = [torch.zeros_like(y, dtype=dq.dtype) for y in gathered]
     compute.add_shares(gathered_stages, merged, *gathered, dq, *d_gathered)
     found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}

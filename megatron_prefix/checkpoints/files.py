@@ -18,8 +18,9 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _STEP_NAME = re.compile(r"step_(\d{6,})")
 _STATE = "trainer.json"
@@ -147,10 +148,11 @@ def remove_partial(directory: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Have `write` write a file, which is then there as a whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("wb") as file:
+        write(file)
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)

@@ -13,7 +13,7 @@ from megatron_prefix.config.optimizer import OptimizerSettings
 from megatron_prefix.config.output import OutputConfig
 from megatron_prefix.config.parallel import ParallelConfig
 from megatron_prefix.config.rollouts import EvaluationConfig, RolloutsConfig
-from megatron_prefix.config.training import TrainingConfig
+from megatron_prefix.config.training import TrainingConfig, faults_of_layout
 from megatron_prefix.objective.config import ObjectiveConfig
 
 
@@ -41,6 +41,7 @@ class RunConfig:
                 "at the temperature that was sampled with: set them equal"
             )
         yield from self._faults_of_sampling()
+        yield from faults_of_layout(self.training, self.parallel)
         shortest = self.parallel.pad_to_multiple
         if self.training.token_budget < shortest:
             kinds = "tensor- and context" if self.parallel.context_parallel_size > 1 else "tensor"

@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_prefix.attention.kernel_names import cpu_kernel_names, kernel_names
 from megatron_prefix.config.bounds import below, refuse
+from megatron_prefix.config.parallel import ParallelConfig
 
 _MAX_TIMEOUT_MINUTES = 10 * 24 * 60
 
@@ -34,6 +35,11 @@ class TrainingConfig:
     share_only_where_it_pays: bool = True
     """A group whose prompt saves less than attention to it costs, such as a group of a single
     response, is packed as sequences of their own. Results are the same; false shares always."""
+    share_across_microbatches: bool = False
+    """The pieces of a group that exceeds the budget follow one another on their rank and run the
+    prompt once, where that makes the busiest rank less busy; each layer's keys and values of the
+    prompt are kept until the last piece is done. Not with pipeline, context or expert
+    parallelism."""
     optimizer_steps_per_rollout: int = 1
     """Optimizer steps that a rollout batch is divided into, in each of its epochs."""
     epochs_per_rollout: int = 1
@@ -99,5 +105,33 @@ class TrainingConfig:
                 f"kernel: {self.kernel} cannot compute on device: cpu; choose one of "
                 f"{', '.join(cpu_kernel_names())}, or null for the best"
             )
+        if self.share_across_microbatches:
+            if self.sharing != "groups":
+                yield (
+                    f"share_across_microbatches: true with sharing: {self.sharing}; set sharing: "
+                    "groups, or share_across_microbatches: false"
+                )
+            if not self.allow_split:
+                yield (
+                    "share_across_microbatches: true with allow_split: false, which leaves nothing "
+                    "to share; set one of them otherwise"
+                )
         if self.dtype == "float64" and self.device != "cpu":
             yield "dtype: float64 runs on device: cpu only; set device: cpu"
+
+
+def faults_of_layout(training: TrainingConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """What these two sections do not go together in, a line each."""
+    if not training.share_across_microbatches:
+        return
+    for name, why in (
+        ("pipeline_model_parallel_size", "backward of a prompt would have to wait on every stage"),
+        ("context_parallel_size", "keys of the prompt are spread over ranks"),
+        ("expert_model_parallel_size", "ranks that share experts run equally many microbatches"),
+    ):
+        if getattr(parallel, name) > 1:
+            yield (
+                f"training.share_across_microbatches: true with parallel.{name}: "
+                f"{getattr(parallel, name)} is not supported yet ({why}); set "
+                f"share_across_microbatches: false, or {name}: 1"
+            )

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.checkpoints.initial_weights import check_initial_weights
 from megatron_prefix.checkpoints.weights import load_weights
 from megatron_prefix.config import ParallelConfig, TrainingConfig
@@ -215,6 +216,7 @@ def _megatron_logits(
     with runtime(parallel, device="cpu", seed=0, timeout_minutes=10), torch.no_grad():
         megatron_config = transformer_config(config, parallel, training)
         model = build_gpt_model(config, megatron_config)
+        setup = AttentionSetup.of(megatron_config, torch.device("cpu"))
         chunks = ModelChunks(wrapped=[], bare=[model], config=megatron_config, head=None)
         try:
             check_initial_weights(checkpoint, config, chunks)
@@ -228,7 +230,7 @@ def _megatron_logits(
                 torch.from_numpy(layout.input_ids)[None],
                 torch.from_numpy(layout.position_ids)[None],
                 None,
-                packed_seq_params=PrefixPackedSeqParams.from_layout(layout, torch.device("cpu")),
+                packed_seq_params=PrefixPackedSeqParams.from_layout(layout, setup),
             )[0].float()
             # Written above, by this process.
             for i, theirs in enumerate(torch.load(file, weights_only=True)):

@@ -20,6 +20,7 @@ _Errors = tuple[type[Exception], ...]
 def from_rank_0(
     future: concurrent.futures.Future[Result] | None,
     *,
+    tell: Callable[[Result], Result] = lambda result: result,
     errors: _Errors = (ValueError, OSError),
     beat_s: float = _BEAT_S,
 ) -> Result:
@@ -27,6 +28,7 @@ def from_rank_0(
 
     Args:
         future: on rank 0; None elsewhere.
+        tell: what the other ranks get of the result.
         errors: made of a message alone; one of these on rank 0 is raised on every rank, as the
             first that it is an instance of.
         beat_s: seconds between the signs of life in between.
@@ -41,17 +43,27 @@ def from_rank_0(
             done, _ = concurrent.futures.wait([future], timeout=beat_s)
             if done:
                 error = future.exception()
-                message = [_told(error, errors) if error is not None else (True, future.result())]
+                message = [_told(error, errors) if error else (True, tell(future.result()))]
         dist.broadcast_object_list(message, src=0)
         if message[0] is not None:
             break
-    if error is not None:
-        raise error
+    if future is not None:
+        return future.result()
     return _taken(message[0], errors)
 
 
-def on_rank_0(compute: Callable[[], Result], *, errors: _Errors = (ValueError, OSError)) -> Result:
+def on_rank_0(
+    compute: Callable[[], Result],
+    *,
+    tell: Callable[[Result], Result] = lambda result: result,
+    errors: _Errors = (ValueError, OSError),
+) -> Result:
     """What `compute` returns on rank 0, where alone it runs, on every rank. Collective.
+
+    Args:
+        compute: runs on rank 0.
+        tell: what the other ranks get of the result.
+        errors: see `from_rank_0`.
 
     Raises:
         RuntimeError or one of `errors`: `compute` raised; see `from_rank_0`.
@@ -60,7 +72,33 @@ def on_rank_0(compute: Callable[[], Result], *, errors: _Errors = (ValueError, O
         return from_rank_0(None, errors=errors)
     # In a thread, so that the other ranks hear from this one however long it takes.
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
-        return from_rank_0(thread.submit(compute), errors=errors)
+        return from_rank_0(thread.submit(compute), tell=tell, errors=errors)
+
+
+def rank_0_alone(
+    compute: Callable[[], Result], *, errors: _Errors = (ValueError, OSError)
+) -> Result | None:
+    """What `compute` returns, on rank 0, where alone it runs; None on other ranks. Collective.
+
+    Raises:
+        RuntimeError or one of `errors`: `compute` raised, on every rank; see `from_rank_0`.
+    """
+    return on_rank_0(compute, tell=lambda result: None, errors=errors)
+
+
+def gather_to_rank_0(
+    compute: Callable[[], Result], *, errors: _Errors = (ValueError, OSError)
+) -> list[Result] | None:
+    """What `compute` returns on each rank, in their order, on rank 0; elsewhere None. Collective.
+
+    Raises:
+        RuntimeError or one of `errors`: `compute` raised on some rank; see `gather`.
+    """
+    mine: list[Result] = []
+    gather(lambda: mine.append(compute()), errors=errors)
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine[0], everyone)
+    return everyone
 
 
 def gather(

@@ -16,6 +16,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
 from megatron_prefix.attention.comm_types import layer_comm_type
+from megatron_prefix.attention.row_attention import AttentionLayer
 from megatron_prefix.layers.last_layer import query_key_value
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
@@ -109,11 +110,12 @@ class _PrefixCoreAttention:
         super().__init__(*args, **kwargs)
         self.config = config
         self.prefix_only = prefix_only
-        self.prefix_layer_number = kwargs["layer_number"] if "layer_number" in kwargs else args[1]
-        self.prefix_comm_type = layer_comm_type(config, self.prefix_layer_number)
-        softmax_scale = kwargs.get("softmax_scale")
-        self.prefix_softmax_scale = (
-            1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        number = kwargs["layer_number"] if "layer_number" in kwargs else args[1]
+        scale = kwargs.get("softmax_scale")
+        self.prefix_layer = AttentionLayer(
+            number=number,
+            scale=1.0 / math.sqrt(config.kv_channels) if scale is None else scale,
+            comm_type=layer_comm_type(config, number),
         )
 
     def forward(
@@ -150,14 +152,7 @@ class _PrefixCoreAttention:
                 "attention_bias cannot be combined with shared prefixes: leave it None for batches "
                 "that carry PrefixPackedSeqParams"
             )
-        out = packed_seq_params.attend(
-            self.prefix_layer_number,
-            query,
-            key,
-            value,
-            scale=self.prefix_softmax_scale,
-            comm_type=self.prefix_comm_type,
-        )
+        out = packed_seq_params.attention(query, key, value, self.prefix_layer)
         return out.reshape(out.shape[0], -1)
 
 

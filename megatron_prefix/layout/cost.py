@@ -14,11 +14,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 
-from megatron_prefix.layout.tree import PrefixTree
+from megatron_prefix.layout.tree_shape import TreeShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,21 +118,24 @@ class ModelShape:
             tokens: that it computes no query for.
             pairs: keys that these would see.
         """
+        per_token, per_pair = self._last_layer
+        return int(tokens) * per_token + int(pairs) * per_pair
+
+    @cached_property
+    def _last_layer(self) -> tuple[int, int]:
+        """FLOPs of the last layer for a token, without its keys and values, and for a pair."""
         last = dataclasses.replace(self, num_layers=1, num_moe_layers=min(self.num_moe_layers, 1))
         keys_and_values = 4 * self.hidden_size * self.num_query_groups * self.kv_channels
-        return (
-            int(tokens) * (last.linear_flops_per_token() - keys_and_values)
-            + int(pairs) * last.attention_flops_per_pair()
-        )
+        return last.linear_flops_per_token() - keys_and_values, last.attention_flops_per_pair()
 
-    def tree_flops(
+    def node_flops(
         self,
-        tree: PrefixTree,
+        tree: TreeShape,
         *,
         labels: np.ndarray | None = None,
         trim_last_layer: bool = False,
-    ) -> int:
-        """Forward FLOPs of a tree with every shared token computed once, without padding.
+    ) -> list[int]:
+        """[nodes] forward FLOPs of each node's positions, computed once and without padding.
 
         Args:
             tree: the sequences.
@@ -140,20 +144,40 @@ class ModelShape:
                 out of the last layer.
         """
         labels = response_labels(tree) if labels is None else labels
-        flops = self.flops(
-            tokens=tree.grouped_tokens,
-            pairs=attention_pairs(tree).sum(),
-            labels=labels.sum(),
+        per_token, per_pair = self.linear_flops_per_token(), self.attention_flops_per_pair()
+        per_label = self.head_flops_per_label()
+        counts = zip(
+            tree.packed_lengths.tolist(),
+            attention_pairs(tree).tolist(),
+            labels.tolist(),
+            strict=True,
         )
-        if trim_last_layer:
-            saved = tree.packed_lengths - labels
-            pairs = attention_pairs_of(saved, tree.first_positions)
-            flops -= self.last_layer_flops(tokens=saved.sum(), pairs=pairs.sum())
-        return flops
+        flops = [t * per_token + p * per_pair + n * per_label for t, p, n in counts]
+        if not trim_last_layer:
+            return flops
+        saved = tree.packed_lengths - labels
+        pairs = attention_pairs_of(saved, tree.first_positions)
+        return [
+            all_layers - self.last_layer_flops(tokens=t, pairs=p)
+            for all_layers, t, p in zip(flops, saved.tolist(), pairs.tolist(), strict=True)
+        ]
+
+    def tree_flops(
+        self,
+        tree: TreeShape,
+        *,
+        labels: np.ndarray | None = None,
+        trim_last_layer: bool = False,
+    ) -> int:
+        """Forward FLOPs of a tree with every shared token computed once, without padding.
+
+        The sum of `node_flops`, which see for the arguments.
+        """
+        return sum(self.node_flops(tree, labels=labels, trim_last_layer=trim_last_layer))
 
     def ungrouped_flops(
         self,
-        tree: PrefixTree,
+        tree: TreeShape,
         *,
         labels: np.ndarray | None = None,
         trim_last_layer: bool = False,
@@ -162,7 +186,7 @@ class ModelShape:
 
         Args:
             tree: the sequences.
-            labels: as in `tree_flops`; a node's labels are scored by each sequence through it.
+            labels: as in `node_flops`; a node's labels are scored by each sequence through it.
             trim_last_layer: a sequence's positions before its first scored one are left out of
                 the last layer.
         """
@@ -181,19 +205,15 @@ class ModelShape:
         return flops
 
 
-def _positions_before_the_first_label(tree: PrefixTree, labels: np.ndarray) -> np.ndarray:
+def _positions_before_the_first_label(tree: TreeShape, labels: np.ndarray) -> np.ndarray:
     """[sequences] int64; labels are a node's last positions."""
-    before = []
-    for path in tree.sequences:
-        nodes = list(path)
-        with_labels = [i for i, node in enumerate(nodes) if labels[node] > 0]
-        end = with_labels[0] if with_labels else len(nodes)
-        count = tree.packed_lengths[nodes[: end + 1]].sum()
-        before.append(count - (labels[nodes[end]] if with_labels else 0))
-    return np.array(before, dtype=np.int64)
+    before = tree.sequence_lengths - 1
+    first_label = np.where(labels > 0, tree.end_positions - 1 - labels, before.max(initial=0))
+    np.minimum.at(before, tree.path_sequences, first_label[tree.path_nodes])
+    return before
 
 
-def attention_pairs(tree: PrefixTree) -> np.ndarray:
+def attention_pairs(tree: TreeShape) -> np.ndarray:
     """[nodes] int64: keys that each node's queries see, its own causally and all its ancestors'."""
     return attention_pairs_of(tree.packed_lengths, tree.first_positions)
 
@@ -206,39 +226,39 @@ def attention_pairs_of(queries: Count, keys_before: Count | int) -> Count:
     return queries * (queries + 1) // 2 + queries * keys_before
 
 
-def response_labels(tree: PrefixTree) -> np.ndarray:
+def response_labels(tree: TreeShape) -> np.ndarray:
     """[nodes] int64: labels that are scored when the loss is on the responses only.
 
     All but those of a root that has children, which is the prompt. A root without children is a
     sequence that shares nothing; all of it counts.
     """
-    prompts = np.zeros(tree.num_nodes, dtype=bool)
-    for parent in tree.parents:
-        if parent >= 0 and tree.parents[parent] < 0:
-            prompts[parent] = True
-    return np.where(prompts, 0, tree.packed_lengths)
+    labels = tree.packed_lengths.copy()
+    labels[[p for p in set(tree.parents) if p >= 0 and tree.parents[p] < 0]] = 0
+    return labels
 
 
-def trained_labels(tree: PrefixTree, first_trained: Sequence[int]) -> np.ndarray:
+def trained_labels(tree: TreeShape, first_trained: Sequence[int]) -> np.ndarray:
     """[nodes] int64: labels that are scored when each sequence is trained on from a token on.
 
     Args:
         tree: the sequences.
         first_trained: for each sequence the index of its first trained token, at least 1.
     """
-    labels = np.zeros(tree.num_nodes, dtype=np.int64)
-    for path, first in zip(tree.sequences, first_trained, strict=True):
-        begin = 0
-        for node in path:
-            length = int(tree.node_lengths[node])
-            labels[node] = max(labels[node], min(length, begin + length - first))
-            begin += length
-    return labels
+    first = np.asarray(first_trained, dtype=np.int64)
+    assert len(first) == tree.num_sequences
+    earliest = tree.end_positions.copy()
+    np.minimum.at(earliest, tree.path_nodes, first[tree.path_sequences])
+    return np.minimum(tree.end_positions - earliest, tree.node_lengths)
 
 
-def activation_tokens(tree: PrefixTree, *, pad_to_multiple: int = 1) -> int:
+def activation_tokens(tree: TreeShape, *, pad_to_multiple: int = 1) -> int:
     """Tokens of the packed row, padding included: what activations are held for.
 
     A token budget is in these. At least one token, also for an empty tree.
     """
-    return -(-max(tree.grouped_tokens, 1) // pad_to_multiple) * pad_to_multiple
+    return padded_tokens(tree.grouped_tokens, pad_to_multiple)
+
+
+def padded_tokens(tokens: int, multiple: int) -> int:
+    """Tokens of the shortest row that holds so many: a multiple of `multiple`, never empty."""
+    return -(-max(tokens, 1) // multiple) * multiple

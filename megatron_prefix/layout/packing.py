@@ -22,12 +22,14 @@ Invariants of a `PackedLayout`, with L the number of levels:
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from megatron_prefix.layout.cost import activation_tokens
+from megatron_prefix.layout.cost import padded_tokens
+from megatron_prefix.layout.stages import AttentionStage, attention_stage
 from megatron_prefix.layout.tree import PrefixTree
 
 
@@ -52,36 +54,6 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AttentionStage:
-    """One variable-length attention call on contiguous slices of the row.
-
-    Rectangle i has queries [cu_q[i], cu_q[i + 1]) and keys [cu_k[i], cu_k[i + 1]), counted from
-    `q_start` and `k_start`. It may have no queries (a segment without descendants on the queries'
-    level), never no keys.
-    """
-
-    causal: bool
-    """True for the self stage, whose rectangles are squares; False for full rectangles."""
-    q_start: int
-    q_stop: int
-    k_start: int
-    k_stop: int
-    cu_q: np.ndarray
-    """[rectangles + 1] int32"""
-    cu_k: np.ndarray
-    """[rectangles + 1] int32"""
-    max_q: int
-    """Queries of the longest rectangle."""
-    max_k: int
-    """Keys of the longest rectangle."""
-    query_rows: np.ndarray | None = None
-    """[cu_q[-1]] int64: the queries' rows where they are no slice; `q_start`, `q_stop` enclose
-    them."""
-    key_rows: np.ndarray | None = None
-    """[cu_k[-1]] int64: the same of the keys."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class PackedLayout:
     """A tree as one row of T tokens, padding included."""
 
@@ -101,10 +73,13 @@ class PackedLayout:
     """[T] int64, counted along each sequence; 0 on padding."""
     multiplicity: np.ndarray
     """[T] int64: sequences that run through each position; 0 on padding."""
-    stages: tuple[AttentionStage, ...]
+    stages: tuple[AttentionStage[np.ndarray], ...]
     """First the self stage over the whole row, then the cross stages, by level of the queries."""
     max_seqlen: int
     """Positions of the longest sequence, for the size of a table of position embeddings."""
+    root_stage: AttentionStage[np.ndarray] | None = None
+    """Where the tree's root ran in an earlier row: all segments against its keys, in their order
+    there; else None."""
 
     @cached_property
     def _positions_of_node(self) -> dict[int, range]:
@@ -120,7 +95,13 @@ class PackedLayout:
         return np.concatenate([np.array(run, dtype=np.int64) for run in runs])
 
 
-def pack(tree: PrefixTree, *, pad_to_multiple: int = 1, pad_to: int | None = None) -> PackedLayout:
+def pack(
+    tree: PrefixTree,
+    *,
+    pad_to_multiple: int = 1,
+    pad_to: int | None = None,
+    root_elsewhere: bool = False,
+) -> PackedLayout:
     """Lay a tree out as one row.
 
     A one-token root predicts nothing: it has no segment, and its children are on level 0. An empty
@@ -130,13 +111,21 @@ def pack(tree: PrefixTree, *, pad_to_multiple: int = 1, pad_to: int | None = Non
         tree: the sequences.
         pad_to_multiple: the row's length becomes a multiple of this.
         pad_to: the row's exact length, a multiple of `pad_to_multiple`; None for the shortest.
+        root_elsewhere: leave out the tree's only root, of at least two tokens: an earlier row has
+            run it, and kept its keys and values (see `PackedLayout.root_stage`).
 
     Raises:
         ValueError: a `pad_to` that is too short or no multiple, or a `pad_to_multiple` below 1.
     """
     if pad_to_multiple < 1:
         raise ValueError(f"pad_to_multiple={pad_to_multiple} must be at least 1")
-    num_tokens = activation_tokens(tree, pad_to_multiple=pad_to_multiple)
+    segments, level_starts = _segments_in_level_order(tree)
+    num_root = 0
+    if root_elsewhere:
+        num_root = segments[0].length
+        segments, level_starts = _without_root(segments, level_starts)
+    num_real = level_starts[-1]
+    num_tokens = padded_tokens(num_real, pad_to_multiple)
     if pad_to is not None:
         if pad_to < num_tokens:
             raise ValueError(
@@ -148,9 +137,8 @@ def pack(tree: PrefixTree, *, pad_to_multiple: int = 1, pad_to: int | None = Non
                 f"pad_to={pad_to} must be a multiple of pad_to_multiple={pad_to_multiple}"
             )
         num_tokens = pad_to
-    num_padding = num_tokens - tree.grouped_tokens
+    num_padding = num_tokens - num_real
 
-    segments, level_starts = _segments_in_level_order(tree)
     lengths = np.array([s.length for s in segments], dtype=np.int64)
     starts = np.array([s.start for s in segments], dtype=np.int64)
 
@@ -159,19 +147,18 @@ def pack(tree: PrefixTree, *, pad_to_multiple: int = 1, pad_to: int | None = Non
     position_ids = np.zeros(num_tokens, dtype=np.int64)
     multiplicity = np.zeros(num_tokens, dtype=np.int64)
     if segments:
-        row = slice(0, tree.grouped_tokens)
+        real = slice(0, num_real)
         # [-length:] leaves out the first token of a root, which has one position less than tokens.
-        labels[row] = np.concatenate([tree.tokens[s.node][-s.length :] for s in segments])
-        input_ids[1 : row.stop] = labels[: row.stop - 1]
+        labels[real] = np.concatenate([tree.tokens[s.node][-s.length :] for s in segments])
+        input_ids[1 : real.stop] = labels[: real.stop - 1]
         input_ids[starts] = [_first_input(tree, s.node) for s in segments]
         first_positions = np.array([s.first_position for s in segments], dtype=np.int64)
-        position_ids[row] = np.arange(row.stop) - np.repeat(starts - first_positions, lengths)
-        multiplicity[row] = np.repeat([s.multiplicity for s in segments], lengths)
+        position_ids[real] = np.arange(real.stop) - np.repeat(starts - first_positions, lengths)
+        multiplicity[real] = np.repeat([s.multiplicity for s in segments], lengths)
 
     self_lengths = np.append(lengths, num_padding) if num_padding else lengths
-    self_stage = attention_stage(
-        (0, num_tokens), (0, num_tokens), self_lengths, self_lengths, causal=True
-    )
+    row = slice(0, num_tokens)
+    self_stage = attention_stage(row, row, self_lengths, self_lengths, causal=True)
     return PackedLayout(
         tree=tree,
         segments=segments,
@@ -184,6 +171,36 @@ def pack(tree: PrefixTree, *, pad_to_multiple: int = 1, pad_to: int | None = Non
         multiplicity=multiplicity,
         stages=(self_stage, *_cross_stages(segments, level_starts)),
         max_seqlen=int(position_ids.max()) + 1,
+        root_stage=_root_stage(num_real, num_root) if num_root else None,
+    )
+
+
+def _without_root(
+    segments: tuple[Segment, ...], level_starts: tuple[int, ...]
+) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
+    """The segments and levels below the first segment, which is above all others."""
+    root, *below = segments
+    assert below and all(segment.level > 0 for segment in below), "one root, which goes on"
+    moved = tuple(
+        dataclasses.replace(
+            segment,
+            level=segment.level - 1,
+            parent=segment.parent - 1,
+            start=segment.start - root.length,
+        )
+        for segment in below
+    )
+    return moved, tuple(start - root.length for start in level_starts[1:])
+
+
+def _root_stage(num_queries: int, num_keys: int) -> AttentionStage[np.ndarray]:
+    """One rectangle: all queries of a row, and all keys of the root."""
+    return attention_stage(
+        slice(0, num_queries),
+        slice(0, num_keys),
+        np.array([num_queries]),
+        np.array([num_keys]),
+        causal=False,
     )
 
 
@@ -233,12 +250,12 @@ def _first_input(tree: PrefixTree, node: int) -> int:
 
 def _cross_stages(
     segments: tuple[Segment, ...], level_starts: tuple[int, ...]
-) -> list[AttentionStage]:
+) -> list[AttentionStage[np.ndarray]]:
     """One stage for each pair of levels: the deeper one's queries, the other one's keys."""
     by_level: list[list[int]] = [[] for _ in level_starts[1:]]
     for index, segment in enumerate(segments):
         by_level[segment.level].append(index)
-    stages: list[AttentionStage] = []
+    stages: list[AttentionStage[np.ndarray]] = []
     for m in range(1, len(by_level)):
         q_lengths = [segments[index].length for index in by_level[m]]
         # The segments of level m's queries on level m-1, m-2, ..., 0.
@@ -251,8 +268,8 @@ def _cross_stages(
             np.add.at(queries_of_key, np.array(ancestors) - keys[0], q_lengths)
             stages_of_level.append(
                 attention_stage(
-                    (level_starts[m], level_starts[m + 1]),
-                    (level_starts[a], level_starts[a + 1]),
+                    slice(level_starts[m], level_starts[m + 1]),
+                    slice(level_starts[a], level_starts[a + 1]),
                     queries_of_key,
                     np.array([segments[index].length for index in keys]),
                     causal=False,
@@ -260,33 +277,3 @@ def _cross_stages(
             )
         stages += reversed(stages_of_level)
     return stages
-
-
-def attention_stage(
-    queries: tuple[int, int],
-    keys: tuple[int, int],
-    q_lengths: np.ndarray,
-    k_lengths: np.ndarray,
-    *,
-    causal: bool,
-    query_rows: np.ndarray | None = None,
-    key_rows: np.ndarray | None = None,
-) -> AttentionStage:
-    """A stage from the bounds of its queries and keys and its rectangles' lengths."""
-    cu_q = np.append(0, np.cumsum(q_lengths)).astype(np.int32)
-    cu_k = np.append(0, np.cumsum(k_lengths)).astype(np.int32)
-    assert cu_q[-1] == (queries[1] - queries[0] if query_rows is None else len(query_rows))
-    assert cu_k[-1] == (keys[1] - keys[0] if key_rows is None else len(key_rows))
-    return AttentionStage(
-        causal=causal,
-        q_start=queries[0],
-        q_stop=queries[1],
-        k_start=keys[0],
-        k_stop=keys[1],
-        cu_q=cu_q,
-        cu_k=cu_k,
-        max_q=int(q_lengths.max()),
-        max_k=int(k_lengths.max()),
-        query_rows=query_rows,
-        key_rows=key_rows,
-    )

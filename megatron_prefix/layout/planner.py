@@ -3,10 +3,12 @@
 Invariants of a plan:
 
 - every sequence of every group is in exactly one microbatch;
-- a microbatch, packed and padded, keeps to the token budget;
-- a microbatch holds at most one slice of a group;
+- a microbatch, packed and padded, keeps to the token budget; where it is a series (see
+  `GroupSlice.parts`), each of its parts with the root does;
+- a microbatch holds at most one slice of a group, and nothing beside a series;
 - every rank has the same number of microbatches, a multiple of `microbatch_multiple`, and no more
   than first-fit decreasing needs for the budget;
+- with series allowed, the busiest rank has no more work than without them;
 - a microbatch is empty only if there are not enough branches to fill all slots: with splitting
   allowed, fewer root-to-leaf paths (for GRPO groups: responses) than slots; without, fewer groups.
   (A slot is one microbatch of one rank.)
@@ -17,26 +19,35 @@ than slots. In the second case some rank or pipeline step would have nothing to 
 whole groups, so the costliest groups are divided until the slots are filled. A group that fits is
 never split merely to even out the rest.
 
-The balance: pieces are placed costliest first, each into the cheapest microbatch with room. The
-microbatches are then dealt in rows of similar cost, one to each rank, the costliest of a row to
-the rank with least work so far. So ranks are even in sum, as the gradient reduction wants it, and
-also at each step, as the all-to-all of experts wants it; and the row that needs most memory is the
-first to run.
+The balance, see `balancing`: ranks are even in sum, as the gradient reduction wants it, and also at
+each step, as the all-to-all of experts wants it; and the row that needs most memory is the first to
+run.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_prefix.layout.cost import ModelShape
+from megatron_prefix.layout.balancing import balanced_ranks
+from megatron_prefix.layout.cost import ModelShape, padded_tokens
+from megatron_prefix.layout.division import (
+    Division,
+    Series,
+    divide_to_fill,
+    divide_to_fit,
+    microbatches_for,
+)
 from megatron_prefix.layout.splitting import Piece, SplittableGroup
 from megatron_prefix.layout.tree import PrefixTree
+from megatron_prefix.layout.tree_shape import TreeShape
+
+SERIES_SIZES = (1.5, 1.0, 0.5)
+"""How long series may be, in fair parts of a rank, that are tried: few long ones run fewest
+prefixes, many short ones balance better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +57,9 @@ class GroupSlice:
     group: int
     sequences: tuple[int, ...]
     """Ascending indices into the group's tree."""
+    parts: tuple[tuple[int, ...], ...] = ()
+    """Where they are more than one row, the sequences of each: the group's root runs first, then
+    each part, which attends to the root's keys and values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +69,11 @@ class MicrobatchPlan:
     microbatches: tuple[tuple[tuple[GroupSlice, ...], ...], ...]
     """[data-parallel rank][microbatch][slice], slices by group; a microbatch may be empty."""
 
+    flops: np.ndarray = field(compare=False)
+    """[data-parallel rank, microbatch] float64: forward FLOPs, without padding."""
+    packed_tokens: np.ndarray = field(compare=False)
+    """[data-parallel rank, microbatch] int64: tokens of each packed row, padding included."""
+
     @property
     def num_microbatches(self) -> int:
         """Microbatches of each rank."""
@@ -62,21 +81,43 @@ class MicrobatchPlan:
 
     def fingerprint(self) -> str:
         """A hash that is equal on two ranks if and only if their plans are."""
+        microbatches = [slices for rank in self.microbatches for slices in rank]
+        slices = [piece for members in microbatches for piece in members]
         content = [
-            [[[s.group, s.sequences] for s in slices] for slices in rank]
-            for rank in self.microbatches
+            [len(self.microbatches), *(len(members) for members in microbatches)],
+            [n for p in slices for n in (p.group, len(p.sequences), len(p.parts))],
+            [i for piece in slices for i in piece.sequences],
+            [n for p in slices for part in p.parts for n in (len(part), *part)],
         ]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for numbers in content:
+            digest.update(len(numbers).to_bytes(8, "little"))
+            digest.update(np.array(numbers, dtype="<i8").tobytes())
+        return digest.hexdigest()
 
 
-def microbatch_tree(trees: Sequence[PrefixTree], slices: Sequence[GroupSlice]) -> PrefixTree:
-    """The tree to pack for one microbatch: its slices' sequences in order, chains merged."""
-    subsets = (trees[s.group].subset(s.sequences) for s in slices)
-    return PrefixTree.concat(subsets).merge_chains()
+def rows_of(slices: Sequence[GroupSlice]) -> list[tuple[GroupSlice, ...]]:
+    """The slices of each row with responses: one row, or each of a series (without its root)."""
+    if not any(part.parts for part in slices):
+        return [tuple(slices)]
+    (series,) = slices
+    return [(GroupSlice(group=series.group, sequences=part),) for part in series.parts]
+
+
+def microbatch_tree(
+    trees: Sequence[PrefixTree] | Mapping[int, PrefixTree], slices: Sequence[GroupSlice]
+) -> PrefixTree:
+    """The tree to pack for one microbatch: its slices' sequences in order, chains merged.
+
+    Args:
+        trees: by group, at least those of the slices.
+        slices: of the microbatch.
+    """
+    return PrefixTree.concat(trees[s.group].subset(s.sequences) for s in slices).merge_chains()
 
 
 def plan_microbatches(
-    trees: Sequence[PrefixTree],
+    trees: Sequence[TreeShape],
     *,
     token_budget: int,
     data_parallel_size: int,
@@ -86,6 +127,8 @@ def plan_microbatches(
     microbatch_multiple: int = 1,
     names: Sequence[str] | None = None,
     labels: Sequence[np.ndarray] | None = None,
+    trim_last_layer: bool = False,
+    share_across_microbatches: bool = False,
 ) -> MicrobatchPlan:
     """Assign all sequences to microbatches of at most `token_budget` tokens.
 
@@ -100,6 +143,10 @@ def plan_microbatches(
         names: of the groups, for error messages.
         labels: [nodes] for each group, scored labels of each node; None: those of
             `response_labels`.
+        trim_last_layer: whether the last layer runs only what is scored, as in
+            `ModelShape.node_flops`.
+        share_across_microbatches: whether pieces of a group may follow one another on a rank and
+            run the root that they share once; it is done where it makes the busiest rank less busy.
 
     Raises:
         ValueError: a sequence over the token budget, a group over it with `allow_split` off, a
@@ -126,33 +173,87 @@ def plan_microbatches(
 
     assert labels is None or len(labels) == len(trees)
     groups = [
-        SplittableGroup(i, tree, cost, None if labels is None else labels[i])
+        SplittableGroup(
+            i,
+            tree,
+            cost.node_flops(
+                tree,
+                labels=None if labels is None else labels[i],
+                trim_last_layer=trim_last_layer,
+            ),
+        )
         for i, tree in enumerate(trees)
     ]
-    divided, num_microbatches = _divide_to_fit(
-        groups, capacity, data_parallel_size, microbatch_multiple
-    )
-    num_slots = data_parallel_size * num_microbatches
-    if allow_split:
-        divided = _divide_to_fill(groups, divided, num_slots, capacity)
-    pieces = [piece for parts in divided for piece in parts]
-    bins = [
-        _one_piece_per_group(members, groups)
-        for members in _balanced_bins(pieces, num_slots, capacity)
+    divided = divide_to_fit(groups, capacity, data_parallel_size, microbatch_multiple)
+    divisions = [Division(groups, divided, capacity)]
+    if share_across_microbatches and any(len(pieces) > 1 for pieces in divided):
+        fair = sum(group.cost for group in groups) / data_parallel_size
+        divisions += [Series(groups, divided, capacity, part * fair) for part in SERIES_SIZES]
+    plans = [
+        _plan(division, allow_split, data_parallel_size, microbatch_multiple, pad_to_multiple)
+        for division in divisions
     ]
+    return min(plans, key=lambda plan: plan.flops.sum(axis=1).max())
+
+
+def _plan(
+    division: Division,
+    allow_split: bool,
+    data_parallel_size: int,
+    microbatch_multiple: int,
+    pad_to_multiple: int,
+) -> MicrobatchPlan:
+    """The plan of groups that are divided in this way, and further where slots would be empty."""
+    divided = division.pieces
+    num_microbatches = microbatches_for(
+        divided, division.capacity, data_parallel_size * microbatch_multiple, microbatch_multiple
+    )
+    if allow_split:
+        divided = divide_to_fill(division, data_parallel_size * num_microbatches)
+    ranks = balanced_ranks(
+        [piece for parts in divided for piece in parts],
+        division.groups,
+        num_ranks=data_parallel_size,
+        num_microbatches=num_microbatches,
+        capacity=division.capacity,
+    )
     return MicrobatchPlan(
         microbatches=tuple(
-            tuple(
-                tuple(GroupSlice(group=p.group, sequences=p.sequences) for p in members)
-                for members in rank
-            )
-            for rank in _deal_to_ranks(bins, data_parallel_size)
-        )
+            tuple(tuple(_slice_of(piece) for piece in members) for members in rank)
+            for rank in ranks
+        ),
+        flops=np.array(
+            [[float(sum(p.cost for p in members)) for members in rank] for rank in ranks]
+        ),
+        packed_tokens=np.array(
+            [
+                [_tokens_of(members, division.groups, pad_to_multiple) for members in rank]
+                for rank in ranks
+            ],
+            dtype=np.int64,
+        ),
     )
+
+
+def _slice_of(piece: Piece) -> GroupSlice:
+    parts = tuple(part.sequences for part in piece.parts)
+    return GroupSlice(group=piece.group, sequences=piece.sequences, parts=parts)
+
+
+def _tokens_of(
+    pieces: Sequence[Piece], groups: Sequence[SplittableGroup], pad_to_multiple: int
+) -> int:
+    """Tokens of a microbatch's rows: one row, or the root's and one for each part."""
+    if not any(piece.parts for piece in pieces):
+        return padded_tokens(sum(piece.tokens for piece in pieces), pad_to_multiple)
+    (piece,) = pieces
+    root = groups[piece.group].root_tokens
+    rows = [root, *(part.tokens - root for part in piece.parts)]
+    return sum(padded_tokens(tokens, pad_to_multiple) for tokens in rows)
 
 
 def _check_group(
-    tree: PrefixTree,
+    tree: TreeShape,
     what: str,
     capacity: int,
     token_budget: int,
@@ -176,129 +277,3 @@ def _check_group(
             f"{what} packs to {tree.grouped_tokens} tokens, over {budget}, and allow_split is "
             f"off; raise token_budget or set allow_split"
         )
-
-
-def _divide_to_fit(
-    groups: Sequence[SplittableGroup],
-    capacity: int,
-    data_parallel_size: int,
-    microbatch_multiple: int,
-) -> tuple[list[list[Piece]], int]:
-    """The pieces of each group, the fewest that fit, and the number of microbatches of a rank."""
-    filled: list[list[Piece]] = []
-    even: list[list[Piece]] = []
-    for group in groups:
-        fits = group.tokens <= capacity
-        filled.append(group.whole() if fits else group.fill(capacity))
-        even.append(filled[-1] if fits else group.split_evenly(len(filled[-1]), capacity))
-
-    def microbatches_for(divided: list[list[Piece]]) -> int:
-        num_bins = len(_first_fit_decreasing([p for parts in divided for p in parts], capacity))
-        per_round = data_parallel_size * microbatch_multiple
-        return max(1, -(-num_bins // per_round)) * microbatch_multiple
-
-    # Even pieces are the better balance. Full ones leave a small rest that goes in with another
-    # group; they win where that saves a microbatch.
-    needed_filled, needed_even = microbatches_for(filled), microbatches_for(even)
-    return (even, needed_even) if needed_even <= needed_filled else (filled, needed_filled)
-
-
-def _divide_to_fill(
-    groups: Sequence[SplittableGroup], divided: list[list[Piece]], num_slots: int, capacity: int
-) -> list[list[Piece]]:
-    """Divide the costliest groups further until there is a piece for every slot."""
-    missing = num_slots - sum(len(parts) for parts in divided)
-    if missing <= 0:
-        return divided
-    counts = [len(parts) for parts in divided]
-    costliest = [
-        (-group.mean_cost_of_pieces(counts[group.index]), group.index)
-        for group in groups
-        if counts[group.index] < group.num_branches
-    ]
-    heapq.heapify(costliest)
-    while missing and costliest:
-        i = heapq.heappop(costliest)[1]
-        counts[i] += 1
-        missing -= 1
-        if counts[i] < groups[i].num_branches:
-            heapq.heappush(costliest, (-groups[i].mean_cost_of_pieces(counts[i]), i))
-    return [
-        parts if count == len(parts) else group.split_evenly(count, capacity)
-        for group, parts, count in zip(groups, divided, counts, strict=True)
-    ]
-
-
-def _first_fit_decreasing(pieces: Sequence[Piece], capacity: int) -> list[list[Piece]]:
-    """Few bins, by tokens: at most 11/9 of the fewest possible, plus one."""
-    bins: list[list[Piece]] = []
-    free = np.full(len(pieces), capacity, dtype=np.int64)
-    for piece in sorted(pieces, key=lambda piece: -piece.tokens):
-        # All bins that are not open yet have room, so the first with room always exists.
-        first = int((free >= piece.tokens).argmax())
-        if first == len(bins):
-            bins.append([])
-        bins[first].append(piece)
-        free[first] -= piece.tokens
-    return bins
-
-
-def _balanced_bins(pieces: Sequence[Piece], num_bins: int, capacity: int) -> list[list[Piece]]:
-    """Bins of nearly equal cost within the capacity; none is empty if there are enough pieces."""
-    for key in (lambda piece: -piece.cost, lambda piece: -piece.tokens):
-        bins = _cheapest_bin_first(sorted(pieces, key=key), num_bins, capacity)
-        if bins is not None:
-            return bins
-    # Too tight for balance: keep the bins that fit, and use those that are left over.
-    bins = _first_fit_decreasing(pieces, capacity)
-    while len(bins) < num_bins and any(len(members) > 1 for members in bins):
-        costliest = max((m for m in bins if len(m) > 1), key=_cost)
-        bins.append([costliest.pop(0)])
-    return bins + [[] for _ in range(num_bins - len(bins))]
-
-
-def _cheapest_bin_first(
-    pieces: Sequence[Piece], num_bins: int, capacity: int
-) -> list[list[Piece]] | None:
-    """Each piece in turn to the cheapest bin with room; None if one finds no room."""
-    bins: list[list[Piece]] = [[] for _ in range(num_bins)]
-    free = np.full(num_bins, capacity, dtype=np.int64)
-    costs = np.zeros(num_bins, dtype=np.float64)
-    for piece in pieces:
-        cheapest = int(np.where(free >= piece.tokens, costs, np.inf).argmin())
-        if free[cheapest] < piece.tokens:
-            return None
-        bins[cheapest].append(piece)
-        free[cheapest] -= piece.tokens
-        costs[cheapest] += piece.cost
-    return bins
-
-
-def _one_piece_per_group(pieces: Sequence[Piece], groups: Sequence[SplittableGroup]) -> list[Piece]:
-    """In the order of the groups; pieces of one group that have met again are joined."""
-    by_group: dict[int, list[Piece]] = {}
-    for piece in pieces:
-        by_group.setdefault(piece.group, []).append(piece)
-    return [
-        parts[0] if len(parts) == 1 else groups[group].join(parts)
-        for group, parts in sorted(by_group.items())
-    ]
-
-
-def _deal_to_ranks(bins: Sequence[list[Piece]], data_parallel_size: int) -> list[list[list[Piece]]]:
-    """Rows of similar cost, costliest row first; in a row, the costliest to the least busy rank."""
-    ordered = sorted(bins, key=lambda members: -_cost(members))
-    ranks: list[list[list[Piece]]] = [[] for _ in range(data_parallel_size)]
-    work = [0] * data_parallel_size
-    for row in range(0, len(ordered), data_parallel_size):
-        least_busy_first = sorted(range(data_parallel_size), key=work.__getitem__)
-        for rank, members in zip(
-            least_busy_first, ordered[row : row + data_parallel_size], strict=True
-        ):
-            ranks[rank].append(members)
-            work[rank] += _cost(members)
-    return ranks
-
-
-def _cost(pieces: Sequence[Piece]) -> int:
-    return sum(piece.cost for piece in pieces)

@@ -20,16 +20,16 @@ A query sees, besides what is whole on its rank:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from megatron_prefix.layout.packing import AttentionStage, attention_stage
+from megatron_prefix.layout.rows import CommType, RowStages, WholeRow
 from megatron_prefix.layout.sharding import ContextShards
+from megatron_prefix.layout.stages import AttentionStage, GatheredStages, attention_stage
 
-Kind = Literal["early", "late", "whole"]
+Stages = tuple[AttentionStage[np.ndarray], ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,14 +52,38 @@ class _Block:
         return self.offset + int(self.lengths.sum())
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GatheredStages:
-    """Attention to the shards of all ranks, put in order: `all_gather`."""
+def stages_of_rank(
+    shards: ContextShards, rank: int, comm_types: Collection[CommType]
+) -> tuple[np.ndarray, RowStages[np.ndarray]]:
+    """One rank's rows (see `RankRow`), and the stages of all of its tokens.
 
-    source: np.ndarray
-    """[keys] int64: where in the concatenation of all ranks' shards each key of the buffer lies."""
-    stages: tuple[AttentionStage, ...]
-    """Queries in the rank's row, keys in the buffer."""
+    Args:
+        shards: of the packed row.
+        rank: of the context-parallel ranks.
+        comm_types: the kinds of communication that stages are made for.
+    """
+    of_rank = RankStages(shards, rank)
+    ring = None
+    if "p2p" in comm_types:
+        ring = tuple(of_rank.from_shard(peer) for peer in range(shards.num_ranks))
+    stages = RowStages(
+        num_tokens=shards.tokens_per_rank,
+        queries=None,
+        cu_seqlens_q=np.array([0, shards.tokens_per_rank], dtype=np.int32),
+        local=of_rank.local(),
+        gathered=of_rank.from_all_shards() if "all_gather" in comm_types else None,
+        ring=ring,
+        whole_row=_whole_row(shards) if "a2a" in comm_types else None,
+    )
+    return of_rank.rows(), stages
+
+
+def _whole_row(shards: ContextShards) -> WholeRow[np.ndarray]:
+    layout = shards.layout
+    ranks = range(shards.num_ranks)
+    to_ranks = np.concatenate([RankStages(shards, rank).rows() for rank in ranks])
+    to_ranks[to_ranks < 0] = np.arange(layout.num_tokens - layout.num_padding, layout.num_tokens)
+    return WholeRow(stages=layout.stages, from_ranks=np.argsort(to_ranks), to_ranks=to_ranks)
 
 
 class RankStages:
@@ -82,7 +106,7 @@ class RankStages:
             rows[block.offset : block.end] = _positions(block)
         return rows
 
-    def local(self) -> tuple[AttentionStage, ...]:
+    def local(self) -> Stages:
         """What needs no communication: the self stage first, then subtrees that are whole here."""
         num_tokens = self._shards.tokens_per_rank
         blocks = (*self._own_shard, *self._whole)
@@ -90,12 +114,12 @@ class RankStages:
         lengths = np.concatenate([b.lengths for b in blocks] or [np.zeros(0, dtype=np.int64)])
         if end < num_tokens:
             lengths = np.append(lengths, num_tokens - end)
-        row = (0, num_tokens)
+        row = slice(0, num_tokens)
         self_stage = attention_stage(row, row, lengths, lengths, causal=True)
         pairs = ((q, k) for q in self._whole for k in self._whole if k.level < q.level)
         return (self_stage, *self._cross_stages(pairs))
 
-    def from_shard(self, rank: int) -> tuple[AttentionStage, ...]:
+    def from_shard(self, rank: int) -> Stages:
         """Attention to one rank's shard, keys counted from its beginning: a step of `p2p`."""
         order = self._shards.order
         outer, inner = order[rank] < order[self._rank], order[rank] > order[self._rank]
@@ -114,7 +138,7 @@ class RankStages:
             if sees(q, k)
         )
 
-    def from_all_shards(self) -> GatheredStages:
+    def from_all_shards(self) -> GatheredStages[np.ndarray]:
         """Attention to all shards at once.
 
         The buffer holds, level by level, the keys before the rank's early chunk of every segment,
@@ -205,8 +229,8 @@ class RankStages:
                 )
         return blocks
 
-    def _cross_stages(self, pairs: Iterable[tuple[_Block, _Block]]) -> tuple[AttentionStage, ...]:
-        stages: list[AttentionStage] = []
+    def _cross_stages(self, pairs: Iterable[tuple[_Block, _Block]]) -> Stages:
+        stages: list[AttentionStage[np.ndarray]] = []
         for queries, keys in pairs:
             ancestors = queries.segments
             for _ in range(queries.level - keys.level):
@@ -241,7 +265,9 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
 
 
-def _cross_stage(queries: _Block, ancestors: np.ndarray, keys: _Block) -> AttentionStage | None:
+def _cross_stage(
+    queries: _Block, ancestors: np.ndarray, keys: _Block
+) -> AttentionStage[np.ndarray] | None:
     """Queries against the run of keys of their ancestor; None where no query has one."""
     run = np.searchsorted(keys.segments, ancestors)
     found = keys.segments[np.minimum(run, len(keys.segments) - 1)] == ancestors
@@ -257,35 +283,25 @@ def _cross_stage(queries: _Block, ancestors: np.ndarray, keys: _Block) -> Attent
     q_starts = queries.offset + np.cumsum(queries.lengths) - queries.lengths
     q_start = int(q_starts[found][0])
     q_stop = int(q_starts[found][-1] + queries.lengths[found][-1])
-    rows = None
+    rows: slice | np.ndarray = slice(q_start, q_stop)
     if q_stop - q_start != q_lengths.sum():
         rows = _ranges(q_starts[found], queries.lengths[found])
     return attention_stage(
-        (q_start, q_stop),
-        (k_start, k_start + int(k_lengths.sum())),
-        q_lengths,
-        k_lengths,
-        causal=False,
-        query_rows=rows,
+        rows, slice(k_start, k_start + int(k_lengths.sum())), q_lengths, k_lengths, causal=False
     )
 
 
-def _joined(first: AttentionStage, second: AttentionStage) -> AttentionStage | None:
+def _joined(
+    first: AttentionStage[np.ndarray], second: AttentionStage[np.ndarray]
+) -> AttentionStage[np.ndarray] | None:
     """Two stages as one, where both are one rectangle and their keys adjoin."""
-    if (
-        len(first.cu_q) != 2
-        or len(second.cu_q) != 2
-        or (first.q_start, first.q_stop) != (second.q_start, second.q_stop)
-        or first.query_rows is not None
-        or second.query_rows is not None
-        or first.k_stop != second.k_start
-    ):
+    if len(first.on.cu_q) != 2 or len(second.on.cu_q) != 2:
         return None
-    queries, keys = (first.q_start, first.q_stop), (first.k_start, second.k_stop)
-    return attention_stage(
-        queries,
-        keys,
-        np.array([queries[1] - queries[0]]),
-        np.array([keys[1] - keys[0]]),
-        causal=False,
-    )
+    if not isinstance(first.queries, slice) or first.queries != second.queries:
+        return None
+    assert isinstance(first.keys, slice) and isinstance(second.keys, slice)
+    if first.keys.stop != second.keys.start:
+        return None
+    keys = slice(first.keys.start, second.keys.stop)
+    lengths = (np.array([rows.stop - rows.start]) for rows in (first.queries, keys))
+    return attention_stage(first.queries, keys, *lengths, causal=False)

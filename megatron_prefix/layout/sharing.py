@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import numpy as np
-
 from megatron_prefix.layout.cost import ModelShape, attention_pairs_of
-from megatron_prefix.layout.tree import PrefixTree
+from megatron_prefix.layout.tree_shape import AnyTree, TreeShape
 
 MERGE_KEYS = 128
 """A cross stage costs each of its queries what attending to so many more keys would."""
@@ -24,8 +22,8 @@ STAGE_TOKENS = 8
 
 
 def share_where_it_pays(
-    tree: PrefixTree, shape: ModelShape, *, token_budget: int | None = None
-) -> PrefixTree:
+    tree: AnyTree, shape: ModelShape, *, token_budget: int | None = None
+) -> AnyTree:
     """The same sequences, with only those nodes shared that save more FLOPs than they cost.
 
     Decided from the roots on: tokens of a node that is not shared count as its children's. A
@@ -42,11 +40,11 @@ def share_where_it_pays(
     return found
 
 
-def _not_worth_sharing(tree: PrefixTree, shape: ModelShape) -> Collection[int]:
+def _not_worth_sharing(tree: TreeShape, shape: ModelShape) -> Collection[int]:
     lengths = tree.packed_lengths.tolist()
     below = list(lengths)
-    branches = np.zeros(tree.num_nodes, dtype=np.int64)
-    has_children = np.zeros(tree.num_nodes, dtype=bool)
+    branches = [0] * tree.num_nodes
+    has_children = [False] * tree.num_nodes
     for node in range(tree.num_nodes - 1, -1, -1):
         parent = tree.parents[node]
         if parent >= 0:
@@ -56,6 +54,7 @@ def _not_worth_sharing(tree: PrefixTree, shape: ModelShape) -> Collection[int]:
     for node in {path[-1] for path in tree.sequences}:
         branches[node] += has_children[node]  # sequences that end above others
 
+    first_positions = tree.first_positions.tolist()
     dissolved: set[int] = set()
     carried = [0] * tree.num_nodes
     """Tokens above each node that are not shared, and so belong to it."""
@@ -65,9 +64,9 @@ def _not_worth_sharing(tree: PrefixTree, shape: ModelShape) -> Collection[int]:
         if not has_children[node] or branches[node] < 2:
             continue  # nothing is shared here; chains are merged when packed
         tokens = carried[node] + lengths[node]
-        first = int(tree.first_positions[node]) - carried[node]
+        first = first_positions[node] - carried[node]
         pairs = attention_pairs_of(tokens, first)
-        saved = (int(branches[node]) - 1) * shape.flops(tokens=tokens, pairs=pairs, labels=0)
+        saved = (branches[node] - 1) * shape.flops(tokens=tokens, pairs=pairs, labels=0)
         queries = below[node] - lengths[node]
         cost = queries * MERGE_KEYS * shape.attention_flops_per_pair()
         cost += STAGE_TOKENS * shape.linear_flops_per_token()

@@ -8,14 +8,12 @@ its path; on a group of depth two this is first-fit decreasing by response lengt
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
-from megatron_prefix.layout.cost import ModelShape, attention_pairs, response_labels
-from megatron_prefix.layout.tree import PrefixTree
+from megatron_prefix.layout.tree_shape import TreeShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +24,12 @@ class Piece:
     sequences: tuple[int, ...]
     """Ascending indices into the group's tree."""
     tokens: int
-    """Packed tokens, without padding."""
+    """Tokens of a row that it takes: packed, without padding; all of a row for a `parts`."""
     cost: int
     """Forward FLOPs."""
+    parts: tuple[Piece, ...] = ()
+    """Where it is more than one row, the pieces that run one after the other and share their root;
+    each of them counts it in `tokens`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +43,19 @@ class _Branch:
 class SplittableGroup:
     """A group, and the ways to divide it."""
 
-    def __init__(
-        self, index: int, tree: PrefixTree, cost: ModelShape, labels: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, index: int, tree: TreeShape, node_costs: Sequence[int]) -> None:
+        """A group that can be divided.
+
+        Args:
+            index: of the group.
+            tree: its sequences.
+            node_costs: see `ModelShape.node_flops`.
+        """
         self.index = index
         self.tree = tree
-        self.shape = cost
-        self.labels = response_labels(tree) if labels is None else labels
         self.tokens = tree.grouped_tokens
-        self.cost = cost.tree_flops(tree, labels=self.labels)
+        self.cost = sum(node_costs)
+        self._node_costs = node_costs
 
     @cached_property
     def num_branches(self) -> int:
@@ -77,6 +82,36 @@ class SplittableGroup:
         """
         return self._pieces(self._split_evenly(self._branches, count, capacity))
 
+    @cached_property
+    def root_tokens(self) -> int:
+        """Packed tokens of the root that all sequences share and go on from; 0 without one."""
+        one_root = self.tree.parents.count(-1) == 1
+        goes_on = all(len(path) > 1 for path in self.tree.sequences)
+        return self._node_tokens[0] if one_root and goes_on else 0
+
+    def in_series(self, count: int, pieces: Sequence[Piece], capacity: int) -> list[Piece]:
+        """`count` runs of these pieces, of nearly equal cost, each of which runs the root once."""
+        total, start = sum(piece.cost for piece in pieces), 0
+        series = []
+        for index in range(count):
+            stop, cost = start, 0
+            # At least one piece, and one for each run that follows.
+            while stop < len(pieces) - (count - index - 1):
+                if stop > start and cost + pieces[stop].cost // 2 > total / (count - index):
+                    break
+                cost += pieces[stop].cost
+                stop += 1
+            series.append(self._one_after_the_other(pieces[start:stop], capacity))
+            total -= cost
+            start = stop
+        return series
+
+    def _one_after_the_other(self, pieces: Sequence[Piece], capacity: int) -> Piece:
+        if len(pieces) == 1:
+            return pieces[0]
+        joined = self.join(pieces)
+        return dataclasses.replace(joined, tokens=capacity, parts=tuple(pieces))
+
     def mean_cost_of_pieces(self, count: int) -> float:
         """FLOPs of a piece on average, if all pieces of `count` run the roots that are shared."""
         shared = {parent for parent in self.tree.parents if parent >= 0}
@@ -86,18 +121,6 @@ class SplittableGroup:
     @cached_property
     def _node_tokens(self) -> list[int]:
         return self.tree.packed_lengths.tolist()
-
-    @cached_property
-    def _node_costs(self) -> list[int]:
-        return [
-            self.shape.flops(tokens=tokens, pairs=pairs, labels=labels)
-            for tokens, pairs, labels in zip(
-                self._node_tokens,
-                attention_pairs(self.tree).tolist(),
-                self.labels.tolist(),
-                strict=True,
-            )
-        ]
 
     @cached_property
     def _branches(self) -> list[_Branch]:

@@ -2,12 +2,12 @@
 
 The trainer, the proof, the benchmark and the planner all pack by it, so that what is proved,
 measured or predicted is what a run does. No option has a default here: those of a run are
-`TrainingConfig`'s, see `megatron_prefix.training.packing.packing_of_run`.
+`TrainingConfig`'s, see `megatron_prefix.config.packing.packing_of_run`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -22,6 +22,7 @@ from megatron_prefix.layout.planner import (
 )
 from megatron_prefix.layout.sharing import share_where_it_pays
 from megatron_prefix.layout.tree import PrefixTree
+from megatron_prefix.layout.tree_shape import AnyTree, TreeShape
 
 Member = TypeVar("Member")
 
@@ -44,21 +45,22 @@ class Packing:
     sharing: Literal["groups", "everything", "none"]
     trim_last_layer: bool
     share_only_where_it_pays: bool
+    share_across_microbatches: bool
 
     @property
     def capacity(self) -> int:
         """Tokens of the longest row: the budget, to a whole multiple."""
         return self.token_budget - self.token_budget % self.pad_to_multiple
 
-    def group(self, tree: PrefixTree) -> PrefixTree:
+    def group(self, tree: AnyTree) -> AnyTree:
         """The tree that a group is planned by."""
         if not self.share_only_where_it_pays:
             return tree
         return share_where_it_pays(tree, self.model_shape)
 
     def units(
-        self, trees: Sequence[PrefixTree], members: Sequence[Sequence[Member]]
-    ) -> tuple[list[PrefixTree], list[list[Member]], list[int]]:
+        self, trees: Sequence[AnyTree], members: Sequence[Sequence[Member]]
+    ) -> tuple[list[AnyTree], list[list[Member]], list[int]]:
         """What is planned as one: each group, or each of its sequences where nothing is shared.
 
         Args:
@@ -77,7 +79,7 @@ class Packing:
 
     def plan(
         self,
-        trees: Sequence[PrefixTree],
+        trees: Sequence[TreeShape],
         *,
         labels: Sequence[NDArray],
         names: Sequence[str] | None = None,
@@ -97,10 +99,19 @@ class Packing:
             microbatch_multiple=self.microbatch_multiple,
             names=names,
             labels=labels,
+            trim_last_layer=self.trim_last_layer,
+            share_across_microbatches=self.share_across_microbatches,
         )
 
-    def microbatch(self, trees: Sequence[PrefixTree], slices: Sequence[GroupSlice]) -> PrefixTree:
-        """The tree to pack for a microbatch of units' trees, of at most the planned tokens."""
+    def microbatch(
+        self, trees: Sequence[PrefixTree] | Mapping[int, PrefixTree], slices: Sequence[GroupSlice]
+    ) -> PrefixTree:
+        """The tree to pack for a microbatch, of at most the planned tokens.
+
+        Args:
+            trees: by unit, at least those of the slices.
+            slices: of the microbatch.
+        """
         tree = microbatch_tree(trees, slices)
         if self.sharing != "everything":
             return tree

@@ -2,49 +2,35 @@
 
 A node is a run of tokens that every sequence below it has in common. A GRPO group is a root (the
 prompt) with one child per response; a shared system prompt or a branching dialogue is deeper.
-Invariants of a `PrefixTree`:
-
-- a parent comes before its children, and no node is empty;
-- every sequence is a path that starts at a root, and may end at any node;
-- every node is on the path of some sequence;
-- the nodes' tokens cannot be written to, so that trees share them.
+A `PrefixTree` is a `TreeShape` with tokens. They cannot be written to, so that trees share them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_prefix.layout.tree_shape import Regrouping, TreeShape
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PrefixTree:
+class PrefixTree(TreeShape):
     """A forest of shared token runs, and the sequences that are its paths.
 
     Users build one with `from_groups`, `from_sequences` or `concat`.
     """
 
-    parents: tuple[int, ...]
-    """Parent of each node, -1 for a root."""
+    node_lengths: np.ndarray = field(init=False)
     tokens: tuple[np.ndarray, ...]
     """Tokens of each node, int64 and at least one."""
-    sequences: tuple[tuple[int, ...], ...]
-    """Nodes of each sequence from its root to its last node, in the caller's order."""
 
     def __post_init__(self) -> None:
-        assert len(self.parents) == len(self.tokens)
-        assert all(-1 <= parent < node for node, parent in enumerate(self.parents))
-        assert all(t.dtype == np.int64 and t.ndim == 1 and t.size > 0 for t in self.tokens)
-        assert all(
-            self.parents[node] == parent
-            for path in self.sequences
-            for parent, node in zip((-1, *path), path, strict=False)
-        )
-        used = set().union(*self.sequences)
-        assert len(used) == len(self.parents), "a node without sequences"
-        assert not self.num_sequences or self.sequence_lengths.min() > 1
+        assert all(t.dtype == np.int64 and t.ndim == 1 for t in self.tokens)
+        lengths = np.array([len(tokens) for tokens in self.tokens], dtype=np.int64)
+        object.__setattr__(self, "node_lengths", lengths)
+        super().__post_init__()
 
     @classmethod
     def from_groups(
@@ -120,152 +106,37 @@ class PrefixTree:
         return cls(parents=tuple(parents), tokens=tuple(tokens), sequences=tuple(paths))
 
     @classmethod
-    def concat(cls, trees: Iterable[PrefixTree]) -> PrefixTree:
-        """One forest of several trees, their nodes and sequences in order. Nothing is merged."""
-        parents: list[int] = []
-        tokens: list[np.ndarray] = []
-        sequences: list[tuple[int, ...]] = []
-        for tree in trees:
-            first = len(parents)
-            parents.extend(p + first if p >= 0 else -1 for p in tree.parents)
-            tokens.extend(tree.tokens)
-            sequences.extend(tuple(node + first for node in path) for path in tree.sequences)
-        return cls(parents=tuple(parents), tokens=tuple(tokens), sequences=tuple(sequences))
+    def of_shape(cls, shape: TreeShape, sequences: Sequence[np.ndarray]) -> PrefixTree:
+        """The tree of a shape, from the tokens of its sequences.
 
-    def subset(self, sequence_indices: Iterable[int]) -> PrefixTree:
-        """Only these sequences, in the order given, and the nodes that they use, in their order."""
-        indices = tuple(sequence_indices)
-        assert all(0 <= i < self.num_sequences for i in indices), "no such sequence"
-        paths = [self.sequences[i] for i in indices]
-        used = sorted(set().union(*paths))
-        number = {-1: -1} | {node: new for new, node in enumerate(used)}
-        return PrefixTree(
-            parents=tuple(number[self.parents[node]] for node in used),
-            tokens=tuple(self.tokens[node] for node in used),
-            sequences=tuple(tuple(number[node] for node in path) for path in paths),
+        Args:
+            shape: says which tokens of the sequences are the same; it is not checked.
+            sequences: all tokens of each sequence.
+        """
+        ends = shape.end_positions.tolist()
+        lengths = shape.node_lengths.tolist()
+        found: dict[int, np.ndarray] = {}
+        for path, tokens in zip(shape.sequences, sequences, strict=True):
+            for node in path:
+                if node not in found:
+                    found[node] = _frozen(tokens[ends[node] - lengths[node] : ends[node]])
+        return cls(
+            parents=shape.parents,
+            tokens=tuple(found[node] for node in range(shape.num_nodes)),
+            sequences=shape.sequences,
         )
 
-    def separate(self) -> list[PrefixTree]:
-        """Each sequence as a tree of its own."""
-        return [self.subset([i]).merge_chains() for i in range(self.num_sequences)]
-
-    def merge_chains(self) -> PrefixTree:
-        """The same sequences with no needless borders: an only child becomes part of its parent.
-
-        A node where a sequence ends keeps its border. What is left of a group that has one
-        response is a single node, whose attention is one causal square as in an ordinary run.
-        """
-        num_children = np.zeros(self.num_nodes, dtype=np.int64)
-        for parent in self.parents:
-            if parent >= 0:
-                num_children[parent] += 1
-        ends = {path[-1] for path in self.sequences}
-        chained = [num_children[node] == 1 and node not in ends for node in range(self.num_nodes)]
-        if not any(chained):
-            return self
-        number: dict[int, int] = {-1: -1}
-        runs: dict[int, list[np.ndarray]] = {}
-        parents: list[int] = []
-        tokens: list[np.ndarray] = []
-        for node, parent in enumerate(self.parents):
-            run = [*runs.get(parent, ()), self.tokens[node]]
-            if chained[node]:
-                # Its only child continues the run, below the same node as this one.
-                runs[node] = run
-                number[node] = number[parent]
-                continue
-            number[node] = len(parents)
-            parents.append(number[parent])
-            tokens.append(_frozen(np.concatenate(run)) if len(run) > 1 else run[0])
-        sequences = tuple(
-            tuple(number[node] for node in path if not chained[node]) for path in self.sequences
+    @classmethod
+    def _made_of(cls, trees: Sequence[PrefixTree], new: Regrouping) -> PrefixTree:
+        old = [tokens for tree in trees for tokens in tree.tokens]
+        return cls(
+            parents=tuple(new.parents),
+            tokens=tuple(
+                old[run[0]] if len(run) == 1 else _frozen(np.concatenate([old[n] for n in run]))
+                for run in new.runs
+            ),
+            sequences=tuple(new.sequences),
         )
-        return PrefixTree(parents=tuple(parents), tokens=tuple(tokens), sequences=sequences)
-
-    def without(self, nodes: Collection[int]) -> PrefixTree:
-        """The same sequences with these nodes not shared: each child gets a copy of their tokens.
-
-        A sequence that ends at such a node ends at a leaf of its own, which it shares with those
-        that end there too.
-        """
-        if not nodes:
-            return self
-        number: dict[int, int] = {}
-        parents: list[int] = []
-        tokens: list[np.ndarray] = []
-        paths: list[tuple[int, ...]] = []
-        for old_path in self.sequences:
-            path: list[int] = []
-            run: list[np.ndarray] = []
-            for node in old_path:
-                run.append(self.tokens[node])
-                if node in nodes and node != old_path[-1]:
-                    continue
-                if node not in number:
-                    number[node] = len(parents)
-                    parents.append(path[-1] if path else -1)
-                    tokens.append(_frozen(np.concatenate(run)) if len(run) > 1 else run[0])
-                path.append(number[node])
-                run = []
-            paths.append(tuple(path))
-        return PrefixTree(parents=tuple(parents), tokens=tuple(tokens), sequences=tuple(paths))
-
-    @property
-    def num_nodes(self) -> int:
-        """Nodes of the forest."""
-        return len(self.parents)
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences of the forest."""
-        return len(self.sequences)
-
-    @cached_property
-    def node_lengths(self) -> np.ndarray:
-        """[nodes] int64: tokens of each node."""
-        return np.array([len(tokens) for tokens in self.tokens], dtype=np.int64)
-
-    @cached_property
-    def packed_lengths(self) -> np.ndarray:
-        """[nodes] int64: positions that predict each node's tokens.
-
-        As many as it has tokens; one less for a root, whose first token nothing predicts.
-        """
-        return self.node_lengths - (np.array(self.parents, dtype=np.int64) < 0)
-
-    @cached_property
-    def first_positions(self) -> np.ndarray:
-        """[nodes] int64: position id of the first input of each node's segment.
-
-        It equals the packed tokens of the node's ancestors: what its segment sees besides itself.
-        """
-        first = np.zeros(self.num_nodes, dtype=np.int64)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                first[node] = first[parent] + self.packed_lengths[parent]
-        return first
-
-    @cached_property
-    def multiplicity(self) -> np.ndarray:
-        """[nodes] int64: sequences through each node."""
-        nodes = [node for path in self.sequences for node in path]
-        return np.bincount(np.array(nodes, dtype=np.int64), minlength=self.num_nodes)
-
-    @cached_property
-    def sequence_lengths(self) -> np.ndarray:
-        """[sequences] int64: tokens of each sequence."""
-        lengths = self.node_lengths.tolist()
-        return np.array([sum(lengths[n] for n in path) for path in self.sequences], dtype=np.int64)
-
-    @property
-    def grouped_tokens(self) -> int:
-        """Tokens that a run over the tree computes, each shared one once, without padding."""
-        return int(self.packed_lengths.sum())
-
-    @property
-    def ungrouped_tokens(self) -> int:
-        """Tokens that a run over each sequence alone computes: its tokens but for the last."""
-        return int(self.sequence_lengths.sum()) - self.num_sequences
 
     def sequence_tokens(self, i: int) -> np.ndarray:
         """[length] int64: all tokens of sequence `i`, in an array of its own."""

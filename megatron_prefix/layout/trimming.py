@@ -18,14 +18,55 @@ Invariants of `trim_stages`:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
 
-from megatron_prefix.layout.packing import AttentionStage, attention_stage
+from megatron_prefix.layout.rows import RowStages
+from megatron_prefix.layout.stages import AttentionStage, attention_stage, stage_rows
+
+Stages = tuple[AttentionStage[np.ndarray], ...]
 
 
-def rows_to_keep(self_stage: AttentionStage, needed: np.ndarray, *, multiple: int) -> np.ndarray:
+def trim_row(
+    stages: RowStages[np.ndarray], needed: np.ndarray, *, multiple: int
+) -> RowStages[np.ndarray] | None:
+    """The stages of a layer that computes the needed tokens, and others only where it must.
+
+    Args:
+        stages: of all tokens of a rank's row.
+        needed: [C] bool.
+        multiple: see `rows_to_keep`.
+
+    Returns:
+        None where all tokens are computed.
+    """
+    kept = rows_to_keep(stages.local[0], needed, multiple=multiple)
+    if kept.all():
+        return None
+    queries = np.flatnonzero(kept)
+    gathered, ring, root = stages.gathered, stages.ring, stages.root
+    if root is not None:
+        (root,) = trim_stages([root], kept) or (None,)
+    if gathered is not None:
+        gathered = dataclasses.replace(gathered, stages=trim_stages(gathered.stages, kept))
+    if ring is not None:
+        ring = tuple(trim_stages(of_shard, kept) for of_shard in ring)
+    return dataclasses.replace(
+        stages,
+        queries=queries,
+        cu_seqlens_q=np.array([0, len(queries)], dtype=np.int32),
+        local=trim_stages(stages.local, kept),
+        gathered=gathered,
+        root=root,
+        ring=ring,  # heads are exchanged for all tokens of the row
+    )
+
+
+def rows_to_keep(
+    self_stage: AttentionStage[np.ndarray], needed: np.ndarray, *, multiple: int
+) -> np.ndarray:
     """[T] bool: the rows whose queries are computed, so that the needed ones are.
 
     Args:
@@ -34,7 +75,7 @@ def rows_to_keep(self_stage: AttentionStage, needed: np.ndarray, *, multiple: in
         multiple: the number of kept rows becomes a multiple of this, at least one time; T must be
             one.
     """
-    bounds = self_stage.cu_q.astype(np.int64)
+    bounds = self_stage.on.cu_q.astype(np.int64)
     num_tokens = int(bounds[-1])
     assert num_tokens % multiple == 0 and needed.shape == (num_tokens,)
     ends = bounds[1:]
@@ -48,7 +89,7 @@ def rows_to_keep(self_stage: AttentionStage, needed: np.ndarray, *, multiple: in
     return kept
 
 
-def trim_stages(stages: Iterable[AttentionStage], kept: np.ndarray) -> tuple[AttentionStage, ...]:
+def trim_stages(stages: Iterable[AttentionStage[np.ndarray]], kept: np.ndarray) -> Stages:
     """The same stages for the queries of the kept rows only; stages without any are left out.
 
     Args:
@@ -56,23 +97,22 @@ def trim_stages(stages: Iterable[AttentionStage], kept: np.ndarray) -> tuple[Att
         kept: [T] bool; in a causal square, all rows from the first kept one.
     """
     number = np.cumsum(kept) - 1
-    trimmed: list[AttentionStage] = []
+    trimmed: list[AttentionStage[np.ndarray]] = []
     for stage in stages:
-        trim = _trim_squares if stage.causal else _trim_rectangles
+        trim = _trim_squares if stage.on.causal else _trim_rectangles
         trimmed += trim(stage, kept, number)
     return tuple(trimmed)
 
 
 def _trim_squares(
-    stage: AttentionStage, kept: np.ndarray, number: np.ndarray
-) -> list[AttentionStage]:
+    stage: AttentionStage[np.ndarray], kept: np.ndarray, number: np.ndarray
+) -> Stages:
     """Smaller squares, and the rectangles between their queries and the keys before them."""
-    assert stage.query_rows is None and stage.key_rows is None
-    lengths = np.diff(stage.cu_q)
+    assert isinstance(stage.queries, slice) and isinstance(stage.keys, slice)
+    lengths = np.diff(stage.on.cu_q)
     square = np.repeat(np.arange(len(lengths)), lengths)
-    rows = np.arange(stage.q_start, stage.q_stop)
+    rows, keys = stage_rows(stage.queries), stage_rows(stage.keys)
     is_kept = kept[rows]
-    keys = rows - stage.q_start + stage.k_start
     kept_lengths = np.bincount(square[is_kept], minlength=len(lengths))
     stages = [
         _stage(
@@ -95,35 +135,33 @@ def _trim_squares(
                 causal=False,
             )
         )
-    return stages
+    return tuple(stages)
 
 
 def _trim_rectangles(
-    stage: AttentionStage, kept: np.ndarray, number: np.ndarray
-) -> list[AttentionStage]:
-    assert stage.key_rows is None
-    rows = stage.query_rows
-    if rows is None:
-        rows = np.arange(stage.q_start, stage.q_stop)
-    q_lengths, k_lengths = np.diff(stage.cu_q), np.diff(stage.cu_k)
+    stage: AttentionStage[np.ndarray], kept: np.ndarray, number: np.ndarray
+) -> Stages:
+    assert isinstance(stage.keys, slice)
+    rows = stage_rows(stage.queries)
+    q_lengths, k_lengths = np.diff(stage.on.cu_q), np.diff(stage.on.cu_k)
     rectangle = np.repeat(np.arange(len(q_lengths)), q_lengths)
     kept_lengths = np.bincount(rectangle[kept[rows]], minlength=len(q_lengths))
     if not kept_lengths.any():
-        return []
+        return ()
     # Keys without queries are only kept in between.
     used = np.flatnonzero(kept_lengths)
     first, last = int(used[0]), int(used[-1])
-    keys = np.arange(stage.cu_k[first], stage.cu_k[last + 1]) + stage.k_start
+    keys = np.arange(stage.on.cu_k[first], stage.on.cu_k[last + 1]) + stage.keys.start
     used_range = slice(first, last + 1)
-    return [
+    return (
         _stage(
             number[rows[kept[rows]]],
             keys,
             kept_lengths[used_range],
             k_lengths[used_range],
             causal=False,
-        )
-    ]
+        ),
+    )
 
 
 def _stage(
@@ -133,15 +171,12 @@ def _stage(
     k_lengths: np.ndarray,
     *,
     causal: bool,
-) -> AttentionStage:
+) -> AttentionStage[np.ndarray]:
     """A stage of these rows: as slices where they are."""
-    q_bounds, k_bounds = (int(queries[0]), int(queries[-1]) + 1), (int(keys[0]), int(keys[-1]) + 1)
-    return attention_stage(
-        q_bounds,
-        k_bounds,
-        q_lengths,
-        k_lengths,
-        causal=causal,
-        query_rows=None if q_bounds[1] - q_bounds[0] == len(queries) else queries,
-        key_rows=None if k_bounds[1] - k_bounds[0] == len(keys) else keys,
-    )
+    return attention_stage(_as_slice(queries), _as_slice(keys), q_lengths, k_lengths, causal=causal)
+
+
+def _as_slice(rows: np.ndarray) -> slice | np.ndarray:
+    """The same rows, ascending, as a slice where they are one."""
+    first, stop = int(rows[0]), int(rows[-1]) + 1
+    return slice(first, stop) if stop - first == len(rows) else rows

@@ -1,1 +1,1 @@
-"""Megatron's GPTModel with shared prefixes: its configuration, parts and memory."""
+"""Megatron's GPTModel with shared prefixes: its configuration and parts."""

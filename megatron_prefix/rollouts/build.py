@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 from megatron_prefix.config import RunConfig
-from megatron_prefix.distributed.rank_results import on_rank_0
+from megatron_prefix.distributed.rank_results import rank_0_alone
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.packages import needed_by
@@ -13,7 +14,7 @@ from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.engine import EmbeddedEngine
 from megatron_prefix.rollouts.embedded.evaluator import Evaluator
 from megatron_prefix.rollouts.embedded.sampler import Sampler
-from megatron_prefix.rollouts.engine import RolloutEngine
+from megatron_prefix.rollouts.engine import ENGINE_ERRORS, RolloutEngine
 from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.hf.engine import HuggingFaceEngine
 from megatron_prefix.rollouts.hf.export import weights_exporter
@@ -45,7 +46,8 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
             max_positions=config.model.max_sequence_length,
             group_size=rollouts.group_size,
             reward=reward,
-            run_once=on_rank_0,
+            reads=runtime.is_main,
+            run_alone=functools.partial(rank_0_alone, errors=ENGINE_ERRORS),
             epochs=rollouts.epochs,
         )
     assert rollouts.group_size is not None and reward is not None

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.rollouts.records import RolloutBatch
 
 
 class EndOfRollouts(Exception):
     """There are not as many groups left as were asked for; the run ends in good order."""
 
 
-class RolloutEngine(Protocol):
-    """Gives the trainer its groups, the same ones on every rank."""
+ENGINE_ERRORS = (EndOfRollouts, ValueError, OSError)
+"""What an engine may raise on rank 0, for what passes errors on to other ranks."""
 
-    def next_groups(self, num_groups: int, *, step: int) -> list[RolloutGroup]:
-        """The next groups of rollouts.
+
+class RolloutEngine(Protocol):
+    """Gives rank 0 the rollouts. Every rank calls every method, in the same order."""
+
+    def next_rollouts(self, num_groups: int, *, step: int) -> RolloutBatch | None:
+        """The next groups of rollouts: all of them on rank 0, None on every other rank.
+
+        An engine is collective where it needs every rank. An error may be raised on rank 0 alone.
 
         Args:
             num_groups: how many; never fewer come back.
             step: rollout batches trained on so far, for what an engine draws at random.
 
         Returns:
-            Groups that have passed `validate_group`.
+            On rank 0 groups that have passed `validate_batch`.
 
         Raises:
             EndOfRollouts: fewer groups are left. None of them is used up.
@@ -31,11 +37,11 @@ class RolloutEngine(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """What there is to say about the last `next_groups`; the same on every rank."""
+        """What there is to say about the last `next_rollouts`; the same on every rank."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the engine stands in its data, as plain values for a checkpoint."""
+        """Where the engine stands in its data, as plain values; a checkpoint stores rank 0's."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

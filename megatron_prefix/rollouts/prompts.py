@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.parsing import parse_prompt
-from megatron_prefix.rollouts.record_files import FilePosition, Record
+from megatron_prefix.rollouts.record import FilePosition, Record
 from megatron_prefix.rollouts.stream import RecordStream
 from megatron_prefix.rollouts.validation import check_tokens
 

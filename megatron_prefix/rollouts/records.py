@@ -9,12 +9,15 @@ Legend: G groups, R responses of all groups, P prompt tokens, T response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Tokens = Sequence[int] | NDArray
+"""Token ids."""
 
 UNKNOWN = -1
 """The value of `finished` and `policy_versions` where it is not known."""
@@ -27,8 +30,8 @@ class RolloutGroup:
     What stands for a sequence may be an array or any sequence of plain numbers.
     """
 
-    prompt: Sequence[int] | NDArray
-    responses: Sequence[Sequence[int] | NDArray]
+    prompt: Tokens
+    responses: Sequence[Tokens]
     rewards: Sequence[float] | NDArray
     """One for each response."""
     old_logprobs: Sequence[Sequence[float] | NDArray] | None = None
@@ -92,7 +95,7 @@ class RolloutBatch:
             ValueError: some groups have old log-probabilities and some do not, naming two of them.
         """
         groups = list(groups)
-        _check_all_or_none(groups)
+        check_all_or_none({group.old_logprobs is not None: group.source for group in groups})
         responses = [response for group in groups for response in group.responses]
         masks = None
         if any(group.loss_mask is not None for group in groups):
@@ -227,6 +230,11 @@ class RolloutSummary:
         )
 
 
+def plain_tokens(tokens: Tokens) -> tuple[int, ...]:
+    """The tokens as Python's own whole numbers."""
+    return tuple(tokens.tolist() if isinstance(tokens, np.ndarray) else tokens)
+
+
 def offsets_of(lengths: Sequence[int] | NDArray) -> NDArray[np.int64]:
     """[n + 1] where each of n items begins, and where the last one ends."""
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
@@ -252,9 +260,14 @@ def _finished(group: RolloutGroup) -> Sequence[Any] | NDArray:
     return [UNKNOWN] * len(group.responses) if group.finished is None else group.finished
 
 
-def _check_all_or_none(groups: Sequence[RolloutGroup]) -> None:
-    """A response's ratio would otherwise depend on which groups share its row."""
-    known = {group.old_logprobs is not None: group.source for group in groups}
+def check_all_or_none(known: Mapping[bool, str]) -> None:
+    """Refuse old log-probabilities of some groups of a batch only.
+
+    A response's ratio would depend on which groups share its row.
+
+    Args:
+        known: the source of a group with (True) and of one without (False), where there are such.
+    """
     if len(known) > 1:
         raise ValueError(
             f"{known[False]}: old_logprobs: missing, but {known[True]}, of the same rollout batch, "

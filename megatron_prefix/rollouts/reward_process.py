@@ -22,12 +22,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from megatron_prefix.rollouts.records import Tokens, plain_tokens
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
-if TYPE_CHECKING:  # reading rollouts needs the standard library only
+if TYPE_CHECKING:  # reading rollouts needs NumPy only
     from megatron_prefix.config import RewardProcessConfig
 
 logger = logging.getLogger(__name__)
+
+Call = tuple[Tokens, Tokens, Any]
+"""The prompt, the response and the answer that one call is about."""
 
 _START_TIMEOUT_S = 120.0
 """For importing the user's module, which may bring in large packages."""
@@ -97,12 +101,14 @@ class ProcessReward:
         finally:
             self._idle.put(worker)
 
-    def map(self, calls: Sequence[tuple[tuple[int, ...], tuple[int, ...], Any]]) -> list[Any]:
+    def map(self, calls: Sequence[Call]) -> list[Any]:
         """Rewards of many responses, side by side; a failed one leaves its `RewardFailed`."""
 
-        def attempt(call: tuple[tuple[int, ...], tuple[int, ...], Any]) -> Any:
+        def attempt(call: Call) -> Any:
+            prompt, response, answer = call
             try:
-                return self(*call)
+                # Only now: plain numbers of a whole batch would take gigabytes.
+                return self(plain_tokens(prompt), plain_tokens(response), answer)
             except RewardFailed as error:
                 return error
 

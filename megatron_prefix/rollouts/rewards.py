@@ -10,15 +10,18 @@ from __future__ import annotations
 import dataclasses
 import reprlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_prefix.rollouts.records import RolloutGroup
+import numpy as np
+
+from megatron_prefix.rollouts.names import REWARD_NAMES, TEXT_REWARD_NAMES, fault_of_name
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, plain_tokens
 from megatron_prefix.rollouts.reward_process import ProcessReward, RewardFailed
 from megatron_prefix.rollouts.text.rewards import TEXT_REWARDS, TextReward
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
-if TYPE_CHECKING:  # reading rollouts needs the standard library only
+if TYPE_CHECKING:  # reading rollouts needs NumPy only
     from megatron_prefix.config import RewardProcessConfig
 
 
@@ -60,6 +63,8 @@ REWARDS: dict[str, RewardFunction] = {
     for function in (exact_match, token_match_fraction, contains_answer, ends_with_answer)
 }
 """The rewards that have a name."""
+
+assert set(REWARDS) == set(REWARD_NAMES) and set(TEXT_REWARDS) == set(TEXT_REWARD_NAMES)
 
 
 class _ExactMatch:
@@ -110,30 +115,27 @@ def load_reward(
     return ProcessReward(spec, process, tokenizer=tokenizer)
 
 
-def fault_of_name(spec: str, *, has_tokenizer: bool) -> str | None:
-    """What is wrong with a reward's name, and what to do; None if it may be one.
+def reward_batch(reward: RewardFunction, batch: RolloutBatch) -> RolloutBatch:
+    """The batch with the rewards of all its responses.
 
-    A function's module is not looked for: to import it may take long, or do anything.
+    Raises:
+        ValueError: see `compute_rewards`.
     """
-    if spec in REWARDS or (spec in TEXT_REWARDS and has_tokenizer):
-        return None
-    if spec in TEXT_REWARDS:
-        return "it reads text; set rollouts.text.tokenizer"
-    module_name, colon, path = spec.partition(":")
-    if colon and module_name and path:
-        return None
-    names = ", ".join(dict.fromkeys([*REWARDS, *TEXT_REWARDS]))
-    return f"name one of {names}, or a function of yours as module:function"
+    rewards = [value for found in reward_groups(reward, batch.groups()) for value in found]
+    return dataclasses.replace(batch, rewards=np.array(rewards, dtype=np.float64))
 
 
-def reward_groups(reward: RewardFunction, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-    """The groups with the rewards of all their responses.
+def reward_groups(
+    reward: RewardFunction, groups: Iterable[RolloutGroup]
+) -> list[tuple[float, ...]]:
+    """For each group the reward of each of its responses.
 
     Raises:
         ValueError: see `compute_rewards`.
     """
     if not isinstance(reward, ProcessReward):
-        return [dataclasses.replace(g, rewards=compute_rewards(reward, g)) for g in groups]
+        return [compute_rewards(reward, group) for group in groups]
+    groups = list(groups)
     calls = [(g.prompt, response, g.answer) for g in groups for response in g.responses]
     values = iter(reward.map(calls))
     rewarded = []
@@ -144,7 +146,7 @@ def reward_groups(reward: RewardFunction, groups: Sequence[RolloutGroup]) -> lis
             if isinstance(value, RewardFailed):
                 raise ValueError(f"{_where(group, r, reward)} {value}") from value
             rewards.append(value)
-        rewarded.append(dataclasses.replace(group, rewards=tuple(rewards)))
+        rewarded.append(tuple(rewards))
     return rewarded
 
 
@@ -157,12 +159,13 @@ def compute_rewards(reward: RewardFunction, group: RolloutGroup) -> tuple[float,
             the function.
     """
     if isinstance(reward, ProcessReward):
-        return reward_groups(reward, [group])[0].rewards
+        return reward_groups(reward, [group])[0]
     rewards = []
+    prompt = plain_tokens(group.prompt)
     for r, response in enumerate(group.responses):
         where = _where(group, r, reward)
         try:
-            value = reward(group.prompt, response, group.answer)
+            value = reward(prompt, plain_tokens(response), group.answer)
         except Exception as error:
             raise ValueError(f"{where} failed: {_described(error)}") from error
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from megatron_prefix.rollouts.engine import EndOfRollouts
-from megatron_prefix.rollouts.record_files import START, FilePosition, Record, open_record_file
+from megatron_prefix.rollouts.record import START, FilePosition, Record
+from megatron_prefix.rollouts.record_files import open_record_file
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class RecordStream(Generic[Item]):
         read_items: ItemReader[Item],
         *,
         epochs: int | None = None,
+        as_arrays: bool = False,
     ) -> None:
         """Check the files' names; nothing is read yet.
 
@@ -53,6 +55,7 @@ class RecordStream(Generic[Item]):
             paths: .jsonl, .jsonl.gz and .parquet files.
             read_items: makes items of a file's records; called anew for each file.
             epochs: how often to go through the files; None is without end.
+            as_arrays: see `RecordFile.records`.
 
         Raises:
             ValueError: no paths, a file that is not there or of unknown format, or epochs below 1.
@@ -66,6 +69,7 @@ class RecordStream(Generic[Item]):
         self._identities = [[f.path.name, f.path.stat().st_size] for f in self._files]
         self._read_items = read_items
         self._epochs = epochs
+        self._as_arrays = as_arrays
         self._position = StreamPosition()
         self._reader: Generator[tuple[Item, StreamPosition], None, None] | None = None
 
@@ -81,22 +85,35 @@ class RecordStream(Generic[Item]):
             EndOfRollouts: fewer are left in the last epoch.
             ValueError: a record that is wrong, or files without a single item.
         """
+        items: list[Item] = []
+        self.take_each(count, items.append)
+        return items
+
+    def take_each(self, count: int, use: Callable[[Item], None]) -> None:
+        """Have each of the next `count` items used as it is read, so that none has to be kept.
+
+        Raises:
+            EndOfRollouts: fewer are left in the last epoch.
+            ValueError: a record that is wrong, or files without a single item; or of `use`.
+        """
         if count < 1:
             raise ValueError(f"{count} groups were asked for; ask for at least 1")
         try:
             if self._reader is None:
                 self._reader = self._read_from(self._position)
-            batch = list(itertools.islice(self._reader, count))
-            if len(batch) < count:
+            taken, position = 0, self._position
+            for item, end in itertools.islice(self._reader, count):
+                use(item)
+                taken, position = taken + 1, end
+            if taken < count:
                 raise EndOfRollouts(
                     f"the files of rollouts have been gone through (epochs={self._epochs}): "
-                    f"{len(batch)} groups are left, {count} were asked for"
+                    f"{taken} groups are left, {count} were asked for"
                 )
         except BaseException:
             self.close()
             raise
-        self._position = batch[-1][1]
-        return [item for item, _ in batch]
+        self._position = position
 
     def state_dict(self) -> dict[str, Any]:
         """The position and the files that it is a position of, as plain values."""
@@ -159,7 +176,8 @@ class RecordStream(Generic[Item]):
                     file=index,
                     within=position.within if index == position.file else START,
                 )
-                with closing(self._files[index].records(position.within)) as records:
+                file = self._files[index]
+                with closing(file.records(position.within, as_arrays=self._as_arrays)) as records:
                     for item, end in self._read_items(records):
                         empty = False
                         yield item, dataclasses.replace(position, within=end)

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 
 # Log-probabilities taken from bfloat16 logits can come out a little above 0; a value beyond this is
-# no rounding but a sign that was dropped.
-_LOGPROB_ROUNDING = 0.1
+# no rounding but a sign that was dropped. The same number in 32 and in 64 bits.
+_LOGPROB_ROUNDING = 0.125
+_LARGEST_LOGPROB = float(np.finfo(np.float32).max)
 
 FieldName = Callable[[str, int], str]
 """How an error names the value of a field that belongs to a response, given by its index."""
@@ -35,7 +36,7 @@ def validate_batch(batch: RolloutBatch, *, vocab_size: int, max_positions: int) 
     Raises:
         ValueError: see `validate_group`; the first group that is wrong is named.
     """
-    if not _is_good(batch, vocab_size, max_positions):
+    if not is_trainable(batch, vocab_size=vocab_size, max_positions=max_positions):
         for group in batch.groups():
             validate_group(group, vocab_size=vocab_size, max_positions=max_positions)
         raise AssertionError("the checks of a batch and of its groups differ")
@@ -118,8 +119,8 @@ def check_tokens(where: str, tokens: Sequence[Any] | NDArray, vocab_size: int) -
             )
 
 
-def _is_good(batch: RolloutBatch, vocab_size: int, max_positions: int) -> bool:
-    """Whether every group passes `validate_group`."""
+def is_trainable(batch: RolloutBatch, *, vocab_size: int, max_positions: int) -> bool:
+    """Whether every group passes `validate_group`; whole arrays are looked at."""
     prompts, responses = np.diff(batch.prompt_offsets), np.diff(batch.response_offsets)
     sizes = np.diff(batch.group_offsets)
     lengths_are_good = (
@@ -154,8 +155,14 @@ def _check_logprobs(where: str, logprobs: Sequence[float] | NDArray, length: int
             f"{where}: {len(logprobs)} log-probabilities for a response of {length} tokens; "
             "there must be one for each"
         )
+    if isinstance(logprobs, np.ndarray):
+        if ((logprobs >= -_LARGEST_LOGPROB) & (logprobs <= _LOGPROB_ROUNDING)).all():
+            return
+        logprobs = logprobs.tolist()
     for i, value in enumerate(logprobs):
         _check_finite(f"{where}[{i}]", value)
+        if value < -_LARGEST_LOGPROB:
+            raise ValueError(f"{where}[{i}]: {value} is beyond the numbers of 32 bits")
         if value > _LOGPROB_ROUNDING:
             raise ValueError(f"{where}[{i}]: {value} is not a log-probability, they are at most 0")
 

@@ -1,43 +1,75 @@
-"""One microbatch as tensors: the packed row, and what is trained on it.
+"""One microbatch of a rank: on the host as NumPy, and on the device as tensors.
 
 Legend: T tokens of the row, N labelled positions (where some sequence trains on the label),
-E entries. An entry is one trained token of one sequence; a position that several sequences share
-(a response that branches) is one label and several entries, so each keeps its own advantage.
+E entries. A position that several sequences share is one label and several entries.
 
 Under context parallelism all of these are what this rank holds of the row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prefix.device_copy import copy_to_device
+from megatron_prefix.attention.root_keys import RootKeys
+from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.device_copy import record_to_device
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
-from megatron_prefix.layout import PackedLayout
+from megatron_prefix.layout import ModelRow, RankRow
+from megatron_prefix.layout.stages import Array
+from megatron_prefix.training.entries import RowEntries
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainedSequence:
-    """What the objective needs of one sequence of a packed layout."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainedEntries(Generic[Array]):
+    """What is trained on in this rank's row."""
 
-    first_trained: int
-    """Index of the first trained token: the prompt's length."""
-    weight: float
-    """Of each of its trained tokens, over the global batch (see objective/weights.py)."""
-    advantage: float
-    old_logprobs: np.ndarray | None = None
-    """[trained tokens], under the policy that sampled them; None: not known yet."""
+    label_positions: Array
+    """[N] int64: rows of the model's output whose label is trained on, ascending."""
+    labels: Array
+    """[N] int64"""
+    entry_labels: Array
+    """[E] int64: index into the N labels."""
+    sequence_ids: Array
+    """[E] int64: sequence of this microbatch, 0 .. num_sequences - 1."""
+    sequence_tokens: Array
+    """[E] int64: which of its sequence's trained tokens each is, from 0."""
+    weights: Array
+    """[E] float64"""
+    advantages: Array
+    """[E] float64"""
+    old_logprobs: Array | None
+    """[E] float64; None: not known yet."""
+
+
+BatchArrays = tuple[ModelRow[Array], TrainedEntries[Array]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HostBatch:
+    """A microbatch of this rank on the host, all of it NumPy."""
+
+    row: RankRow
+    entries: TrainedEntries[np.ndarray]
+    num_sequences: int
+
+    @property
+    def arrays(self) -> BatchArrays[np.ndarray]:
+        """All that goes to the device."""
+        return self.row.model, self.entries
 
 
 @dataclass(kw_only=True)
 class PackedBatch:
-    """A microbatch on the device. `old_logprobs` and `reference_logprobs` may be filled later."""
+    """A microbatch on the device. `old_logprobs` and `reference_logprobs` may be filled later.
+
+    Fields that `TrainedEntries` has too are described there.
+    """
 
     input_ids: Tensor
     """[1, T] int64"""
@@ -45,24 +77,16 @@ class PackedBatch:
     """[1, T] int64"""
     params: PrefixPackedSeqParams
     label_positions: Tensor
-    """[N] int64: rows of the model's output whose label is trained on, ascending."""
     labels: Tensor
-    """[N] int64"""
     entry_labels: Tensor
-    """[E] int64: index into the N labels."""
     sequence_ids: Tensor
-    """[E] int64: sequence of this microbatch, 0 .. num_sequences - 1."""
     sequence_tokens: Tensor
-    """[E] int64: which of its sequence's trained tokens each is, from 0."""
     weights: Tensor
-    """[E] float64"""
     advantages: Tensor
-    """[E] float64"""
     num_sequences: int
     context_parallel_group: dist.ProcessGroup | None = None
     """The ranks that the row is distributed over; None: all of it is here."""
     old_logprobs: Tensor | None = None
-    """[E]"""
     reference_logprobs: Tensor | None = None
     """[E]"""
 
@@ -71,119 +95,76 @@ class PackedBatch:
         """T, padding included."""
         return self.input_ids.shape[1]
 
+    @property
+    def rows(self) -> tuple[PackedBatch, ...]:
+        """The rows that something is trained on: this one."""
+        return (self,)
 
-def build_batch(
-    layout: PackedLayout,
-    sequences: Sequence[TrainedSequence],
-    *,
-    device: torch.device,
-    kernel: str | None = None,
-    deterministic: bool = False,
-    context_parallel_group: dist.ProcessGroup | None = None,
-    check_equal: bool = True,
-    trim_last_layer: bool = False,
-    output_multiple: int = 1,
-) -> PackedBatch:
-    """Tensors of a packed layout and its sequences' training data.
+
+def host_batch(row: RankRow, entries: RowEntries, *, num_sequences: int) -> HostBatch:
+    """A microbatch of what is trained on in a rank's part of a row.
 
     Args:
-        layout: the packed row.
-        sequences: one for each sequence of `layout.tree`, in its order.
-        device: where the tensors go.
-        kernel, deterministic, context_parallel_group, check_equal: see
-            `PrefixPackedSeqParams.from_layout`.
-        trim_last_layer: the model's output has only the rows that are trained on (and some that
-            come with them), and its last layer computes no others; see
-            `PrefixPackedSeqParams.trim_last_layer`.
-        output_multiple: such an output's length is a multiple of this.
-
-    Raises:
-        ValueError: a sequence's old log-probabilities do not match its trained tokens.
+        row: of the rank.
+        entries: of the whole packed row.
+        num_sequences: of the packed row.
     """
-    assert len(sequences) == layout.tree.num_sequences
-    params = PrefixPackedSeqParams.from_layout(
-        layout,
-        device,
-        kernel=kernel,
-        deterministic=deterministic,
-        context_parallel_group=context_parallel_group,
-        check_equal=check_equal,
-    )
-    entries = _all_entries(layout, sequences)
-    # Where this rank has each position of the row, -1 for those of other ranks.
-    places = np.full(layout.num_tokens, -1, dtype=np.int64)
-    rows = params.own_rows
-    places[rows[rows >= 0]] = np.flatnonzero(rows >= 0)
+    # Where this rank has each position of the packed row, -1 for those of other ranks.
+    last = int(max(row.rows.max(initial=-1), entries.positions.max(initial=-1)))
+    places = np.full(last + 1, -1, dtype=np.int64)
+    places[row.rows[row.rows >= 0]] = np.flatnonzero(row.rows >= 0)
     entries = entries.select(places[entries.positions] >= 0)
-    label_positions, entry_labels = np.unique(places[entries.positions], return_inverse=True)
-    output_positions = label_positions
-    if trim_last_layer:
-        output_rows = params.trim_last_layer(label_positions, multiple=output_multiple)
-        output_positions = np.searchsorted(output_rows, label_positions)
-    per_sequence = np.array([(s.weight, s.advantage) for s in sequences]).reshape(-1, 2)
-
-    arrays = {
-        "input_ids": params.own_values(layout.input_ids)[None],
-        "label_positions": output_positions,
-        "labels": layout.labels[rows[label_positions]],
-        "entry_labels": entry_labels.reshape(-1),
-        "sequence_ids": entries.sequences,
-        "sequence_tokens": entries.tokens,
-        "weights": per_sequence[entries.sequences, 0],
-        "advantages": per_sequence[entries.sequences, 1],
-    }
-    if entries.old_logprobs is not None:
-        arrays["old_logprobs"] = entries.old_logprobs
-    return PackedBatch(
-        position_ids=params.position_ids[None],
-        params=params,
-        num_sequences=len(sequences),
-        context_parallel_group=context_parallel_group,
-        **dict(zip(arrays, copy_to_device(list(arrays.values()), device), strict=True)),
+    label_rows, entry_labels = np.unique(places[entries.positions], return_inverse=True)
+    return HostBatch(
+        row=row,
+        entries=TrainedEntries(
+            label_positions=np.searchsorted(row.output_rows, label_rows),
+            labels=row.labels[label_rows],
+            entry_labels=entry_labels.reshape(-1),
+            sequence_ids=entries.sequences,
+            sequence_tokens=entries.tokens,
+            weights=entries.weights,
+            advantages=entries.advantages,
+            old_logprobs=entries.old_logprobs,
+        ),
+        num_sequences=num_sequences,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Entries:
-    """[E] each, sequence by sequence."""
+def to_device(host: HostBatch, setup: AttentionSetup) -> PackedBatch:
+    """The microbatch on the device, in one copy.
 
-    positions: np.ndarray
-    """In the packed row."""
-    sequences: np.ndarray
-    tokens: np.ndarray
-    old_logprobs: np.ndarray | None
-
-    def select(self, chosen: np.ndarray) -> _Entries:
-        old = self.old_logprobs
-        return _Entries(
-            positions=self.positions[chosen],
-            sequences=self.sequences[chosen],
-            tokens=self.tokens[chosen],
-            old_logprobs=None if old is None else old[chosen],
-        )
+    Args:
+        host: planned for the setup's rank and kinds of communication.
+        setup: of the model.
+    """
+    return packed_batch(host, record_to_device(host.arrays, setup.device), setup)
 
 
-def _all_entries(layout: PackedLayout, sequences: Sequence[TrainedSequence]) -> _Entries:
-    """The trained tokens of every sequence of the row."""
-    none = np.zeros(0, dtype=np.int64)
-    positions, ids, tokens, old = [none], [none], [none], [np.zeros(0)]
-    for i, sequence in enumerate(sequences):
-        # The position that predicts token j is entry j - 1 of the sequence's positions.
-        trained = layout.sequence_positions(i)[sequence.first_trained - 1 :]
-        positions.append(trained)
-        ids.append(np.full(len(trained), i, dtype=np.int64))
-        tokens.append(np.arange(len(trained)))
-        if sequence.old_logprobs is not None:
-            if len(sequence.old_logprobs) != len(trained):
-                raise ValueError(
-                    f"sequence {i}: {len(sequence.old_logprobs)} old log-probabilities for "
-                    f"{len(trained)} trained tokens"
-                )
-            old.append(np.asarray(sequence.old_logprobs, dtype=np.float64))
-    knows_old = bool(sequences) and len(old) == len(sequences) + 1
-    return _Entries(
-        positions=np.concatenate(positions),
-        sequences=np.concatenate(ids),
-        tokens=np.concatenate(tokens),
-        old_logprobs=np.concatenate(old) if knows_old else None,
+def packed_batch(
+    host: HostBatch,
+    tensors: BatchArrays[Tensor],
+    setup: AttentionSetup,
+    *,
+    root: RootKeys | None = None,
+    keeps_root: bool = False,
+) -> PackedBatch:
+    """A microbatch whose arrays are on the device.
+
+    Args:
+        host: what was planned.
+        tensors: `host.arrays` on the device.
+        setup: of the model.
+        root, keeps_root: see `PrefixPackedSeqParams.from_row`.
+    """
+    model, entries = tensors
+    return PackedBatch(
+        input_ids=model.input_ids[None],
+        position_ids=model.position_ids[None],
+        params=PrefixPackedSeqParams.from_row(
+            host.row, model, setup, root=root, keeps_root=keeps_root
+        ),
+        num_sequences=host.num_sequences,
+        context_parallel_group=setup.context_parallel_group,
+        **{field.name: getattr(entries, field.name) for field in dataclasses.fields(entries)},
     )

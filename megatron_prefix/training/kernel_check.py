@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_prefix.attention.kernels import select_kernel
+from megatron_prefix.attention.kernels import Kernel, select_kernel
 from megatron_prefix.attention.self_check import check_kernel
 from megatron_prefix.config import TrainingConfig
 from megatron_prefix.distributed.rank_results import raise_together
@@ -14,7 +14,7 @@ from megatron_prefix.model.transformer_config import DTYPES
 
 def check_kernel_of_run(
     training: TrainingConfig, model: TransformerConfig, device: torch.device
-) -> None:
+) -> Kernel:
     """Select the run's kernel and compare it with the reference on this rank. Collective.
 
     Raises:
@@ -29,9 +29,11 @@ def check_kernel_of_run(
     }
     tensor_size = model.tensor_model_parallel_size
     with raise_together():
+        kernel = select_kernel(training.kernel, **inputs)
         check_kernel(
-            select_kernel(training.kernel, **inputs),
+            kernel,
             num_heads=model.num_attention_heads // tensor_size,
             num_key_heads=max(1, model.num_query_groups // tensor_size),
             **inputs,
         )
+    return kernel

@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.objective import ObjectiveConfig, PolicyMetrics, policy_loss
 from megatron_prefix.training.batch import PackedBatch
+from megatron_prefix.training.series import BatchSeries, series_outputs, train_series
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,49 +50,79 @@ def finalize_without_division(
 
 def run_schedule(
     chunks: ModelChunks,
-    batches: Sequence[PackedBatch],
+    batches: Sequence[PackedBatch | BatchSeries],
     objective: ObjectiveConfig,
     *,
-    forward_only: bool,
-    collect_logprobs: bool = False,
+    with_gradients: bool,
 ) -> list[Any]:
-    """Run the microbatches through the pipeline; gradients accumulate unless `forward_only`.
+    """Run the microbatches through the pipeline.
 
     Args:
         batches: this data-parallel rank's microbatches, as many as on every other rank.
-        collect_logprobs: return log-probabilities instead of losses.
+        with_gradients: run backward too, and let gradients accumulate.
 
     Returns:
-        On the last pipeline stage one item per microbatch: `PolicyMetrics`, or (with
-        `collect_logprobs`) the [E] log-probabilities of its entries. Elsewhere an empty list.
+        On the last pipeline stage one item per microbatch: its `PolicyMetrics`, or (without
+        gradients) for each of its rows the [E] log-probabilities of the entries. Elsewhere an empty
+        list.
     """
     chunks.config.finalize_model_grads_func = finalize_without_division
     forward_backward = get_forward_backward_func()
-    iterators: list[Iterator[PackedBatch]] = [iter(batches) for _ in chunks.wrapped]
+    iterators: list[Iterator[PackedBatch | BatchSeries]] = [iter(batches) for _ in chunks.wrapped]
     return forward_backward(
         forward_step_func=functools.partial(
-            _forward_step, chunks=chunks, objective=objective, with_entropy=not collect_logprobs
+            _forward_step, chunks=chunks, objective=objective, with_gradients=with_gradients
         ),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=chunks.wrapped if len(chunks.wrapped) > 1 else chunks.wrapped[0],
         num_microbatches=len(batches),
         # Each microbatch's own length travels with it (variable_seq_lengths).
-        seq_length=max(batch.num_tokens for batch in batches),
+        seq_length=batches[0].num_tokens,
         micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=collect_logprobs,
+        forward_only=not with_gradients,
+        collect_non_loss_data=not with_gradients,
     )
 
 
 def _forward_step(
-    data_iterator: Iterator[PackedBatch],
+    data_iterator: Iterator[PackedBatch | BatchSeries],
     model: torch.nn.Module,
     *,
     chunks: ModelChunks,
     objective: ObjectiveConfig,
-    with_entropy: bool,
+    with_gradients: bool,
 ) -> tuple[Tensor, Any]:
     batch = next(data_iterator)
+    run = functools.partial(
+        _run_row, model=model, chunks=chunks, objective=objective, with_entropy=with_gradients
+    )
+    if isinstance(batch, PackedBatch):
+        return run(batch), functools.partial(_loss, batch=batch, objective=objective)
+    if not with_gradients:
+        outputs = series_outputs(batch, run)
+        found = tuple(_entries(output, row)[0].detach() for output, row in outputs)
+        return outputs[0][0], lambda output, non_loss_data: found
+    scale = chunks.config.grad_scale_func or (lambda loss: loss)
+
+    def scaled_loss(output: Tensor, row: PackedBatch) -> tuple[Tensor, PolicyMetrics]:
+        loss, _, metrics = _loss(output, batch=row, objective=objective)
+        return scale(loss), metrics
+
+    metrics = train_series(batch, run, scaled_loss)
+    # Backward is done; the schedule's own begins, and ends, at this number.
+    done = torch.zeros((), device=batch.root.input_ids.device, requires_grad=True)
+    return done, lambda output: (output, _no_count(output), metrics)
+
+
+def _run_row(
+    batch: PackedBatch,
+    *,
+    model: torch.nn.Module,
+    chunks: ModelChunks,
+    objective: ObjectiveConfig,
+    with_entropy: bool,
+) -> Tensor:
+    """The output of a model chunk: on the last stage [1, N, 2], or [1, N, 1] without entropies."""
     call = functools.partial(
         model,
         batch.input_ids,
@@ -99,29 +130,32 @@ def _forward_step(
         attention_mask=None,
         packed_seq_params=batch.params,
     )
-    if chunks.head is not None and model is chunks.wrapped[-1]:
-        output = chunks.head.log_probs(
-            call,
-            batch.label_positions,
-            batch.labels,
-            temperature=objective.temperature,
-            with_entropy=with_entropy,
-            train_entropy=with_entropy and objective.entropy_coefficient > 0,
-        )
-    else:
-        output = call()
-    return output, functools.partial(_loss, batch=batch, objective=objective)
+    if chunks.head is None or model is not chunks.wrapped[-1]:
+        return call()
+    return chunks.head.log_probs(
+        call,
+        batch.label_positions,
+        batch.labels,
+        temperature=objective.temperature,
+        with_entropy=with_entropy,
+        train_entropy=with_entropy and objective.entropy_coefficient > 0,
+    )
+
+
+def _entries(output: Tensor, batch: PackedBatch) -> tuple[Tensor, ...]:
+    """[E] log-probabilities of the entries, and their entropies where the output has them."""
+    # Plain indexing: on CUDA its backward adds shared positions up in a fixed order.
+    return output[0][batch.entry_labels].unbind(-1)
 
 
 def _loss(
     output: Tensor, non_loss_data: bool = False, *, batch: PackedBatch, objective: ObjectiveConfig
 ) -> Any:
-    """output [1, N, 2] -> Megatron's (loss, token count, report); or [1, N, 1] -> the [E]
-    log-probabilities."""
-    # Plain indexing: on CUDA its backward adds shared positions up in a fixed order.
-    logprobs, *entropy = output[0][batch.entry_labels].unbind(-1)
+    """output [1, N, 2] -> Megatron's (loss, token count, report); or [1, N, 1] -> a tuple of the
+    [E] log-probabilities."""
+    logprobs, *entropy = _entries(output, batch)
     if non_loss_data:
-        return logprobs.detach()
+        return (logprobs.detach(),)
     loss, metrics = policy_loss(
         logprobs,
         old_logprobs=batch.old_logprobs,
@@ -134,37 +168,42 @@ def _loss(
         entropy=entropy[0],
         context_parallel_group=batch.context_parallel_group,
     )
-    # The count is not used (see the head of the file), but its type and place are Megatron's.
-    num_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
-    return loss, num_tokens, metrics
+    return loss, _no_count(loss), metrics
+
+
+def _no_count(loss: Tensor) -> Tensor:
+    """Not used (see the head of the file), but its type and place are Megatron's."""
+    return torch.zeros((), dtype=torch.int, device=loss.device)
 
 
 def compute_logprobs(
-    chunks: ModelChunks, batches: Sequence[PackedBatch], objective: ObjectiveConfig
+    chunks: ModelChunks, batches: Sequence[PackedBatch | BatchSeries], objective: ObjectiveConfig
 ) -> list[Tensor]:
     """Log-probabilities of the entries under the current weights, without gradients.
 
     Returns:
-        On the last pipeline stage one [E] tensor per microbatch; elsewhere an empty list.
+        On the last pipeline stage one [E] tensor for each of the microbatches' `rows`; elsewhere
+        an empty list.
     """
     with torch.no_grad():
-        return run_schedule(chunks, batches, objective, forward_only=True, collect_logprobs=True)
+        found = run_schedule(chunks, batches, objective, with_gradients=False)
+    return [of_row for of_batch in found for of_row in of_batch]
 
 
 def accumulate_gradients(
-    chunks: ModelChunks, batches: Sequence[PackedBatch], objective: ObjectiveConfig
+    chunks: ModelChunks, batches: Sequence[PackedBatch | BatchSeries], objective: ObjectiveConfig
 ) -> list[PolicyMetrics]:
     """Zero the gradients, run all microbatches forward and backward, and reduce over ranks."""
     for chunk in chunks.wrapped:
         chunk.zero_grad_buffer()
-    return run_schedule(chunks, batches, objective, forward_only=False)
+    return run_schedule(chunks, batches, objective, with_gradients=True)
 
 
 def train_step(
     chunks: ModelChunks,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    batches: Sequence[PackedBatch],
+    batches: Sequence[PackedBatch | BatchSeries],
     objective: ObjectiveConfig,
 ) -> StepResult:
     """Forward, backward, gradient reduction, clipping and one optimizer step.

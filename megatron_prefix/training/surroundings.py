@@ -15,8 +15,7 @@ from megatron_prefix.checkpoints.files import complete_steps
 from megatron_prefix.checkpoints.finding import find_checkpoint
 from megatron_prefix.config import RunConfig
 from megatron_prefix.packages import is_installed
-from megatron_prefix.rollouts.record_files import fault_of_path
-from megatron_prefix.rollouts.rewards import fault_of_name
+from megatron_prefix.rollouts.names import fault_of_name, fault_of_path
 
 
 def faults_of_surroundings(config: RunConfig, rank: int) -> list[str]:

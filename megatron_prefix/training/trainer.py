@@ -1,78 +1,46 @@
-"""The GRPO loop: rollouts, old and reference log-probabilities, optimizer steps, checkpoints."""
+"""The GRPO loop: rollouts, updates of the policy, evaluations, checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
-import math
 import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_prefix.attention.comm_types import model_comm_types
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.checkpoints.folder import CheckpointFolder
 from megatron_prefix.checkpoints.initial_weights import check_initial_weights
 from megatron_prefix.checkpoints.weights import load_weights
 from megatron_prefix.config import RunConfig, config_summary
-from megatron_prefix.distributed.agreement import check_equal_across_ranks
-from megatron_prefix.distributed.rank_results import raise_together
+from megatron_prefix.config.packing import packing_of_run
+from megatron_prefix.distributed.rank_results import on_rank_0, raise_together, rank_0_alone
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.distributed.stop import StopRequest
-from megatron_prefix.model.build import ModelChunks, build_model_chunks, model_shape
-from megatron_prefix.objective import PolicyMetrics
+from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.rollouts.build import build_engine, build_evaluator
 from megatron_prefix.rollouts.engine import EndOfRollouts
-from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
 from megatron_prefix.training.kernel_check import check_kernel_of_run
 from megatron_prefix.training.metrics import MetricsLog, plot_reward, read_metrics
-from megatron_prefix.training.minibatch import (
-    Minibatch,
-    build_minibatch,
-    split_groups,
-)
 from megatron_prefix.training.optimizer import (
     build_optimizer,
     build_scheduler,
     settings_in_use,
     warn_of_ended_schedule,
 )
-from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.report import progress, report_end, report_start
-from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
+from megatron_prefix.training.update import PolicyUpdate, ReferencePolicy
 from megatron_prefix.training.waiting import read_waiting, write_waiting
 
 logger = logging.getLogger(__name__)
 
 _SIGNALS = 128  # more than there are
-
-
-class ReferencePolicy:
-    """A frozen copy of the weights that the KL term compares with."""
-
-    def __init__(self, chunks: ModelChunks) -> None:
-        self._parameters = [parameter for _, parameter in chunks.named_parameters()]
-        self._weights = [parameter.detach().clone() for parameter in self._parameters]
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within the block the model has the reference weights."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for parameter, weight in zip(self._parameters, self._weights, strict=True):
-            current = parameter.detach().clone()
-            parameter.copy_(weight)
-            weight.copy_(current)
 
 
 class Trainer:
@@ -95,18 +63,32 @@ class Trainer:
             config.training,
             use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         )
-        check_kernel_of_run(config.training, self.chunks.config, runtime.device)
+        kernel = check_kernel_of_run(config.training, self.chunks.config, runtime.device)
         self.optimizer = build_optimizer(config.optimizer, self.chunks)
         self.scheduler = build_scheduler(
             config.optimizer,
             self.optimizer,
             total_steps=config.training.optimizer_steps,
         )
-        self.packing = packing_of_run(
-            config.training,
-            config.parallel,
-            model_shape=model_shape(config.model, self.chunks.config),
-            data_parallel_size=runtime.data_parallel_size,
+        self.update = PolicyUpdate(
+            config,
+            runtime,
+            self.chunks,
+            self.optimizer,
+            self.scheduler,
+            packing=packing_of_run(
+                config.training,
+                config.parallel,
+                model_shape=model_shape(config.model, self.chunks.config),
+                data_parallel_size=runtime.data_parallel_size,
+            ),
+            attention=AttentionSetup(
+                device=runtime.device,
+                kernel=kernel,
+                deterministic=config.training.deterministic,
+                context_parallel_group=runtime.context_parallel_group,
+                comm_types=model_comm_types(self.chunks.config),
+            ),
         )
         with raise_together():
             self.engine = build_engine(config, self.chunks, runtime)
@@ -121,8 +103,10 @@ class Trainer:
         """Where they are from, in words."""
         self.stopped = False
         """Whether `run` has returned because it was asked to."""
-        self._waiting: list[RolloutGroup] | None = None  # rollouts that are not trained on yet
-        self.reference: ReferencePolicy | None = None
+        self._batch: RolloutBatch | None = None
+        """Rollouts that are not trained on yet, on rank 0."""
+        self._summary: RolloutSummary | None = None
+        """Of these rollouts, on every rank."""
         self._restore()
 
     def _restore(self) -> None:
@@ -149,7 +133,7 @@ class Trainer:
                 load_weights(self.checkpoints.reference_path, self.chunks, self.optimizer)
             else:
                 self.checkpoints.save_reference(self.chunks)
-            self.reference = ReferencePolicy(self.chunks)
+            self.update.reference = ReferencePolicy(self.chunks)
         if resuming:
             settings = self.config.optimizer
             keep_settings = settings.on_resume == "checkpoint"
@@ -168,11 +152,19 @@ class Trainer:
             self._weights = f"resumed after step {self.step} ({self.checkpoints.path(self.step)})"
             if output.load is not None:
                 self._weights += f", output.load: {output.load} is not used"
+            self._take_waiting(state)
             with raise_together():
-                waiting = read_waiting(self.checkpoints.path(self.step))
-            if waiting is not None:
-                self._waiting, state["engine"] = waiting
-            self.engine.load_state_dict(state["engine"])
+                self.engine.load_state_dict(state["engine"])
+
+    def _take_waiting(self, state: dict[str, Any]) -> None:
+        """Go on with rollouts that were made before the run was stopped, and the engine's state
+        after them. Collective."""
+        path = self.checkpoints.path(self.step)
+        waiting = rank_0_alone(lambda: read_waiting(path))
+        found = on_rank_0(lambda: None if waiting is None else (waiting[0].summary(), waiting[1]))
+        if found is not None:
+            self._batch = None if waiting is None else waiting[0]
+            self._summary, state["engine"] = found
 
     def _steps_behind(self, step: int) -> int:
         """Optimizer steps that the run still takes when rollout batch `step` is done."""
@@ -203,15 +195,12 @@ class Trainer:
                 while self.step < config.training.steps:
                     if self._is_to_stop():
                         break
-                    groups = self._waiting or self._next_groups()
-                    if groups is None:
+                    if self._summary is None and not self._make_rollouts():
                         why = "the rollouts have ended"
                         break
-                    self._waiting = groups
                     if self._is_to_stop():
                         break
-                    metrics = {**self.train_on(groups), **self.engine.metrics()}
-                    self._waiting = None
+                    metrics = self._update()
                     self.step += 1
                     if self._evaluates_now():
                         metrics["eval"] = self._evaluate()
@@ -266,146 +255,55 @@ class Trainer:
     def _keep_waiting(self) -> None:
         """Write rollouts that were made and not trained on beside the checkpoint."""
         path = self.checkpoints.path(self.step)
-        if self.runtime.is_main and self._waiting is not None and path.is_dir():
-            write_waiting(path, self._waiting, self.engine.state_dict())
+        if self._batch is not None and path.is_dir():  # on rank 0 alone
+            write_waiting(path, self._batch, self.engine.state_dict())
 
     @contextlib.contextmanager
     def _failing_together(self) -> Iterator[None]:
-        """`raise_together`, and the checkpoint that is being written is completed."""
+        """`raise_together`, and the checkpoint that is being written is completed.
+
+        For what rank 0 does for all ranks, so that its number says nothing.
+        """
         try:
-            with raise_together():
+            with raise_together(name_rank=False):
                 yield
         except ValueError:
             self.checkpoints.finish()
             raise
 
-    def _next_groups(self) -> list[RolloutGroup] | None:
-        """The next rollout batch; None at the end of the rollouts."""
-        groups = None
+    def _make_rollouts(self) -> bool:
+        """Have the next rollout batch made; whether there is one. Collective."""
+        ended: EndOfRollouts | None = None
+        batch: RolloutBatch | None = None
         with self._failing_together():
             try:
-                groups = self.engine.next_groups(
+                batch = self.engine.next_rollouts(
                     self.config.rollouts.groups_per_step, step=self.step
                 )
             except EndOfRollouts as end:
-                logger.info("stopping after step %d: %s", self.step, end)
-        check_equal_across_ranks(
-            f"step {self.step + 1}: whether there are rollouts",
-            str(groups is not None),
-            group=None,
-        )
-        return groups
+                ended = end
+        self._batch = batch
+        self._summary = on_rank_0(lambda: None if batch is None else batch.summary())
+        if self._summary is None and ended is not None:
+            logger.info("stopping after step %d: %s", self.step, ended)
+        return self._summary is not None
+
+    def _update(self) -> dict[str, Any]:
+        """Train on the rollout batch that was made. Collective."""
+        assert self._summary is not None
+        try:
+            metrics = self.update.train_on(self._batch, self._summary, step=self.step + 1)
+        except ValueError:
+            self.checkpoints.finish()
+            raise
+        self._batch = self._summary = None
+        return {**metrics, **self.engine.metrics()}
 
     def _evaluate(self) -> float:
         assert self.evaluator is not None
         with self._failing_together():
             score = self.evaluator.evaluate()
         return score
-
-    def train_on(self, groups: Sequence[RolloutGroup]) -> dict[str, Any]:
-        """All optimizer steps of one rollout batch; returns its metrics.
-
-        Raises:
-            ValueError: a group that cannot be trained on, or a gradient that is not finite.
-        """
-        started = time.perf_counter()
-        training = self.config.training
-        with self._failing_together():
-            minibatches = [
-                build_minibatch(
-                    part,
-                    self.config.objective,
-                    self.packing,
-                    data_parallel_rank=self.runtime.data_parallel_rank,
-                    device=self.runtime.device,
-                    kernel=training.kernel,
-                    deterministic=training.deterministic,
-                    context_parallel_group=self.runtime.context_parallel_group,
-                )
-                for part in split_groups(groups, training.optimizer_steps_per_rollout)
-            ]
-        check_equal_across_ranks(
-            f"step {self.step + 1}: the plan of the rollout batch",
-            _fingerprint(groups, minibatches),
-            group=None,
-        )
-        if self.runtime.context_parallel_group is not None:
-            check_equal_across_ranks(
-                f"step {self.step + 1}: how packed rows are distributed",
-                "; ".join(minibatch.distribution() for minibatch in minibatches),
-                group=self.runtime.context_parallel_group,
-            )
-        # With a single optimizer step the old policy is the current one.
-        if len(minibatches) * training.epochs_per_rollout > 1:
-            for minibatch in minibatches:
-                if not minibatch.knows_old_logprobs:
-                    self._fill(minibatch, "old_logprobs")
-        if self.reference is not None:
-            with self.reference.in_place():
-                for minibatch in minibatches:
-                    self._fill(minibatch, "reference_logprobs")
-        reports: list[PolicyMetrics] = []
-        grad_norms = []
-        for _ in range(training.epochs_per_rollout):
-            for minibatch in minibatches:
-                result = train_step(
-                    self.chunks,
-                    self.optimizer,
-                    self.scheduler,
-                    minibatch.batches,
-                    self.config.objective,
-                )
-                # The same on every rank, and before anything of this step can be saved.
-                if not math.isfinite(result.grad_norm):
-                    self.checkpoints.finish()
-                    raise ValueError(
-                        f"step {self.step + 1}: the gradient's norm is {result.grad_norm}, and "
-                        "so the weights are lost; look for extreme old_logprobs or lower "
-                        "optimizer.lr, and continue from the last checkpoint"
-                    )
-                reports += result.metrics
-                grad_norms.append(result.grad_norm)
-        return {
-            **self._rollout_metrics(groups),
-            **self._policy_metrics(reports),
-            "grad_norm": sum(grad_norms) / len(grad_norms),
-            "lr": result.lr,  # of the last optimizer step
-            **self._work_metrics(minibatches, time.perf_counter() - started),
-        }
-
-    def _fill(self, minibatch: Minibatch, name: str) -> None:
-        """Compute a kind of log-probabilities of every microbatch (on the last stage)."""
-        found = compute_logprobs(self.chunks, minibatch.batches, self.config.objective)
-        for batch, log_probs in zip(minibatch.batches, found, strict=False):
-            setattr(batch, name, log_probs)
-
-    def _rollout_metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        rewards = [reward for group in groups for reward in group.rewards]
-        lengths = [len(response) for group in groups for response in group.responses]
-        return {
-            "reward": sum(rewards) / len(rewards),
-            "response_length": sum(lengths) / len(lengths),
-        }
-
-    def _policy_metrics(self, reports: Sequence[PolicyMetrics]) -> dict[str, float]:
-        """Reduce the microbatches' sums over ranks into the step's means."""
-        total = sum(reports, start=PolicyMetrics.zeros(self.runtime.device))
-        sums = reduce_sums(total.stack(), contributes=self.runtime.reports_metrics)
-        return PolicyMetrics.from_stack(sums).means()
-
-    def _work_metrics(self, minibatches: Sequence[Minibatch], seconds: float) -> dict[str, float]:
-        packed = sum(minibatch.packed_tokens for minibatch in minibatches)
-        ungrouped = sum(minibatch.ungrouped_tokens for minibatch in minibatches)
-        flops = sum(minibatch.flops for minibatch in minibatches)
-        ungrouped_flops = sum(minibatch.ungrouped_flops for minibatch in minibatches)
-        return {
-            "tokens_computed": packed,
-            "tokens_ungrouped": ungrouped,
-            "flops_saved_fraction": 1.0 - flops / ungrouped_flops,
-            "train_seconds": seconds,
-            "tokens_per_second": packed / seconds,
-            "ungrouped_tokens_per_second": ungrouped / seconds,
-        }
 
     def _evaluates_now(self) -> bool:
         if self.evaluator is None:
@@ -436,13 +334,3 @@ class Trainer:
         if self.runtime.is_main:
             return progress(self.config, self.step)
         return contextlib.nullcontext(lambda step, metrics: None)
-
-
-def _fingerprint(groups: Sequence[RolloutGroup], minibatches: Sequence[Minibatch]) -> str:
-    """A short hash of the rollouts and of the plan, equal on ranks that hold the same."""
-    digest = hashlib.sha256()
-    for group in groups:
-        digest.update(repr(dataclasses.astuple(group)).encode())
-    for minibatch in minibatches:
-        digest.update(minibatch.plan.fingerprint().encode())
-    return digest.hexdigest()[:16]

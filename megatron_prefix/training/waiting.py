@@ -1,28 +1,37 @@
-"""Rollouts that were made but not trained on when a run was stopped, kept beside its checkpoint."""
+"""Rollouts that were made but not trained on when a run was stopped, kept beside its checkpoint.
+
+Rank 0 writes and reads them; nothing here is collective.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_prefix.checkpoints.files import write_whole
-from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.rollouts.records import RolloutBatch
 
-_NAME = "waiting_rollouts.json"
+_NAME = "waiting_rollouts.npz"
+_TEXT = "text"
+"""Name of the array that holds what is no array, as JSON."""
 
 
-def write_waiting(
-    checkpoint: Path, groups: Sequence[RolloutGroup], engine_state: dict[str, Any]
-) -> None:
+def write_waiting(checkpoint: Path, batch: RolloutBatch, engine_state: dict[str, Any]) -> None:
     """Keep a rollout batch, and where its engine stands after it, in a checkpoint's folder."""
-    values = {"groups": [dataclasses.asdict(group) for group in groups], "engine": engine_state}
-    write_whole(checkpoint / _NAME, json.dumps(values))
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    rest = {name: value for name, value in values.items() if name not in arrays}
+    text = json.dumps({"batch": rest, "engine": engine_state}).encode()
+    arrays[_TEXT] = np.frombuffer(text, dtype=np.uint8)
+    write_whole(checkpoint / _NAME, lambda file: np.savez(file, **arrays))
 
 
-def read_waiting(checkpoint: Path) -> tuple[list[RolloutGroup], dict[str, Any]] | None:
+def read_waiting(checkpoint: Path) -> tuple[RolloutBatch, dict[str, Any]] | None:
     """What `write_waiting` kept there; None where it kept nothing.
 
     Raises:
@@ -32,20 +41,14 @@ def read_waiting(checkpoint: Path) -> tuple[list[RolloutGroup], dict[str, Any]] 
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return [_group(group) for group in values["groups"]], values["engine"]
-    except (ValueError, KeyError, TypeError) as error:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        values = json.loads(arrays.pop(_TEXT).tobytes())
+        rest = values["batch"]
+        rest |= {name: tuple(rest[name]) for name in ("answers", "sources")}
+        return RolloutBatch(**arrays, **rest), values["engine"]
+    except (ValueError, KeyError, TypeError, EOFError, AssertionError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path}: not the rollouts of a stopped run ({error!r}); remove it to have them made "
             "again"
         ) from error
-
-
-def _group(values: dict[str, Any]) -> RolloutGroup:
-    return RolloutGroup(
-        **{name: value if name == "answer" else _tuples(value) for name, value in values.items()}
-    )
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

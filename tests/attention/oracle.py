@@ -5,10 +5,15 @@ Neither uses the layout's stages. Both are differentiated by autograd, in the in
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.kernels import Rectangles
+from megatron_prefix.device_copy import record_to_device
+from megatron_prefix.layout import RowStages, rank_row
 from megatron_prefix.layout.packing import PackedLayout
 from megatron_prefix.layout.tree import PrefixTree
 
@@ -85,6 +90,25 @@ def random_qkv(
     mixed = torch.randn(num_tokens, kv_heads, (group_size + 2) * head_dim, dtype=torch.float64)
     q, k, v = mixed.to(dtype).split([group_size * head_dim, head_dim, head_dim], dim=-1)
     return q.unflatten(2, (group_size, head_dim)).flatten(1, 2), k, v
+
+
+def rectangles(q_lengths: list[int], k_lengths: list[int], *, causal: bool) -> Rectangles:
+    """A kernel call's rectangles of these lengths."""
+    return Rectangles(
+        cu_q=torch.tensor([0, *q_lengths]).cumsum(0).to(torch.int32),
+        cu_k=torch.tensor([0, *k_lengths]).cumsum(0).to(torch.int32),
+        max_q=max(q_lengths),
+        max_k=max(k_lengths),
+        causal=causal,
+    )
+
+
+def stages_of(
+    layout: PackedLayout, device: torch.device | str = "cpu", **options: Any
+) -> RowStages[Tensor]:
+    """The stages of a packed row on one rank; with `needed`, those of the trimmed last layer."""
+    row = record_to_device(rank_row(layout, **options).model, device)
+    return row.last_stages or row.stages
 
 
 def gradients(out: Tensor, dout: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -14,10 +14,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_prefix.attention.comm_types import COMM_TYPES
-from megatron_prefix.attention.context_parallel import ContextParallelPlan
-from megatron_prefix.attention.kernels import select_kernel
-from megatron_prefix.layout import PackedLayout, PrefixTree, pack, shard_layout
+from megatron_prefix.attention.comm_types import COMM_TYPES, CommType
+from megatron_prefix.attention.exchange import Exchange
+from megatron_prefix.attention.kernels import Kernel, select_kernel
+from megatron_prefix.attention.row_attention import AttentionLayer, RowAttention
+from megatron_prefix.device_copy import record_to_device
+from megatron_prefix.layout import (
+    PackedLayout,
+    PrefixTree,
+    RankRow,
+    pack,
+    rank_row,
+    shard_layout,
+)
 from tests.attention.oracle import (
     assert_close,
     dense_attention,
@@ -67,6 +76,26 @@ def _inputs(layout: PackedLayout, seed: int, dtype: torch.dtype) -> tuple[Any, t
     return inputs, torch.randn(layout.num_tokens, HEADS, HEAD_DIM, dtype=dtype)
 
 
+def _on_rank(
+    layout: PackedLayout, kernel: Kernel, comm_types: Sequence[CommType] = COMM_TYPES
+) -> tuple[RankRow, RowAttention]:
+    """This rank's part of a row, for every kind of communication."""
+    group = dist.group.WORLD
+    row = rank_row(
+        layout,
+        rank=dist.get_rank(group),
+        num_ranks=dist.get_world_size(group),
+        comm_types=comm_types,
+    )
+    attention = RowAttention(
+        stages=record_to_device(row.model.stages, "cpu"),
+        kernel=kernel,
+        deterministic=False,
+        exchange=Exchange(group, row.shards.shard_tokens.tolist()),
+    )
+    return row, attention
+
+
 def run_all(
     rank: int, cp: int, seed: int, dtype: torch.dtype, kernel_name: str, kinds: Sequence[str]
 ) -> dict[str, Any]:
@@ -75,20 +104,20 @@ def run_all(
     results: dict[str, Any] = {}
     kernel = select_kernel(kernel_name, device="cpu", dtype=dtype, head_dim=HEAD_DIM)
     for name, layout in layouts(seed, cp).items():
-        shards = shard_layout(layout, cp)
         for kind in kinds:
             runs = []
             for _ in range(2):
-                plan = ContextParallelPlan(shards, dist.group.WORLD, torch.device("cpu"))
-                rows = torch.from_numpy(plan.rows)
+                row, attention = _on_rank(layout, kernel)
+                rows = torch.from_numpy(row.rows)
                 whole, dout = _inputs(layout, seed, dtype)
                 mine = [torch.where(rows[:, None, None] < 0, 7.0, x[rows]) for x in whole]
                 inputs = tuple(x.to(dtype).requires_grad_() for x in mine)
-                out = plan.attend(kind, 3, *inputs, scale=SCALE, kernel=kernel)
+                out = attention(*inputs, AttentionLayer(number=3, scale=SCALE, comm_type=kind))
                 mine_dout = torch.where(rows[:, None, None] < 0, 0.0, dout[rows]).to(dtype)
                 runs.append((out.detach(), *gradients(out, mine_dout, inputs)))
             assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), (name, kind)
-            results[name, kind] = (plan.rows, runs[0], dict(plan.traffic.received))
+            received = dict(attention.exchange.traffic.received)
+            results[name, kind] = (row.rows, runs[0], received)
     return results
 
 
@@ -136,12 +165,14 @@ def _received(
     kernel = select_kernel(None, device="cpu", dtype=dtype, head_dim=HEAD_DIM)
     received = {"sharded": int(shards.shard_tokens.sum())}
     for kind in ("all_gather", "p2p"):
-        plan = ContextParallelPlan(shards, dist.group.WORLD, torch.device("cpu"))
-        inputs = random_qkv(plan.num_tokens, HEADS, KV_HEADS, HEAD_DIM, dtype)
+        row, attention = _on_rank(layout, kernel)
+        inputs = random_qkv(len(row.rows), HEADS, KV_HEADS, HEAD_DIM, dtype)
         inputs = tuple(x.detach().requires_grad_() for x in inputs)
-        plan.attend(kind, 1, *inputs, scale=SCALE, kernel=kernel).sum().backward()
-        received[kind] = plan.traffic.received[1, "forward"]
-        received[kind, "backward"] = plan.traffic.received[1, "backward"]
+        layer = AttentionLayer(number=1, scale=SCALE, comm_type=kind)
+        attention(*inputs, layer).sum().backward()
+        traffic = attention.exchange.traffic
+        received[kind] = traffic.received[1, "forward"]
+        received[kind, "backward"] = traffic.received[1, "backward"]
     return received
 
 
@@ -192,3 +223,19 @@ def test_no_bytes_where_every_group_fits_a_rank() -> None:
 def _nothing_to_send(rank: int, cp: int) -> int:
     found = _received(rank, cp, [(40, [9, 12]), (40, [12, 9])], torch.float32)
     return found["all_gather"] + found["p2p"] + found["all_gather", "backward"]
+
+
+def test_a_layer_of_a_kind_that_the_row_was_not_planned_for_is_refused_by_name() -> None:
+    for message in run_distributed(_unplanned, 2):
+        assert message.startswith("cp_comm_type=p2p of layer 3: the row was planned for all_gather")
+        assert "comm_types of all layers" in message
+
+
+def _unplanned(rank: int, cp: int) -> str:
+    layout = pack(PrefixTree.from_groups([group(40, [9, 12])]), pad_to_multiple=cp)
+    kernel = select_kernel(None, device="cpu", dtype=torch.float32, head_dim=HEAD_DIM)
+    row, attention = _on_rank(layout, kernel, comm_types=["all_gather"])
+    inputs = random_qkv(len(row.rows), HEADS, KV_HEADS, HEAD_DIM, torch.float32)
+    with pytest.raises(ValueError) as caught:
+        attention(*inputs, AttentionLayer(number=3, scale=SCALE, comm_type="p2p"))
+    return str(caught.value)

@@ -11,6 +11,10 @@ import torch
 
 from megatron_prefix.attention import kernels
 from megatron_prefix.attention.kernels import (
+    CallOptions,
+    KernelInputs,
+    MergedAttention,
+    Rectangles,
     TorchCudaKernel,
     kernel_names,
     select_kernel,
@@ -29,6 +33,7 @@ from megatron_prefix.attention.kernels.flash_attn import (
     FlashAttn3Kernel,
     FlashAttn4Kernel,
 )
+from tests.attention.oracle import rectangles
 
 CUDA = torch.device("cuda")
 
@@ -61,15 +66,15 @@ def test_torch_cuda_binds_and_returns_the_contracts_shapes(heads, kv_heads, q_le
     )
     cu = torch.empty(n + 1, device="meta", dtype=torch.int32)
     kernel = TorchCudaKernel()
-    found, lse = kernel.forward(q, k, v, cu, cu, max(q_lengths), 9, causal=False, scale=0.2)
+    on = Rectangles(cu_q=cu, cu_k=cu, max_q=max(q_lengths), max_k=9, causal=False)
+    found, lse = kernel.forward(q, k, v, on, CallOptions(scale=0.2))
     assert found.shape == q.shape and found.dtype == torch.bfloat16
     assert lse.shape == (tq, heads) and lse.dtype == torch.float32
     for deterministic in (False, True):
         grads = kernel.backward(
-            *(dout, q, k, v, out, lse, cu, cu, max(q_lengths), 9),
-            causal=False,
-            scale=0.2,
-            deterministic=deterministic,
+            MergedAttention(dout=dout, q=q, out=out, lse=lse),
+            *(k, v, on),
+            CallOptions(scale=0.2, deterministic=deterministic),
         )
         assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
 
@@ -82,23 +87,23 @@ def test_one_query_per_rectangle_is_not_announced_as_such(monkeypatch, heads, kv
     monkeypatch.setattr(
         kernel,
         "run_forward",
-        lambda *args, **_: announced.append(args[5:7]) or (args[0], args[0][..., 0]),
+        lambda q, k, v, on, *_: announced.append((on.max_q, on.max_k)) or (q, q[..., 0]),
     )
     q, k = torch.empty(2, heads, 8), torch.empty(3, kv_heads, 8)
-    kernel.forward(q, k, k, None, None, 1, 1, causal=True, scale=1.0)
-    kernel.forward(q, k, k, None, None, 5, 9, causal=False, scale=1.0)
+    for max_q, max_k, causal in ((1, 1, True), (5, 9, False)):
+        on = Rectangles(cu_q=None, cu_k=None, max_q=max_q, max_k=max_k, causal=causal)
+        kernel.forward(q, k, k, on, CallOptions(scale=1.0))
     assert announced == [(2, 2), (5, 9)]
 
 
 def test_calls_without_queries_give_zero_gradients():
     for kernel in (TorchCudaKernel(), FlashAttn2Kernel(), FlashAttn3Kernel(), FlashAttn4Kernel()):
         q, k = torch.empty(0, 4, 8).bfloat16(), torch.empty(3, 2, 8).bfloat16()
-        cu_q, cu_k = torch.tensor([0, 0]), torch.tensor([0, 3])
-        out, lse = kernel.forward(q, k, k, cu_q, cu_k, 0, 3, causal=False, scale=1.0)
+        on = rectangles([0], [3], causal=False)
+        out, lse = kernel.forward(q, k, k, on, CallOptions(scale=1.0))
         assert out.shape == (0, 4, 8) and lse.shape == (0, 4) and lse.dtype == torch.float32
-        dq, dk, dv = kernel.backward(
-            out, q, k, k, out, lse, cu_q, cu_k, 0, 3, causal=False, scale=1.0
-        )
+        merged = MergedAttention(dout=out, q=q, out=out, lse=lse)
+        dq, dk, dv = kernel.backward(merged, k, k, on, CallOptions(scale=1.0))
         assert dq.shape == q.shape and not dk.any() and not dv.any() and dk.dtype == k.dtype
 
 
@@ -176,7 +181,9 @@ def test_what_a_kernel_cannot_do_on_a_gpu(
     on_gpu, kernel, capability, dtype, head_dim, deterministic, reason
 ):
     on_gpu(capability)
-    found = kernel.unsupported(CUDA, dtype, head_dim, deterministic=deterministic)
+    found = kernel.unsupported(
+        KernelInputs(device=CUDA, dtype=dtype, head_dim=head_dim, deterministic=deterministic)
+    )
     if reason is None:
         assert found is None
     else:
@@ -221,5 +228,7 @@ def test_without_packages_torchs_own_kernel_is_chosen(on_gpu, monkeypatch):
 def test_what_a_build_of_flash_attention_3_leaves_out(on_gpu, monkeypatch, flags, head_dim, reason):
     on_gpu((9, 0))
     monkeypatch.setattr(flash_attn_kernels, "_build_flags", lambda: flags)
-    found = FlashAttn3Kernel().unsupported(CUDA, torch.bfloat16, head_dim)
+    found = FlashAttn3Kernel().unsupported(
+        KernelInputs(device=CUDA, dtype=torch.bfloat16, head_dim=head_dim)
+    )
     assert (found is None) if reason is None else (reason in found)

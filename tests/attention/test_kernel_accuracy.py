@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prefix.attention.function import MergedAttention, StageCompute, prefix_attention
-from megatron_prefix.attention.kernels import kernel_names, select_kernel
-from megatron_prefix.attention.stages import AttentionPlan, stage_tensors
-from megatron_prefix.layout import (
-    AttentionStage,
-    PackedLayout,
-    PrefixTree,
-    RankStages,
-    pack,
-    rows_to_keep,
-    shard_layout,
+from megatron_prefix.attention.function import prefix_attention
+from megatron_prefix.attention.kernels import MergedAttention, kernel_names, select_kernel
+from megatron_prefix.attention.stage_compute import StageCompute
+from megatron_prefix.device_copy import record_to_device
+from megatron_prefix.layout import PackedLayout, PrefixTree, RowStages, pack, rank_row
+from tests.attention.oracle import (
+    dense_attention,
+    gradients,
+    group,
+    random_qkv,
+    stages_of,
+    visible_keys,
 )
-from tests.attention.oracle import dense_attention, gradients, group, random_qkv, visible_keys
 
 # Inputs are the oracle's own. What is left is rounding: of a stage's out and of the merged one (at
 # most 2^-9 each in bfloat16), and in backward of dout V^T, P and dS before they are multiplied.
@@ -66,8 +66,7 @@ def layouts() -> list[PackedLayout]:
 def test_relative_error(rng, device, name, dtype, head_dim):
     for layout in layouts():
         row = Row(layout, dtype, head_dim)
-        plan = AttentionPlan.from_layout(layout, device)
-        check_plan(row, plan, np.arange(layout.num_tokens), device, name)
+        check_stages(row, stages_of(layout, device), np.arange(layout.num_tokens), device, name)
 
 
 @pytest.mark.parametrize(("device", "name", "dtype", "head_dim"), usable())
@@ -79,12 +78,12 @@ def test_relative_error_of_a_trimmed_layer(rng, device, name, dtype, head_dim):
         for i in range(layout.tree.num_sequences):
             # Of some sequences the whole last segment, of others its end or nothing of it.
             needed[layout.sequence_positions(i)[-1 - 40 * (i % 2) :]] = i % 3 < 2
-        kept = rows_to_keep(layout.stages[0], needed, multiple=1)
-        plan = AttentionPlan.from_layout(layout, device).trimmed(kept)
-        for stage in plan.stages:
+        stages = stages_of(layout, device, needed=np.flatnonzero(needed))
+        for stage in stages.local:
             picked["queries"] |= isinstance(stage.queries, torch.Tensor)
             picked["keys"] |= isinstance(stage.keys, torch.Tensor)
-        check_plan(Row(layout, dtype, head_dim), plan, np.flatnonzero(kept), device, name)
+        queries = stages.queries.cpu().numpy()
+        check_stages(Row(layout, dtype, head_dim), stages, queries, device, name)
     assert all(picked.values())
 
 
@@ -93,22 +92,18 @@ def test_relative_error_of_context_parallel_stages(rng, device, name, dtype, hea
     """Rank by rank in this process: each against the shards of both, the gradients added up."""
     for layout in layouts():
         row = Row(layout, dtype, head_dim)
-        shards = shard_layout(layout, 2)
-        ranks = [RankStages(shards, rank) for rank in range(2)]
-        sharded = np.concatenate(
-            [r.rows()[:n] for r, n in zip(ranks, shards.shard_tokens, strict=True)]
-        )
+        ranks = [rank_row(layout, rank=rank, num_ranks=2) for rank in range(2)]
+        shard_tokens = ranks[0].shards.shard_tokens
+        sharded = np.concatenate([r.rows[:n] for r, n in zip(ranks, shard_tokens, strict=True)])
         assert len(sharded)
         kernel = select_kernel(name, device=device, dtype=dtype, head_dim=head_dim)
         compute = StageCompute(kernel, row.scale)
         found = [torch.zeros_like(x) for x in (row.q, row.q, row.k, row.v)]
-        for stages in ranks:
-            gathered = stages.from_all_shards()
-            own, others = stages.rows(), sharded[gathered.source]
+        for rank in ranks:
+            stages = rank.model.stages
+            own, others = rank.rows, sharded[stages.gathered.source]
             real = own >= 0
-            out, dq, d_own, d_others = attend_as_rank(
-                row, compute, stages.local(), gathered.stages, own, others, device
-            )
+            out, dq, d_own, d_others = attend_as_rank(row, compute, stages, own, others, device)
             found[0][own[real]] = out[real]
             found[1][own[real]] = dq[real]
             for whole, mine, other in zip(found[2:], d_own, d_others, strict=True):
@@ -141,13 +136,15 @@ class Row:
         return [out, *gradients(out, self.dout[queries].double(), exact)]
 
 
-def check_plan(row: Row, plan: AttentionPlan, queries: np.ndarray, device: str, name: str) -> None:
+def check_stages(
+    row: Row, stages: RowStages[torch.Tensor], queries: np.ndarray, device: str, name: str
+) -> None:
     """Out, dq, dk and dv; twice, the second time deterministic and compared to the bit."""
     inputs = tuple(x.to(device).requires_grad_() for x in (row.q[queries], row.k, row.v))
     dout = row.dout[queries].to(device)
     choice = {"device": device, "dtype": row.dtype, "head_dim": row.q.shape[-1]}
     kernel = select_kernel(name, **choice)
-    out = prefix_attention(*inputs, plan, scale=row.scale, kernel=kernel)
+    out = prefix_attention(*inputs, stages, scale=row.scale, kernel=kernel)
     out_expected, dq_expected, *others = row.expected(queries)
     assert_accurate(
         [out, *gradients(out, dout, inputs)], [out_expected, dq_expected[queries], *others]
@@ -159,7 +156,7 @@ def check_plan(row: Row, plan: AttentionPlan, queries: np.ndarray, device: str, 
         return  # it says so, and has been measured
     runs = []
     for _ in range(2):
-        out = prefix_attention(*inputs, plan, scale=row.scale, kernel=kernel, deterministic=True)
+        out = prefix_attention(*inputs, stages, scale=row.scale, kernel=kernel, deterministic=True)
         runs.append((out, *gradients(out, dout, inputs)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -167,30 +164,26 @@ def check_plan(row: Row, plan: AttentionPlan, queries: np.ndarray, device: str, 
 def attend_as_rank(
     row: Row,
     compute: StageCompute,
-    local: tuple[AttentionStage, ...],
-    gathered: tuple[AttentionStage, ...],
+    stages: RowStages[np.ndarray],
     own: np.ndarray,
     others: np.ndarray,
     device: str,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """out and dq, dk and dv of the rank's own rows, and dk and dv of the gathered ones.
 
-    As `_GatheredAttention` does, but that nothing travels. Padding is a copy of some token, with a
+    As `GatheredAttention` does, but that nothing travels. Padding is a copy of some token, with a
     zero dout.
     """
     padding = torch.from_numpy(own < 0)
     q, k, v, dout = (x[own].to(device) for x in (row.q, row.k, row.v, row.dout))
     dout[padding.to(device)] = 0
     others_kv = [x[others].to(device) for x in (row.k, row.v)]
-    first, *cross = stage_tensors(local, device)
-    from_shards = stage_tensors(gathered, device)
-    out, lse = compute.first(first, q, k, v, wide=True)
-    compute.merge(cross, q, k, v, out, lse)
+    local, from_shards = record_to_device((stages.local, stages.gathered.stages), device)
+    out, lse = compute.attend(local, q, k, v, wide=True)
     compute.merge(from_shards, q, *others_kv, out, lse)
     out = out.to(q.dtype)
     merged = MergedAttention(q=q, out=out, lse=lse, dout=dout)
-    dq, *d_own = compute.first_shares(first, merged, k, v, wide=True)
-    compute.add_shares(cross, merged, k, v, dq, *d_own)
+    dq, *d_own = compute.shares(local, merged, k, v, wide=True)
     d_others = [torch.zeros_like(x, dtype=lse.dtype) for x in others_kv]
     compute.add_shares(from_shards, merged, *others_kv, dq, *d_others)
     back = [[x.to("cpu", row.dtype) for x in xs] for xs in ((out, dq), d_own, d_others)]

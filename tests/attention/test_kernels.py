@@ -12,8 +12,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_prefix.attention import kernels
 from megatron_prefix.attention.kernel_names import cpu_kernel_names
-from megatron_prefix.attention.kernels import kernel_names, select_kernel, torch_cpu
-from tests.attention.oracle import assert_close
+from megatron_prefix.attention.kernels import (
+    CallOptions,
+    MergedAttention,
+    kernel_names,
+    select_kernel,
+    torch_cpu,
+)
+from tests.attention.oracle import assert_close, rectangles
 
 CAUSAL = [
     [5],
@@ -42,10 +48,6 @@ CPU_KERNELS = [
 
 def test_the_names_for_the_cpu_are_those_of_the_kernels_that_compute_there():
     assert sorted(cpu_kernel_names()) == sorted(CPU_KERNELS)
-
-
-def cu_seqlens(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -104,12 +106,10 @@ def check_call(
     expected_grads = torch.autograd.grad(merged_out, leaves, dout)
 
     kernel = select_kernel(name, device="cpu", dtype=q.dtype, head_dim=head_dim)
-    geometry = (cu_seqlens(q_lengths), cu_seqlens(k_lengths), max(q_lengths), max(k_lengths))
-    out, lse = kernel.forward(q, k, v, *geometry, causal=causal, scale=scale)
-    grads = kernel.backward(
-        dout, q, k, v, merged_out.detach(), merged_lse.detach(), *geometry,
-        causal=causal, scale=scale,
-    )  # fmt: skip
+    on = rectangles(q_lengths, k_lengths, causal=causal)
+    out, lse = kernel.forward(q, k, v, on, CallOptions(scale=scale))
+    merged = MergedAttention(dout=dout, q=q, out=merged_out.detach(), lse=merged_lse.detach())
+    grads = kernel.backward(merged, k, v, on, CallOptions(scale=scale))
     if tq:
         assert_close(out, torch.cat(outs), 1e-12, "out")
         assert_close(lse, torch.cat(lses), 1e-12, "lse")
@@ -125,12 +125,11 @@ def test_half_precision_gradients_are_not_rounded_block_by_block(rng):
     shares = {}
     for name, dtype in (("torch_cpu", torch.bfloat16), ("reference", torch.float64)):
         kernel = select_kernel(name, device="cpu", dtype=dtype, head_dim=32)
-        geometry = (cu_seqlens([5000]), cu_seqlens([8]), 5000, 8)
-        cast = [x.to(dtype) for x in (q, k, v)]
-        out, lse = kernel.forward(*cast, *geometry, causal=False, scale=0.2)
-        shares[name] = kernel.backward(
-            dout.to(dtype), *cast, out, lse, *geometry, causal=False, scale=0.2
-        )
+        on = rectangles([5000], [8], causal=False)
+        queries, *keys = (x.to(dtype) for x in (q, k, v))
+        out, lse = kernel.forward(queries, *keys, on, CallOptions(scale=0.2))
+        merged = MergedAttention(dout=dout.to(dtype), q=queries, out=out, lse=lse)
+        shares[name] = kernel.backward(merged, *keys, on, CallOptions(scale=0.2))
     for share, expected in zip(shares["torch_cpu"], shares["reference"], strict=True):
         assert_close(share, expected, 1e-5, "gradient")  # float32: 2^-20 of exp, 5,000 terms
 
@@ -194,7 +193,7 @@ def test_the_choice_is_logged_once(caplog):
 
 def test_attention_needs_no_megatron():
     code = (
-        "import sys, megatron_prefix.attention.function, megatron_prefix.attention.stages; "
+        "import sys; from megatron_prefix.attention import row_attention, self_check; "
         "assert not any(m.split('.')[0] == 'megatron' for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

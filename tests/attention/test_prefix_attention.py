@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +14,8 @@ import torch
 
 from megatron_prefix.attention.function import prefix_attention
 from megatron_prefix.attention.kernels import select_kernel
-from megatron_prefix.attention.stages import AttentionPlan
 from megatron_prefix.layout.packing import PackedLayout, pack
 from megatron_prefix.layout.tree import PrefixTree
-from megatron_prefix.layout.trimming import rows_to_keep
 from tests.attention.oracle import (
     assert_close,
     attention_by_sequence,
@@ -27,6 +24,7 @@ from tests.attention.oracle import (
     group,
     random_qkv,
     random_tree,
+    stages_of,
     visible_keys,
 )
 
@@ -81,8 +79,7 @@ def run(
 ) -> torch.Tensor:
     q = inputs[0]
     chosen = select_kernel(kernel, device=q.device, dtype=q.dtype, head_dim=q.shape[-1])
-    plan = AttentionPlan.from_layout(layout, q.device)
-    return prefix_attention(*inputs, plan, scale=scale, kernel=chosen)
+    return prefix_attention(*inputs, stages_of(layout, q.device), scale=scale, kernel=chosen)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -130,7 +127,7 @@ def test_groups(rng, groups):
 def test_segments_that_nobody_continues_get_no_gradient_from_other_levels(rng, kernel):
     alone, continued = PrefixTree.from_sequences([[1] * 9]), PrefixTree.from_groups([group(7, [5])])
     layout = pack(PrefixTree.concat([alone, continued, alone, alone]))
-    assert 0 in np.diff(layout.stages[1].cu_q)
+    assert 0 in np.diff(layout.stages[1].on.cu_q)
     check_against_oracle(layout, kernel=kernel)
 
 
@@ -210,11 +207,12 @@ class SharesThatBfloat16WouldLose:
 
     name, automatic = "stub", False
 
-    def forward(self, q, k, v, *_, **__):
+    def forward(self, q, k, v, on, options):
         return torch.zeros_like(q), torch.zeros(q.shape[:2])
 
-    def backward(self, dout, q, k, v, *_, causal, **__):
-        return tuple(torch.full_like(x, 1.0 if causal else 2.0**-9) for x in (q, k, v))
+    def backward(self, merged, k, v, on, options):
+        share = 1.0 if on.causal else 2.0**-9
+        return tuple(torch.full_like(x, share) for x in (merged.q, k, v))
 
 
 def test_half_precision_shares_add_up_in_float32(rng):
@@ -223,8 +221,8 @@ def test_half_precision_shares_add_up_in_float32(rng):
     inputs = tuple(
         x.requires_grad_() for x in random_qkv(layout.num_tokens, 1, 1, 8, torch.bfloat16)
     )
-    plan = AttentionPlan.from_layout(layout, "cpu")
-    out = prefix_attention(*inputs, plan, scale=1.0, kernel=SharesThatBfloat16WouldLose())
+    kernel = SharesThatBfloat16WouldLose()
+    out = prefix_attention(*inputs, stages_of(layout), scale=1.0, kernel=kernel)
     dq, dk, _ = gradients(out, torch.ones_like(out), inputs)
     # The deepest segment has four ancestors, the root four descendants: 1 + 4 / 512.
     assert (dq[-1] == 1 + 2**-7).all()
@@ -279,8 +277,9 @@ MEASURE_MEMORY = """
 import resource, torch
 from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.attention.function import prefix_attention
-from megatron_prefix.attention.stages import AttentionPlan
+from megatron_prefix.device_copy import record_to_device
 from megatron_prefix.layout.packing import pack
+from megatron_prefix.layout.rank_row import rank_row
 from megatron_prefix.layout.tree import PrefixTree
 
 def peak_bytes():
@@ -290,8 +289,8 @@ def step(prefix, responses):
     layout = pack(PrefixTree.from_groups([([0] * prefix, [[0] * n for n in responses])]))
     inputs = [torch.randn(layout.num_tokens, 1, 16, requires_grad=True) for _ in range(3)]
     kernel = select_kernel(None, device="cpu", dtype=torch.float32, head_dim=16)
-    plan = AttentionPlan.from_layout(layout, "cpu")
-    prefix_attention(*inputs, plan, scale=0.2, kernel=kernel).sum().backward()
+    stages = record_to_device(rank_row(layout).model.stages, "cpu")
+    prefix_attention(*inputs, stages, scale=0.2, kernel=kernel).sum().backward()
     return layout.num_tokens
 
 torch.set_num_threads(1)
@@ -315,8 +314,10 @@ def test_memory_stays_far_below_a_matrix_of_scores():
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.5])
 def test_a_trimmed_plan_gives_the_rows_of_the_whole_one(rng, kernel, density):
     layout = pack(random_tree(rng, max_depth=4), pad_to_multiple=2)
-    kept = rows_to_keep(layout.stages[0], rng.random(layout.num_tokens) < density, multiple=2)
-    rows = torch.from_numpy(np.flatnonzero(kept))
+    needed = np.flatnonzero(rng.random(layout.num_tokens) < density)
+    stages = stages_of(layout, needed=needed, multiple=2)
+    rows = stages.queries
+    assert np.isin(needed, rows).all() and len(rows) % 2 == 0
     q, k, v = random_qkv(layout.num_tokens, 4, 2, 32, torch.float64)
     dout = torch.randn(len(rows), 4, 32, dtype=torch.float64)
 
@@ -325,23 +326,20 @@ def test_a_trimmed_plan_gives_the_rows_of_the_whole_one(rng, kernel, density):
     dq, *d_keys = gradients(expected, dout, exact)
 
     inputs = tuple(x.clone().requires_grad_() for x in (q[rows], k, v))
-    plan = AttentionPlan.from_layout(layout, "cpu").trimmed(kept)
     chosen = select_kernel(kernel, device="cpu", dtype=torch.float64, head_dim=32)
-    out = prefix_attention(*inputs, plan, scale=0.2, kernel=chosen)
+    out = prefix_attention(*inputs, stages, scale=0.2, kernel=chosen)
     assert_close(out, expected, TOLERANCES[torch.float64], "out")
     found = gradients(out, dout, inputs)
     for name, a, b in zip(("dq", "dk", "dv"), found, (dq[rows], *d_keys), strict=True):
         assert_close(a, b, TOLERANCES[torch.float64], name)
 
 
-def test_the_plan_needs_only_stages_and_a_number_of_tokens(rng):
+def test_every_stage_of_the_layout_is_on_the_device_in_the_dtypes_of_kernels(rng):
     layout = pack(random_tree(rng), pad_to_multiple=8)
-    plan = AttentionPlan.from_layout(
-        SimpleNamespace(stages=layout.stages, num_tokens=layout.num_tokens), "cpu"
-    )
-    assert plan.num_tokens == layout.num_tokens
-    assert len(plan.stages) == len(layout.stages)
-    assert all(stage.cu_q.dtype == stage.cu_k.dtype == torch.int32 for stage in plan.stages)
+    stages = stages_of(layout)
+    assert stages.num_tokens == stages.num_queries == layout.num_tokens
+    assert len(stages.local) == len(layout.stages)
+    assert all(s.on.cu_q.dtype == s.on.cu_k.dtype == torch.int32 for s in stages.local)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_prefix.attention import self_check
-from megatron_prefix.attention.kernels import select_kernel, usable_kernels
+from megatron_prefix.attention.kernels import Rectangles, select_kernel, usable_kernels
 from megatron_prefix.attention.kernels.reference import ReferenceKernel
 from megatron_prefix.attention.kernels.torch_cpu import TorchCpuKernel
 from megatron_prefix.attention.self_check import TOLERANCES, KernelCheckError, check_kernel
@@ -43,10 +44,10 @@ def test_every_kernel_of_the_cpu_passes(dtype, name, head_dim, heads, key_heads)
 
 def test_its_rows_hold_what_real_rows_hold():
     whole, trimmed, *ranks = self_check._problems()
-    assert any((stage.cu_q[1:] == stage.cu_q[:-1]).any() for stage in whole.stages)
-    assert any(stage.query_rows is not None for stage in trimmed.stages)
-    assert any(stage.key_rows is not None for stage in trimmed.stages)
-    assert any((stage.cu_q[1:] == stage.cu_q[:-1]).any() for stage in trimmed.stages)
+    assert any((np.diff(stage.on.cu_q) == 0).any() for stage in whole.stages)
+    assert any(isinstance(stage.queries, np.ndarray) for stage in trimmed.stages)
+    assert any(isinstance(stage.keys, np.ndarray) for stage in trimmed.stages)
+    assert any((np.diff(stage.on.cu_q) == 0).any() for stage in trimmed.stages)
     assert len(ranks) == 2 and all(rank.gathered_stages for rank in ranks)
     assert not whole.wide and trimmed.wide  # merged in the kernel's own dtype, and in float32
 
@@ -66,17 +67,17 @@ class LseInBitsOfTwo(TorchCpuKernel):
         return out, lse / torch.tensor(2.0, dtype=lse.dtype).log()
 
 
-def without_queries(cu_q: Tensor, cu_k: Tensor) -> Tensor:
+def without_queries(on: Rectangles) -> Tensor:
     """[tk] bool: keys of rectangles without queries."""
-    return torch.repeat_interleave(cu_q.diff() == 0, cu_k.diff())
+    return torch.repeat_interleave(on.cu_q.diff() == 0, on.cu_k.diff())
 
 
 class NanForEmptyRectangles(TorchCpuKernel):
     name = "nan_for_empty"
 
-    def backward(self, dout, q, k, v, out, lse, cu_q, cu_k, *args, **kwargs):
-        dq, dk, dv = super().backward(dout, q, k, v, out, lse, cu_q, cu_k, *args, **kwargs)
-        dk[without_queries(cu_q, cu_k)] = torch.nan
+    def backward(self, merged, k, v, on, options):
+        dq, dk, dv = super().backward(merged, k, v, on, options)
+        dk[without_queries(on)] = torch.nan
         return dq, dk, dv
 
 
@@ -85,10 +86,10 @@ class NothingWrittenForEmptyRectangles(TorchCpuKernel):
 
     name = "unwritten_for_empty"
 
-    def backward(self, dout, q, k, v, out, lse, cu_q, cu_k, *args, **kwargs):
-        dq, dk, dv = super().backward(dout, q, k, v, out, lse, cu_q, cu_k, *args, **kwargs)
+    def backward(self, merged, k, v, on, options):
+        dq, dk, dv = super().backward(merged, k, v, on, options)
         written = torch.empty_like(dk)
-        rows = ~without_queries(cu_q, cu_k)
+        rows = ~without_queries(on)
         written[rows] = dk[rows]
         return dq, written, dv
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.checkpoints.folder import CheckpointFolder
 from megatron_prefix.config import OptimizerSettings, ParallelConfig
+from megatron_prefix.config.packing import packing_of_run
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.megatron.torch_adam import initialise_adam
 from megatron_prefix.model.build import build_model_chunks, model_shape
@@ -21,7 +23,6 @@ from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
-from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.step import train_step
 from tests.distributed import RankError, run_distributed
 from tests.megatron.models import TRAINING, model_config, relative_error
@@ -84,9 +85,12 @@ def _run(
                 _groups(step),
                 ObjectiveConfig(),
                 packing,
+                attention=AttentionSetup.of(
+                    chunks.config,
+                    place.device,
+                    context_parallel_group=place.context_parallel_group,
+                ),
                 data_parallel_rank=place.data_parallel_rank,
-                device=place.device,
-                context_parallel_group=place.context_parallel_group,
             )
             train_step(chunks, optimizer, scheduler, minibatch.batches, ObjectiveConfig())
         if save:

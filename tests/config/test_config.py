@@ -19,6 +19,8 @@ from megatron_prefix.config import (
     YarnConfig,
 )
 from megatron_prefix.config.loader import ConfigError, load_dataclass
+from megatron_prefix.config.packing import packing_of_run
+from megatron_prefix.layout import ModelShape, Packing
 from megatron_prefix.objective import ObjectiveConfig
 
 YARN = YarnConfig(rotary_scaling_factor=4.0, original_max_position_embeddings=16)
@@ -123,6 +125,19 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     ),
     (TrainingConfig, {"kernel": "fast"}, "kernel: there is none named fast; choose one of .*torch"),
     (TrainingConfig, {"dtype": "float64"}, "dtype: float64 runs on device: cpu only"),
+    *(
+        (
+            TrainingConfig,
+            {"share_across_microbatches": True, "sharing": sharing},
+            f"share_across_microbatches: true with sharing: {sharing}; set sharing: groups, or",
+        )
+        for sharing in ("everything", "none")
+    ),
+    (
+        TrainingConfig,
+        {"share_across_microbatches": True, "allow_split": False},
+        "share_across_microbatches: true with allow_split: false, which leaves nothing to share",
+    ),
     (OutputConfig, {"save_every": -1}, "save_every: -1 must be at least 0"),
     (OutputConfig, {"keep": 0}, "keep: 0 must be at least 1"),
 ]
@@ -210,6 +225,44 @@ def test_sections_that_do_not_go_together_are_refused(
     _run()
     with pytest.raises(ConfigError, match=f"^{message}"):
         _run(**sections)
+
+
+ACROSS = TrainingConfig(steps=1, token_budget=16, share_across_microbatches=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"],
+)
+def test_a_prompt_is_not_shared_across_microbatches_where_ranks_would_have_to_wait(
+    name: str,
+) -> None:
+    message = (
+        rf"^training\.share_across_microbatches: true with parallel\.{name}: 2 is not supported "
+        rf"yet \(.*\); set share_across_microbatches: false, or {name}: 1$"
+    )
+    allowed, refused = ParallelConfig(tensor_model_parallel_size=2), ParallelConfig(**{name: 2})
+    _run(training=ACROSS, parallel=allowed)
+    _packing(ACROSS, allowed)
+    with pytest.raises(ConfigError, match=message):
+        _run(training=ACROSS, parallel=refused)
+    with pytest.raises(ConfigError, match=message):
+        _packing(ACROSS, refused)
+    _packing(TrainingConfig(**VALID[TrainingConfig]), refused)
+
+
+def _packing(training: TrainingConfig, parallel: ParallelConfig) -> Packing:
+    shape = ModelShape(
+        num_layers=1,
+        hidden_size=8,
+        ffn_hidden_size=8,
+        num_attention_heads=1,
+        num_query_groups=1,
+        kv_channels=8,
+        vocab_size=8,
+        gated_linear_unit=True,
+    )
+    return packing_of_run(training, parallel, model_shape=shape, data_parallel_size=2)
 
 
 def test_the_data_parallel_size_is_what_remains_of_the_world() -> None:

@@ -22,25 +22,23 @@ from megatron_prefix.layout import (
     microbatch_tree,
     pack,
 )
+from megatron_prefix.layout.stages import stage_rows
 
 
 def visible_keys(stages: Sequence[AttentionStage], num_tokens: int) -> np.ndarray:
     """[T, T]: how many times each query (row) sees each key (column), from the stages alone."""
     seen = np.zeros((num_tokens, num_tokens), dtype=np.int64)
     for stage in stages:
-        for (q0, q1), (k0, k1) in zip(pairwise(stage.cu_q), pairwise(stage.cu_k), strict=True):
+        for (q0, q1), (k0, k1) in zip(
+            pairwise(stage.on.cu_q), pairwise(stage.on.cu_k), strict=True
+        ):
             block = np.ones((q1 - q0, k1 - k0), dtype=np.int64)
-            if stage.causal:
+            if stage.on.causal:
                 assert q1 - q0 == k1 - k0, "a causal rectangle is a square"
                 block = np.tril(block)
-            queries = _rows(stage.q_start, stage.query_rows, q0, q1)
-            keys = _rows(stage.k_start, stage.key_rows, k0, k1)
+            queries, keys = stage_rows(stage.queries)[q0:q1], stage_rows(stage.keys)[k0:k1]
             seen[queries[:, None], keys] += block
     return seen
-
-
-def _rows(start: int, rows: np.ndarray | None, first: int, stop: int) -> np.ndarray:
-    return np.arange(start + first, start + stop) if rows is None else rows[first:stop]
 
 
 def assert_layout(layout: PackedLayout) -> None:
@@ -50,6 +48,44 @@ def assert_layout(layout: PackedLayout) -> None:
     _assert_level_order(layout)
     _assert_stages(layout)
     _assert_visibility(layout)
+
+
+def assert_row_without_root(row: PackedLayout, whole: PackedLayout) -> None:
+    """Check a row whose root is elsewhere, against the row of the same tree with the root in it."""
+    _assert_padding(row)
+    _assert_level_order(row)
+    _assert_stages(row)
+    _assert_visibility(row)
+    root = whole.segments[0].length
+    real = row.num_tokens - row.num_padding
+    assert real == whole.num_tokens - whole.num_padding - root
+    for name in ("input_ids", "labels", "position_ids", "multiplicity"):
+        values, expected = getattr(row, name)[:real], getattr(whole, name)[root:]
+        np.testing.assert_array_equal(values, expected[:real])
+    assert row.max_seqlen == whole.max_seqlen
+    for i in range(row.tree.num_sequences):
+        np.testing.assert_array_equal(
+            row.sequence_positions(i), whole.sequence_positions(i)[root:] - root
+        )
+    # A query sees all of the root, once, and beside it what it sees of its own row.
+    seen = visible_with_root(row.stages, row.root_stage, num_tokens=row.num_tokens, num_root=root)
+    assert not seen[real:, :root].any(), "padding sees only itself"
+    expected = visible_keys(whole.stages, whole.num_tokens)[root : root + real, : root + real]
+    np.testing.assert_array_equal(seen[:real, : root + real], expected)
+
+
+def visible_with_root(
+    stages: Sequence[AttentionStage],
+    root_stage: AttentionStage | None,
+    *,
+    num_tokens: int,
+    num_root: int,
+) -> np.ndarray:
+    """[T, R + T]: how often each query of a row sees each key of the root, and of the row."""
+    size = max(num_tokens, num_root)
+    of_root = visible_keys([root_stage] if root_stage is not None else [], size)
+    own = visible_keys(stages, num_tokens)
+    return np.concatenate([of_root[:num_tokens, :num_root], own], axis=1)
 
 
 def _assert_positions(layout: PackedLayout) -> None:
@@ -108,20 +144,20 @@ def _assert_level_order(layout: PackedLayout) -> None:
 
 def _assert_stages(layout: PackedLayout) -> None:
     first, *cross = layout.stages
-    assert first.causal and not any(stage.causal for stage in cross)
-    assert (first.q_start, first.q_stop) == (first.k_start, first.k_stop) == (0, layout.num_tokens)
+    assert first.on.causal and not any(stage.on.causal for stage in cross)
+    assert first.queries == first.keys == slice(0, layout.num_tokens)
     num_levels = len(layout.level_starts) - 1
     assert len(cross) == num_levels * (num_levels - 1) // 2
     for stage in layout.stages:
-        for cu, start, stop, longest in (
-            (stage.cu_q, stage.q_start, stage.q_stop, stage.max_q),
-            (stage.cu_k, stage.k_start, stage.k_stop, stage.max_k),
+        for cu, rows, longest in (
+            (stage.on.cu_q, stage.queries, stage.on.max_q),
+            (stage.on.cu_k, stage.keys, stage.on.max_k),
         ):
             assert cu.dtype == np.int32
-            assert cu[0] == 0 and cu[-1] == stop - start > 0
+            assert cu[0] == 0 and cu[-1] == rows.stop - rows.start > 0
             assert (np.diff(cu) >= 0).all()
             assert longest == np.diff(cu).max()
-        assert (np.diff(stage.cu_k) > 0).all(), "a rectangle without keys"
+        assert (np.diff(stage.on.cu_k) > 0).all(), "a rectangle without keys"
 
 
 def _assert_visibility(layout: PackedLayout) -> None:
@@ -164,6 +200,10 @@ def assert_plan(
         layout = pack(microbatch_tree(trees, slices), pad_to_multiple=pad_to_multiple)
         assert layout.num_tokens <= token_budget
         assert_layout(layout)
+    assert plan.packed_tokens.tolist() == [
+        [pack(microbatch_tree(trees, m), pad_to_multiple=pad_to_multiple).num_tokens for m in rank]
+        for rank in ranks
+    ]
 
     num_slices = [sum(s.group == g for m in microbatches for s in m) for g in range(len(trees))]
     fits = [_row_length(tree, pad_to_multiple) <= token_budget for tree in trees]
@@ -196,6 +236,7 @@ def _assert_balance(plan: MicrobatchPlan, trees: Sequence[PrefixTree], cost: Mod
         [sum(cost.tree_flops(trees[s.group].subset(s.sequences)) for s in m) for m in rank]
         for rank in plan.microbatches
     ]
+    assert plan.flops.tolist() == costs
     rows = list(zip(*costs, strict=True))
     for before, after in pairwise(rows):
         assert min(before) >= max(after)
@@ -266,8 +307,8 @@ def _assert_shard_visibility(
     for rank, stages in enumerate(ranks):
         row = rows[rank]
         local = stages.local()
-        assert local[0].causal and (local[0].q_start, local[0].q_stop) == (0, len(row))
-        assert not any(stage.causal for stage in local[1:])
+        assert local[0].on.causal and local[0].queries == slice(0, len(row))
+        assert not any(stage.on.causal for stage in local[1:])
         gathered = stages.from_all_shards()
         assert len(set(gathered.source.tolist())) == len(gathered.source), "a key travels once"
         by_kind = {
@@ -291,20 +332,16 @@ def _assert_shard_visibility(
 def _add_visible(
     seen: np.ndarray, stage: AttentionStage, row: np.ndarray, keys: np.ndarray
 ) -> None:
-    queries = row[stage.q_start : stage.q_stop]
-    if stage.query_rows is not None:
-        assert stage.query_rows.min() >= stage.q_start and stage.query_rows.max() < stage.q_stop
-        queries = row[stage.query_rows]
-    stage_keys = keys[stage.k_start : stage.k_stop]
-    assert stage.cu_q[-1] == len(queries) and stage.cu_k[-1] == len(stage_keys)
-    assert (np.diff(stage.cu_k) > 0).all(), "a rectangle without keys"
-    for (q0, q1), (k0, k1) in zip(pairwise(stage.cu_q), pairwise(stage.cu_k), strict=True):
+    queries, stage_keys = row[stage.queries], keys[stage.keys]
+    assert stage.on.cu_q[-1] == len(queries) and stage.on.cu_k[-1] == len(stage_keys)
+    assert (np.diff(stage.on.cu_k) > 0).all(), "a rectangle without keys"
+    for (q0, q1), (k0, k1) in zip(pairwise(stage.on.cu_q), pairwise(stage.on.cu_k), strict=True):
         block = np.ones((q1 - q0, k1 - k0), dtype=np.int64)
-        if stage.causal:
+        if stage.on.causal:
             block = np.tril(block)
         q, k = queries[q0:q1], stage_keys[k0:k1]
         if (k < 0).any():
-            assert stage.causal and (q < 0).all() and (k < 0).all(), "padding sees only itself"
+            assert stage.on.causal and (q < 0).all() and (k < 0).all(), "padding sees only itself"
             continue
         assert (q >= 0).all()
         np.add.at(seen, (q[:, None], k[None, :]), block)

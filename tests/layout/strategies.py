@@ -17,6 +17,16 @@ SHAPE = ModelShape(
     vocab_size=32,
     gated_linear_unit=True,
 )
+SEVEN_B = ModelShape(
+    num_layers=28,
+    hidden_size=3584,
+    ffn_hidden_size=18944,
+    num_attention_heads=28,
+    num_query_groups=4,
+    kv_channels=128,
+    vocab_size=152064,
+    gated_linear_unit=True,
+)
 
 
 def token_lists(*, min_size: int = 1, max_size: int = 6) -> st.SearchStrategy[list[int]]:
@@ -66,4 +76,19 @@ def trees(draw: st.DrawFn, *, max_nodes: int = 12, max_depth: int = 6) -> Prefix
             np.array(draw(token_lists(min_size=n, max_size=n)), dtype=np.int64) for n in lengths
         ),
         sequences=tuple(draw(st.permutations([paths[node] for node in [*leaves, *extra]]))),
+    )
+
+
+@st.composite
+def trees_below_a_root(draw: st.DrawFn) -> PrefixTree:
+    """Any forest as what one root of at least two tokens continues into."""
+    below = draw(trees(max_nodes=10, max_depth=4).filter(lambda tree: tree.num_nodes > 0))
+    length = draw(st.integers(2, 6))
+    return PrefixTree(
+        parents=(-1, *(parent + 1 for parent in below.parents)),
+        tokens=(
+            np.array(draw(token_lists(min_size=length, max_size=length)), dtype=np.int64),
+            *below.tokens,
+        ),
+        sequences=tuple((0, *(node + 1 for node in path)) for path in below.sequences),
     )

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from megatron_prefix.layout import PrefixTree, pack
 
-from .invariants import assert_layout, visible_keys
-from .strategies import group_lists, sequence_lists, trees
+from .invariants import assert_layout, assert_row_without_root, visible_keys, visible_with_root
+from .strategies import group_lists, sequence_lists, trees, trees_below_a_root
 
 
 def test_a_group_packs_to_its_prefix_and_then_its_responses():
@@ -34,11 +34,11 @@ def test_a_group_packs_to_its_prefix_and_then_its_responses():
 def test_groups_of_depth_two_need_two_attention_calls_however_many_there_are():
     layout = pack(PrefixTree.from_groups([([1, 2, 3], [[4], [5]]), ([1, 2], [[3, 4]])]))
     own, cross = layout.stages
-    assert own.cu_q.tolist() == own.cu_k.tolist() == [0, 2, 3, 4, 5, 7]
-    assert (cross.q_start, cross.q_stop, cross.k_start, cross.k_stop) == (3, 7, 0, 3)
-    assert cross.cu_q.tolist() == [0, 2, 4]
-    assert cross.cu_k.tolist() == [0, 2, 3]
-    assert (cross.max_q, cross.max_k) == (2, 2)
+    assert own.on.cu_q.tolist() == own.on.cu_k.tolist() == [0, 2, 3, 4, 5, 7]
+    assert (cross.queries, cross.keys) == (slice(3, 7), slice(0, 3))
+    assert cross.on.cu_q.tolist() == [0, 2, 4]
+    assert cross.on.cu_k.tolist() == [0, 2, 3]
+    assert (cross.on.max_q, cross.on.max_k) == (2, 2)
     assert_layout(layout)
 
 
@@ -61,7 +61,7 @@ def test_the_children_of_a_one_token_root_take_its_place():
     assert layout.input_ids[1:3].tolist() == [7, 7]
     assert layout.position_ids[1:3].tolist() == [0, 0]
     # The one-token group has no descendants on level 1: rectangles without queries.
-    assert layout.stages[1].cu_q.tolist() == [0, 1, 1, 1, 2]
+    assert layout.stages[1].on.cu_q.tolist() == [0, 1, 1, 1, 2]
     assert_layout(layout)
 
 
@@ -133,3 +133,44 @@ def test_the_arrays_can_become_tensors_without_a_copy():
     for values in (layout.input_ids, layout.labels, layout.position_ids, layout.multiplicity):
         assert values.flags.writeable and values.flags.c_contiguous
         assert isinstance(values, np.ndarray)
+
+
+def test_a_row_without_its_root_goes_on_where_the_root_ends():
+    tree = PrefixTree.from_groups([([1, 2, 3], [[4, 5], [6]])])
+    row = pack(tree, root_elsewhere=True, pad_to_multiple=4)
+    assert row.input_ids.tolist() == [3, 4, 3, 0]
+    assert row.labels.tolist() == [4, 5, 6, 0]
+    assert row.position_ids.tolist() == [2, 3, 2, 0]
+    assert row.level_starts == (0, 3)
+    assert row.max_seqlen == 4
+    assert row.sequence_positions(0).tolist() == [0, 1]
+    assert row.sequence_positions(1).tolist() == [2]
+    seen = visible_with_root(row.stages, row.root_stage, num_tokens=4, num_root=2)
+    assert seen.tolist() == [
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    assert_row_without_root(row, pack(tree))
+
+
+@settings(max_examples=100, deadline=None)
+@given(trees_below_a_root(), st.integers(1, 5))
+def test_any_row_without_its_root_is_the_whole_row_less_the_root(tree: PrefixTree, multiple: int):
+    row = pack(tree, root_elsewhere=True, pad_to_multiple=multiple)
+    assert row.num_tokens % multiple == 0
+    assert_row_without_root(row, pack(tree))
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        pytest.param(PrefixTree.from_sequences([[1, 2], [3, 4]]), id="two roots"),
+        pytest.param(PrefixTree.from_sequences([[1, 2, 3]]), id="a root that ends"),
+        pytest.param(PrefixTree.from_groups([([1], [[2], [3]])]), id="a one-token root"),
+    ],
+)
+def test_only_one_root_that_goes_on_can_be_elsewhere(tree: PrefixTree):
+    with pytest.raises(AssertionError, match="one root, which goes on"):
+        pack(tree, root_elsewhere=True)

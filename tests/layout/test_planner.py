@@ -1,16 +1,21 @@
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prefix.layout import PrefixTree, microbatch_tree, plan_microbatches
+from megatron_prefix.layout import (
+    PrefixTree,
+    TreeShape,
+    microbatch_tree,
+    pack,
+    plan_microbatches,
+    trained_labels,
+)
 
 from .invariants import assert_plan
-from .strategies import SHAPE, group_lists, sequence_lists
+from .strategies import SEVEN_B, SHAPE, group_lists, sequence_lists
 
 
 def group(prefix: int, *responses: int) -> PrefixTree:
@@ -182,6 +187,47 @@ def test_work_is_even_over_ranks_and_microbatches():
     assert costs.max() / costs.mean() < 1.1
 
 
+def batch_of_lengths(groups: int, *, sigma: float) -> list[TreeShape]:
+    """Groups of 16 responses of about 3,400 tokens, lognormal, cut at 16,384."""
+    rng = np.random.default_rng(0)
+    prefixes = rng.lognormal(np.log(400), 0.5, groups).astype(int) + 1
+    responses = rng.lognormal(np.log(3400) - sigma**2 / 2, sigma, (groups, 16))
+    responses = np.clip(responses, 1, 16384).astype(int)
+    return [TreeShape.of_group(p, r) for p, r in zip(prefixes.tolist(), responses, strict=True)]
+
+
+@pytest.mark.parametrize("sigma", [0.5, 0.8])
+@pytest.mark.parametrize("token_budget", [65536, 131072])
+def test_a_thousand_ranks_of_four_groups_each_have_even_work(token_budget, sigma):
+    shapes = batch_of_lengths(4096, sigma=sigma)
+    result = plan_microbatches(
+        shapes, token_budget=token_budget, data_parallel_size=1024, cost=SEVEN_B
+    )
+    work = result.flops.sum(axis=1)
+    # Measured 1.003 in all four; without exchanges up to 1.08.
+    assert work.max() / work.mean() < 1.005
+    assert (result.packed_tokens <= token_budget).all()
+    # The first row is the costliest.
+    assert (result.flops[:, :-1].min(axis=0) >= result.flops[:, 1:].max(axis=0)).all()
+
+
+def test_the_facts_of_a_plan_are_those_of_its_rows():
+    trees = [group(9, 4, 5, 6), group(5, 3, 3), group(30, 2, 10)]
+    labels = [trained_labels(t, [5] * t.num_sequences) for t in trees]
+    options = {"pad_to_multiple": 4, "token_budget": 48, "data_parallel_size": 2}
+    for trim in (False, True):
+        result = plan_microbatches(
+            trees, cost=SHAPE, labels=labels, trim_last_layer=trim, **options
+        )
+        for rank, microbatches in enumerate(result.microbatches):
+            for m, slices in enumerate(microbatches):
+                tree = microbatch_tree(trees, slices)
+                expected = trained_labels(tree, [5] * tree.num_sequences)
+                flops = SHAPE.tree_flops(tree, labels=expected, trim_last_layer=trim)
+                assert result.flops[rank, m] == flops
+                assert result.packed_tokens[rank, m] == pack(tree, pad_to_multiple=4).num_tokens
+
+
 def test_a_fingerprint_tells_plans_apart():
     trees = [group(3, 2, 2), group(3, 2, 3)]
     one = plan(trees, token_budget=16)
@@ -233,12 +279,11 @@ def test_a_group_without_sequences_is_named():
 
 
 @pytest.mark.parametrize("token_budget", [2048, 3000, 6000, 30000])
-def test_a_thousand_groups_of_sixteen_are_planned_quickly(token_budget):
+def test_a_thousand_groups_of_sixteen_are_planned_within_the_budget(token_budget):
     rng = np.random.default_rng(0)
     trees = [
         group(int(rng.integers(20, 200)), *rng.integers(5, 200, 16).tolist()) for _ in range(1000)
     ]
-    began = time.perf_counter()
-    plan_microbatches(trees, token_budget=token_budget, data_parallel_size=8, cost=SHAPE)
-    # About half a second at most on an idle core.
-    assert time.perf_counter() - began < 5
+    result = plan_microbatches(trees, token_budget=token_budget, data_parallel_size=8, cost=SHAPE)
+    assert (result.packed_tokens <= token_budget).all()
+    assert sum(len(s.sequences) for r in result.microbatches for m in r for s in m) == 16_000

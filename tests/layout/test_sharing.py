@@ -14,18 +14,8 @@ from megatron_prefix.layout import (
     trained_labels,
 )
 
-from .strategies import SHAPE, trees
+from .strategies import SEVEN_B, SHAPE, trees
 
-SEVEN_B = ModelShape(
-    num_layers=28,
-    hidden_size=3584,
-    ffn_hidden_size=18944,
-    num_attention_heads=28,
-    num_query_groups=4,
-    kv_channels=128,
-    vocab_size=152064,
-    gated_linear_unit=True,
-)
 SMALL = ModelShape(
     num_layers=4,
     hidden_size=256,
@@ -134,6 +124,7 @@ def test_groups_that_are_not_shared_are_split_like_any_sequences():
         sharing="groups",
         trim_last_layer=True,
         share_only_where_it_pays=True,
+        share_across_microbatches=False,
     )
     trees_ = [packing.group(group(2, 30, 30, 30, 30)), packing.group(group(100, 10, 10))]
     labels = [tree.packed_lengths for tree in trees_]

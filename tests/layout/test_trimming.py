@@ -16,6 +16,7 @@ from megatron_prefix.layout import (
     shard_layout,
     trim_stages,
 )
+from megatron_prefix.layout.stages import stage_rows
 from tests.layout.invariants import visible_keys
 from tests.layout.strategies import trees
 
@@ -27,8 +28,8 @@ def _assert_trimmed(layout: PackedLayout, needed: np.ndarray, multiple: int) -> 
     expected = visible_keys(layout.stages, layout.num_tokens)[kept]
     np.testing.assert_array_equal(visible_keys(stages, layout.num_tokens)[: kept.sum()], expected)
     first = stages[0]
-    assert first.causal and not any(stage.causal for stage in stages[1:])
-    assert (first.q_start, first.q_stop, first.query_rows) == (0, kept.sum(), None)
+    assert first.on.causal and not any(stage.on.causal for stage in stages[1:])
+    assert first.queries == slice(0, kept.sum())
     return kept
 
 
@@ -58,7 +59,9 @@ def test_rows_of_each_context_parallel_rank(tree: PrefixTree, cp: int, seed: int
             stages.from_all_shards().stages,
             *(stages.from_shard(other) for other in range(cp)),
         ):
-            size = max([shards.tokens_per_rank, *(stage.k_stop for stage in of_kind)])
+            size = max(
+                [shards.tokens_per_rank, *(stage_rows(stage.keys)[-1] + 1 for stage in of_kind)]
+            )
             before = visible_keys(of_kind, size)[: len(kept)][kept]
             after = visible_keys(trim_stages(of_kind, kept), size)[: kept.sum()]
             np.testing.assert_array_equal(after, before)
@@ -70,8 +73,8 @@ def test_of_a_group_only_the_responses_are_kept_and_nothing_is_copied() -> None:
     kept = _assert_trimmed(layout, needed, 1)
     np.testing.assert_array_equal(kept, needed)
     self_stage, prefix_stage = trim_stages(layout.stages, kept)
-    assert (self_stage.k_start, self_stage.k_stop, self_stage.key_rows) == (19, 31, None)
-    assert (prefix_stage.k_start, prefix_stage.k_stop, prefix_stage.key_rows) == (0, 19, None)
+    assert self_stage.keys == slice(19, 31)
+    assert prefix_stage.keys == slice(0, 19)
 
 
 def test_a_sequence_that_shares_nothing_is_divided_where_training_begins() -> None:

@@ -13,6 +13,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_prefix.attention.kernels import select_kernel
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
@@ -21,6 +23,11 @@ from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.transformer_config import transformer_config
 
 HAS_YARN = tuple(int(x) for x in megatron.core.__version__.split(".")[:2]) >= (0, 15)
+ON_CPU = AttentionSetup(
+    device=torch.device("cpu"),
+    kernel=select_kernel(None, device="cpu", dtype=torch.float32, head_dim=16),
+)
+"""Of any model here: on the CPU the kernel is the same for every dtype and head size."""
 TRAINING = TrainingConfig(steps=1, token_budget=1024, dtype="float64", device="cpu")
 
 BASE: dict[str, Any] = {
@@ -90,17 +97,17 @@ def packed_logits(
 
     These then come from a last layer that computes no other rows than it must.
     """
-    params = PrefixPackedSeqParams.from_layout(layout, torch.device("cpu"))
-    rows = None if needed is None else params.trim_last_layer(needed)
+    params = PrefixPackedSeqParams.from_layout(layout, ON_CPU, needed=needed)
     logits = model(
         torch.from_numpy(layout.input_ids)[None],
         torch.from_numpy(layout.position_ids)[None],
         None,
         packed_seq_params=params,
     )[0]
-    if rows is None:
-        return logits
+    rows = params.output_rows
     assert len(logits) == len(rows)
+    if needed is None:
+        return logits
     all_rows = logits.new_full((layout.num_tokens, logits.shape[1]), torch.nan)
     return all_rows.index_copy(0, torch.from_numpy(rows), logits)
 

@@ -15,8 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_prefix.attention.comm_types import layer_comm_type
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import ModelConfig, ParallelConfig, YarnConfig
 from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.distributed.agreement import check_same_row
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PackedLayout, pack
@@ -81,9 +83,10 @@ def _train_on_ranks(
             config = model_config(**MODELS[name])
             model = build_gpt_model(config, transformer_config(config, PARALLEL, TRAINING))
             model.load_state_dict(state)
-            params = PrefixPackedSeqParams.from_layout(
-                layout, torch.device("cpu"), context_parallel_group=group
+            setup = AttentionSetup.of(
+                model.config, torch.device("cpu"), context_parallel_group=group
             )
+            params = PrefixPackedSeqParams.from_layout(layout, setup)
             logits = model(
                 params.own(layout.input_ids)[None],
                 params.position_ids[None],
@@ -140,18 +143,19 @@ def _messages(rank: int, world_size: int) -> dict[str, str]:
     uneven = pack(random_groups(np.random.default_rng(0), [(5, [4, 3])]), pad_to=11)
     with runtime(PARALLEL, device="cpu", seed=3, timeout_minutes=1, float64=True):
         group = parallel_state.get_context_parallel_group()
-        cpu = torch.device("cpu")
-
-        def params(layout: PackedLayout) -> PrefixPackedSeqParams:
-            return PrefixPackedSeqParams.from_layout(layout, cpu, context_parallel_group=group)
-
         config = model_config()
         model = build_gpt_model(config, transformer_config(config, PARALLEL, TRAINING))
+        setup = AttentionSetup.of(model.config, torch.device("cpu"), context_parallel_group=group)
+
+        def checked_params(layout: PackedLayout) -> None:
+            params = PrefixPackedSeqParams.from_layout(layout, setup)
+            check_same_row(params.shards, group)
+
         tokens = torch.zeros(1, 6, dtype=torch.int64)
         mask = torch.ones(6, 6, dtype=torch.bool).triu(1)[None, None]
         return {
-            "other lengths": message(lambda: params(different)),
-            "uneven": message(lambda: params(uneven)),
+            "other lengths": message(lambda: checked_params(different)),
+            "uneven": message(lambda: checked_params(uneven)),
             "ordinary batch": message(lambda: model(tokens, torch.arange(6)[None], mask)),
         }
 

@@ -12,14 +12,14 @@ import torch
 
 from megatron_prefix.checkpoints.folder import CheckpointFolder
 from megatron_prefix.config import OptimizerSettings, ParallelConfig
+from megatron_prefix.config.packing import packing_of_run
 from megatron_prefix.model.build import ModelChunks, build_model_chunks, model_shape
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
-from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.step import train_step
-from tests.megatron.models import TRAINING, model_config, single_process
+from tests.megatron.models import ON_CPU, TRAINING, model_config, single_process
 
 MODEL = model_config(
     {
@@ -71,8 +71,8 @@ def test_steps_leave_it_as_it_is_and_a_checkpoint_keeps_it(tmp_path: Path) -> No
             _groups(),
             ObjectiveConfig(),
             packing,
+            attention=ON_CPU,
             data_parallel_rank=0,
-            device=torch.device("cpu"),
         ).batches
         before = chunks.bare[0].decoder.layers[0].mlp.router.weight.clone()
         for _ in range(2):

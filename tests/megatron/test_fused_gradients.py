@@ -16,6 +16,7 @@ import torch
 from megatron.core.tensor_parallel import layers
 
 from megatron_prefix.config import ParallelConfig
+from megatron_prefix.config.packing import packing_of_run
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PrefixTree, pack
 from megatron_prefix.model.build import build_model_chunks, model_shape
@@ -23,9 +24,8 @@ from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.batch import PackedBatch
 from megatron_prefix.training.minibatch import build_minibatch
-from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.step import accumulate_gradients
-from tests.megatron.models import TRAINING, model_config, relative_error, single_process
+from tests.megatron.models import ON_CPU, TRAINING, model_config, relative_error, single_process
 
 
 class _StubOfApex(types.ModuleType):
@@ -75,8 +75,8 @@ def _gradients(fusion: bool, trimmed: list[bool]) -> dict[str, torch.Tensor]:
         [_group(20, 8), _group(1, 16)],
         ObjectiveConfig(),
         packing,
+        attention=ON_CPU,
         data_parallel_rank=0,
-        device=torch.device("cpu"),
     ).batches
 
     def is_trimmed(batch: PackedBatch) -> bool:
@@ -116,7 +116,7 @@ def _output_gradient(fusion: bool) -> torch.Tensor:
         torch.from_numpy(layout.position_ids)[None],
         None,
     )
-    params = PrefixPackedSeqParams.from_layout(layout, torch.device("cpu"))
+    params = PrefixPackedSeqParams.from_layout(layout, ON_CPU)
     model.zero_grad_buffer()
     model(*inputs, packed_seq_params=params).square().sum().backward()
     rows = torch.arange(layout.num_tokens)

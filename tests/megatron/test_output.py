@@ -31,7 +31,7 @@ from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.head import LogProbHead
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.distributed import run_distributed
-from tests.megatron.models import TRAINING, model_config, random_groups, single_process
+from tests.megatron.models import ON_CPU, TRAINING, model_config, random_groups, single_process
 
 WAYS = [False, True] if output.takes_output_processor() else [False]
 VOCAB_SIZE = 61
@@ -54,7 +54,7 @@ def build(tied: bool = False, parallel: ParallelConfig | None = None, **options:
 def row_and_call(model: torch.nn.Module, seed: int = 0) -> tuple[Tensor, functools.partial[Tensor]]:
     """Labels [T] of a packed row, and the model's forward on it."""
     layout = pack(random_groups(np.random.default_rng(seed), [(9, [5, 6, 2])]), pad_to_multiple=2)
-    params = PrefixPackedSeqParams.from_layout(layout, torch.device("cpu"))
+    params = PrefixPackedSeqParams.from_layout(layout, ON_CPU)
     call = functools.partial(
         model,
         torch.from_numpy(layout.input_ids)[None],

@@ -7,15 +7,19 @@ them how a batch was padded. Ours are one packed sequence; the fields stay unset
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_prefix.attention.kernels import select_kernel
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import pack
-from megatron_prefix.rollouts.embedded.kv_cache import KeyValueCache
+from megatron_prefix.rollouts.embedded.kv_cache import KeyValueCache, prompt_row
 from tests.megatron.models import random_groups
 
 OURS = {
@@ -28,22 +32,46 @@ OURS = {
 """Megatron's fields that we set; every other one, of any release, is None."""
 
 
-def params_of_a_row() -> PrefixPackedSeqParams:
-    layout = pack(random_groups(np.random.default_rng(1), [(7, [5, 3]), (2, [4])]))
-    return PrefixPackedSeqParams.from_layout(layout, torch.device("cpu"))
+LAYOUT = pack(random_groups(np.random.default_rng(1), [(7, [5, 3]), (2, [4])]))
+CPU = torch.device("cpu")
+SETUP = AttentionSetup(
+    device=CPU, kernel=select_kernel(None, device=CPU, dtype=torch.float32, head_dim=16)
+)
+
+
+def params_of_a_row(needed: np.ndarray | None = None) -> PrefixPackedSeqParams:
+    return PrefixPackedSeqParams.from_layout(LAYOUT, SETUP, needed=needed)
 
 
 def trimmed() -> PrefixPackedSeqParams:
-    params = params_of_a_row()
-    params.trim_last_layer(np.array([params.plan.num_tokens - 1]))
+    params = params_of_a_row(needed=np.array([LAYOUT.num_tokens - 1]))
     assert params.last_layer is not None
     return params.last_layer
 
 
 def decoding() -> PrefixPackedSeqParams:
-    cache = KeyValueCache.__new__(KeyValueCache)  # the params only hold it
-    cache.kernel = None
+    cache = KeyValueCache(prompt_row([[1, 2], [3]]), SETUP, num_responses=2, slots=3)
     return cache.decode_params(torch.arange(3), slot=0, max_seqlen=9)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"bf16": True}, "bfloat16"),
+        ({"fp16": True}, "float16"),
+        ({"params_dtype": torch.float64}, "float64"),
+        ({}, "float32"),
+    ],
+)
+def test_the_kernel_is_chosen_for_the_dtype_and_the_head_size_of_the_model(
+    options: dict[str, Any], dtype: str
+) -> None:
+    config = TransformerConfig(
+        num_layers=1, hidden_size=96, num_attention_heads=4, kv_channels=24, **options
+    )
+    assert AttentionSetup.of(config, CPU).kernel.name == "torch_cpu"
+    with pytest.raises(ValueError, match=f"device cpu, torch.{dtype}, head_dim 24"):
+        AttentionSetup.of(config, CPU, kernel="torch_cuda")
 
 
 MAKERS = [params_of_a_row, trimmed, decoding]
@@ -71,9 +99,8 @@ def test_megatrons_post_init_changes_nothing(make) -> None:
 
 
 def test_one_packed_sequence_of_the_rows_that_attend() -> None:
-    params = params_of_a_row()
-    num_tokens = params.plan.num_tokens
-    params.trim_last_layer(np.array([num_tokens - 1]))
+    num_tokens = LAYOUT.num_tokens
+    params = params_of_a_row(needed=np.array([num_tokens - 1]))
     assert params.qkv_format == params.last_layer.qkv_format == "thd"
     assert params.cu_seqlens_q.tolist() == params.cu_seqlens_kv.tolist() == [0, num_tokens]
     assert params.last_layer.cu_seqlens_q.tolist() == [0, len(params.last_layer.query_rows)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -9,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from megatron_prefix.rollouts.file_engine import FileEngine
-from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 
 VOCAB_SIZE = 32
 MAX_POSITIONS = 16
@@ -48,6 +50,8 @@ def whole_record(group: RolloutGroup) -> dict[str, Any]:
     }
     if group.old_logprobs is not None:
         record["old_logprobs"] = [list(values) for values in group.old_logprobs]
+    if group.loss_mask is not None:
+        record["loss_mask"] = [list(mask) for mask in group.loss_mask]
     if group.finished is not None:
         record["finished"] = list(group.finished)
     return record
@@ -60,6 +64,7 @@ def flat_records(group: RolloutGroup, name: str | int) -> list[dict[str, Any]]:
         "response": whole["responses"],
         "reward": whole["rewards"],
         "old_logprobs": whole.get("old_logprobs"),
+        "loss_mask": whole.get("loss_mask"),
         "finished": whole.get("finished"),
     }
     return [
@@ -83,23 +88,56 @@ def numbered_groups(count: int) -> list[RolloutGroup]:
     ]
 
 
-def contents(groups: Sequence[RolloutGroup]) -> list[tuple[Any, ...]]:
-    """All fields but the source."""
+def plain(batch: RolloutBatch | None) -> list[RolloutGroup]:
+    """The groups of rank 0's batch, of plain numbers."""
+    assert batch is not None
+    return [_plain_group(group) for group in batch.groups()]
+
+
+def _plain_group(group: RolloutGroup) -> RolloutGroup:
+    values = {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
+    listed = {n: v for n, v in values.items() if n not in ("answer", "policy_version", "source")}
+    return dataclasses.replace(group, **{name: _tuples(value) for name, value in listed.items()})
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def contents(groups: Sequence[RolloutGroup] | RolloutBatch | None) -> list[tuple[Any, ...]]:
+    """All fields but the source, log-probabilities in 32 bits."""
+    if groups is None or isinstance(groups, RolloutBatch):
+        groups = plain(groups)
     return [
-        (g.prompt, g.responses, g.rewards, g.old_logprobs, g.finished, g.answer) for g in groups
+        (
+            g.prompt,
+            g.responses,
+            g.rewards,
+            g.old_logprobs and tuple(tuple(map(np.float32, values)) for values in g.old_logprobs),
+            g.loss_mask,
+            g.finished,
+            g.answer,
+        )
+        for g in groups
     ]
 
 
 @st.composite
-def group_strategy(draw: st.DrawFn) -> RolloutGroup:
+def group_strategy(draw: st.DrawFn, *, has_old_logprobs: bool, has_loss_mask: bool) -> RolloutGroup:
     tokens = st.integers(0, VOCAB_SIZE - 1)
     responses = draw(st.lists(st.lists(tokens, min_size=1, max_size=6), min_size=1, max_size=4))
     count = len(responses)
     finite = st.floats(allow_nan=False, allow_infinity=False)
-    old_logprobs = finished = None
-    if draw(st.booleans()):
+    old_logprobs = loss_mask = finished = None
+    if has_old_logprobs:
         old_logprobs = tuple(
             tuple(draw(st.floats(-1e9, 0.0)) for _ in response) for response in responses
+        )
+    if has_loss_mask:
+        loss_mask = tuple(
+            (True, *(draw(st.booleans()) for _ in response[1:])) for response in responses
         )
     if draw(st.booleans()):
         finished = tuple(draw(st.booleans()) for _ in responses)
@@ -108,10 +146,18 @@ def group_strategy(draw: st.DrawFn) -> RolloutGroup:
         responses=tuple(map(tuple, responses)),
         rewards=tuple(draw(st.lists(finite, min_size=count, max_size=count))),
         old_logprobs=old_logprobs,
+        loss_mask=loss_mask,
         finished=finished,
         answer=draw(st.none() | st.text(max_size=4)),
         source="",
     )
+
+
+@st.composite
+def groups_strategy(draw: st.DrawFn, *, max_size: int = 5) -> list[RolloutGroup]:
+    """Groups of one batch: it has old log-probabilities, and masks, of all of them or of none."""
+    options = {"has_old_logprobs": draw(st.booleans()), "has_loss_mask": draw(st.booleans())}
+    return draw(st.lists(group_strategy(**options), min_size=1, max_size=max_size))
 
 
 def mixed_records(groups: Sequence[RolloutGroup], flat: Sequence[bool]) -> list[dict[str, Any]]:

@@ -63,6 +63,14 @@ WHOLE_CASES = [
     ({"old_logprobs": [[math.nan], [-1, -1]]}, "old_logprobs[0][0]: nan is not a finite number"),
     ({"old_logprobs": [-1.0, -1.0]}, "old_logprobs[0]: -1.0 is not a list"),
     ({"old_logprobs": [["a"], [-1, -1]]}, "old_logprobs[0][0]: 'a' is not a number"),
+    ({"old_logprobs": [[-1e300], [-1, -1]]}, "old_logprobs[0][0]: -1e+300 is beyond the numbers"),
+    ({"loss_mask": [[True]]}, "loss_mask: 1 for 2 responses"),
+    ({"loss_mask": [[True], [True]]}, "loss_mask[1]: 1 values for a response of 2 tokens"),
+    ({"loss_mask": [[True], [False, False]]}, "loss_mask[1]: no token of the response is trained"),
+    ({"loss_mask": [[True], [True, 0]]}, "loss_mask[1][1]: 0 is not true or false"),
+    ({"loss_mask": [[None], [True, True]]}, "loss_mask[0][0]: None is not true or false"),
+    ({"loss_mask": [True, True]}, "loss_mask[0]: True is not a list"),
+    ({"loss_masks": [[True], [True, True]]}, "loss_masks: not a known field; is loss_mask meant?"),
     ({"finished": [True]}, "finished: 1 for 2 responses"),
     ({"finished": [True, 0]}, "finished[1]: 0 is not true or false"),
     ({"finished": True}, "finished: True is not a list"),
@@ -85,6 +93,10 @@ FLAT_CASES = [
     ({"reward": ABSENT, "answer": [3]}, "reward: missing; give it, or set a reward function"),
     ({"old_logprobs": [-1.0, -1.0]}, "old_logprobs: 2 log-probabilities for a response of 1"),
     ({"old_logprobs": [0.7]}, "old_logprobs[0]: 0.7 is not a log-probability"),
+    ({"loss_mask": [True, True]}, "loss_mask: 2 values for a response of 1 tokens"),
+    ({"loss_mask": [False]}, "loss_mask: no token of the response is trained on"),
+    ({"loss_mask": [1]}, "loss_mask[0]: 1 is not true or false"),
+    ({"loss_mask": True}, "loss_mask: True is not a list"),
     ({"finished": [True]}, "finished: [True] is not true or false"),
     (
         {"prompt": [1, 9]},
@@ -100,13 +112,14 @@ FLAT_CASES = [
     ({"answer": "b"}, "answer: group 'a' of different answers; {first} begins it with another"),
     ({"finished": True}, "finished: of group 'a', some records have it and some do not"),
     ({"old_logprobs": [-1.0]}, "old_logprobs: of group 'a', some records have it and some do not"),
+    ({"loss_mask": [True]}, "loss_mask: of group 'a', some records have it and some do not"),
 ]
 
 
 def failure(*paths, **options) -> str:
     reader = engine(*paths, epochs=1, **options)
     with pytest.raises(ValueError) as caught:
-        reader.next_groups(3, step=0)
+        reader.next_rollouts(3, step=0)
     return str(caught.value)
 
 
@@ -174,13 +187,13 @@ def test_after_an_error_the_engine_stands_where_it_stood(tmp_path, suffix):
     records = [whole_record(g) for g in groups]
     records[3]["prompt"] = [99]
     reader = engine(write(tmp_path / f"a{suffix}", records), epochs=1)
-    reader.next_groups(1, step=0)
+    reader.next_rollouts(1, step=0)
     state = reader.state_dict()
     for _ in range(2):
         with pytest.raises(ValueError, match=r"prompt\[0\]: token 99"):
-            reader.next_groups(3, step=1)
+            reader.next_rollouts(3, step=1)
         assert reader.state_dict() == state
-    assert contents(reader.next_groups(2, step=1)) == contents(groups[1:3])
+    assert contents(reader.next_rollouts(2, step=1)) == contents(groups[1:3])
 
 
 def test_after_a_reward_that_failed_the_engine_stands_where_it_stood(tmp_path):
@@ -189,18 +202,18 @@ def test_after_a_reward_that_failed_the_engine_stands_where_it_stood(tmp_path):
     records[2] = {**records[2], "rewards": None, "answer": "text"}
     path = write(tmp_path / "a.jsonl", records)
     reader = engine(path, reward=exact_match, epochs=1)
-    reader.next_groups(1, step=0)
+    reader.next_rollouts(1, step=0)
     state = reader.state_dict()
     for _ in range(2):
         with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:3: .*exact_match failed"):
-            reader.next_groups(3, step=1)
+            reader.next_rollouts(3, step=1)
         assert reader.state_dict() == state
-    assert contents(reader.next_groups(1, step=1)) == contents(groups[1:2])
+    assert contents(reader.next_rollouts(1, step=1)) == contents(groups[1:2])
 
 
 def test_a_group_of_another_size_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [GOOD, FLAT, FLAT])
-    assert engine(path, group_size=2, epochs=1).next_groups(2, step=0)
+    assert engine(path, group_size=2, epochs=1).next_rollouts(2, step=0)
     assert failure(path, group_size=3) == f"{path}:1: responses: 2 of them, but group_size=3"
     path = write(tmp_path / "b.jsonl", [FLAT])
     assert failure(path, group_size=2) == f"{path}:1: responses: 1 of them, but group_size=2"
@@ -239,9 +252,9 @@ def test_files_without_records_are_refused_rather_than_read_for_ever(tmp_path, s
     else:
         empty.write_bytes(gzip.compress(b"\n") if suffix.endswith("gz") else b"\n \n")
     with pytest.raises(ValueError, match=re.escape(f"no record in {empty}, {empty}")):
-        engine(empty, empty).next_groups(1, step=0)
+        engine(empty, empty).next_rollouts(1, step=0)
     full = write(tmp_path / "full.jsonl", [GOOD])
-    assert len(engine(empty, full, empty).next_groups(3, step=0)) == 3
+    assert engine(empty, full, empty).next_rollouts(3, step=0).num_groups == 3
 
 
 def test_broken_compression_is_named_by_line(tmp_path):
@@ -292,4 +305,4 @@ def test_wrong_paths_and_options_are_refused_before_anything_is_read(tmp_path):
     with pytest.raises(ValueError, match="epochs=0: set at least 1"):
         engine(path, epochs=0)
     with pytest.raises(ValueError, match="0 groups were asked for"):
-        engine(path).next_groups(0, step=0)
+        engine(path).next_rollouts(0, step=0)

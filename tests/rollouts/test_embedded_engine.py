@@ -28,7 +28,7 @@ from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream, take_first
 from tests.megatron.models import model_config
-from tests.rollouts.files import FORMATS, write
+from tests.rollouts.files import FORMATS, plain, write
 from tests.rollouts.sampling import greedy_response, sampler, sampling_model, unmodified
 
 OPTIONS = SamplingOptions(max_response_length=5, stop_tokens=tuple(range(0, 61, 4)))
@@ -67,7 +67,7 @@ def engine(path: Path, **options: Any) -> EmbeddedEngine:
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_groups_hold_the_prompts_in_order_with_sampled_responses_and_rewards(tmp_path, suffix):
     path = write(tmp_path / f"prompts{suffix}", PROMPTS)
-    groups = engine(path).next_groups(3, step=0)
+    groups = plain(engine(path).next_rollouts(3, step=0))
     place = "{}: row {}" if suffix == ".parquet" else "{}:{}"
     first = 0 if suffix == ".parquet" else 1
     assert [group.source for group in groups] == [place.format(path, first + n) for n in range(3)]
@@ -86,17 +86,17 @@ def test_groups_hold_the_prompts_in_order_with_sampled_responses_and_rewards(tmp
 def test_a_resumed_engine_goes_on_with_the_same_groups(tmp_path):
     path = write(tmp_path / "prompts.jsonl", PROMPTS)
     first = engine(path)
-    first.next_groups(3, step=0)
+    first.next_rollouts(3, step=0)
     state = first.state_dict()
     # Over the end of the epoch, at another step than the first time.
-    expected = first.next_groups(4, step=1)
+    expected = plain(first.next_rollouts(4, step=1))
     second = engine(path)
     second.load_state_dict(state)
-    assert second.next_groups(4, step=1) == expected
+    assert plain(second.next_rollouts(4, step=1)) == expected
     assert [group.answer for group in expected] == [3, 4, 0, 1]
     with pytest.raises(EndOfRollouts):
-        second.next_groups(4, step=2)
-    assert len(second.next_groups(3, step=2)) == 3
+        second.next_rollouts(4, step=2)
+    assert second.next_rollouts(3, step=2).num_groups == 3
     second.close()
 
 
@@ -115,13 +115,13 @@ def test_a_resumed_engine_goes_on_with_the_same_groups(tmp_path):
 def test_a_wrong_prompt_is_named_by_file_line_and_field(tmp_path, record, message):
     path = write(tmp_path / "prompts.jsonl", [PROMPTS[0], record])
     with pytest.raises(ValueError, match=message):
-        engine(path).next_groups(2, step=0)
+        engine(path).next_rollouts(2, step=0)
 
 
 def test_a_reward_that_fails_is_named_with_its_prompt(tmp_path):
     path = write(tmp_path / "prompts.jsonl", [PROMPTS[0], {"prompt": [1, 2], "answer": 7}])
     with pytest.raises(ValueError, match=r"prompts.jsonl:2: responses\[0\]: reward .* failed"):
-        engine(path).next_groups(2, step=0)
+        engine(path).next_rollouts(2, step=0)
 
 
 def evaluator(path: Path, chunks: Any, count: int) -> Evaluator:
@@ -175,7 +175,7 @@ def test_a_configuration_builds_its_engine_and_its_evaluator(tmp_path, place):
     chunks = sampling_model(model_config())
     config = run_config(path, temperature=0.7, stop_tokens=(1,))
     with_config = build_engine(config, chunks, place)
-    [group] = with_config.next_groups(1, step=0)
+    [group] = plain(with_config.next_rollouts(1, step=0))
     assert len(group.responses) == 3
     assert max(map(len, group.responses)) <= 4
     found = build_evaluator(config, chunks, place)

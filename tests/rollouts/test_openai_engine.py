@@ -22,6 +22,7 @@ from megatron_prefix.rollouts.server.answers import ServerMismatch
 from megatron_prefix.rollouts.server.client import ServerError
 from megatron_prefix.training.trainer import Trainer
 from tests.rollouts.asking import completion, ids_choice
+from tests.rollouts.files import plain
 from tests.rollouts.replies import Reply, Request, reply_server
 from tests.rollouts.servers import (
     DIGITS,
@@ -133,12 +134,12 @@ class Interruption:
         self._thread = threading.Thread(target=self._restart)
 
     def watch(self, run: Trainer) -> None:
-        next_groups, post = run.engine.next_groups, run.engine._client.post
+        next_rollouts, post = run.engine.next_rollouts, run.engine._client.post
 
-        def watched_groups(num_groups: int, *, step: int) -> Any:
+        def watched_rollouts(num_groups: int, *, step: int) -> Any:
             if step == self._at_step:
                 self._left = 10
-            return next_groups(num_groups, step=step)
+            return next_rollouts(num_groups, step=step)
 
         def watched_post(path: str, body: dict[str, Any]) -> Any:
             if self._left is not None and path == "/v1/completions":
@@ -149,7 +150,7 @@ class Interruption:
                     self._thread.start()
             return post(path, body)
 
-        run.engine.next_groups, run.engine._client.post = watched_groups, watched_post
+        run.engine.next_rollouts, run.engine._client.post = watched_rollouts, watched_post
 
     def _restart(self) -> None:
         time.sleep(OUTAGE_S)
@@ -224,14 +225,14 @@ def test_the_server_samples_from_exactly_the_weights_that_were_handed_over(data,
         tmp_path, rollouts=rollouts(data, server.url, **cold), objective={"temperature": 1e-4}
     )
     with trainer(values) as run:
-        groups = run.engine.next_groups(4, step=0)
+        groups = plain(run.engine.next_rollouts(4, step=0))
         embedded = {**values["rollouts"], "engine": "embedded"}
         del embedded["server"]
         from megatron_prefix.config import RunConfig
         from megatron_prefix.config.loader import load_dataclass
 
         config = load_dataclass(RunConfig, {**values, "rollouts": embedded})
-        own = build_engine(config, run.chunks, run.runtime).next_groups(4, step=0)
+        own = plain(build_engine(config, run.chunks, run.runtime).next_rollouts(4, step=0))
         run.engine.close()
     assert [group.prompt for group in groups] == [group.prompt for group in own]
     assert [group.answer for group in groups] == [group.answer for group in own]
@@ -242,13 +243,13 @@ def test_a_resumed_engine_asks_for_the_prompts_that_come_next(data, server, tmp_
     few = {"group_size": 2, "groups_per_step": 2, "epochs": 1}
     values = run_values(tmp_path, rollouts=rollouts(data, server.url, **few))
     with trainer(values) as run:
-        first = run.engine.next_groups(2, step=0)
+        first = plain(run.engine.next_rollouts(2, step=0))
         state = json.loads(json.dumps(run.engine.state_dict()))
-        expected = run.engine.next_groups(2, step=1)
+        expected = plain(run.engine.next_rollouts(2, step=1))
         run.engine.close()
     with trainer(values) as run:
         run.engine.load_state_dict(state)
-        found = run.engine.next_groups(2, step=1)
+        found = plain(run.engine.next_rollouts(2, step=1))
         run.engine.close()
         with pytest.raises(ValueError, match="the order of the prompts has changed"):
             run.engine.load_state_dict({**state, "shuffle_seed": 1})
@@ -275,7 +276,7 @@ def test_a_tokenizer_that_is_not_the_servers_is_found_out(data, server, tmp_path
 
         run.engine._folders.write = other_tokenizer
         with pytest.raises(ServerMismatch, match=r"grpo.jsonl:\d+: prompt: .* counts"):
-            run.engine.next_groups(1, step=0)
+            run.engine.next_rollouts(1, step=0)
         run.engine.close()
 
 
@@ -291,7 +292,7 @@ def test_a_folder_that_the_server_cannot_load_is_an_error_in_its_words(data, ser
 
         run.engine._folders.write = broken
         with pytest.raises(ServerError, match=r"loading .*version_000000 failed: .*header"):
-            run.engine.next_groups(1, step=0)
+            run.engine.next_rollouts(1, step=0)
         run.engine.close()
 
 
@@ -325,7 +326,7 @@ def test_batches_sampled_ahead_carry_their_version_and_too_old_ones_are_sampled_
         seen = []
         with trainer(values) as run:
             for step in range(5):
-                groups = run.engine.next_groups(2, step=step)
+                groups = plain(run.engine.next_rollouts(2, step=step))
                 sources += [group.source for group in groups]
                 found = run.engine.metrics()
                 seen.append((found["policy_version"], found["staleness"], found["stale_groups"]))

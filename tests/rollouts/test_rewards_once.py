@@ -1,4 +1,4 @@
-"""Rewards of finished rollouts are computed on one rank, and all ranks have them or the error."""
+"""Finished rollouts are read and rewarded on rank 0 alone; all ranks have its errors."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_prefix.distributed.rank_results import on_rank_0, raise_together
+from megatron_prefix.distributed.rank_results import rank_0_alone
 from megatron_prefix.rollouts.rewards import load_reward
 from tests.distributed import run_distributed
 from tests.training.runs import read_rows, run_values, trainer
 
-from .files import engine, write
+from .files import engine, plain, write
 
 MODULE = """
 import os
@@ -95,33 +95,36 @@ def test_a_reward_that_fails_ends_the_run_on_every_rank(tmp_path: Path) -> None:
     assert len({process for process, _ in _called(calls)}) == 1
 
 
-def _read(rank: int, world_size: int, folder: Path, name: str) -> list[Any]:
-    """Two batches of a file that rank 1 has in another form."""
+def _read(rank: int, world_size: int, folder: Path, name: str) -> tuple[Any, Any]:
+    """A batch of a file that is on rank 0 alone, and the state after it."""
     sys.path.insert(0, str(folder))
-    path = folder / (name if rank == 1 else "good.jsonl")
-    reader = engine(path, reward=load_reward("counting:reward"), run_once=on_rank_0, epochs=1)
+    reader = engine(
+        folder / (name if rank == 0 else "nowhere"),
+        reward=load_reward("counting:reward"),
+        reads=rank == 0,
+        run_alone=rank_0_alone,
+        epochs=1,
+    )
     try:
-        with raise_together():
-            groups = reader.next_groups(3, step=0)
+        batch = reader.next_rollouts(3, step=0)
     except ValueError as error:
-        return [str(error), reader.state_dict()["number"]]
+        return str(error), reader.state_dict()
     finally:
         reader.close()
-    return [group.rewards for group in groups]
+    found = None if batch is None else [group.rewards for group in plain(batch)]
+    return found, reader.state_dict()
 
 
-def test_ranks_that_read_different_files_end_with_an_error_and_do_not_wait(tmp_path: Path) -> None:
+def test_rank_0_alone_reads_and_all_ranks_have_its_errors(tmp_path: Path) -> None:
     (tmp_path / "counting.py").write_text(MODULE)
     good = _records(tmp_path / "calls")
     write(tmp_path / "good.jsonl", good)
-    assert run_distributed(_read, 2, tmp_path, "good.jsonl") == 2 * [EXPECTED]
+    (rewards, state), (nothing, other_state) = run_distributed(_read, 2, tmp_path, "good.jsonl")
+    assert rewards == EXPECTED and state["number"] == 5
+    assert nothing is None and other_state == {}
 
     bad = write(tmp_path / "bad.jsonl", [{"prompt": [5, 6], "responses": FIVE[:2]}, *good[1:]])
-    message = f"rank 1 of 2: {bad}:1: rewards: missing, and so is answer; a record needs one of"
-    first, second = run_distributed(_read, 2, tmp_path, "bad.jsonl")
-    assert first[0].startswith(message) and second == [first[0], 0]
-
-    other = write(tmp_path / "other.jsonl", good)
-    first, second = run_distributed(_read, 2, tmp_path, "other.jsonl")
-    assert first[0].startswith("rank 1 of 2: this rank has read other rollouts than the rank")
-    assert second == [first[0], 0] and other.is_file()
+    (error, state), (same, _) = run_distributed(_read, 2, tmp_path, "bad.jsonl")
+    message = f"{bad}:1: rewards: missing, and so is answer; a record needs one of"
+    assert error == same and error.startswith(message)
+    assert state["number"] == 0

@@ -21,6 +21,7 @@ from tests.rollouts.asking import (
     text_answers,
     vllm_answers,
 )
+from tests.rollouts.files import plain
 from tests.rollouts.replies import Reply, Request, reply_server
 from tests.rollouts.servers import END
 
@@ -30,7 +31,7 @@ def test_token_ids_and_log_probabilities_are_taken_as_the_server_gives_them(path
         sampler, client = parts(server.url + "/v1", path, tokenizer=tokenizer)
         batch = sampler.sample(2, step=0, version=7)
         client.close()
-    first, second = batch.groups
+    first, second = plain(batch.rollouts)
     assert first.prompt == (0, 1, 10)
     assert second.responses == ((1, 1, END), (3, 4, 5, 6), (1, 1, END), (3, 4, 5, 6))
     assert second.rewards == (1.0, 0.0, 1.0, 0.0)
@@ -80,7 +81,7 @@ def test_servers_write_the_same_tokens_in_several_ways(path, tokenizer, changes)
 
     with reply_server(answer) as server:
         sampler, client = parts(server.url, path, tokenizer=tokenizer, kind="sglang")
-        [group] = sampler.sample(1, step=0, version=0).groups
+        [group] = plain(sampler.sample(1, step=0, version=0).rollouts)
         client.close()
     assert group.responses == ((1, 2, END),) * 4
     assert group.finished == (True,) * 4
@@ -116,7 +117,7 @@ def test_text_becomes_tokens_on_its_own_and_is_said_to_be_text(path, tokenizer):
         sampler, client = parts(server.url, path, tokenizer=tokenizer)
         batch = sampler.sample(2, step=0, version=0)
         client.close()
-    for n, group in enumerate(batch.groups):
+    for n, group in enumerate(plain(batch.rollouts)):
         assert group.prompt == (n, 1, 10)
         assert group.responses == ((1, 2, END),) * 4
         assert group.old_logprobs is None
@@ -153,7 +154,7 @@ def test_a_response_whose_tokens_are_not_certain_is_asked_for_again(path, tokeni
     with reply_server(lambda request: text_answers(request, [GOOD, bad])) as server:
         sampler, client = parts(server.url, path, tokenizer=tokenizer, kind="openai")
         batch = sampler.sample(1, step=0, version=0)
-        assert batch.groups[0].responses == ((1, 2, END),) * 4
+        assert plain(batch.rollouts)[0].responses == ((1, 2, END),) * 4
         assert batch.metrics["partial_groups"] == 1
         assert batch.metrics["rejected_responses"] >= 2
         server.script = lambda request: text_answers(request, [bad])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
+import numpy as np
 import pytest
 
 from megatron_prefix.config import ServerConfig
@@ -33,8 +34,8 @@ def test_groups_with_missing_responses_are_dropped_or_kept_as_configured(
         )
         batch = sampler.sample(2, step=0, version=0)
         client.close()
-    assert [group.source for group in batch.groups] == [f"{path}:{line}" for line in sources]
-    assert [len(group.responses) for group in batch.groups] == sizes
+    assert list(batch.rollouts.sources) == [f"{path}:{line}" for line in sources]
+    assert np.diff(batch.rollouts.group_offsets).tolist() == sizes
     assert batch.metrics["dropped_groups"] == (policy == "drop")
     assert batch.metrics["partial_groups"] == 1
 
@@ -65,7 +66,7 @@ def test_a_request_that_goes_wrong_once_costs_time_only(path, fault):
         sampler, client = parts(server.url, path, request_timeout_s=3.0)
         batch = sampler.sample(2, step=0, version=0)
         client.close()
-    assert [len(group.responses) for group in batch.groups] == [4, 4]
+    assert np.diff(batch.rollouts.group_offsets).tolist() == [4, 4]
     assert batch.metrics["server_retries"] == 1
     assert batch.metrics["rejected_responses"] == 0
 
@@ -80,7 +81,7 @@ def test_a_request_that_keeps_failing_makes_its_group_partial(path):
         sampler, client = parts(server.url, path, partial_groups="drop", max_attempts=2)
         batch = sampler.sample(1, step=0, version=0)
         client.close()
-    assert [group.source for group in batch.groups] == [f"{path}:2"]
+    assert list(batch.rollouts.sources) == [f"{path}:2"]
     assert batch.metrics["dropped_groups"] == 1
 
 
@@ -97,7 +98,7 @@ def test_a_refusal_is_told_at_once_in_the_servers_words_and_nothing_is_used_up(p
         client.close()
         assert len(server.requests) == 1
         sampler, client = parts(server.url, path, key="secret")
-        assert sampler.sample(6, step=0, version=0).groups[0].source == f"{path}:1"
+        assert sampler.sample(6, step=0, version=0).rollouts.sources[0] == f"{path}:1"
         with pytest.raises(EndOfRollouts):
             sampler.sample(1, step=0, version=0)
         client.close()
@@ -149,7 +150,7 @@ def test_a_server_that_was_started_anew_gets_the_weights_before_its_answers_coun
         batch = sampler.sample(2, step=0, version=3)
         client.close()
     assert loaded == ["3"] * (is_noticed or tells_version)
-    assert len(batch.groups) == 2
+    assert batch.rollouts.num_groups == batch.num_groups == 2
     # A first one, the batch's two (one of them twice where it broke), and both after the loading.
     again = 2 if loaded else 0
     assert len(completions(server)) <= 3 + is_noticed + again
@@ -163,7 +164,7 @@ def test_answers_of_other_weights_than_were_loaded_end_the_run(path):
     with reply_server(answer) as server:
         sampler, client = parts(server.url, path, kind="sglang", load_again=lambda: None)
         sampler._asker.weights = "3"
-        assert len(sampler.sample(1, step=0, version=3).groups) == 1
+        assert sampler.sample(1, step=0, version=3).num_groups == 1
         sampler._asker.weights = "4"
         with pytest.raises(ServerMismatch, match="weights of version 3, but 4 were loaded"):
             sampler.sample(1, step=0, version=4)

@@ -88,7 +88,9 @@ def test_arguments_that_make_no_comparison_are_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["benchmark.py", "benchmark_context_parallel.py"])
+@pytest.mark.parametrize(
+    "name", ["benchmark.py", "benchmark_series.py", "benchmark_context_parallel.py"]
+)
 def test_the_tools_are_programs(name: str) -> None:
     done = run_python([TOOL.with_name(name), "--case", "2,16"])
     assert done.returncode == 2
@@ -117,10 +119,10 @@ def _compare(rank: int, world_size: int) -> dict[str, Any]:
         case = levels.Case(level="step", shape=parse_case(text), sizes=sizes)
         with levels.build_runners(case, ["grouped", "ungrouped"]) as runners:
             if text == "3,9,5":
-                batch = runners["grouped"]._batch
+                batch = runners["grouped"]._batches[0]
                 batch.weights.mul_(2)
             else:
-                batch = runners["ungrouped"]._batch
+                batch = runners["ungrouped"]._batches[0]
                 batch.input_ids[:, 3] = (batch.input_ids[:, 3] + 1) % 64
             try:
                 check_equal(runners, tolerance=2e-3)
@@ -151,3 +153,42 @@ def test_context_parallel_rows_show_what_travelled(
         assert row["least_forward_bytes"] == 63 * 2 * 2 * 8 * 4 // 2
         assert row["backward_bytes"] > row["forward_bytes"]
         assert row["seconds"] > 0
+
+
+SERIES = TOOL.with_name("benchmark_series.py")
+
+
+def test_a_series_beside_pieces_computes_the_same_with_fewer_tokens(
+    last_line: Callable[..., dict[str, Any]],
+) -> None:
+    case = ["--case", "12,60,20", "--token-budget", "120", "--repeats", "1", "--dtype", "float64"]
+    report = last_line(SERIES, *case, "--json", *SIZES)
+    series, pieces = report["sides"]["series"], report["sides"]["pieces"]
+    # 59 positions of the prompt, and 61 for three responses: four rows.
+    assert series["rows_with_responses"] == pieces["rows_with_responses"] == 4
+    assert pieces["tokens"] - series["tokens"] == 3 * 59
+    assert report["flops_ratio"] == pieces["forward_flops"] / series["forward_flops"] > 1
+    assert report["share"] == pytest.approx(report["time_ratio"] / report["flops_ratio"])
+    assert report["time_ratio_least"] <= report["time_ratio"] <= report["time_ratio_most"]
+    assert 0 < report["gradient_error"] < 1e-12
+    assert all(side["seconds"] > 0 and side["peak_mb"] is not None for side in (series, pieces))
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (["--case", "4,30,5"], "--case 4,30,5 --token-budget 8192: nothing to share across"),
+        (["--case", "2,60,70", "--token-budget", "99"], "over token_budget=99"),
+    ],
+)
+def test_a_case_without_a_series_is_refused(
+    case: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fork_server.ensure_running()
+    monkeypatch.syspath_prepend(str(SERIES.parent))
+    monkeypatch.setattr(sys, "argv", [str(SERIES), *case, *SIZES, "--no-memory", "--repeats", "1"])
+    assert importlib.import_module("benchmark_series").main() == 2
+    assert message in capsys.readouterr().err

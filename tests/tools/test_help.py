@@ -27,6 +27,8 @@ DEFAULTS = {
     "plan": "data-parallel ranks (default: 1)",
     "benchmark": "hidden size (default: 256)",
     "benchmark_context_parallel": "measurements of each kind (default: 3)",
+    "benchmark_host": "prompts of the batch (default: 512)",
+    "benchmark_series": "tokens of a row at most (default: 8192)",
     "show_layout": "the picture to write (default: outputs/layout.png)",
     "convert_checkpoint": "show what a Hugging Face folder or a Megatron checkpoint holds",
 }

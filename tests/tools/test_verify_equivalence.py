@@ -153,6 +153,68 @@ def test_four_context_parallel_ranks_with_three_levels_of_sharing(tool: ModuleTy
     _assert_exact(tool, report)
 
 
+# Two groups over the budget of 34, one of them with a response that fits beside its prompt exactly;
+# one that fits, one with a one-token prompt, and one of a single response.
+SHAPES_OVER_THE_BUDGET = [
+    {"prefix": 20, "responses": [3, 7, 1, 5, 6, 2]},
+    {"prefix": 1, "responses": [2, 4]},
+    {"prefix": 9, "responses": [6, 3]},
+    {"prefix": 15, "responses": [20, 1, 9, 11]},
+    {"prefix": 12, "responses": [5]},
+]
+SERIES = {**ALWAYS, "share_across_microbatches": True}
+
+
+@pytest.mark.parametrize(
+    ("transformer", "parallel", "data", "options"),
+    [
+        pytest.param(
+            {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24},
+            ParallelConfig(),
+            1,
+            {
+                "objective": "gspo",
+                "recompute": "selective",
+                "packing": {**SERIES, "trim_last_layer": False},
+            },
+            id="experts, a sequence-level ratio, selective recompute, a whole last layer",
+        ),
+        pytest.param(
+            {},
+            ParallelConfig(tensor_model_parallel_size=2),
+            1,
+            {"recompute": "full"},
+            id="tensor and sequence parallelism with full recompute",
+        ),
+        pytest.param(
+            {},
+            ParallelConfig(),
+            2,
+            {"optimizer_steps": 3},
+            id="two data-parallel ranks and the distributed optimizer",
+        ),
+    ],
+)
+def test_pieces_of_a_large_group_that_run_its_prompt_once(
+    tool: ModuleType,
+    capfd: pytest.CaptureFixture[str],
+    transformer: dict[str, Any],
+    parallel: ParallelConfig,
+    data: int,
+    options: dict[str, Any],
+) -> None:
+    report = tool.verify(
+        model=_model(tool, **transformer),
+        shapes=SHAPES_OVER_THE_BUDGET,
+        parallel=parallel,
+        data_parallel_size=data,
+        token_budget=34,
+        **{"packing": SERIES, **options},
+    )
+    _assert_exact(tool, report)
+    assert int(re.search(r"(\d+) series of rows", capfd.readouterr().out)[1]) == 2
+
+
 def test_what_is_proved_is_the_packing_of_a_run_unless_said_otherwise(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,8 +241,9 @@ def test_options_of_packing_are_passed_on_only_where_they_are_given(
     assert _main(tool, monkeypatch) == 0
     arguments = ["--share-always", "--whole-last-layer", "--sharing", "everything"]
     assert _main(tool, monkeypatch, *arguments) == 0
+    assert _main(tool, monkeypatch, "--share-across-microbatches") == 0
     everything = {"sharing": "everything", "trim_last_layer": False}
-    assert found == [{}, {**ALWAYS, **everything}]
+    assert found == [{}, {**ALWAYS, **everything}, {"share_across_microbatches": True}]
 
 
 def test_a_weight_that_is_off_by_a_millionth_is_found(
@@ -261,6 +324,8 @@ def test_wrong_shapes_end_with_status_2_and_name_the_entry(
         (["--ep", "2", "--dp", "2"], "parallel.expert_model_parallel_size: 2 needs"),
         (["--dp", "0"], "dp: 0 must be at least 1"),
         (["--model", "missing.yaml"], "missing.yaml"),
+        (["--share-across-microbatches", "--pp", "2"], "parallel.pipeline_model_parallel_size: 2"),
+        (["--share-across-microbatches", "--sharing", "everything"], "with sharing: everything"),
     ],
 )
 def test_an_impossible_layout_ends_with_status_2(

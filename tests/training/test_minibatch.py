@@ -7,18 +7,17 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_prefix.config import ParallelConfig
+from megatron_prefix.config.packing import packing_of_run
 from megatron_prefix.layout import ModelShape, Packing
 from megatron_prefix.model import head as head_module
 from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.minibatch import Minibatch, build_minibatch
-from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.step import accumulate_gradients, compute_logprobs
-from tests.megatron.models import TRAINING, model_config, single_process
+from tests.megatron.models import ON_CPU, TRAINING, model_config, single_process
 
 OBJECTIVE = ObjectiveConfig()
 # Too short to pay, long, a group of one, one token, and prompts that begin alike.
@@ -52,8 +51,8 @@ def _minibatch(shape: Any, pays: bool, sharing: Literal["groups", "everything"])
         _groups(),
         OBJECTIVE,
         _packing(shape, sharing=sharing, share_only_where_it_pays=pays),
+        attention=ON_CPU,
         data_parallel_rank=0,
-        device=torch.device("cpu"),
     )
 
 
@@ -80,9 +79,9 @@ def test_results_do_not_depend_on_where_sharing_is_skipped(sharing: str) -> None
         assert difference <= 1e-12 * max(float(gradient.norm()), 1e-3), name
 
     # Something was skipped, not all; what an ungrouped run would do is what it was.
-    assert always.packed_tokens < where_it_pays.packed_tokens < always.ungrouped_tokens
-    assert where_it_pays.ungrouped_tokens == always.ungrouped_tokens
-    assert where_it_pays.flops <= where_it_pays.ungrouped_flops
+    assert always.packed_tokens < where_it_pays.packed_tokens < always.step.ungrouped_tokens
+    assert where_it_pays.step.ungrouped_tokens == always.step.ungrouped_tokens
+    assert where_it_pays.flops <= where_it_pays.step.ungrouped_flops
     assert all(batch.num_tokens <= 160 for batch in where_it_pays.batches)
 
 
@@ -123,8 +122,8 @@ def test_a_row_without_sharing_has_no_cross_stage() -> None:
                 _groups()[:1],
                 OBJECTIVE,
                 _packing(shape, share_only_where_it_pays=pays),
+                attention=ON_CPU,
                 data_parallel_rank=0,
-                device=torch.device("cpu"),
             )
-            stages[pays] = [len(batch.params.plan.stages) for batch in minibatch.batches]
+            stages[pays] = [len(batch.params.attention.stages.local) for batch in minibatch.batches]
     assert stages == {False: [2], True: [1]}

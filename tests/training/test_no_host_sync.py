@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_prefix.attention import kernels
-from megatron_prefix.attention.kernels import TorchCudaKernel
+from megatron_prefix.attention.kernels import TorchCudaKernel, select_kernel
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layout import pack
@@ -33,7 +34,9 @@ from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.head import LogProbHead
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig
-from megatron_prefix.training.batch import PackedBatch, TrainedSequence, build_batch
+from megatron_prefix.training.batch import PackedBatch
+from megatron_prefix.training.batch_planning import build_batch
+from megatron_prefix.training.entries import TrainedSequence
 from megatron_prefix.training.step import _forward_step
 from tests.megatron.models import TRAINING, model_config, random_groups, single_process
 
@@ -62,12 +65,15 @@ def batch_on(device: torch.device, kernel: str | None, *, deterministic: bool) -
         )
         for i, n in enumerate((5, 6, 3, 1))
     ]
+    inputs = {"device": device, "dtype": torch.bfloat16, "head_dim": 16}
     batch = build_batch(
         pack(tree),
         sequences,
-        device=device,
-        kernel=kernel,
-        deterministic=deterministic,
+        AttentionSetup(
+            device=device,
+            kernel=select_kernel(kernel, **inputs),
+            deterministic=deterministic,
+        ),
         trim_last_layer=True,
     )
     assert batch.params.last_layer is not None
@@ -79,7 +85,7 @@ def run_microbatch(model: GPTModel, head: LogProbHead, batch: PackedBatch) -> to
     """Forward and backward, by the functions that a train step is made of."""
     chunks = SimpleNamespace(head=head, wrapped=[model])
     output, loss_function = _forward_step(
-        iter([batch]), model, chunks=chunks, objective=OBJECTIVE, with_entropy=True
+        iter([batch]), model, chunks=chunks, objective=OBJECTIVE, with_gradients=True
     )
     loss, _, metrics = loss_function(output)
     loss.backward()

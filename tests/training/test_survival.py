@@ -371,16 +371,16 @@ def _stop_between_rollouts_and_step(
 def _count_batches(of: Trainer, *, stop_at: int | None) -> list[int]:
     """Note the batches that the engine makes; after one of them this process gets SIGTERM."""
     made: list[int] = []
-    next_groups = of.engine.next_groups
+    next_rollouts = of.engine.next_rollouts
 
     def counted(num_groups: int, *, step: int) -> Any:
-        groups = next_groups(num_groups, step=step)
+        batch = next_rollouts(num_groups, step=step)
         made.append(step)
         if len(made) == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return groups
+        return batch
 
-    of.engine.next_groups = counted  # type: ignore[method-assign]
+    of.engine.next_rollouts = counted  # type: ignore[method-assign]
     return made
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_prefix.distributed.rank_results import raise_together
 from megatron_prefix.model.full_tensors import FullTensors, full_parameters
 from megatron_prefix.objective import PolicyMetrics
-from megatron_prefix.training import trainer as trainer_module
+from megatron_prefix.training import update as update_module
 from megatron_prefix.training.metrics import MetricsLog
 from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.step import compute_logprobs, reduce_sums
@@ -171,15 +171,16 @@ def _learn(folder: Path) -> list[float]:
     )
     totals = []
     with trainer(values) as run:
-        groups = run.engine.next_groups(2, step=0)
+        rollouts = [run.engine.next_rollouts(2, step=0)]
+        dist.broadcast_object_list(rollouts)
 
         def measure() -> None:
             minibatch = build_minibatch(
-                groups,
+                rollouts[0],
                 run.config.objective,
-                run.packing,
+                run.update.packing,
+                attention=run.update.attention,
                 data_parallel_rank=run.runtime.data_parallel_rank,
-                device=run.runtime.device,
             )
             found = compute_logprobs(run.chunks, minibatch.batches, run.config.objective)
             total = torch.zeros(1, dtype=torch.float64)
@@ -314,7 +315,7 @@ def _use_old_logprobs(folder: Path) -> list[tuple[dict[str, Any], int, list[floa
 
 def _watch(values: dict[str, Any]) -> tuple[dict[str, Any], int, list[float]]:
     ratios: list[float] = []
-    original = trainer_module.train_step
+    original = update_module.train_step
 
     def record(*args: Any) -> Any:
         result = original(*args)
@@ -324,8 +325,8 @@ def _watch(values: dict[str, Any]) -> tuple[dict[str, Any], int, list[float]]:
 
     spy = mock.Mock(side_effect=compute_logprobs)
     with (
-        mock.patch.object(trainer_module, "train_step", record),
-        mock.patch.object(trainer_module, "compute_logprobs", spy),
+        mock.patch.object(update_module, "train_step", record),
+        mock.patch.object(update_module, "compute_logprobs", spy),
         trainer(values) as run,
     ):
         return run.run(), spy.call_count, ratios
@@ -368,7 +369,7 @@ def test_groups_with_and_without_old_logprobs_do_not_share_an_optimizer_step(
 ) -> None:
     path = folder / "mixed.jsonl"
     assert found["_mix_old_logprobs"].startswith(
-        f"{path}:2: old_logprobs: missing, but {path}:1, of the same optimizer step, has them"
+        f"{path}:2: old_logprobs: missing, but {path}:1, of the same rollout batch, has them"
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
@@ -19,6 +20,7 @@ from megatron_prefix.model.build import ModelChunks, build_gpt_model, build_mode
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.training.batch import PackedBatch
+from megatron_prefix.training.series import BatchSeries
 from megatron_prefix.training.step import accumulate_gradients
 
 from .measuring import Runner
@@ -105,25 +107,6 @@ def _attention_runners(case: Case, sides: Sequence[str]) -> dict[str, Runner]:
     return {side: _AttentionRunner(m, q, k, v, dout) for side, m in mechanisms.items()}
 
 
-@dataclass
-class MechanismParams(PrefixPackedSeqParams):
-    """Params whose attention is computed by another mechanism."""
-
-    mechanism: Mechanism = None
-
-    @classmethod
-    def of(cls, params: PrefixPackedSeqParams, mechanism: Mechanism) -> MechanismParams:
-        """The same params with another mechanism."""
-        values = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
-        return cls(**values, mechanism=mechanism)
-
-    def attend(
-        self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, comm_type: str
-    ) -> Tensor:
-        """See `PrefixPackedSeqParams.attend`."""
-        return self.mechanism.attend(q, k, v, scale)
-
-
 class _LayerRunner:
     def __init__(
         self, layer: Any, rope: Any, mechanism: Mechanism, hidden: Tensor, dout: Tensor
@@ -133,8 +116,9 @@ class _LayerRunner:
         first = torch.from_numpy(mechanism.first).to(device)
         self._rows, self._num_rows = rows, hidden.shape[0]
         self._layer, self._mechanism = layer, mechanism
-        params = PrefixPackedSeqParams.from_layout(mechanism.layout, device)
-        self._params = MechanismParams.of(params, mechanism)
+        setup = AttentionSetup.of(layer.config, device)
+        params = PrefixPackedSeqParams.from_layout(mechanism.layout, setup)
+        self._params = dataclasses.replace(params, attention=mechanism.core_attention)
         self._rope = rope(params.max_seqlen_q)
         self._hidden = hidden[rows].detach().requires_grad_()
         self._dout = dout[rows] * first[:, None, None]
@@ -176,14 +160,13 @@ def _layer_runners(case: Case, sides: Sequence[str], model: GPTModel) -> dict[st
 class StepRunner:
     """Forward, loss and backward of the whole model, by the trainer's own code."""
 
-    def __init__(self, chunks: ModelChunks, batch: PackedBatch) -> None:
-        self._chunks, self._batch, self._loss = chunks, batch, 0.0
+    def __init__(self, chunks: ModelChunks, batches: Sequence[PackedBatch | BatchSeries]) -> None:
+        self._chunks, self._batches, self._loss = chunks, batches, 0.0
 
     def step(self) -> None:
         """See `Runner`."""
-        self._loss = float(
-            accumulate_gradients(self._chunks, [self._batch], OBJECTIVE)[0].policy_loss
-        )
+        found = accumulate_gradients(self._chunks, self._batches, OBJECTIVE)
+        self._loss = sum(float(metrics.policy_loss) for metrics in found)
 
     def result(self) -> dict[str, Tensor]:
         """See `Runner`. The loss, at most 1, is compared as 2 plus itself, since it may be zero."""
@@ -197,6 +180,7 @@ def _step_runners(case: Case, sides: Sequence[str], chunks: ModelChunks) -> dict
     runners: dict[str, Runner] = {}
     both = trees(case.shape, case.sizes.vocab, case.seed)
     device = torch.device(case.device)
+    setup = AttentionSetup.of(chunks.config, device, kernel=case.kernel)
     for side in sides:
         if side in PEERS:
             from .prefix_grouper import PrefixGrouperRunner
@@ -207,14 +191,13 @@ def _step_runners(case: Case, sides: Sequence[str], chunks: ModelChunks) -> dict
         batch = make_batch(
             both["ungrouped" if side == "ungrouped" else "grouped"],
             case.shape,
-            device=case.device,
-            kernel=case.kernel,
+            setup,
             trim_last_layer=own and training_config().trim_last_layer,
         )
         if not own:
             mechanism = build_mechanism(side, case.shape, device=device, kernel=case.kernel)
-            batch.params = MechanismParams.of(batch.params, mechanism)
-        runners[side] = StepRunner(chunks, batch)
+            batch.params = dataclasses.replace(batch.params, attention=mechanism.core_attention)
+        runners[side] = StepRunner(chunks, [batch])
     return runners
 
 

@@ -29,16 +29,20 @@ class Runner(Protocol):
         ...
 
 
-def check_equal(runners: Mapping[str, Runner], *, tolerance: float) -> None:
+def check_equal(runners: Mapping[str, Runner], *, tolerance: float) -> float:
     """Run each side once and compare their results with the first side's.
 
     Args:
         tolerance: of the relative L2 error of each result.
 
+    Returns:
+        The largest such error that was found.
+
     Raises:
         RuntimeError: they differ; no ratio is to be printed.
     """
     expected: dict[str, Tensor] = {}
+    largest = 0.0
     for side, runner in runners.items():
         runner.step()
         found = {name: value.detach().double().clone() for name, value in runner.result().items()}
@@ -50,15 +54,27 @@ def check_equal(runners: Mapping[str, Runner], *, tolerance: float) -> None:
                 raise RuntimeError(
                     f"{side} and {first}: {name} differ by {error:.1e}: no ratio is reported"
                 )
+            largest = max(largest, error)
+    return largest
 
 
 def interleaved_seconds(
-    runners: Mapping[str, Runner], *, repeats: int, seconds: float
+    runners: Mapping[str, Runner],
+    *,
+    repeats: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of one step of each side in each repeat.
 
     Sides take turns step by step, in alternating order, until each has run for `seconds` in a
     repeat, since a machine's speed may drift by more than what is measured.
+
+    Args:
+        runners: the sides.
+        repeats: measurements.
+        seconds: of each side in a repeat, at least.
+        clock: what seconds are read from.
     """
     found: dict[str, list[float]] = {side: [] for side in runners}
     for _ in range(repeats):
@@ -67,10 +83,10 @@ def interleaved_seconds(
         gc.collect()
         while rounds == 0 or min(total.values()) < seconds:
             for side in order:
-                started = time.perf_counter()
+                started = clock()
                 runners[side].step()
                 _wait_for_device()
-                total[side] += time.perf_counter() - started
+                total[side] += clock() - started
             order.reverse()
             rounds += 1
         for side, value in total.items():

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from megatron_prefix.attention.function import prefix_attention
 from megatron_prefix.attention.kernels import select_kernel
-from megatron_prefix.attention.stages import AttentionPlan
-from megatron_prefix.layout import PackedLayout, pack
+from megatron_prefix.attention.row_attention import AttentionLayer
+from megatron_prefix.device_copy import record_to_device
+from megatron_prefix.layout import PackedLayout, pack, rank_row
 
 from .names import MECHANISMS
 from .shapes import Shape, trees
@@ -41,6 +42,10 @@ class Mechanism:
     rows: np.ndarray
     """[T] int64: the position in the grouped row that each position of this row stands for."""
     attend: Attend
+
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
+        """See `CoreAttention`: what a batch's params carry to every layer."""
+        return self.attend(q, k, v, layer.scale)
 
     @property
     def first(self) -> np.ndarray:
@@ -75,11 +80,11 @@ def build_mechanism(
 
 
 def _stages(layout: PackedLayout, device: torch.device, kernel: str | None) -> Attend:
-    plan = AttentionPlan.from_layout(layout, device)
+    stages = record_to_device(rank_row(layout).model.stages, device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         chosen = select_kernel(kernel, device=q.device, dtype=q.dtype, head_dim=q.shape[-1])
-        return prefix_attention(q, k, v, plan, scale=scale, kernel=chosen)
+        return prefix_attention(q, k, v, stages, scale=scale, kernel=chosen)
 
     return attend
 

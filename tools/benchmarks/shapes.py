@@ -10,11 +10,10 @@ import numpy as np
 
 from megatron_prefix.config import ModelConfig, TrainingConfig
 from megatron_prefix.layout import PrefixTree, pack
-from megatron_prefix.training import shapes
+from megatron_prefix.planning import shapes
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
-
+    from megatron_prefix.attention.row_attention import AttentionSetup
     from megatron_prefix.training.batch import PackedBatch
 
 
@@ -41,7 +40,7 @@ class Shape:
 
 
 def parse_case(text: str) -> Shape:
-    """An argument G,prefix,response; see `megatron_prefix.training.shapes.parse_case`."""
+    """An argument G,prefix,response; see `megatron_prefix.planning.shapes.parse_case`."""
     try:
         shape = shapes.parse_case(text)
     except ValueError as error:
@@ -115,10 +114,8 @@ def advantages(shape: Shape) -> list[float]:
 def make_batch(
     tree: PrefixTree,
     shape: Shape,
-    context_parallel_group: dist.ProcessGroup | None = None,
+    setup: AttentionSetup,
     *,
-    device: str = "cpu",
-    kernel: str | None = None,
     trim_last_layer: bool = training_config().trim_last_layer,
 ) -> PackedBatch:
     """One packed row whose response tokens are trained on, or this rank's part of it.
@@ -126,21 +123,16 @@ def make_batch(
     The tree is packed as it is: what is measured is sharing, also where it does not pay.
     """
     # Here, so that a tool's help and its arguments' errors need not wait for them.
-    import torch
-    import torch.distributed as dist
-
-    from megatron_prefix.training.batch import TrainedSequence, build_batch
+    from megatron_prefix.training.batch_planning import build_batch
+    from megatron_prefix.training.entries import TrainedSequence
 
     weight = 1.0 / sum(shape.responses)
-    ranks = 1 if context_parallel_group is None else dist.get_world_size(context_parallel_group)
     return build_batch(
-        pack(tree.merge_chains(), pad_to_multiple=ranks),
+        pack(tree.merge_chains(), pad_to_multiple=setup.num_ranks),
         [
             TrainedSequence(first_trained=shape.prefix, weight=weight, advantage=advantage)
             for advantage in advantages(shape)
         ],
-        device=torch.device(device),
-        kernel=kernel,
-        context_parallel_group=context_parallel_group,
+        setup,
         trim_last_layer=trim_last_layer,
     )

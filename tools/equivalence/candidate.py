@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 from equivalence.case import Case
+from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.config.packing import packing_of_run
 from megatron_prefix.distributed.runtime import runtime
-from megatron_prefix.layout import MicrobatchPlan, Packing, PrefixTree
+from megatron_prefix.layout import MicrobatchPlan, Packing, PrefixTree, rows_of
 from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.model.full_tensors import (
     full_gradients,
@@ -23,7 +25,6 @@ from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.batch import PackedBatch
 from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
-from megatron_prefix.training.packing import packing_of_run
 from megatron_prefix.training.step import (
     accumulate_gradients,
     compute_logprobs,
@@ -62,34 +63,43 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
             case.groups,
             case.objective,
             packing,
+            attention=AttentionSetup.of(
+                chunks.config,
+                place.device,
+                context_parallel_group=place.context_parallel_group,
+            ),
             data_parallel_rank=place.data_parallel_rank,
-            device=place.device,
-            context_parallel_group=place.context_parallel_group,
         )
-        slices = minibatch.plan.microbatches[place.data_parallel_rank]
-        for batch, parts in zip(minibatch.batches, slices, strict=True):
+        plan = minibatch.step.microbatches
+        slices = plan.microbatches[place.data_parallel_rank]
+        slices_of_rows = [row for microbatch in slices for row in rows_of(microbatch)]
+        rows = list(zip(minibatch.rows, slices_of_rows, strict=True))
+        for row, parts in rows:
             values = [case.reference_logprobs[p.group][i] for p in parts for i in p.sequences]
-            batch.reference_logprobs = _values_of_entries(batch, values)
+            row.reference_logprobs = _values_of_entries(row, values)
         found = compute_logprobs(chunks, minibatch.batches, case.objective)
         mine = []
         if place.reports_metrics:
-            for batch, parts, logprobs in zip(minibatch.batches, slices, found, strict=True):
+            for (row, parts), logprobs in zip(rows, found, strict=True):
                 names = [(p.group, i) for p in parts for i in p.sequences]
                 for sequence, token, value in zip(
-                    batch.sequence_ids.tolist(),
-                    batch.sequence_tokens.tolist(),
+                    row.sequence_ids.tolist(),
+                    row.sequence_tokens.tolist(),
                     logprobs.tolist(),
                     strict=True,
                 ):
                     mine.append((names[sequence], token, value))
         gathered: list[Any] = [None] * place.world_size
         dist.all_gather_object(gathered, mine)
+        own_tokens = torch.tensor([minibatch.packed_tokens / parallel.context_parallel_size])
+        packed_tokens = round(float(reduce_sums(own_tokens, contributes=place.reports_metrics)))
         result: dict[str, Any] = {
             "logprobs": _by_sequence(gathered),
-            "num_microbatches": minibatch.plan.num_microbatches,
-            "packed_tokens": minibatch.packed_tokens,
-            "ungrouped_tokens": minibatch.ungrouped_tokens,
-            "split": _num_splits(minibatch.plan),
+            "num_microbatches": plan.num_microbatches,
+            "packed_tokens": packed_tokens,
+            "ungrouped_tokens": minibatch.step.ungrouped_tokens,
+            "split": _num_splits(plan),
+            "series": sum(bool(p.parts) for rank in plan.microbatches for m in rank for p in m),
             "unshared": _num_unshared(case.groups, packing),
             "losses": [],
         }

@@ -98,9 +98,10 @@ def with_old_logprobs(case: Case, sampled: list[list[np.ndarray]], seed: int) ->
     def near(values: np.ndarray) -> np.ndarray:
         return np.minimum(values + rng.normal(scale=0.25, size=values.shape), -1e-3)
 
+    # A run keeps old log-probabilities in float32: the reference sees the same rounded values.
     groups = tuple(
         dataclasses.replace(
-            group, old_logprobs=tuple(tuple(float(x) for x in near(v)) for v in values)
+            group, old_logprobs=tuple(near(v).astype(np.float32).astype(np.float64) for v in values)
         )
         for group, values in zip(case.groups, sampled, strict=True)
     )

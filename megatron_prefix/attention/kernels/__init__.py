@@ -8,7 +8,13 @@ import logging
 import torch
 
 from megatron_prefix.attention.kernel_names import kernel_names
-from megatron_prefix.attention.kernels.base import Kernel
+from megatron_prefix.attention.kernels.base import (
+    CallOptions,
+    Kernel,
+    KernelInputs,
+    MergedAttention,
+    Rectangles,
+)
 from megatron_prefix.attention.kernels.flash_attn import (
     FlashAttn2Kernel,
     FlashAttn3Kernel,
@@ -18,7 +24,16 @@ from megatron_prefix.attention.kernels.reference import ReferenceKernel
 from megatron_prefix.attention.kernels.torch_cpu import TorchCpuKernel
 from megatron_prefix.attention.kernels.torch_cuda import TorchCudaKernel
 
-__all__ = ["Kernel", "kernel_names", "select_kernel", "usable_kernels"]
+__all__ = [
+    "CallOptions",
+    "Kernel",
+    "KernelInputs",
+    "MergedAttention",
+    "Rectangles",
+    "kernel_names",
+    "select_kernel",
+    "usable_kernels",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +119,10 @@ def usable_kernels(
 def _reasons(
     device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool
 ) -> dict[str, str | None]:
-    return {
-        kernel.name: kernel.unsupported(device, dtype, head_dim, deterministic=deterministic)
-        for kernel in _KERNELS
-    }
+    inputs = KernelInputs(
+        device=device, dtype=dtype, head_dim=head_dim, deterministic=deterministic
+    )
+    return {kernel.name: kernel.unsupported(inputs) for kernel in _KERNELS}
 
 
 @functools.cache

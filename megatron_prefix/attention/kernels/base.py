@@ -1,7 +1,8 @@
 """The contract of an attention kernel: variable-length attention that returns its log-sum-exp.
 
-A call computes n independent rectangles. Rectangle i is queries cu_q[i]:cu_q[i+1] against keys
-cu_k[i]:cu_k[i+1]; the rectangles cover q and k, in order, without gaps.
+A call computes n independent `Rectangles`. Rectangle i is queries cu_q[i]:cu_q[i+1] against keys
+cu_k[i]:cu_k[i+1]; the rectangles cover q and k, in order, without gaps. One may have no queries,
+never no keys.
 
 Shapes of this folder: tq, tk are packed tokens; H query heads, Hk key/value heads, H % Hk == 0,
 query head h reads key/value head h // (H // Hk); D is the head dimension.
@@ -14,10 +15,62 @@ as slices of Megatron's fused query-key-value projection; dout is contiguous.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from megatron_prefix.layout import Rectangles
+
+__all__ = ["CallOptions", "Kernel", "KernelInputs", "MergedAttention", "Rectangles"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MergedAttention:
+    """What a backward reads of its queries. `out` and `lse` are over *all* keys that a query
+    attends to, in this call and in other calls."""
+
+    dout: Tensor
+    """[tq, H, D], contiguous"""
+    q: Tensor
+    """[tq, H, D]"""
+    out: Tensor
+    """[tq, H, D]"""
+    lse: Tensor
+    """[tq, H]"""
+
+    def __getitem__(self, rows: slice | Tensor) -> MergedAttention:
+        """The same of some queries only."""
+        return MergedAttention(
+            dout=self.dout[rows], q=self.q[rows], out=self.out[rows], lse=self.lse[rows]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallOptions:
+    """How a call computes its rectangles."""
+
+    scale: float
+    """Factor of q k^T before the softmax."""
+    deterministic: bool = False
+    """The same inputs give the same gradients, to the bit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelInputs:
+    """What a kernel is asked to compute."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    deterministic: bool = False
+    """Whether `Kernel.backward` has to give the same bits every time."""
+
+
+OutAndLse = tuple[Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""dq, dk and dv."""
 
 
 class Kernel(Protocol):
@@ -29,43 +82,18 @@ class Kernel(Protocol):
     automatic: bool
     """Whether it may be chosen without being named."""
 
-    def unsupported(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
-        *,
-        deterministic: bool = False,
-    ) -> str | None:
-        """Why this kernel cannot run here, as the end of a sentence; None if it can.
-
-        Args:
-            deterministic: whether `backward` has to give the same bits every time.
-        """
+    def unsupported(self, inputs: KernelInputs) -> str | None:
+        """Why this kernel cannot run here, as the end of a sentence; None if it can."""
         ...
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> OutAndLse:
         """Attention of every rectangle.
 
         Args:
-            max_q, max_k: the longest rectangle's number of queries and keys.
-            causal: every rectangle is square, and query j sees keys 0 to j of its rectangle.
-                Otherwise it sees all of them.
-            scale: factor of q k^T before the softmax.
-
-        A rectangle may have no queries, never no keys.
+            on: the rectangles.
+            options: `deterministic` says nothing here.
 
         Returns:
             out in q's dtype or wider, and lse, the natural logarithm of the sum of exp(scale q k^T)
@@ -74,26 +102,11 @@ class Kernel(Protocol):
         ...
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-        deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, merged: MergedAttention, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> Gradients:
         """This call's share of dq, dk and dv.
 
-        `out` and `lse` are those of each query over *all* the keys it attends to, in this call and
-        in others. With P = exp(scale q k^T - lse), which sums to one over all of them only:
+        With P = exp(scale q k^T - lse), which sums to one over all keys of a query only:
 
             dv = P^T dout              dS = P * (dout v^T - rowsum(dout * out))
             dq = scale dS k            dk = scale dS^T q

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.kernels.base import Rectangles
+
 _SHORT = 64
 """Causal segments of at most so many tokens are padded, to less than twice their length."""
 
@@ -89,9 +91,9 @@ class Batch:
     keys: EqualRows | PaddedRows
 
 
-def split_into_batches(cu_q: Tensor, cu_k: Tensor, *, causal: bool) -> tuple[Batch, ...]:
+def split_into_batches(on: Rectangles) -> tuple[Batch, ...]:
     """Batches that together hold every rectangle once; those without queries have length 0."""
-    return _split(tuple(cu_q.tolist()), tuple(cu_k.tolist()), causal)
+    return _split(tuple(on.cu_q.tolist()), tuple(on.cu_k.tolist()), on.causal)
 
 
 @functools.lru_cache(maxsize=256)  # every layer, forward and backward, asks for the same few

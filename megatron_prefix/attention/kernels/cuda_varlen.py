@@ -10,18 +10,26 @@ These kernels differ from the contract of `base.py` in three ways that are evene
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
 
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.kernels.base import (
+    CallOptions,
+    Gradients,
+    KernelInputs,
+    MergedAttention,
+    OutAndLse,
+    Rectangles,
+)
+
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def unsupported_inputs(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *, max_head_dim: int
-) -> str | None:
+def unsupported_inputs(inputs: KernelInputs, *, max_head_dim: int) -> str | None:
     """Why no such kernel takes these inputs, as the end of a sentence; None if one may."""
+    device, dtype, head_dim = inputs.device, inputs.dtype, inputs.head_dim
     if device.type != "cuda":
         return f"device {device} is not a CUDA device"
     if torch.version.hip is not None:
@@ -35,106 +43,53 @@ def unsupported_inputs(
     return None
 
 
-class VarlenCalls(Protocol):
-    """A CUDA kernel's own two calls, with at least one query and max_q and max_k at least 2."""
-
-    def run_forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        """out [tq, H, D] in q's dtype and lse [tq, H] in float32."""
-        ...
-
-    def run_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-        deterministic: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv; dout and out are in q's dtype, lse [tq, H] in float32."""
-        ...
-
-
 class CudaVarlenKernel:
-    """`Kernel` on top of `VarlenCalls`."""
+    """`Kernel` on top of a CUDA kernel's own two calls, which subclasses make."""
 
     automatic = True
 
+    def run_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> OutAndLse:
+        """`forward` with at least one query, and `max_q` and `max_k` at least 2.
+
+        Returns:
+            out [tq, H, D] in q's dtype and lse [tq, H] in float32.
+        """
+        raise NotImplementedError
+
+    def run_backward(
+        self, merged: MergedAttention, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> Gradients:
+        """`backward` of such a call: dout and out are in q's dtype, lse in float32."""
+        raise NotImplementedError
+
     def forward(
-        self: VarlenCalls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> OutAndLse:
         """See `Kernel.forward`."""
         if q.shape[0] == 0:
             return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-        return self.run_forward(
-            q, k, v, cu_q, cu_k, max(max_q, 2), max(max_k, 2), causal=causal, scale=scale
-        )
+        return self.run_forward(q, k, v, _at_least_two(on), options)
 
     def backward(
-        self: VarlenCalls,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-        deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, merged: MergedAttention, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> Gradients:
         """See `Kernel.backward`."""
+        q = merged.q
         if q.shape[0] == 0:
             return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-        return self.run_backward(
-            dout.to(q.dtype),
-            q,
-            k,
-            v,
-            out.to(q.dtype),
-            lse.to(torch.float32),
-            cu_q,
-            cu_k,
-            max(max_q, 2),
-            max(max_k, 2),
-            causal=causal,
-            scale=scale,
-            deterministic=deterministic,
+        narrow = MergedAttention(
+            dout=merged.dout.to(q.dtype),
+            q=q,
+            out=merged.out.to(q.dtype),
+            lse=merged.lse.to(torch.float32),
         )
+        return self.run_backward(narrow, k, v, _at_least_two(on), options)
+
+
+def _at_least_two(on: Rectangles) -> Rectangles:
+    return dataclasses.replace(on, max_q=max(on.max_q, 2), max_k=max(on.max_k, 2))
 
 
 def lse_from_heads(lse: Tensor) -> Tensor:

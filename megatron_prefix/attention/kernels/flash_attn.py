@@ -16,6 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.kernels.base import (
+    CallOptions,
+    Gradients,
+    KernelInputs,
+    MergedAttention,
+    OutAndLse,
+    Rectangles,
+)
 from megatron_prefix.attention.kernels.cuda_varlen import (
     CudaVarlenKernel,
     lse_from_heads,
@@ -39,99 +47,57 @@ class FlashAttnKernel(CudaVarlenKernel):
     max_head_dim: int
     lse_name = "softmax_lse"
 
-    def unsupported(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
-        *,
-        deterministic: bool = False,
-    ) -> str | None:
+    def unsupported(self, inputs: KernelInputs) -> str | None:
         """See `Kernel.unsupported`."""
-        reason = unsupported_inputs(device, dtype, head_dim, max_head_dim=self.max_head_dim)
+        reason = unsupported_inputs(inputs, max_head_dim=self.max_head_dim)
         if reason is None:
-            reason = self.unsupported_device(torch.cuda.get_device_capability(device))
+            reason = self.unsupported_device(torch.cuda.get_device_capability(inputs.device))
         if reason is None:
             loaded = load(self.package)
             reason = loaded if isinstance(loaded, str) else None
         if reason is None:
-            reason = self.unsupported_build(dtype, head_dim, deterministic)
+            reason = self.unsupported_build(inputs)
         return reason
 
     def unsupported_device(self, capability: tuple[int, int]) -> str | None:
         """Why not on a GPU of this compute capability."""
         raise NotImplementedError
 
-    def unsupported_build(
-        self, dtype: torch.dtype, head_dim: int, deterministic: bool
-    ) -> str | None:
+    def unsupported_build(self, inputs: KernelInputs) -> str | None:
         """What this package, as it is installed, does not have."""
         return None
 
     def run_forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        """See `VarlenCalls.run_forward`."""
+        self, q: Tensor, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> OutAndLse:
+        """See `CudaVarlenKernel.run_forward`."""
         out, lse, *_ = load(self.package).forward(
             q=q,
             k=k,
             v=v,
-            cu_seqlens_q=cu_q,
-            cu_seqlens_k=cu_k,
-            max_seqlen_q=max_q,
-            max_seqlen_k=max_k,
-            softmax_scale=scale,
-            causal=causal,
+            **_described(on, options),
         )
         return out, lse_from_heads(lse)
 
     def run_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-        deterministic: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `VarlenCalls.run_backward`."""
+        self, merged: MergedAttention, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> Gradients:
+        """See `CudaVarlenKernel.run_backward`."""
         # Rectangles without queries: their keys' gradients stay what they are here.
+        q = merged.q
         dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
         load(self.package).backward(
-            dout=dout,
+            dout=merged.dout,
             q=q,
             k=k,
             v=v,
-            out=out,
+            out=merged.out,
             dq=dq,
             dk=dk,
             dv=dv,
-            cu_seqlens_q=cu_q,
-            cu_seqlens_k=cu_k,
-            max_seqlen_q=max_q,
-            max_seqlen_k=max_k,
-            softmax_scale=scale,
-            causal=causal,
-            deterministic=deterministic,
-            **{self.lse_name: lse_to_heads(lse)},
+            **_described(on, options),
+            deterministic=options.deterministic,
+            **{self.lse_name: lse_to_heads(merged.lse)},
         )
         return dq, dk, dv
 
@@ -159,15 +125,14 @@ class FlashAttn3Kernel(FlashAttnKernel):
         """See `FlashAttnKernel.unsupported_device`."""
         return None if capability[0] == 9 else _not_on(capability, "9.x (Hopper)")
 
-    def unsupported_build(
-        self, dtype: torch.dtype, head_dim: int, deterministic: bool
-    ) -> str | None:
+    def unsupported_build(self, inputs: KernelInputs) -> str | None:
         """What the build leaves out, and deterministic backward of the largest heads."""
-        if deterministic and head_dim > 192:
+        head_dim = inputs.head_dim
+        if inputs.deterministic and head_dim > 192:
             return f"its deterministic backward ends at head_dim 192, below {head_dim}"
         flags = _build_flags()
         left_out = ["FLASHATTENTION_DISABLE_BACKWARD", "FLASHATTENTION_DISABLE_VARLEN"]
-        if dtype == torch.float16:
+        if inputs.dtype == torch.float16:
             left_out.append("FLASHATTENTION_DISABLE_FP16")
         sizes = (64, 96, 128, 192, 256)
         built = [n for n in sizes if not flags.get(f"FLASHATTENTION_DISABLE_HDIM{n}")]
@@ -196,6 +161,18 @@ class FlashAttn4Kernel(FlashAttnKernel):
         """See `FlashAttnKernel.unsupported_device`."""
         known = capability[0] in (9, 10, 11)
         return None if known else _not_on(capability, "9.x, 10.x or 11.x")
+
+
+def _described(on: Rectangles, options: CallOptions) -> dict[str, Any]:
+    """The arguments that forward and backward have in common, by the packages' names."""
+    return {
+        "cu_seqlens_q": on.cu_q,
+        "cu_seqlens_k": on.cu_k,
+        "max_seqlen_q": on.max_q,
+        "max_seqlen_k": on.max_k,
+        "softmax_scale": options.scale,
+        "causal": on.causal,
+    }
 
 
 def _not_on(capability: tuple[int, int], known: str) -> str:

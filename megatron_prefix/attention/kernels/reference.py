@@ -7,6 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.kernels.base import (
+    CallOptions,
+    Gradients,
+    KernelInputs,
+    MergedAttention,
+    OutAndLse,
+    Rectangles,
+)
+
 
 class ReferenceKernel:
     """Materialises the scores of every rectangle. Any device, dtype and head dimension."""
@@ -14,74 +23,45 @@ class ReferenceKernel:
     name = "reference"
     automatic = False
 
-    def unsupported(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
-        *,
-        deterministic: bool = False,
-    ) -> str | None:
+    def unsupported(self, inputs: KernelInputs) -> str | None:
         """See `Kernel.unsupported`. It always is deterministic."""
+        dtype = inputs.dtype
         return None if dtype.is_floating_point else f"dtype {dtype} is not a floating-point type"
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> OutAndLse:
         """See `Kernel.forward`."""
         wide = torch.promote_types(q.dtype, torch.float32)
         out, lse = q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:2], dtype=wide)
-        for queries, keys in _rectangles(cu_q, cu_k):
-            scores = _scores(q[queries], k[keys], wide, causal, scale)
+        for queries, keys in _slices(on):
+            scores = _scores(q[queries], k[keys], wide, on.causal, options.scale)
             lse[queries] = scores.logsumexp(-1).T
             values = _to_query_heads(v[keys], q, wide)
             out[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
         return out, lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-        deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, merged: MergedAttention, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> Gradients:
         """See `Kernel.backward`. It always is deterministic."""
-        wide = lse.dtype
-        dout, out = dout.to(wide), out.to(wide)
+        q, lse, wide = merged.q, merged.lse, merged.lse.dtype
+        dout, out = merged.dout.to(wide), merged.out.to(wide)
         dq, dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (q, k, v))
-        for queries, keys in _rectangles(cu_q, cu_k):
-            scores = _scores(q[queries], k[keys], wide, causal, scale)
+        for queries, keys in _slices(on):
+            scores = _scores(q[queries], k[keys], wide, on.causal, options.scale)
             p = torch.exp(scores - lse[queries].T[:, :, None])
             dp = torch.einsum("qhd,khd->hqk", dout[queries], _to_query_heads(v[keys], q, wide))
-            ds = p * (dp - (dout * out)[queries].sum(-1).T[:, :, None]) * scale
+            ds = p * (dp - (dout * out)[queries].sum(-1).T[:, :, None]) * options.scale
             dq[queries] = torch.einsum("hqk,khd->qhd", ds, _to_query_heads(k[keys], q, wide))
             dk[keys] = _to_key_heads(torch.einsum("hqk,qhd->khd", ds, q[queries].to(wide)), k)
             dv[keys] = _to_key_heads(torch.einsum("hqk,qhd->khd", p, dout[queries]), k)
         return dq, dk, dv
 
 
-def _rectangles(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    q_bounds, k_bounds = cu_q.tolist(), cu_k.tolist()
+def _slices(on: Rectangles) -> Iterator[tuple[slice, slice]]:
+    """Queries and keys of each rectangle."""
+    q_bounds, k_bounds = on.cu_q.tolist(), on.cu_k.tolist()
     for i in range(len(q_bounds) - 1):
         yield slice(*q_bounds[i : i + 2]), slice(*k_bounds[i : i + 2])
 

@@ -20,6 +20,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.kernels.base import (
+    CallOptions,
+    Gradients,
+    KernelInputs,
+    MergedAttention,
+    OutAndLse,
+    Rectangles,
+)
 from megatron_prefix.attention.kernels.cpu_batches import split_into_batches
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -34,82 +42,55 @@ class TorchCpuKernel:
     name = "torch_cpu"
     automatic = True
 
-    def unsupported(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
-        *,
-        deterministic: bool = False,
-    ) -> str | None:
+    def unsupported(self, inputs: KernelInputs) -> str | None:
         """See `Kernel.unsupported`. It always is deterministic."""
-        if device.type != "cpu":
-            return f"device {device} is not a CPU"
-        if dtype not in _DTYPES:
-            return f"{dtype} is none of {', '.join(map(str, _DTYPES))}"
+        if inputs.device.type != "cpu":
+            return f"device {inputs.device} is not a CPU"
+        if inputs.dtype not in _DTYPES:
+            return f"{inputs.dtype} is none of {', '.join(map(str, _DTYPES))}"
         return None
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> OutAndLse:
         """See `Kernel.forward`."""
         wide = torch.promote_types(q.dtype, torch.float32)
         out, lse = q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:2], dtype=wide)
-        for batch in split_into_batches(cu_q, cu_k, causal=causal):
+        for batch in split_into_batches(on):
             if batch.queries.length == 0:
                 continue
             queries = batch.queries.read(q).to(wide)
             keys, values = (batch.keys.read(x).to(wide) for x in (k, v))
             if not _READS_SHARED_HEADS:
                 keys, values = (_to_query_heads(x, q.shape[1]) for x in (keys, values))
-            batch_out, batch_lse = _FORWARD(queries, keys, values, 0.0, causal, scale=scale)
+            batch_out, batch_lse = _FORWARD(
+                queries, keys, values, 0.0, on.causal, scale=options.scale
+            )
             out = batch.queries.write(out, batch_out)
             lse = batch.queries.write(lse, batch_lse)
         return out, lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-        deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, merged: MergedAttention, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> Gradients:
         """See `Kernel.backward`. It always is deterministic."""
-        wide = lse.dtype
-        dq, dk, dv = (x.new_empty(x.shape, dtype=wide) for x in (q, k, v))
-        for batch in split_into_batches(cu_q, cu_k, causal=causal):
+        wide = merged.lse.dtype
+        dq, dk, dv = (x.new_empty(x.shape, dtype=wide) for x in (merged.q, k, v))
+        for batch in split_into_batches(on):
             if batch.queries.length == 0:
                 batch.keys.read(dk).zero_()
                 batch.keys.read(dv).zero_()
                 continue
-            queries, douts, outs = (batch.queries.read(x).to(wide) for x in (q, dout, out))
+            queries, douts, outs = (
+                batch.queries.read(x).to(wide) for x in (merged.q, merged.dout, merged.out)
+            )
             keys, values = (batch.keys.read(x).to(wide) for x in (k, v))
             idle_threads = batch.keys.count * k.shape[1] < torch.get_num_threads()
             if idle_threads or not _READS_SHARED_HEADS:
-                keys, values = (_to_query_heads(x, q.shape[1]) for x in (keys, values))
-            batch_lse = batch.queries.read(lse)
+                keys, values = (_to_query_heads(x, queries.shape[1]) for x in (keys, values))
+            batch_lse = batch.queries.read(merged.lse)
             batch_dq, batch_dk, batch_dv = _BACKWARD(
-                douts, queries, keys, values, outs, batch_lse, 0.0, causal, scale=scale
+                douts, queries, keys, values, outs, batch_lse, 0.0, on.causal, scale=options.scale
             )
             dq = batch.queries.write(dq, batch_dq)
             dk = batch.keys.write(dk, _to_key_heads(batch_dk, k.shape[1]))

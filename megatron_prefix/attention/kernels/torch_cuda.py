@@ -31,6 +31,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.kernels.base import (
+    CallOptions,
+    Gradients,
+    KernelInputs,
+    MergedAttention,
+    OutAndLse,
+    Rectangles,
+)
 from megatron_prefix.attention.kernels.cuda_varlen import (
     CudaVarlenKernel,
     lse_from_heads,
@@ -51,23 +59,17 @@ class TorchCudaKernel(CudaVarlenKernel):
 
     name = "torch_cuda"
 
-    def unsupported(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
-        *,
-        deterministic: bool = False,
-    ) -> str | None:
+    def unsupported(self, inputs: KernelInputs) -> str | None:
         """See `Kernel.unsupported`. It can always be deterministic."""
-        reason = unsupported_inputs(device, dtype, head_dim, max_head_dim=256)
+        reason = unsupported_inputs(inputs, max_head_dim=256)
         if reason is not None:
             return reason
         if not torch.backends.cuda.is_flash_attention_available():
             return f"torch {torch.__version__} is built without flash attention"
-        capability = torch.cuda.get_device_capability(device)
+        capability = torch.cuda.get_device_capability(inputs.device)
         if capability < (8, 0):
             return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+        head_dim = inputs.head_dim
         if head_dim > 192 and capability in _SMALL_SHARED_MEMORY:
             return (
                 f"head_dim {head_dim} has no backward on compute capability "
@@ -76,59 +78,30 @@ class TorchCudaKernel(CudaVarlenKernel):
         return None
 
     def run_forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        """See `VarlenCalls.run_forward`."""
-        out, lse, *_ = _FORWARD(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=scale)
+        self, q: Tensor, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> OutAndLse:
+        """See `CudaVarlenKernel.run_forward`."""
+        out, lse, *_ = _FORWARD(
+            *(q, k, v, on.cu_q, on.cu_k, on.max_q, on.max_k),
+            *(0.0, on.causal, False),
+            scale=options.scale,
+        )
         if lse_is_padded():
-            return out, lse_from_padded(lse, cu_q, q.shape[0])
+            return out, lse_from_padded(lse, on.cu_q, q.shape[0])
         return out, lse_from_heads(lse)
 
     def run_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        causal: bool,
-        scale: float,
-        deterministic: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `VarlenCalls.run_backward`."""
-        lse = lse_to_padded(lse, cu_q, max_q) if lse_is_padded() else lse_to_heads(lse)
-        with _deterministic() if deterministic else contextlib.nullcontext():
+        self, merged: MergedAttention, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions
+    ) -> Gradients:
+        """See `CudaVarlenKernel.run_backward`."""
+        q, lse = merged.q, merged.lse
+        lse = lse_to_padded(lse, on.cu_q, on.max_q) if lse_is_padded() else lse_to_heads(lse)
+        with _deterministic() if options.deterministic else contextlib.nullcontext():
             return _BACKWARD(
-                dout,
-                q,
-                k,
-                v,
-                out,
-                lse,
-                cu_q,
-                cu_k,
-                max_q,
-                max_k,
-                0.0,
-                causal,
+                *(merged.dout, q, k, v, merged.out, lse),
+                *(on.cu_q, on.cu_k, on.max_q, on.max_k, 0.0, on.causal),
                 *_random_state(q.device),
-                scale=scale,
+                scale=options.scale,
             )
 
 

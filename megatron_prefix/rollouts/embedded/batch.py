@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.rollouts.embedded.kv_cache import KeyValueCache, prompt_row
 from megatron_prefix.rollouts.embedded.pipeline import DrawRequest, Draws
 
@@ -51,8 +53,7 @@ class ResponseBatch:
         uniforms: np.ndarray,
         options: SamplingOptions,
         *,
-        device: torch.device,
-        kernel: str | None,
+        setup: AttentionSetup,
         pad_to_multiple: int,
     ) -> None:
         """Lay out the prompts.
@@ -61,21 +62,20 @@ class ResponseBatch:
             prompts: may be none; the batch then runs padding for as long as it is asked to.
             uniforms: [prompts, responses to each, max_response_length] random numbers.
             options: of the sampling.
-            device: of the model.
-            kernel: attention kernel by name; None takes the best for the device.
+            setup: of the model, see `KeyValueCache`.
             pad_to_multiple: rows become a multiple of this.
         """
         self._options = options
         self._num_responses = uniforms.shape[1]
-        self._device = device
+        self._device = setup.device
         self._pad_to_multiple = pad_to_multiple
         self._uniforms = uniforms
         self._row = prompt_row(prompts, pad_to_multiple=pad_to_multiple)
         self._cache = KeyValueCache(
             self._row,
+            setup,
             num_responses=self._num_responses,
             slots=options.max_response_length - 1,
-            kernel=kernel,
         )
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         self._max_seqlen = int(lengths.max(initial=1)) + options.max_response_length
@@ -98,7 +98,7 @@ class ResponseBatch:
         """Run the prompts and draw the first token of every response."""
         return DrawRequest(
             input_ids=self._on_device(self._row.layout.input_ids)[None],
-            params=self._cache.prefill_params(self._device, max_seqlen=self._max_seqlen),
+            params=self._cache.prefill_params(max_seqlen=self._max_seqlen),
             positions=self._on_device(self._row.last_positions),
             uniforms=self._on_device(self._uniforms[:, :, 0]),
         )
@@ -143,10 +143,10 @@ class ResponseBatch:
             self._cache.keep(going_on)
             self._rows = rows[going_on]
 
-    def responses(self) -> list[list[tuple[list[int], list[float]]]]:
+    def responses(self) -> list[list[tuple[NDArray[np.int32], NDArray[np.float64]]]]:
         """Tokens and log-probabilities of the responses to each prompt."""
         flat = [
-            (tokens[:length].tolist(), logprobs[:length].tolist())
+            (tokens[:length].astype(np.int32), logprobs[:length].copy())
             for tokens, logprobs, length in zip(
                 self._tokens, self._logprobs, self._lengths, strict=True
             )

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_prefix.distributed.rank_results import on_rank_0
+from megatron_prefix.distributed.rank_results import rank_0_alone
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.sampler import Sampler
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
-from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.rollouts.reward_process import ProcessReward
-from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_groups
-from megatron_prefix.rollouts.validation import validate_group
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, Tokens
+from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_batch
+from megatron_prefix.rollouts.validation import validate_batch
 
 
 class EmbeddedEngine:
     """Streams prompts, samples a group of responses to each, and rewards them.
 
-    Every rank reads all prompts, takes part in the sampling, and gets the same groups. They carry
-    no old log-probabilities: where the trainer needs these it computes them by the code that also
-    computes the loss, so that the first ratio of new to old is exactly one.
+    Every rank reads all prompts and takes part in the sampling; rank 0 gets the groups and rewards
+    them. They carry no old log-probabilities: where the trainer needs these it computes them by the
+    code that also computes the loss, so that the first ratio of new to old is exactly one.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class EmbeddedEngine:
         self._seed = seed
         self._source = source
 
-    def next_groups(self, num_groups: int, *, step: int) -> list[RolloutGroup]:
+    def next_rollouts(self, num_groups: int, *, step: int) -> RolloutBatch | None:
         """Sample the responses to the next `num_groups` prompts. Collective.
 
         Args:
@@ -69,7 +68,7 @@ class EmbeddedEngine:
                 file and the line or row.
         """
         prompts = self._source.take(num_groups)
-        groups = sample_groups(
+        batch = sample_rollouts(
             self._sampler,
             prompts,
             self._options,
@@ -78,11 +77,11 @@ class EmbeddedEngine:
             seed=self._seed,
             step=step,
         )
-        for group in groups:
-            validate_group(
-                group, vocab_size=self._vocab_size, max_positions=self._max_sequence_length
+        if batch is not None:
+            validate_batch(
+                batch, vocab_size=self._vocab_size, max_positions=self._max_sequence_length
             )
-        return groups
+        return batch
 
     def metrics(self) -> dict[str, float]:
         """Nothing: the trainer's own metrics say all."""
@@ -106,7 +105,7 @@ class EmbeddedEngine:
         close_reward(self._reward)
 
 
-def sample_groups(
+def sample_rollouts(
     sampler: Sampler,
     prompts: Sequence[Prompt],
     options: SamplingOptions,
@@ -115,11 +114,11 @@ def sample_groups(
     reward: RewardFunction,
     seed: int,
     step: int,
-) -> list[RolloutGroup]:
-    """Responses to prompts with their rewards, on every rank. Collective.
+) -> RolloutBatch | None:
+    """Responses to prompts with their rewards, on rank 0; elsewhere None. Collective.
 
     Raises:
-        ValueError: see `Sampler.sample_with_logprobs` and `compute_rewards`.
+        ValueError: see `Sampler.sample_with_logprobs` and `compute_rewards`, on every rank.
     """
     sampled = sampler.sample_with_logprobs(
         [prompt.tokens for prompt in prompts],
@@ -129,19 +128,25 @@ def sample_groups(
         step=step,
         sources=[prompt.source for prompt in prompts],
     )
-    groups = []
-    for prompt, found in zip(prompts, sampled, strict=True):
-        responses = tuple(response.tokens for response in found)
-        group = RolloutGroup(
-            prompt=prompt.tokens,
-            responses=responses,
-            rewards=(0.0,) * len(responses),
-            finished=tuple(response[-1] in options.stop_tokens for response in responses),
-            answer=prompt.answer,
-            source=prompt.source,
-        )
-        groups.append(group)
-    if not isinstance(reward, ProcessReward):
-        return reward_groups(reward, groups)
-    # Once for all ranks: whether a call takes too long may differ from rank to rank.
-    return on_rank_0(lambda: reward_groups(reward, groups))
+
+    def rewarded() -> RolloutBatch:
+        assert sampled is not None
+        groups = [
+            _group(prompt, [response.tokens for response in found], options)
+            for prompt, found in zip(prompts, sampled, strict=True)
+        ]
+        return reward_batch(reward, RolloutBatch.from_groups(groups))
+
+    return rank_0_alone(rewarded)
+
+
+def _group(prompt: Prompt, responses: Sequence[Tokens], options: SamplingOptions) -> RolloutGroup:
+    """The group of a prompt; its rewards are 0."""
+    return RolloutGroup(
+        prompt=prompt.tokens,
+        responses=responses,
+        rewards=(0.0,) * len(responses),
+        finished=tuple(bool(response[-1] in options.stop_tokens) for response in responses),
+        answer=prompt.answer,
+        source=prompt.source,
+    )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_prefix.distributed.rank_results import on_rank_0
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
-from megatron_prefix.rollouts.embedded.engine import sample_groups
+from megatron_prefix.rollouts.embedded.engine import sample_rollouts
 from megatron_prefix.rollouts.embedded.sampler import Sampler
 from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.records import RolloutBatch
 from megatron_prefix.rollouts.rewards import RewardFunction
 
 _STEP = 1 << 63
@@ -78,7 +80,7 @@ class Evaluator:
         Raises:
             ValueError: a reward could not be computed, naming the prompt's source.
         """
-        groups = sample_groups(
+        batch = sample_rollouts(
             self._sampler,
             self._prompts,
             self._options,
@@ -87,5 +89,10 @@ class Evaluator:
             seed=self._seed,
             step=_STEP,
         )
-        self.last = EvaluationResult(rewards=tuple(group.rewards[0] for group in groups))
+        self.last = on_rank_0(lambda: _result(batch))
         return self.last.mean
+
+
+def _result(batch: RolloutBatch | None) -> EvaluationResult:
+    assert batch is not None
+    return EvaluationResult(rewards=tuple(batch.rewards.tolist()))

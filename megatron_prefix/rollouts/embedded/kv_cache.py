@@ -11,6 +11,7 @@ H query heads, Hk key/value heads, D head dimension.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prefix.attention.comm_types import CommType
-from megatron_prefix.attention.kernels import select_kernel
-from megatron_prefix.attention.merge import merge_
-from megatron_prefix.attention.stages import StageTensors
+from megatron_prefix.attention.row_attention import AttentionLayer, AttentionSetup, CoreAttention
+from megatron_prefix.attention.stage_compute import StageCompute
+from megatron_prefix.device_copy import record_to_device
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
-from megatron_prefix.layout import PackedLayout, PrefixTree, pack
+from megatron_prefix.layout import AttentionStage, PackedLayout, PrefixTree, pack
+from megatron_prefix.layout.stages import attention_stage
 
 _SHORTEST_COMMON = 16
 """A common beginning of fewer tokens is not worth an attention stage of its own."""
@@ -96,21 +97,21 @@ class KeyValueCache:
     """Keys and values of the layers of this rank, for one row of prompts and their responses."""
 
     def __init__(
-        self, row: PromptRow, *, num_responses: int, slots: int, kernel: str | None = None
+        self, row: PromptRow, setup: AttentionSetup, *, num_responses: int, slots: int
     ) -> None:
         """An empty cache.
 
         Args:
             row: the prompts.
+            setup: of the model, without context parallelism: a row is whole on its rank.
             num_responses: to each prompt.
             slots: tokens of a response that are inputs at most (all but its last).
-            kernel: attention kernel by name; None takes the best for the device.
         """
-        self.kernel = kernel
+        self._setup = setup
         self._row = row
         self._slots = slots
         self._layers: dict[int, _LayerCache] = {}
-        self._stages: tuple[StageTensors, ...] = ()
+        self._stages: tuple[AttentionStage[Tensor], ...] = ()
         self._set_counts(np.full(len(row.last_positions), num_responses))
 
     @property
@@ -118,19 +119,23 @@ class KeyValueCache:
         """n, over all prompts."""
         return int(self._counts.sum())
 
-    def prefill_params(self, device: torch.device, *, max_seqlen: int) -> PrefillSeqParams:
+    def prefill_params(self, *, max_seqlen: int) -> PrefixPackedSeqParams:
         """The params with which the row of prompts fills the cache.
 
         Args:
-            device: of the model.
             max_seqlen: of the whole responses, so that one table of rotary embeddings does.
         """
-        params = PrefillSeqParams.from_layout(self._row.layout, device, kernel=self.kernel)
-        params.max_seqlen_q = params.max_seqlen_kv = max_seqlen
-        params.cache = self
-        return params
+        params = PrefixPackedSeqParams.from_layout(self._row.layout, self._setup)
+        return dataclasses.replace(
+            params,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_kv=max_seqlen,
+            attention=_PrefillAttention(cache=self, row=params.attention),
+        )
 
-    def decode_params(self, position_ids: Tensor, *, slot: int, max_seqlen: int) -> DecodeSeqParams:
+    def decode_params(
+        self, position_ids: Tensor, *, slot: int, max_seqlen: int
+    ) -> PrefixPackedSeqParams:
         """The params of a step that runs one token of each response.
 
         Args:
@@ -141,16 +146,15 @@ class KeyValueCache:
         cu_seqlens = torch.tensor([0, len(position_ids)], dtype=torch.int32).to(
             position_ids.device, non_blocking=True
         )
-        return DecodeSeqParams(
+        return PrefixPackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
+            attention=_DecodeAttention(cache=self, slot=slot),
             position_ids=position_ids,
-            kernel=self.kernel,
-            cache=self,
-            slot=slot,
+            own_rows=np.arange(len(position_ids)),
         )
 
     def keep(self, rows: np.ndarray) -> None:
@@ -172,16 +176,14 @@ class KeyValueCache:
         self._counts = counts
         self._stages = ()
 
-    def _prompt_stages(self, device: torch.device) -> tuple[StageTensors, ...]:
+    def _prompt_stages(self) -> tuple[AttentionStage[Tensor], ...]:
         """One rectangle for the common beginning, and one for the rest of each prompt."""
         if not self._stages and self.num_responses:
             row, n = self._row, self.num_responses
-            own = _stage(n, row.bounds, np.append(0, self._counts.cumsum()), device)
+            stages = [_stage(row.bounds, self._counts)]
             if row.common:
-                common = np.array([0, row.common])
-                self._stages = (_stage(n, common, np.array([0, n]), device), own)
-            else:
-                self._stages = (own,)
+                stages.insert(0, _stage(np.array([0, row.common]), np.array([n])))
+            self._stages = record_to_device(tuple(stages), self._setup.device)
         return self._stages
 
     def store_prompts(self, layer_number: int, keys: Tensor, values: Tensor) -> None:
@@ -193,9 +195,7 @@ class KeyValueCache:
             prompt_values=values[:end].clone(memory_format=torch.contiguous_format),
         )
 
-    def attend(
-        self, layer_number: int, slot: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float
-    ) -> Tensor:
+    def attend(self, layer: AttentionLayer, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Put k and v into a slot, and let the queries see it and everything before it.
 
         Args:
@@ -204,49 +204,29 @@ class KeyValueCache:
         Returns:
             [n, H, D] in float32 or wider.
         """
-        layer = self._layers[layer_number]
-        if layer.keys is None:
+        cached = self._layers[layer.number]
+        if cached.keys is None:
             n, num_key_heads, head_dim = k.shape
             shape = (n, num_key_heads, self._slots, head_dim)
-            layer.keys, layer.values = k.new_empty(shape), v.new_empty(shape)
-        layer.keys[:, :, slot] = k
-        layer.values[:, :, slot] = v
-        out, lse = _attend_own(
-            q, layer.keys[:, :, : slot + 1], layer.values[:, :, : slot + 1], scale
-        )
-        kernel = select_kernel(self.kernel, device=q.device, dtype=q.dtype, head_dim=q.shape[-1])
-        for stage in self._prompt_stages(q.device):
-            stage_out, stage_lse = kernel.forward(
-                q,
-                layer.prompt_keys[stage.keys],
-                layer.prompt_values[stage.keys],
-                stage.cu_q,
-                stage.cu_k,
-                stage.max_q,
-                stage.max_k,
-                causal=False,
-                scale=scale,
-            )
-            merge_(out, lse, stage_out, stage_lse)
+            cached.keys, cached.values = k.new_empty(shape), v.new_empty(shape)
+        cached.keys[:, :, slot] = k
+        cached.values[:, :, slot] = v
+        seen = slice(0, slot + 1)
+        out, lse = _attend_own(q, cached.keys[:, :, seen], cached.values[:, :, seen], layer.scale)
+        compute = StageCompute(self._setup.kernel, layer.scale)
+        prompts = (cached.prompt_keys, cached.prompt_values)
+        compute.merge(self._prompt_stages(), q, *prompts, out, lse)
         return out
 
 
-def _stage(
-    n: int, key_bounds: np.ndarray, query_bounds: np.ndarray, device: torch.device
-) -> StageTensors:
-    """Rectangles of all n queries against the prompts' keys between `key_bounds`."""
-
-    def on_device(bounds: np.ndarray) -> Tensor:
-        return torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
-
-    return StageTensors(
+def _stage(key_bounds: np.ndarray, counts: np.ndarray) -> AttentionStage[np.ndarray]:
+    """The prompts' keys between `key_bounds`, each run of them for so many of the queries."""
+    return attention_stage(
+        slice(0, int(counts.sum())),
+        slice(int(key_bounds[0]), int(key_bounds[-1])),
+        counts,
+        np.diff(key_bounds),
         causal=False,
-        queries=slice(0, n),
-        keys=slice(int(key_bounds[0]), int(key_bounds[-1])),
-        cu_q=on_device(query_bounds),
-        cu_k=on_device(key_bounds - key_bounds[0]),
-        max_q=int(np.diff(query_bounds).max()),
-        max_k=int(np.diff(key_bounds).max()),
     )
 
 
@@ -268,48 +248,31 @@ def _attend_own(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 
-@dataclass
-class PrefillSeqParams(PrefixPackedSeqParams):
-    """A row of prompts whose keys and values stay in a cache."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _PrefillAttention:
+    """`CoreAttention` of a row of prompts whose keys and values stay in a cache."""
 
-    cache: KeyValueCache = None
+    cache: KeyValueCache
+    row: CoreAttention
 
-    def attend(
-        self,
-        layer_number: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float,
-        comm_type: CommType,
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         """Attention within the row, as in training."""
-        self.cache.store_prompts(layer_number, k, v)
-        return super().attend(layer_number, q, k, v, scale=scale, comm_type=comm_type)
+        self.cache.store_prompts(layer.number, k, v)
+        return self.row(q, k, v, layer)
 
 
-@dataclass
-class DecodeSeqParams(PrefixPackedSeqParams):
-    """One token of each response, and padding behind them; it has no plan."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _DecodeAttention:
+    """`CoreAttention` of one token of each response, and padding behind them."""
 
-    cache: KeyValueCache = None
-    slot: int = 0
+    cache: KeyValueCache
+    slot: int
     """Tokens of each response that come before."""
 
-    def attend(
-        self,
-        layer_number: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float,
-        comm_type: CommType,
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         """Attention to the cache; 0 for padding."""
         n = self.cache.num_responses
         out = torch.zeros_like(q)
         if n:
-            out[:n] = self.cache.attend(layer_number, self.slot, q[:n], k[:n], v[:n], scale=scale)
+            out[:n] = self.cache.attend(layer, self.slot, q[:n], k[:n], v[:n])
         return out

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from numpy.typing import NDArray
 
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.rollouts.embedded.batch import ResponseBatch, SamplingOptions
 from megatron_prefix.rollouts.embedded.drawing import response_uniforms
 from megatron_prefix.rollouts.embedded.pipeline import draw, row_multiple, sampling_mode
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SampledResponse:
     """One response and how likely its tokens were."""
 
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    tokens: NDArray[np.int32]
+    logprobs: NDArray[np.float64]
     """One for each token: at the sampling temperature (at 1 where that is 0), before top-p."""
 
 
 class Sampler:
     """Samples from the live model.
 
-    Every rank calls it with the same arguments and gets all responses. Prompts are divided over
-    data- and context-parallel ranks; each copy of the model runs a batch of prompts once, as one
-    packed row, and then all their responses together, one token per step.
+    Every rank calls it with the same arguments, and rank 0 gets all responses. Prompts are divided
+    over data- and context-parallel ranks; each copy of the model runs a batch of prompts once, as
+    one packed row, and then all their responses together, one token per step.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Sampler:
         """
         self._chunks = chunks
         self._device = device
-        self._kernel = kernel
+        self._setup = AttentionSetup.of(chunks.config, device, kernel=kernel)
         self._max_cached_tokens = max_cached_tokens
         # Rows of a few tokens per response are not worth distributing: each context-parallel rank
         # samples for prompts of its own.
@@ -79,7 +82,7 @@ class Sampler:
         seed: int,
         step: int,
         sources: Sequence[str] | None = None,
-    ) -> list[list[tuple[int, ...]]]:
+    ) -> list[list[tuple[int, ...]]] | None:
         """The tokens of `sample_with_logprobs`, its options spelt out."""
         options = SamplingOptions(
             max_response_length=max_response_length,
@@ -90,7 +93,9 @@ class Sampler:
         responses = self.sample_with_logprobs(
             prompts, options, num_responses=num_responses, seed=seed, step=step, sources=sources
         )
-        return [[response.tokens for response in group] for group in responses]
+        if responses is None:
+            return None
+        return [[tuple(response.tokens.tolist()) for response in group] for group in responses]
 
     def sample_with_logprobs(
         self,
@@ -101,7 +106,7 @@ class Sampler:
         seed: int,
         step: int,
         sources: Sequence[str] | None = None,
-    ) -> list[list[SampledResponse]]:
+    ) -> list[list[SampledResponse]] | None:
         """Responses to each prompt. Collective.
 
         Args:
@@ -112,8 +117,9 @@ class Sampler:
             sources: what errors call each prompt; None calls them by their index.
 
         Returns:
-            `num_responses` responses to each prompt, in the prompts' order. They do not depend on
-            the parallel layout or on batches, up to the rounding of logits.
+            On rank 0 `num_responses` responses to each prompt, in the prompts' order; None on
+            other ranks. They do not depend on the parallel layout or on batches, up to the rounding
+            of logits.
 
         Raises:
             ValueError: an option out of range, an empty prompt, or one that leaves too few of the
@@ -131,8 +137,7 @@ class Sampler:
                         [prompts[i] for i in indices],
                         _uniforms(indices, num_responses, options, seed=seed, step=step),
                         options,
-                        device=self._device,
-                        kernel=self._kernel,
+                        setup=self._setup,
                         pad_to_multiple=self._pad_to_multiple,
                     )
                     for indices in indices_of_batches
@@ -209,12 +214,17 @@ class Sampler:
 
     def _gather(
         self, mine: dict[int, list[SampledResponse]], num_prompts: int
-    ) -> list[list[SampledResponse]]:
-        """All prompts' responses, from the data-parallel ranks that sampled them."""
-        found: list[dict[int, list[SampledResponse]]] = [mine]
-        if self._data_group.size() > 1:
-            found = [{} for _ in range(self._data_group.size())]
-            dist.all_gather_object(found, mine, group=self._data_group)
+    ) -> list[list[SampledResponse]] | None:
+        """On rank 0 all prompts' responses, from the data-parallel ranks that sampled them."""
+        # The ranks of another group hold the same responses, and so need not send them.
+        if 0 not in dist.get_process_group_ranks(self._data_group):
+            return None
+        found: list[Any] | None = None
+        if dist.get_rank() == 0:
+            found = [None] * self._data_group.size()
+        dist.gather_object(mine, found, dst=0, group=self._data_group)
+        if found is None:
+            return None
         everything = {index: group for part in found for index, group in part.items()}
         return [everything[index] for index in range(num_prompts)]
 
@@ -239,9 +249,6 @@ def _uniforms(
 def _groups(batch: ResponseBatch) -> list[list[SampledResponse]]:
     """The responses to each prompt of a batch."""
     return [
-        [
-            SampledResponse(tokens=tuple(tokens), logprobs=tuple(logprobs))
-            for tokens, logprobs in group
-        ]
+        [SampledResponse(tokens=tokens, logprobs=logprobs) for tokens, logprobs in group]
         for group in batch.responses()
     ]

@@ -11,19 +11,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_prefix.config import WeightsConfig
-from megatron_prefix.distributed.rank_results import gather
+from megatron_prefix.distributed.rank_results import gather, gather_to_rank_0, rank_0_alone
 from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
-from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_groups
-from megatron_prefix.rollouts.validation import validate_group
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
+from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_batch
+from megatron_prefix.rollouts.validation import validate_batch
 
 
 class HuggingFaceEngine:
@@ -71,7 +73,7 @@ class HuggingFaceEngine:
         self._version: int | None = None
         self._staleness = 0
 
-    def next_groups(self, num_groups: int, *, step: int) -> list[RolloutGroup]:
+    def next_rollouts(self, num_groups: int, *, step: int) -> RolloutBatch | None:
         """The groups of the next `num_groups` prompts. Collective.
 
         Args:
@@ -90,9 +92,21 @@ class HuggingFaceEngine:
             self._version = step
         self._staleness = step - self._version
         rank, size = dist.get_rank(), dist.get_world_size()
-        shares = gather(lambda: self._share(prompts, range(rank, len(prompts), size), step))
-        groups = {index: group for share in shares for index, group in share}
-        return [groups[index] for index in range(len(prompts))]
+        share = range(rank, len(prompts), size)
+        shares = gather_to_rank_0(
+            lambda: [(index, self._group(prompts[index], step, index)) for index in share]
+        )
+
+        def rewarded() -> RolloutBatch:
+            assert shares is not None
+            groups = {index: group for share in shares for index, group in share}
+            batch = RolloutBatch.from_groups(groups[index] for index in range(len(prompts)))
+            validate_batch(
+                batch, vocab_size=self._vocab_size, max_positions=self._max_sequence_length
+            )
+            return reward_batch(self._reward, batch)
+
+        return rank_0_alone(rewarded)
 
     def metrics(self) -> dict[str, float]:
         """The version of the policy that sampled, and its age."""
@@ -130,19 +144,9 @@ class HuggingFaceEngine:
             raise ValueError(f"{folder}: not loaded by transformers: {error}") from error
         self._model = model.to(self._device).eval()
 
-    def _share(
-        self, prompts: list[Prompt], indices: range, step: int
-    ) -> list[tuple[int, RolloutGroup]]:
-        """This rank's groups, each with the index of its prompt."""
-        groups = [self._group(prompts[index], step, index) for index in indices]
-        for group in groups:
-            validate_group(
-                group, vocab_size=self._vocab_size, max_positions=self._max_sequence_length
-            )
-        return list(zip(indices, reward_groups(self._reward, groups), strict=True))
-
     @torch.no_grad()
     def _group(self, prompt: Prompt, step: int, index: int) -> RolloutGroup:
+        """The group of one prompt; its rewards are 0."""
         options = self._options
         with torch.random.fork_rng(devices=self._devices()):
             torch.manual_seed(hash((self._seed, step, index)) % (1 << 63))
@@ -161,17 +165,16 @@ class HuggingFaceEngine:
                 output_logits=True,
             )
         tokens = output.sequences[:, len(prompt.tokens) :]
-        logprobs = _logprobs(output.logits, tokens, options.temperature)
-        lengths = [_length(row, options.stop_tokens) for row in tokens.tolist()]
-        responses = tuple(tuple(row[:n]) for row, n in zip(tokens.tolist(), lengths, strict=True))
+        logprobs = _logprobs(output.logits, tokens, options.temperature).cpu().numpy()
+        rows = tokens.cpu().numpy().astype(np.int32)
+        lengths = [_length(row, options.stop_tokens) for row in rows]
+        responses = tuple(row[:n] for row, n in zip(rows, lengths, strict=True))
         return RolloutGroup(
             prompt=prompt.tokens,
             responses=responses,
             rewards=(0.0,) * len(responses),
-            old_logprobs=tuple(
-                tuple(row[:n]) for row, n in zip(logprobs.tolist(), lengths, strict=True)
-            ),
-            finished=tuple(response[-1] in options.stop_tokens for response in responses),
+            old_logprobs=tuple(row[:n] for row, n in zip(logprobs, lengths, strict=True)),
+            finished=tuple(bool(response[-1] in options.stop_tokens) for response in responses),
             answer=prompt.answer,
             policy_version=self._version,
             source=prompt.source,
@@ -190,6 +193,7 @@ def _logprobs(logits: tuple[Tensor, ...], tokens: Tensor, temperature: float) ->
     return torch.cat(columns, dim=1)
 
 
-def _length(tokens: list[int], stop_tokens: tuple[int, ...]) -> int:
+def _length(tokens: NDArray[np.int32], stop_tokens: tuple[int, ...]) -> int:
     """Tokens up to the first stop token, it included."""
-    return next((i + 1 for i, token in enumerate(tokens) if token in stop_tokens), len(tokens))
+    stops = np.flatnonzero(np.isin(tokens, stop_tokens))
+    return int(stops[0]) + 1 if len(stops) else len(tokens)

@@ -13,6 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_prefix.rollouts.server.client import ServerError
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens
 
@@ -31,12 +34,13 @@ class OtherWeights(ServerMismatch):
     """The server answers with other weights than were loaded last."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
     """One response."""
 
-    tokens: Tokens
-    logprobs: tuple[float, ...] | None
+    tokens: NDArray
+    """Whole numbers; whether they are ids of the vocabulary is not checked yet."""
+    logprobs: NDArray[np.float32] | None
     """Of each token; None where the server gives none."""
     finished: bool
     """Whether it ended with a stop token."""
@@ -88,7 +92,7 @@ class Reader:
             )
         self._check_text(tokens, choice.get("text"))
         return Sample(
-            tokens=tokens,
+            tokens=_token_array(tokens),
             logprobs=_logprobs(choice, len(tokens)),
             finished=finished,
             from_text=False,
@@ -145,7 +149,7 @@ class Reader:
             )
         if not tokens:
             raise SampleRejected("it is empty")
-        return Sample(tokens=tokens, logprobs=None, finished=finished, from_text=True)
+        return Sample(tokens=_token_array(tokens), logprobs=None, finished=finished, from_text=True)
 
 
 def check_prompt_count(usage: dict[str, Any] | None, prompt: Tokens, source: str) -> None:
@@ -192,7 +196,14 @@ def _token_ids(choice: dict[str, Any]) -> Tokens | None:
     return None
 
 
-def _logprobs(choice: dict[str, Any], length: int) -> tuple[float, ...] | None:
+def _token_array(tokens: Tokens) -> NDArray:
+    """In 32 bits where they fit; other numbers stay as they are, for the error that names them."""
+    array = np.array(tokens)
+    fits = array.dtype.kind == "i" and abs(array).max(initial=0) < 1 << 31
+    return array.astype(np.int32) if fits else array
+
+
+def _logprobs(choice: dict[str, Any], length: int) -> NDArray[np.float32] | None:
     logprobs = choice.get("logprobs")
     found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     if not isinstance(found, list) or not found:
@@ -201,4 +212,4 @@ def _logprobs(choice: dict[str, Any], length: int) -> tuple[float, ...] | None:
         raise SampleRejected(f"{len(found)} log-probabilities for {length} tokens")
     if not all(type(value) in (int, float) for value in found):
         raise SampleRejected("a log-probability is missing")
-    return tuple(float(value) for value in found)
+    return np.array(found, dtype=np.float64).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The `openai` engine: rank 0 asks the server, and every rank gets the same groups."""
+"""The `openai` engine: rank 0 asks the server; all ranks hand over the weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from megatron_prefix.config import ServerConfig, WeightsConfig
 from megatron_prefix.distributed.rank_results import from_rank_0
-from megatron_prefix.rollouts.engine import EndOfRollouts
+from megatron_prefix.rollouts.engine import ENGINE_ERRORS
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
-from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_groups
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
+from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_batch
 from megatron_prefix.rollouts.server.answers import OtherWeights, Sample
 from megatron_prefix.rollouts.server.asking import Asker, Tally, Wanted, request_seed
 from megatron_prefix.rollouts.server.client import ServerClient, ServerError
@@ -31,11 +31,13 @@ _ATTEMPTS = 5
 """Rounds in which a batch's missing responses or groups are asked for."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     """A rollout batch, and where the prompts stand after it."""
 
-    groups: list[RolloutGroup]
+    rollouts: RolloutBatch | None
+    """None on other ranks than 0."""
+    num_groups: int
     version: int | None
     """Of the policy; None where the server's weights are its own affair."""
     source_state: dict[str, Any]
@@ -126,12 +128,13 @@ class BatchSampler:
         if any(group.old_logprobs is None for group in groups):
             # An optimizer step has them of all its responses or of none.
             groups = [dataclasses.replace(group, old_logprobs=None) for group in groups]
-        groups = reward_groups(self._reward, groups)
+        rollouts = reward_batch(self._reward, RolloutBatch.from_groups(groups))
         # Those of the weights' hand-over count too.
         retries = self._client.retries - self._retries_told
         self._retries_told += retries
         return Batch(
-            groups=groups,
+            rollouts=rollouts,
+            num_groups=num_groups,
             version=version,
             source_state=self._source.state_dict(),
             metrics={
@@ -203,7 +206,7 @@ class BatchSampler:
             prompt=prompt.tokens,
             responses=tuple(sample.tokens for sample in samples),
             rewards=(0.0,) * len(samples),
-            old_logprobs=tuple(s.logprobs or () for s in samples) if with_logprobs else None,
+            old_logprobs=tuple(s.logprobs for s in samples) if with_logprobs else None,
             finished=tuple(sample.finished for sample in samples),
             answer=prompt.answer,
             policy_version=version,
@@ -275,7 +278,7 @@ class OpenAIEngine:
         self._state = source.state_dict()
         self._metrics: dict[str, float] = {}
 
-    def next_groups(self, num_groups: int, *, step: int) -> list[RolloutGroup]:
+    def next_rollouts(self, num_groups: int, *, step: int) -> RolloutBatch | None:
         """The groups of the next `num_groups` prompts. Collective.
 
         Args:
@@ -296,9 +299,9 @@ class OpenAIEngine:
                 logger.warning(
                     "%d groups of version %d are older than weights.max_staleness: %d allows at "
                     "step %d; they are sampled again",
-                    *(len(batch.groups), batch.version, self._weights.max_staleness, step),
+                    *(batch.num_groups, batch.version, self._weights.max_staleness, step),
                 )
-                stale = len(batch.groups)
+                stale = batch.num_groups
                 self._source.load_state_dict(self._state)
                 batch = None
         self._hand_over(step)
@@ -312,7 +315,7 @@ class OpenAIEngine:
         if batch.version is not None:
             self._metrics["policy_version"] = float(batch.version)
             self._metrics["staleness"] = float(step - batch.version)
-        return batch.groups
+        return batch.rollouts
 
     def metrics(self) -> dict[str, float]:
         """Of the last batch: its policy's version, its age, and what went wrong on the way."""
@@ -351,7 +354,12 @@ class OpenAIEngine:
 
     def _collect(self) -> Batch:
         self._has_under_way = False
-        return from_rank_0(self._under_way, errors=(EndOfRollouts, ValueError, OSError))
+        under_way, self._under_way = self._under_way, None
+        return from_rank_0(
+            under_way,
+            tell=lambda batch: dataclasses.replace(batch, rollouts=None),
+            errors=ENGINE_ERRORS,
+        )
 
     def _hand_over(self, step: int) -> None:
         """Write the weights and have the server load them, where that is due."""

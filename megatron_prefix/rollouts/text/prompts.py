@@ -26,7 +26,8 @@ from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.parsing import check_names
 from megatron_prefix.rollouts.prompts import Prompt
-from megatron_prefix.rollouts.record_files import START, Record, open_record_file
+from megatron_prefix.rollouts.record import START, Record
+from megatron_prefix.rollouts.record_files import open_record_file
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens
 from megatron_prefix.rollouts.validation import check_tokens
 

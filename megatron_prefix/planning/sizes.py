@@ -1,4 +1,4 @@
-"""The memory model of a run's model, from its configs."""
+"""What the prediction of a run depends on, from its configs: its model, process groups, stages."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megatron_prefix.config import (
     TrainingConfig,
 )
 from megatron_prefix.config.loader import ConfigError
-from megatron_prefix.layout.memory import MemoryModel, RankSizes
 from megatron_prefix.megatron.releases import gate_has_offset, option
 from megatron_prefix.model.build import model_shape, moe_layers
+from megatron_prefix.planning.memory import MemoryModel, RankSizes
 
 
 def memory_model(

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from megatron.core import parallel_state
 
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import (
     ModelConfig,
     OptimizerSettings,
     ParallelConfig,
     TrainingConfig,
 )
+from megatron_prefix.config.packing import packing_of_run
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layout import Packing, PrefixTree
-from megatron_prefix.layout.estimate import StepSetup, estimate_step
-from megatron_prefix.layout.memory import MemoryModel, RankSizes
 from megatron_prefix.megatron.torch_adam import initialise_adam
 from megatron_prefix.model.build import ModelChunks, build_model_chunks
-from megatron_prefix.model.memory import memory_model, rank_sizes, stage_layers
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig
+from megatron_prefix.planning.estimate import estimate_step
+from megatron_prefix.planning.memory import MemoryModel, RankSizes
+from megatron_prefix.planning.rows import StepSetup
+from megatron_prefix.planning.sizes import memory_model, rank_sizes, stage_layers
+from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.batch import PackedBatch
+from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.optimizer import build_optimizer
-from megatron_prefix.training.packing import packing_of_run
+from megatron_prefix.training.series import BatchSeries
 from megatron_prefix.training.step import accumulate_gradients
 from tests.distributed import run_distributed
-from tests.megatron.models import TRAINING, model_config, single_process
-from tests.model.measured_memory import group_batch, kept_bytes, peak_bytes
+from tests.megatron.models import ON_CPU, TRAINING, model_config, single_process
+from tests.planning.measured_memory import group_batch, kept_bytes, peak_bytes
 
 # A few bytes per token are left out: most of what is kept where full recompute keeps little.
 KEPT_TOLERANCE = {"none": 0.005, "selective": 0.005, "full": 0.06}
@@ -78,7 +86,7 @@ def _kept(memory: MemoryModel, batch: PackedBatch, ranks: RankSizes) -> int:
     )
 
 
-def _step_peak(chunks: ModelChunks, batches: list[PackedBatch]) -> int:
+def _step_peak(chunks: ModelChunks, batches: Sequence[PackedBatch | BatchSeries]) -> int:
     def step() -> None:
         accumulate_gradients(chunks, batches, ObjectiveConfig())
 
@@ -115,6 +123,58 @@ def test_kept_tensors_and_peaks_are_those_of_real_models_on_one_process() -> Non
                 [0, 1, 2], batch.num_tokens, len(batch.labels), ranks, last=True
             )
             assert peak == pytest.approx(_step_peak(chunks, [batch]), rel=PEAK_TOLERANCE), case
+
+
+@pytest.mark.parametrize(
+    ("dtype", "recompute", "trim"),
+    [
+        ("float32", "none", True),
+        ("bfloat16", "selective", False),
+        ("bfloat16", "full", True),
+    ],
+)
+@pytest.mark.parametrize(
+    ("prefix", "responses"), [(300, [100] * 4 + [60, 40, 80]), (900, [60, 30, 50, 60])]
+)
+def test_a_series_holds_its_root_and_a_row_at_a_time(
+    dtype: str, recompute: str, trim: bool, prefix: int, responses: list[int]
+) -> None:
+    model = _model()
+    training = _training(dtype, recompute, trim_last_layer=trim, share_across_microbatches=True)
+    budget = prefix + max(responses) + 60
+    with single_process(float64=False):
+        chunks = build_model_chunks(
+            model, ParallelConfig(), training, use_distributed_optimizer=False
+        )
+        memory = memory_model(model, chunks.config, training)
+        packing = _packing(memory, training, ParallelConfig(), token_budget=budget)
+        rng = np.random.default_rng(0)
+        group = RolloutGroup(
+            prompt=rng.integers(0, 61, prefix),
+            responses=[rng.integers(0, 61, n) for n in responses],
+            rewards=rng.normal(size=len(responses)),
+            source="here",
+        )
+        minibatch = build_minibatch(
+            [group], ObjectiveConfig(), packing, attention=ON_CPU, data_parallel_rank=0
+        )
+        measured = _step_peak(chunks, minibatch.batches)
+        series = [batch for batch in minibatch.batches if isinstance(batch, BatchSeries)]
+    estimate = estimate_step(
+        [PrefixTree.from_groups([(group.prompt, group.responses)])],
+        StepSetup(
+            memory=memory,
+            ranks=RankSizes(),
+            stages=stage_layers(chunks.config),
+            packing=packing,
+        ),
+        first_trained=[[prefix] * len(responses)],
+    )
+    assert len(minibatch.batches) == len(series) == estimate.num_series == 1
+    assert len(series[0].rows) == len(estimate.microbatches[0][0].rows) - 1 > 1
+    assert estimate.tokens == minibatch.packed_tokens
+    (stage,) = estimate.stages
+    assert stage.activations + stage.transient == pytest.approx(measured, rel=PEAK_TOLERANCE)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -254,10 +314,14 @@ def _received(kind: str) -> tuple[int, int]:
         batch = group_batch(
             *shape,
             pad_to_multiple=2,
-            context_parallel_group=parallel_state.get_context_parallel_group(),
+            setup=AttentionSetup.of(
+                chunks.config,
+                torch.device("cpu"),
+                context_parallel_group=parallel_state.get_context_parallel_group(),
+            ),
         )
         accumulate_gradients(chunks, [batch], ObjectiveConfig())
-        counted = sum(batch.params.plan.traffic.received.values())
+        counted = sum(batch.params.attention.exchange.traffic.received.values())
         return estimate.context_parallel_bytes, counted
 
 

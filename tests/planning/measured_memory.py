@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.layout import pack
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.objective import ObjectiveConfig
-from megatron_prefix.training.batch import PackedBatch, TrainedSequence, build_batch
+from megatron_prefix.training.batch import PackedBatch
+from megatron_prefix.training.batch_planning import build_batch
+from megatron_prefix.training.entries import TrainedSequence
 from megatron_prefix.training.step import _forward_step
-from tests.megatron.models import random_groups
+from tests.megatron.models import ON_CPU, random_groups
 
 
 def group_batch(
@@ -23,6 +26,7 @@ def group_batch(
     *,
     pad_to_multiple: int = 1,
     trim_last_layer: bool = True,
+    setup: AttentionSetup = ON_CPU,
     **options: object,
 ) -> PackedBatch:
     """One group of random tokens, trained on its responses."""
@@ -31,9 +35,7 @@ def group_batch(
         TrainedSequence(first_trained=prefix, weight=1.0, advantage=1.0) for _ in responses
     ]
     layout = pack(tree, pad_to_multiple=pad_to_multiple)
-    return build_batch(
-        layout, sequences, device=torch.device("cpu"), trim_last_layer=trim_last_layer, **options
-    )
+    return build_batch(layout, sequences, setup, trim_last_layer=trim_last_layer, **options)
 
 
 def kept_bytes(chunks: ModelChunks, batch: PackedBatch) -> int:
@@ -54,7 +56,7 @@ def kept_bytes(chunks: ModelChunks, batch: PackedBatch) -> int:
             chunks.wrapped[0],
             chunks=chunks,
             objective=ObjectiveConfig(),
-            with_entropy=True,
+            with_gradients=True,
         )
     return sum(storage.nbytes() for storage in kept.values())
 

@@ -204,6 +204,12 @@ class MemoryModel:
         own_input = not first and self.recompute != "full" and not self._norm_keeps_input
         return hidden * (own_input + (not last))
 
+    def root_keys(self, layers: list[int], tokens: int, ranks: RankSizes) -> int:
+        """Bytes that a series holds of its root's T tokens beside what autograd keeps of them:
+        copies of keys and values, and the wide sums of their gradients, in these layers."""
+        widths = 2 * self._kv // ranks.tensor
+        return len(layers) * tokens * widths * (self.element + self.wide)
+
     def transient(
         self,
         layers: list[int],
@@ -213,6 +219,7 @@ class MemoryModel:
         *,
         last: bool,
         travelling: int = 0,
+        root_tokens: int = 0,
     ) -> int:
         """The most that exists at once beside what is kept, while a microbatch runs.
 
@@ -226,6 +233,7 @@ class MemoryModel:
             ranks: the sizes of the run.
             last: whether the chunk has the output layer.
             travelling: tokens whose keys and values come from other context-parallel ranks.
+            root_tokens: of a root that an earlier row has run, which the row attends to.
         """
         candidates = [0]
         s, b = self.shape, self.element
@@ -247,6 +255,8 @@ class MemoryModel:
                 again = self._all_of_layer(layer, tokens, labels, ranks)
             # Gathered, in the order of the stages, and the gradients of both.
             gathered = travelling * 2 * self._kv // ranks.tensor * 2 * (b + self.wide)
+            # The row's share of the gradients of the root's keys and values.
+            gathered += root_tokens * 2 * self._kv // ranks.tensor * b
             backward = self._layer_backward(layer, tokens, labels, ranks)
             candidates.append(again - gone + gathered + backward)
             gone += self.kept_by_layer(layer, tokens, labels, ranks)

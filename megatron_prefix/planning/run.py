@@ -15,11 +15,12 @@ from megatron_prefix.config import (
     TrainingConfig,
 )
 from megatron_prefix.config.loader import ConfigError, load_dataclass, read_yaml
-from megatron_prefix.layout.estimate import StepEstimate, StepSetup, estimate_step
-from megatron_prefix.model.memory import memory_model, rank_sizes, stage_layers
+from megatron_prefix.config.packing import packing_of_run
 from megatron_prefix.model.transformer_config import transformer_config
-from megatron_prefix.training.packing import packing_of_run
-from megatron_prefix.training.shapes import tree_of_shape
+from megatron_prefix.planning.estimate import StepEstimate, estimate_step
+from megatron_prefix.planning.rows import StepSetup
+from megatron_prefix.planning.shapes import tree_of_shape
+from megatron_prefix.planning.sizes import memory_model, rank_sizes, stage_layers
 
 
 @dataclass(frozen=True, kw_only=True)

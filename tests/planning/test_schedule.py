@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_prefix.layout.schedule import pipeline_passes
+from megatron_prefix.planning.schedule import pipeline_passes
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3])

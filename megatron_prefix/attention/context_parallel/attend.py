@@ -1,0 +1,44 @@
+"""The attention of one rank's queries, by the kind of communication."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_prefix.attention.context_parallel.gathered import GatheredAttention
+from megatron_prefix.attention.context_parallel.heads import attend_by_heads
+from megatron_prefix.attention.context_parallel.layer import RankLayer
+from megatron_prefix.attention.context_parallel.ring import RingAttention
+from megatron_prefix.attention.function import checked_inputs
+from megatron_prefix.layout import CommType
+
+
+def attend_across_ranks(
+    q: Tensor, k: Tensor, v: Tensor, layer: RankLayer, comm_type: CommType
+) -> Tensor:
+    """Attention of this rank's queries. Collective over the group, backward too.
+
+    Args:
+        q: [N, H, D]; k and v: [C, Hk, D].
+        layer: its stages are those of `comm_type`, if not of all kinds.
+        comm_type: the kind of communication.
+
+    Returns:
+        [N, H, D] in q's dtype.
+
+    Raises:
+        ValueError: the shapes or dtypes of q, k, v and the stages do not belong together, or the
+            row has been planned for other kinds of communication.
+    """
+    q, k, v = checked_inputs(q, k, v, layer.stages)
+    stages = layer.stages
+    planned = {"all_gather": stages.gathered, "p2p": stages.ring, "a2a": stages.whole_row}
+    if planned[comm_type] is None:
+        kinds = ", ".join(kind for kind, found in planned.items() if found is not None)
+        raise ValueError(
+            f"cp_comm_type={comm_type} of layer {layer.number}: the row was planned for {kinds} "
+            "only; give the batch's AttentionSetup the comm_types of all layers"
+        )
+    if comm_type == "a2a":
+        return attend_by_heads(q, k, v, layer)
+    function = {"all_gather": GatheredAttention, "p2p": RingAttention}[comm_type]
+    return function.apply(q, k, v, layer)

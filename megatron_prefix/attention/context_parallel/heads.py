@@ -1,0 +1,60 @@
+"""`a2a`: every rank computes its share of the heads over the whole row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_prefix.attention.context_parallel.layer import RankLayer
+from megatron_prefix.attention.exchange import Recorder
+from megatron_prefix.attention.function import attend_to_row
+
+_Way = Callable[[Tensor, RankLayer, Recorder], Tensor]
+
+
+def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, layer: RankLayer) -> Tensor:
+    """[N, H, D] the attention of this rank's queries."""
+    kept = layer.stages.queries
+    if kept is not None:  # heads are exchanged for all tokens of the row
+        q = q.new_zeros(layer.stages.num_tokens, *q.shape[1:]).index_copy(0, kept, q)
+    size = layer.exchange.size
+    heads = [x.shape[1] // size for x in (q, k, v)]
+    # One message: rank i's query heads, key heads and value heads side by side.
+    parts = [x.unflatten(1, (size, -1)) for x in (q, k, v)]
+    row = _Move.apply(torch.cat(parts, dim=2), layer, _to_packed_row, _from_packed_row)
+    out = attend_to_row(*row.split(heads, dim=1), layer.stages.whole_row.stages, layer.compute)
+    out = _Move.apply(out, layer, _from_packed_row, _to_packed_row).flatten(1, 2)
+    return out if kept is None else out[kept]
+
+
+class _Move(torch.autograd.Function):
+    """Tokens and heads to other ranks; gradients come back the opposite way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: RankLayer, there: _Way, back: _Way) -> Tensor:
+        """x, moved."""
+        ctx.layer, ctx.back = layer, back
+        return there(x, layer, layer.forward_traffic)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        """dx, moved back."""
+        return ctx.back(dx, ctx.layer, ctx.layer.backward_traffic), None, None, None
+
+
+def _to_packed_row(x: Tensor, layer: RankLayer, record: Recorder) -> Tensor:
+    """This rank's row of all heads [C, ranks, heads, D] -> the packed row of its heads
+    [T, heads, D]."""
+    parts = layer.exchange.swap(x.transpose(0, 1).contiguous(), record)
+    return parts.flatten(0, 1)[layer.stages.whole_row.from_ranks]
+
+
+def _from_packed_row(x: Tensor, layer: RankLayer, record: Recorder) -> Tensor:
+    """The way back: [T, heads, D] -> [C, ranks, heads, D]."""
+    parts = x[layer.stages.whole_row.to_ranks].unflatten(0, (layer.exchange.size, -1))
+    return layer.exchange.swap(parts, record).transpose(0, 1)

@@ -1,0 +1,45 @@
+"""What the kinds of communication have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_prefix.attention.exchange import Exchange, Recorder
+from megatron_prefix.attention.stage_compute import StageCompute
+from megatron_prefix.layout import RowStages
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RankLayer:
+    """A layer's attention on one rank of several."""
+
+    number: int
+    """Of the layer in the whole model: what its traffic is counted under."""
+    stages: RowStages[Tensor]
+    compute: StageCompute
+    exchange: Exchange
+
+    @property
+    def forward_traffic(self) -> Recorder:
+        """Counts the bytes of this layer's forward."""
+        return self.exchange.recorder(self.number, "forward")
+
+    @property
+    def backward_traffic(self) -> Recorder:
+        """Counts the bytes of this layer's backward."""
+        return self.exchange.recorder(self.number, "backward")
+
+    def shard(self, k: Tensor, v: Tensor) -> Tensor:
+        """[n, 2, Hk, D] contiguous, of its own memory: the keys and values that travel."""
+        n = self.exchange.own_tokens
+        return torch.stack((k[:n], v[:n]), dim=1)
+
+
+def add_to_shard(dk: Tensor, dv: Tensor, d_shard: Tensor) -> None:
+    """Add the gradient [n, 2, Hk, D] of the rank's shard to dk and dv of its row."""
+    n = d_shard.shape[0]
+    dk[:n] += d_shard[:, 0]
+    dv[:n] += d_shard[:, 1]

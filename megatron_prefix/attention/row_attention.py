@@ -1,0 +1,166 @@
+"""The attention of one row in every layer: what is fixed for a model, for a batch, and for a layer.
+
+`AttentionSetup` is made once for a model, `RowAttention` for every batch, `AttentionLayer` for
+every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_prefix.attention.comm_types import model_comm_types
+from megatron_prefix.attention.context_parallel import attend_across_ranks
+from megatron_prefix.attention.context_parallel.layer import RankLayer
+from megatron_prefix.attention.exchange import Exchange
+from megatron_prefix.attention.function import prefix_attention
+from megatron_prefix.attention.kernels import Kernel, select_kernel
+from megatron_prefix.attention.root_keys import RootKeys
+from megatron_prefix.attention.stage_compute import StageCompute
+from megatron_prefix.layout import CommType, RowStages
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSetup:
+    """What the attention of all batches of a model has in common."""
+
+    device: torch.device
+    """Of the model."""
+    kernel: Kernel
+    """What computes attention, from `select_kernel`."""
+    deterministic: bool = False
+    """The same batch gives the same gradients of attention, to the bit. The kernel must have been
+    selected for it."""
+    context_parallel_group: dist.ProcessGroup | None = None
+    """The ranks that each row is distributed over; None, or a group of one, for whole rows."""
+    comm_types: tuple[CommType, ...] = ("all_gather",)
+    """How the model's layers communicate over that group."""
+
+    @classmethod
+    def of(
+        cls,
+        config: Any,
+        device: torch.device,
+        *,
+        kernel: str | None = None,
+        deterministic: bool = False,
+        context_parallel_group: dist.ProcessGroup | None = None,
+    ) -> AttentionSetup:
+        """The setup of a model.
+
+        Args:
+            config: Megatron's `TransformerConfig`.
+            kernel: attention kernel by name; None takes the best for the device.
+            device, deterministic, context_parallel_group: see the fields.
+
+        Raises:
+            ValueError: the kernel cannot compute what the config asks for, see `select_kernel`.
+        """
+        return cls(
+            device=device,
+            kernel=kernel_of_model(config, device, kernel, deterministic=deterministic),
+            deterministic=deterministic,
+            context_parallel_group=context_parallel_group,
+            comm_types=model_comm_types(config),
+        )
+
+    @property
+    def num_ranks(self) -> int:
+        """Context-parallel ranks."""
+        group = self.context_parallel_group
+        return 1 if group is None else dist.get_world_size(group)
+
+    @property
+    def rank(self) -> int:
+        """Of this process among them."""
+        group = self.context_parallel_group
+        return 0 if group is None else dist.get_rank(group)
+
+
+def kernel_of_model(
+    config: Any, device: torch.device, name: str | None, *, deterministic: bool = False
+) -> Kernel:
+    """The kernel called `name`, or the best one, for a model with Megatron's config `config`."""
+    dtype = config.params_dtype
+    if config.bf16 or config.fp16:
+        dtype = torch.bfloat16 if config.bf16 else torch.float16
+    return select_kernel(
+        name,
+        device=device,
+        dtype=dtype,
+        head_dim=config.kv_channels,
+        deterministic=deterministic,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionLayer:
+    """A layer, as its attention needs to know it."""
+
+    number: int
+    """In the whole model, from 1."""
+    scale: float
+    """Factor of q k^T before the softmax."""
+    comm_type: CommType
+    """Its kind of context-parallel communication."""
+
+
+class CoreAttention(Protocol):
+    """The attention of a batch in any layer."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
+        """The core attention of one layer.
+
+        Args:
+            q: [T, heads, dim], or [N, heads, dim] in a trimmed last layer, rotated; k and v:
+                [T, kv heads, dim], k rotated.
+
+        Returns:
+            Shaped like q, in its dtype.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowAttention:
+    """`CoreAttention` of a packed row, or of this rank's part of it."""
+
+    stages: RowStages[Tensor]
+    kernel: Kernel
+    deterministic: bool
+    exchange: Exchange | None
+    """With the ranks that the row is distributed over; None: all of it is here."""
+    root: RootKeys | None = None
+    """Of a series of rows: what its first row keeps and the later rows attend to."""
+    keeps_root: bool = False
+    """Whether this is the first row of its series: the root alone."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
+        """See `CoreAttention`. Collective where the row is distributed."""
+        if self.exchange is None:
+            of_root = None
+            if self.root is not None and self.keeps_root:
+                k, v = self.root.keep(layer.number, k, v)
+            elif self.root is not None:
+                of_root = self.root.of_layer(layer.number)
+            return prefix_attention(
+                q,
+                k,
+                v,
+                self.stages,
+                scale=layer.scale,
+                kernel=self.kernel,
+                deterministic=self.deterministic,
+                root=of_root,
+            )
+        of_rank = RankLayer(
+            number=layer.number,
+            stages=self.stages,
+            compute=StageCompute(self.kernel, layer.scale, self.deterministic),
+            exchange=self.exchange,
+        )
+        return attend_across_ranks(q, k, v, of_rank, layer.comm_type)

@@ -1,0 +1,59 @@
+"""One rank's part of a packed row, planned on the host: placed, staged, and trimmed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from megatron_prefix.layout.dispatch import shard_layout
+from megatron_prefix.layout.packing import PackedLayout
+from megatron_prefix.layout.rows import COMM_TYPES, CommType, RankRow, RowStages
+from megatron_prefix.layout.shard_stages import stages_of_rank
+from megatron_prefix.layout.trimming import trim_row
+
+
+def rank_row(
+    layout: PackedLayout,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    comm_types: Collection[CommType] = COMM_TYPES,
+    needed: np.ndarray | None = None,
+    multiple: int = 1,
+) -> RankRow:
+    """Plan one rank's part of a packed row.
+
+    Args:
+        layout: the row, the same on every context-parallel rank; its length a multiple of
+            `num_ranks`.
+        rank, num_ranks: of the context-parallel ranks.
+        comm_types: how the model's layers communicate.
+        needed: [n] int64 positions of the packed row whose output is needed; the last layer leaves
+            out what it can of all others. (From a segment's first needed position all to its end
+            are computed, and more to fill up.) None: all are.
+        multiple: the number of output rows is a multiple of this: the tensor-parallel size, under
+            sequence parallelism.
+
+    Raises:
+        ValueError: the row's length does not divide by the number of ranks.
+    """
+    if num_ranks == 1:
+        shards, rows = None, np.arange(layout.num_tokens)
+        stages = RowStages(
+            num_tokens=len(rows),
+            queries=None,
+            cu_seqlens_q=np.array([0, len(rows)], dtype=np.int32),
+            local=layout.stages,
+            root=layout.root_stage,
+        )
+    else:
+        assert layout.root_stage is None, "not with context parallelism"
+        shards = shard_layout(layout, num_ranks)
+        rows, stages = stages_of_rank(shards, rank, comm_types)
+    last_stages = None
+    if needed is not None:
+        in_row = np.zeros(layout.num_tokens, dtype=bool)
+        in_row[needed] = True
+        last_stages = trim_row(stages, in_row[rows] & (rows >= 0), multiple=multiple)
+    return RankRow.of(layout, rows, stages, last_stages, shards)

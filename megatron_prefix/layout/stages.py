@@ -1,0 +1,96 @@
+"""One variable-length attention call, as planned on the host and as it runs on the device.
+
+Both have the same types: their arrays are NumPy's where a row is planned, and tensors on the device
+(`record_to_device` makes the one of the other).
+
+Stage 0 of a row is the self stage: every segment attends to itself, causally, over the whole row.
+The others are cross stages: segments attend to ancestors, without a mask. Packing in level order
+makes the queries and the keys of a stage slices, so that it needs no gather and no copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+Array = TypeVar("Array")
+"""np.ndarray, or torch.Tensor on the device."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rectangles(Generic[Array]):
+    """Rectangle i is queries cu_q[i]:cu_q[i + 1] against keys cu_k[i]:cu_k[i + 1].
+
+    It may have no queries (a segment that nobody continues), never no keys.
+    """
+
+    cu_q: Array
+    """[rectangles + 1] int32"""
+    cu_k: Array
+    """[rectangles + 1] int32"""
+    max_q: int
+    """Queries of the longest rectangle."""
+    max_k: int
+    """Keys of the longest rectangle."""
+    causal: bool
+    """Every rectangle is square, and query j sees keys 0 to j of its rectangle. Otherwise a query
+    sees all keys of its rectangle."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionStage(Generic[Array]):
+    """Rectangles of some queries of a row, against some keys of it or of another buffer."""
+
+    on: Rectangles[Array]
+    """Counted from the first of `queries` and of `keys`."""
+    queries: slice | Array
+    """Among the tokens that attend: a slice, or (seldom) [n] int64 rows."""
+    keys: slice | Array
+    """In the row, or in the buffer that the stage is called with: a slice, or (seldom, in a trimmed
+    last layer) [n] int64 rows."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GatheredStages(Generic[Array]):
+    """Attention to the shards of all ranks, put in order: `all_gather`."""
+
+    source: Array
+    """[keys] int64: where in the concatenation of all ranks' shards each key of the buffer lies."""
+    stages: tuple[AttentionStage[Array], ...]
+    """Queries in the rank's row, keys in the buffer."""
+
+
+def attention_stage(
+    queries: slice | np.ndarray,
+    keys: slice | np.ndarray,
+    q_lengths: np.ndarray,
+    k_lengths: np.ndarray,
+    *,
+    causal: bool,
+) -> AttentionStage[np.ndarray]:
+    """A stage of these queries and keys, from its rectangles' lengths."""
+    cu_q = np.append(0, np.cumsum(q_lengths)).astype(np.int32)
+    cu_k = np.append(0, np.cumsum(k_lengths)).astype(np.int32)
+    assert cu_q[-1] == _count(queries) and cu_k[-1] == _count(keys)
+    return AttentionStage(
+        on=Rectangles(
+            cu_q=cu_q,
+            cu_k=cu_k,
+            max_q=int(q_lengths.max()),
+            max_k=int(k_lengths.max()),
+            causal=causal,
+        ),
+        queries=queries,
+        keys=keys,
+    )
+
+
+def stage_rows(rows: slice | np.ndarray) -> np.ndarray:
+    """[n] int64: the rows that a stage's `queries` or `keys` are."""
+    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+
+
+def _count(rows: slice | np.ndarray) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)

@@ -1,0 +1,201 @@
+"""The rows of one microbatch: what each computes and sends, from the lengths of its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_prefix.layout.cost import attention_pairs, attention_pairs_of, trained_labels
+from megatron_prefix.layout.dispatch import shard_layout
+from megatron_prefix.layout.packing import pack
+from megatron_prefix.layout.planner import GroupSlice, rows_of
+from megatron_prefix.layout.shard_stages import RankStages
+from megatron_prefix.layout.step_packing import Packing
+from megatron_prefix.layout.tree import PrefixTree
+from megatron_prefix.planning.memory import MemoryModel, RankSizes
+
+CommType = Literal["all_gather", "p2p", "a2a"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSetup:
+    """How a step is run."""
+
+    memory: MemoryModel
+    ranks: RankSizes
+    stages: Sequence[Sequence[Sequence[int]]]
+    """[pipeline rank][chunk] the layers."""
+    packing: Packing
+    """For the data-parallel size and the multiples of `ranks`."""
+    comm_type: CommType = "all_gather"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowEstimate:
+    """One packed row. Per-rank numbers are those of the context-parallel rank with most."""
+
+    tokens: int
+    """Of the whole row, padding included."""
+    tokens_per_rank: int
+    labels_per_rank: int
+    pairs_per_rank: int
+    travelling: int
+    """Tokens whose keys and values a rank receives."""
+    flops: int
+    """Of the whole row, forward, backward and recompute."""
+    outer_flops: int
+    """Of the output layer, less what a trimmed last layer saves."""
+    received_per_layer: int
+    """Bytes that the busiest context-parallel rank receives in a layer, forward and backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicrobatchEstimate:
+    """One row, or a series of rows that run their root once."""
+
+    rows: tuple[RowEstimate, ...]
+    """Of a series, its root's row first."""
+
+    @property
+    def is_series(self) -> bool:
+        """Whether keys and values of the first row are kept for the others."""
+        return len(self.rows) > 1
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows, padding included."""
+        return sum(row.tokens for row in self.rows)
+
+    @property
+    def flops(self) -> int:
+        """Of all rows."""
+        return sum(row.flops for row in self.rows)
+
+
+def step_flops(
+    memory: MemoryModel,
+    *,
+    tokens: int,
+    pairs: int,
+    labels: int,
+    trimmed_tokens: int = 0,
+    trimmed_pairs: int = 0,
+) -> int:
+    """Forward, backward (twice the forward), and what is computed again for it.
+
+    Args:
+        memory: the model, and what it computes again.
+        tokens, pairs, labels: as of `ModelShape.flops`.
+        trimmed_tokens, trimmed_pairs: that the last layer has no queries for.
+    """
+    shape, again = memory.shape, memory.recompute
+    linear = tokens * shape.linear_flops_per_token()
+    linear -= shape.last_layer_flops(tokens=trimmed_tokens, pairs=0)
+    attention = pairs * shape.attention_flops_per_pair()
+    attention -= shape.last_layer_flops(tokens=0, pairs=trimmed_pairs)
+    head = labels * shape.head_flops_per_label()
+    total = 3 * (linear + attention) + 4 * head  # the head's logits are made again in backward
+    return total + {"none": 0, "selective": attention, "full": linear + attention}[again]
+
+
+def estimate_microbatch(
+    units: Sequence[PrefixTree],
+    slices: Sequence[GroupSlice],
+    setup: StepSetup,
+    *,
+    first_trained: Sequence[Sequence[int]],
+) -> MicrobatchEstimate:
+    """Pack a microbatch and count what its rows cost.
+
+    Args:
+        units: what is planned as one.
+        slices: of the microbatch.
+        setup: how the step is run.
+        first_trained: for each unit, for each sequence the index of its first trained token.
+    """
+    trained = [
+        [first_trained[s.group][i] for s in row for i in s.sequences] for row in rows_of(slices)
+    ]
+    if not any(part.parts for part in slices):
+        return MicrobatchEstimate(
+            rows=(_row(setup.packing.microbatch(units, slices), trained[0], setup),)
+        )
+    unit = units[slices[0].group]
+    root = unit.tokens[0]
+    parts = [unit.subset(part) for part in slices[0].parts]
+    return MicrobatchEstimate(
+        rows=(
+            _row(PrefixTree.from_sequences([root]), [len(root)], setup),
+            *(
+                _row(part, first, setup, root_elsewhere=True)
+                for part, first in zip(parts, trained, strict=True)
+            ),
+        )
+    )
+
+
+def _row(
+    tree: PrefixTree,
+    first_trained: Sequence[int],
+    setup: StepSetup,
+    *,
+    root_elsewhere: bool = False,
+) -> RowEstimate:
+    ranks, memory = setup.ranks, setup.memory
+    layout = pack(
+        tree, pad_to_multiple=setup.packing.pad_to_multiple, root_elsewhere=root_elsewhere
+    )
+    nodes = slice(1 if root_elsewhere else 0, None)
+    num_root = int(tree.packed_lengths[0]) if root_elsewhere else 0
+    labelled = np.zeros(layout.num_tokens, dtype=bool)
+    for i, first in enumerate(first_trained):
+        labelled[layout.sequence_positions(i)[first - 1 - num_root :]] = True
+    pairs, labels = int(attention_pairs(tree)[nodes].sum()), int(labelled.sum())
+    untrained = (tree.packed_lengths - trained_labels(tree, first_trained))[nodes]
+    trimmed = {
+        "trimmed_tokens": int(untrained.sum()),
+        "trimmed_pairs": int(attention_pairs_of(untrained, tree.first_positions[nodes]).sum()),
+    }
+    if not memory.trim_last_layer:
+        trimmed = {}
+    labels_per_rank, pairs_per_rank, travelling, received = labels, pairs, 0, 0
+    if ranks.context > 1:
+        shards = shard_layout(layout, ranks.context)
+        rows = [RankStages(shards, rank).rows() for rank in range(ranks.context)]
+        labels_per_rank = max(int(labelled[r[r >= 0]].sum()) for r in rows)
+        pairs_per_rank = int(shards.attention_pairs.max())
+        travelling = int(shards.shard_tokens.sum() - shards.shard_tokens.min())
+        received = _received_per_layer(setup, shards.tokens_per_rank, shards.shard_tokens.tolist())
+        if setup.comm_type == "a2a":
+            travelling = 0
+    tokens = layout.num_tokens - layout.num_padding
+    return RowEstimate(
+        tokens=layout.num_tokens,
+        tokens_per_rank=layout.num_tokens // ranks.context,
+        labels_per_rank=labels_per_rank,
+        pairs_per_rank=pairs_per_rank,
+        travelling=travelling,
+        flops=step_flops(memory, tokens=tokens, pairs=pairs, labels=labels, **trimmed),
+        outer_flops=step_flops(memory, tokens=0, pairs=0, labels=labels, **trimmed),
+        received_per_layer=received,
+    )
+
+
+def _received_per_layer(setup: StepSetup, tokens_per_rank: int, shard_tokens: list[int]) -> int:
+    """Bytes, forward and backward, that the rank that receives most receives in a layer."""
+    memory, size = setup.memory, setup.ranks.context
+    shape, b, wide = memory.shape, memory.element, memory.wide
+    key_width = 2 * shape.num_query_groups * shape.kv_channels // setup.ranks.tensor
+    if setup.comm_type == "a2a":
+        query_width = shape.num_attention_heads * shape.kv_channels // setup.ranks.tensor
+        once = tokens_per_rank * (2 * query_width + key_width) * (size - 1) // size * b
+        return 2 * once
+    # Keys and values in forward and again in backward, then the gradients of the rank's own from
+    # every other rank.
+    return max(
+        2 * (sum(shard_tokens) - own) * key_width * b + (size - 1) * own * key_width * wide
+        for own in shard_tokens
+    )

@@ -1,0 +1,107 @@
+"""One rollout batch of several that come one after another, in arrays that grow in place.
+
+A list of the parts would have everything in memory twice while it is joined.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prefix.rollouts.records import RolloutBatch, check_all_or_none, offsets_of
+
+_FIRST_ITEMS = 1 << 12
+
+
+class BatchBuilder:
+    """Copies groups behind those that it has."""
+
+    def __init__(self) -> None:
+        """Nothing is there yet."""
+        self._prompt_tokens = _GrowingArray(np.int32)
+        self._response_tokens = _GrowingArray(np.int32)
+        self._old_logprobs = _GrowingArray(np.float32)
+        self._loss_mask = _GrowingArray(np.bool_)
+        self._has_loss_mask = False
+        self._known: dict[bool, str] = {}
+        self._prompt_lengths = _GrowingArray(np.int64)
+        self._group_sizes = _GrowingArray(np.int64)
+        self._response_lengths = _GrowingArray(np.int64)
+        self._rewards = _GrowingArray(np.float64)
+        self._finished = _GrowingArray(np.int8)
+        self._policy_versions = _GrowingArray(np.int64)
+        self._answers: list[Any] = []
+        self._sources: list[str] = []
+
+    def add(self, batch: RolloutBatch) -> None:
+        """Copy the groups of a batch, at least one.
+
+        Raises:
+            ValueError: it has old log-probabilities and another has not, or the other way round.
+        """
+        self._known.setdefault(batch.old_logprobs is not None, batch.sources[0])
+        check_all_or_none(self._known)
+        self._add_mask(batch)
+        self._prompt_tokens.extend(batch.prompt_tokens)
+        self._response_tokens.extend(batch.response_tokens)
+        if batch.old_logprobs is not None:
+            self._old_logprobs.extend(batch.old_logprobs)
+        self._prompt_lengths.extend(np.diff(batch.prompt_offsets))
+        self._group_sizes.extend(np.diff(batch.group_offsets))
+        self._response_lengths.extend(np.diff(batch.response_offsets))
+        self._rewards.extend(batch.rewards)
+        self._finished.extend(batch.finished)
+        self._policy_versions.extend(batch.policy_versions)
+        self._answers.extend(batch.answers)
+        self._sources.extend(batch.sources)
+
+    def build(self) -> RolloutBatch:
+        """The batch of all groups; nothing can be added any more."""
+        return RolloutBatch(
+            prompt_tokens=self._prompt_tokens.finish(),
+            prompt_offsets=offsets_of(self._prompt_lengths.finish()),
+            group_offsets=offsets_of(self._group_sizes.finish()),
+            response_tokens=self._response_tokens.finish(),
+            response_offsets=offsets_of(self._response_lengths.finish()),
+            rewards=self._rewards.finish(),
+            old_logprobs=self._old_logprobs.finish() if True in self._known else None,
+            loss_mask=self._loss_mask.finish() if self._has_loss_mask else None,
+            finished=self._finished.finish(),
+            policy_versions=self._policy_versions.finish(),
+            answers=tuple(self._answers),
+            sources=tuple(self._sources),
+        )
+
+    def _add_mask(self, batch: RolloutBatch) -> None:
+        """All tokens of groups without a mask are trained on, where another group has one."""
+        if batch.loss_mask is not None:
+            if not self._has_loss_mask:
+                self._loss_mask.extend(np.ones(self._response_tokens.size, dtype=np.bool_))
+            self._has_loss_mask = True
+            self._loss_mask.extend(batch.loss_mask)
+        elif self._has_loss_mask:
+            self._loss_mask.extend(np.ones(len(batch.response_tokens), dtype=np.bool_))
+
+
+class _GrowingArray:
+    """An array with room at its end."""
+
+    def __init__(self, dtype: type) -> None:
+        self._array = np.empty(_FIRST_ITEMS, dtype=dtype)
+        self.size = 0
+        """Items that are there."""
+
+    def extend(self, values: NDArray) -> None:
+        stop = self.size + len(values)
+        if stop > len(self._array):
+            # The system moves the pages of a large array and copies nothing. No view of it exists.
+            self._array.resize(max(stop, len(self._array) * 5 // 4), refcheck=False)
+        self._array[self.size : stop] = values
+        self.size = stop
+
+    def finish(self) -> NDArray:
+        self._array.resize(self.size, refcheck=False)
+        self._array.flags.writeable = False
+        return self._array

@@ -1,0 +1,198 @@
+"""Groups of rollouts from the records of a file, each checked when it is read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from megatron_prefix.rollouts.parsing import (
+    batch_of_arrays,
+    group_id,
+    parse_group,
+    parse_response,
+    response_field,
+)
+from megatron_prefix.rollouts.record import START, FilePosition, Record
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, plain_tokens
+from megatron_prefix.rollouts.validation import (
+    FieldName,
+    indexed_field,
+    is_trainable,
+    validate_group,
+)
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unrewarded:
+    """Responses of one record that gives an answer and no rewards."""
+
+    first: int
+    """Index of the first one in the group."""
+    group: RolloutGroup
+    """As the record gives them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadGroup:
+    """A group as its records give it."""
+
+    batch: RolloutBatch
+    """This group alone; a reward that is missing is 0."""
+    unrewarded: tuple[Unrewarded, ...]
+    """What has to be rewarded."""
+
+
+class GroupReader:
+    """Makes groups of records."""
+
+    def __init__(
+        self, *, vocab_size: int, max_positions: int, group_size: int | None, has_reward: bool
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            vocab_size: token ids lie in [0, vocab_size).
+            max_positions: positions of the model (see `validate_group`).
+            group_size: responses that every group must have; None takes groups of any size.
+            has_reward: whether rewards that are missing can be computed.
+        """
+        self._vocab_size = vocab_size
+        self._max_positions = max_positions
+        self._group_size = group_size
+        self._has_reward = has_reward
+
+    def read(self, records: Iterator[Record]) -> Iterator[tuple[ReadGroup, FilePosition]]:
+        """The groups of one file, each with the position after its last record."""
+        for key, members in itertools.groupby(records, key=_consecutive_group):
+            if isinstance(key, (str, int)):
+                yield self._join(key, members)
+            else:
+                # Unpacking `members` would read the next line, which a later batch answers for.
+                record = next(members)
+                yield self._whole(record), record.end
+
+    def _whole(self, record: Record) -> ReadGroup:
+        """The group of a record that holds a whole one."""
+        batch = batch_of_arrays(record)
+        if batch is None or not is_trainable(
+            batch, vocab_size=self._vocab_size, max_positions=self._max_positions
+        ):
+            group = parse_group(record)
+            self._validate(group, indexed_field)
+            batch = RolloutBatch.from_groups([group])
+        unrewarded: tuple[Unrewarded, ...] = ()
+        if self._lacks_rewards(record, "rewards"):
+            unrewarded = (Unrewarded(first=0, group=batch.group(0)),)
+        self._check_size(record.source, batch.num_responses)
+        return ReadGroup(batch=batch, unrewarded=unrewarded)
+
+    def _join(self, name: str | int, records: Iterable[Record]) -> tuple[ReadGroup, FilePosition]:
+        """One group of the consecutive records of one response each, and the position after it."""
+        parts: list[RolloutGroup] = []
+        unrewarded: list[Unrewarded] = []
+        end = START
+        for record in records:
+            end = record.end
+            part = parse_response(record)
+            self._validate(part, response_field)
+            if self._lacks_rewards(record, "reward"):
+                unrewarded.append(Unrewarded(first=len(parts), group=part))
+            parts.append(part)
+            _check_same_group(name, parts[0], part)
+            # At once: a file in which every record has the same group must not be read to its end.
+            if self._group_size is not None and len(parts) > self._group_size:
+                raise ValueError(
+                    f"{part.source}: group: {name!r} has more responses than "
+                    f"group_size={self._group_size}"
+                )
+        first, last = parts[0], parts[-1]
+        group = RolloutGroup(
+            prompt=first.prompt,
+            responses=_chained(part.responses for part in parts),
+            rewards=_chained(part.rewards for part in parts),
+            # Every part has one response: nothing to chain means that none gives them.
+            old_logprobs=_chained(part.old_logprobs for part in parts) or None,
+            loss_mask=_chained(part.loss_mask for part in parts) or None,
+            finished=_chained(part.finished for part in parts) or None,
+            answer=first.answer,
+            source=_source_range(first.source, last.source),
+        )
+        self._check_size(group.source, len(parts))
+        batch = RolloutBatch.from_groups([group])
+        return ReadGroup(batch=batch, unrewarded=tuple(unrewarded)), end
+
+    def _validate(self, group: RolloutGroup, field_name: FieldName) -> None:
+        validate_group(
+            group,
+            vocab_size=self._vocab_size,
+            max_positions=self._max_positions,
+            field_name=field_name,
+        )
+
+    def _lacks_rewards(self, record: Record, field: str) -> bool:
+        """Whether the rewards of a record, in the field of that name, are to be computed."""
+        if field in record.values:
+            return False
+        if "answer" not in record.values:
+            raise ValueError(
+                f"{record.source}: {field}: missing, and so is answer; a record needs one of them"
+            )
+        if not self._has_reward:
+            raise ValueError(
+                f"{record.source}: {field}: missing; give it, or set a reward function that "
+                "computes it from the answer"
+            )
+        return True
+
+    def _check_size(self, source: str, num_responses: int) -> None:
+        if self._group_size is not None and num_responses != self._group_size:
+            raise ValueError(
+                f"{source}: responses: {num_responses} of them, but group_size={self._group_size}"
+            )
+
+
+def _consecutive_group(record: Record) -> Any:
+    """Equal for neighbouring records of one group; a record of a whole group equals none."""
+    name = group_id(record)
+    return object() if name is None else name
+
+
+def _check_same_group(name: str | int, first: RolloutGroup, part: RolloutGroup) -> None:
+    where = part.source
+    if not np.array_equal(part.prompt, first.prompt):
+        pairs = itertools.zip_longest(plain_tokens(first.prompt), plain_tokens(part.prompt))
+        position = next(i for i, (a, b) in enumerate(pairs) if a != b)
+        raise ValueError(
+            f"{where}: prompt: group {name!r} of different prompts; {first.source} begins it with "
+            f"{len(first.prompt)} tokens, these are {len(part.prompt)}, and they differ first at "
+            f"position {position}"
+        )
+    if part.answer != first.answer:
+        raise ValueError(
+            f"{where}: answer: group {name!r} of different answers; {first.source} begins it with "
+            "another"
+        )
+    for field in ("old_logprobs", "loss_mask", "finished"):
+        if (getattr(part, field) is None) != (getattr(first, field) is None):
+            raise ValueError(
+                f"{where}: {field}: of group {name!r}, some records have it and some do not; "
+                f"{first.source} begins it; give it in all of them or in none"
+            )
+
+
+def _chained(parts: Iterable[tuple[Value, ...] | None]) -> tuple[Value, ...]:
+    return tuple(value for part in parts if part is not None for value in part)
+
+
+def _source_range(first: str, last: str) -> str:
+    """`file.jsonl:17` and `file.jsonl:20` as `file.jsonl:17-20`."""
+    if first == last:
+        return first
+    number = len(last) - len(last.rstrip("0123456789"))
+    return f"{first}-{last[-number:]}"

@@ -1,0 +1,75 @@
+"""A microbatch from its packed row and its sequences: entries, this rank's row, both together.
+
+plan_batch    layout, sequences -> HostBatch: everything as NumPy, without the device
+build_batch   the same on the device
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.layout import CommType, PackedLayout, rank_row
+from megatron_prefix.training.batch import HostBatch, PackedBatch, host_batch, to_device
+from megatron_prefix.training.entries import TrainedSequence, row_entries
+
+
+def plan_batch(
+    layout: PackedLayout,
+    sequences: Sequence[TrainedSequence],
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    comm_types: Collection[CommType] = ("all_gather",),
+    trim_last_layer: bool = False,
+    output_multiple: int = 1,
+) -> HostBatch:
+    """Plan this rank's part of a packed row, and what is trained on in it.
+
+    Neither the device nor other ranks are asked, so a thread can plan one microbatch while another
+    one runs.
+
+    Args:
+        layout: the packed row.
+        sequences: one for each sequence of `layout.tree`, in its order.
+        rank, num_ranks: of the context-parallel ranks that the row is distributed over.
+        comm_types: how the model's layers communicate.
+        trim_last_layer: the model's output has only the rows that are trained on (and some that
+            come with them), and its last layer computes no others; see `rank_row`.
+        output_multiple: such an output's length is a multiple of this.
+
+    Raises:
+        ValueError: a sequence's old log-probabilities do not match its trained tokens, or the row
+            does not divide by the number of ranks.
+    """
+    entries = row_entries(layout, sequences)
+    row = rank_row(
+        layout,
+        rank=rank,
+        num_ranks=num_ranks,
+        comm_types=comm_types,
+        needed=entries.positions if trim_last_layer else None,
+        multiple=output_multiple,
+    )
+    return host_batch(row, entries, num_sequences=len(sequences))
+
+
+def build_batch(
+    layout: PackedLayout,
+    sequences: Sequence[TrainedSequence],
+    setup: AttentionSetup,
+    *,
+    trim_last_layer: bool = False,
+    output_multiple: int = 1,
+) -> PackedBatch:
+    """A microbatch on the device: `plan_batch`, then `to_device`."""
+    host = plan_batch(
+        layout,
+        sequences,
+        rank=setup.rank,
+        num_ranks=setup.num_ranks,
+        comm_types=setup.comm_types,
+        trim_last_layer=trim_last_layer,
+        output_multiple=output_multiple,
+    )
+    return to_device(host, setup)

@@ -1,0 +1,154 @@
+"""The microbatches of a rank on the host: from the plan of a step and the rank's tokens to rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.layout import (
+    GroupSlice,
+    Packing,
+    PrefixTree,
+    pack,
+    rows_of,
+    trained_labels,
+)
+from megatron_prefix.training.batch import HostBatch
+from megatron_prefix.training.batch_planning import plan_batch
+from megatron_prefix.training.entries import TrainedSequence
+from megatron_prefix.training.series import HostSeries
+from megatron_prefix.training.shares import Share
+from megatron_prefix.training.step_plan import StepPlan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlannedMicrobatch:
+    """A microbatch on the host, and what it costs."""
+
+    batch: HostBatch | HostSeries
+    tokens: int
+    """Of its packed rows on all context-parallel ranks, padding included."""
+    flops: int
+    """Forward FLOPs of these rows."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Row:
+    """What one row is made of."""
+
+    tree: PrefixTree
+    sequences: Sequence[TrainedSequence]
+    """Of the tree."""
+    flops: int
+    """Forward FLOPs of what the row runs."""
+    root_elsewhere: bool = False
+    """Another row runs the tree's root, node 0."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowPlanner:
+    """Plans microbatches of one optimizer step. It touches no device and asks no other rank."""
+
+    step: StepPlan
+    share: Share
+    """Holds the responses of the microbatches that are planned."""
+    packing: Packing
+    attention: AttentionSetup
+
+    def plan(self, slices: Sequence[GroupSlice]) -> PlannedMicrobatch:
+        """The microbatch of these slices: one row, or a series of rows."""
+        rows = self._rows(slices)
+        planned = [self._plan_row(row) for row in rows]
+        if len(rows) == 1:
+            return planned[0]
+        root, *parts = (row.batch for row in planned)
+        return PlannedMicrobatch(
+            batch=HostSeries(root=root, root_tokens=rows[0].tree.grouped_tokens, parts=parts),
+            tokens=sum(row.tokens for row in planned),
+            flops=sum(row.flops for row in planned),
+        )
+
+    def _plan_row(self, row: _Row) -> PlannedMicrobatch:
+        attention, packing = self.attention, self.packing
+        layout = pack(
+            row.tree,
+            pad_to_multiple=packing.pad_to_multiple,
+            root_elsewhere=row.root_elsewhere,
+        )
+        batch = plan_batch(
+            layout,
+            row.sequences,
+            rank=attention.rank,
+            num_ranks=attention.num_ranks,
+            comm_types=attention.comm_types,
+            trim_last_layer=packing.trim_last_layer,
+            output_multiple=packing.pad_to_multiple // attention.num_ranks,
+        )
+        return PlannedMicrobatch(batch=batch, tokens=layout.num_tokens, flops=row.flops)
+
+    def _rows(self, slices: Sequence[GroupSlice]) -> list[_Row]:
+        """What each row of a microbatch holds; a series begins with its root."""
+        if not any(part.parts for part in slices):
+            return [self._row(self._tree(slices), slices)]
+        parts = [
+            self._row(self._with_tokens(part), [part], root_elsewhere=True)
+            for (part,) in rows_of(slices)
+        ]
+        root = parts[0].tree.tokens[0]
+        none = TrainedSequence(first_trained=len(root), weight=0.0, advantage=0.0)
+        tree = PrefixTree.from_sequences([root])
+        return [_Row(tree=tree, sequences=[none], flops=self._node_flops(tree, [none])[0]), *parts]
+
+    def _row(
+        self, tree: PrefixTree, slices: Sequence[GroupSlice], *, root_elsewhere: bool = False
+    ) -> _Row:
+        sequences = [
+            self._trained_sequence(self.step.group_of_unit[part.group], response)
+            for part in slices
+            for response in self._responses(part)
+        ]
+        flops = self._node_flops(tree, sequences)
+        return _Row(
+            tree=tree,
+            sequences=sequences,
+            flops=sum(flops[1:] if root_elsewhere else flops),
+            root_elsewhere=root_elsewhere,
+        )
+
+    def _node_flops(self, tree: PrefixTree, sequences: Sequence[TrainedSequence]) -> list[int]:
+        return self.packing.model_shape.node_flops(
+            tree,
+            labels=trained_labels(tree, [sequence.first_trained for sequence in sequences]),
+            trim_last_layer=self.packing.trim_last_layer,
+        )
+
+    def _tree(self, slices: Sequence[GroupSlice]) -> PrefixTree:
+        """The tree of a row, with the tokens of its slices' sequences."""
+        trees = {part.group: self._with_tokens(part) for part in slices}
+        renumbered = [
+            GroupSlice(group=part.group, sequences=tuple(range(len(part.sequences))))
+            for part in slices
+        ]
+        return self.packing.microbatch(trees, renumbered)
+
+    def _with_tokens(self, part: GroupSlice) -> PrefixTree:
+        """The tree of a slice's sequences."""
+        group = self.step.group_of_unit[part.group]
+        tokens = [self.share.sequence(group, response) for response in self._responses(part)]
+        return PrefixTree.of_shape(self.step.units[part.group].subset(part.sequences), tokens)
+
+    def _responses(self, part: GroupSlice) -> list[int]:
+        """The responses that a slice's sequences end in, as indices into the batch."""
+        of_unit = self.step.responses_of_unit[part.group]
+        return [of_unit[i] for i in part.sequences]
+
+    def _trained_sequence(self, group: int, response: int) -> TrainedSequence:
+        in_step = response - self.step.first_response
+        return TrainedSequence(
+            first_trained=int(self.step.prompt_lengths[group]),
+            weight=float(self.step.weights[in_step]),
+            advantage=float(self.step.advantages[in_step]),
+            old_logprobs=self.share.old_logprobs_of(response),
+            loss_mask=self.share.loss_mask_of(response),
+        )

@@ -1,0 +1,191 @@
+"""Which tokens a process holds: those of the responses that its data-parallel rank runs.
+
+Rank 0 has the whole rollout batch. Every rank knows the lengths of all of it, so all come to the
+same plan, and each knows how much it will get: the responses that its data-parallel rank runs, and
+the prompts of their groups, in the order of the batch. Prompts, responses, log-probabilities and
+masks are sent one after the other, each to all ranks in one scatter, for which shorter shares are
+padded. The plan has made the ranks' work, and so nearly their lengths, even. Ranks of one model
+replica get the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary, offsets_of
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShareSizes:
+    """What a share holds, known from the batch's lengths alone."""
+
+    groups: NDArray[np.int64]
+    """[g] ascending: the groups whose prompts are there, as indices into the batch."""
+    responses: NDArray[np.int64]
+    """[r] ascending: the responses that are there, as indices into the batch."""
+    prompt_offsets: NDArray[np.int64]
+    """[g + 1]"""
+    response_offsets: NDArray[np.int64]
+    """[r + 1]"""
+    has_old_logprobs: bool
+    has_loss_mask: bool
+
+    @classmethod
+    def of(cls, summary: RolloutSummary, responses: NDArray[np.int64]) -> ShareSizes:
+        """The sizes of a share of these responses."""
+        responses = np.unique(responses)
+        groups = np.unique(np.searchsorted(summary.group_offsets, responses, side="right") - 1)
+        return cls(
+            groups=groups,
+            responses=responses,
+            prompt_offsets=offsets_of(summary.prompt_lengths[groups]),
+            response_offsets=offsets_of(summary.response_lengths[responses]),
+            has_old_logprobs=summary.has_old_logprobs,
+            has_loss_mask=summary.has_loss_mask,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Share:
+    """The tokens of some responses of a batch, and of their prompts."""
+
+    sizes: ShareSizes
+    prompt_tokens: NDArray[np.int32]
+    response_tokens: NDArray[np.int32]
+    old_logprobs: NDArray[np.float32] | None
+    loss_mask: NDArray[np.bool_] | None
+
+    def sequence(self, group: int, response: int) -> NDArray[np.int32]:
+        """Prompt and response as one array.
+
+        Args:
+            group: of the response.
+            response: both are indices into the batch.
+        """
+        sizes = self.sizes
+        prompt = _part(self.prompt_tokens, sizes.prompt_offsets, sizes.groups, group)
+        own = _part(self.response_tokens, sizes.response_offsets, sizes.responses, response)
+        return np.concatenate([prompt, own])
+
+    def old_logprobs_of(self, response: int) -> NDArray[np.float32] | None:
+        """[tokens] of a response; None where they are not known."""
+        if self.old_logprobs is None:
+            return None
+        sizes = self.sizes
+        return _part(self.old_logprobs, sizes.response_offsets, sizes.responses, response)
+
+    def loss_mask_of(self, response: int) -> NDArray[np.bool_] | None:
+        """[tokens] whether each is trained on; None where all are."""
+        if self.loss_mask is None:
+            return None
+        sizes = self.sizes
+        return _part(self.loss_mask, sizes.response_offsets, sizes.responses, response)
+
+
+def take_share(batch: RolloutBatch, sizes: ShareSizes) -> Share:
+    """The share of a batch that is here."""
+    arrays = {
+        field.name: _taken(values, field.offsets_of(batch), field.items_of(sizes))
+        for field in _FIELDS
+        if (values := getattr(batch, field.name)) is not None
+    }
+    return Share(**{"old_logprobs": None, "loss_mask": None, **arrays, "sizes": sizes})
+
+
+class Distribution:
+    """Sends each rank its share. Collective over all ranks."""
+
+    def __init__(self, data_parallel_rank: int, device: torch.device) -> None:
+        """Learn which ranks run the same microbatches.
+
+        Args:
+            data_parallel_rank: of this rank.
+            device: that collectives take tensors of.
+        """
+        self._device = device
+        self._data_parallel_rank = data_parallel_rank
+        self._rank_of: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(self._rank_of, data_parallel_rank)
+
+    def scatter(self, batch: RolloutBatch | None, sizes: Sequence[ShareSizes]) -> Share:
+        """This rank's share of rank 0's batch.
+
+        Args:
+            batch: on rank 0.
+            sizes: [data-parallel ranks] of all shares.
+        """
+        own = sizes[self._data_parallel_rank]
+        if len(self._rank_of) == 1:
+            assert batch is not None
+            return take_share(batch, own)
+        there = {"old_logprobs": own.has_old_logprobs, "loss_mask": own.has_loss_mask}
+        arrays = {
+            field.name: self._scatter(field, batch, sizes) if there.get(field.name, True) else None
+            for field in _FIELDS
+        }
+        return Share(sizes=own, **arrays)
+
+    def _scatter(
+        self, field: _Field, batch: RolloutBatch | None, sizes: Sequence[ShareSizes]
+    ) -> NDArray:
+        counts = [int(field.offsets_of_share(share)[-1]) for share in sizes]
+        empty = np.zeros(max(counts), dtype=field.dtype)
+        received = torch.from_numpy(empty).to(self._device)
+        sent = None
+        if dist.get_rank() == 0:
+            assert batch is not None
+            values, offsets = getattr(batch, field.name), field.offsets_of(batch)
+            padded = []
+            for share, count in zip(sizes, counts, strict=True):
+                of_rank = np.zeros_like(empty)
+                of_rank[:count] = _taken(values, offsets, field.items_of(share))
+                padded.append(torch.from_numpy(of_rank).to(self._device))
+            sent = [padded[rank] for rank in self._rank_of]
+        dist.scatter(received, sent, src=0)
+        return received.cpu().numpy()[: counts[self._data_parallel_rank]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Field:
+    """An array of a batch, and of a share of it."""
+
+    name: str
+    dtype: type
+    of_groups: bool = False
+    """One item for each group, not for each response."""
+
+    def offsets_of(self, batch: RolloutBatch) -> NDArray[np.int64]:
+        return batch.prompt_offsets if self.of_groups else batch.response_offsets
+
+    def offsets_of_share(self, sizes: ShareSizes) -> NDArray[np.int64]:
+        return sizes.prompt_offsets if self.of_groups else sizes.response_offsets
+
+    def items_of(self, sizes: ShareSizes) -> NDArray[np.int64]:
+        return sizes.groups if self.of_groups else sizes.responses
+
+
+_FIELDS = (
+    _Field(name="prompt_tokens", dtype=np.int32, of_groups=True),
+    _Field(name="response_tokens", dtype=np.int32),
+    _Field(name="old_logprobs", dtype=np.float32),
+    _Field(name="loss_mask", dtype=np.bool_),
+)
+
+
+def _part(values: NDArray, offsets: NDArray, indices: NDArray, index: int) -> NDArray:
+    """The values of one item, which is there."""
+    at = int(np.searchsorted(indices, index))
+    assert indices[at] == index
+    return values[offsets[at] : offsets[at + 1]]
+
+
+def _taken(values: NDArray, offsets: NDArray, indices: NDArray) -> NDArray:
+    """The values of these items one behind the other."""
+    bounds = zip(offsets[indices].tolist(), offsets[indices + 1].tolist(), strict=True)
+    return np.concatenate([values[:0], *(values[start:stop] for start, stop in bounds)])

@@ -1,0 +1,161 @@
+"""What runs where in the optimizer steps of a rollout batch, from lengths and rewards alone.
+
+Every rank makes the same plan of the whole batch and needs no token for it. All normalisation
+(advantages within a group, weights over an optimizer step's sequences) happens here, before
+anything is split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prefix.layout import MicrobatchPlan, Packing, TreeShape, trained_labels
+from megatron_prefix.objective import ObjectiveConfig, group_advantages, token_weights
+from megatron_prefix.rollouts.records import RolloutSummary
+from megatron_prefix.training.shares import ShareSizes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepPlan:
+    """One optimizer step over consecutive groups of a rollout batch."""
+
+    units: Sequence[TreeShape]
+    """What is planned as one: a group, or each of its sequences where nothing is shared."""
+    group_of_unit: Sequence[int]
+    """Index into the batch."""
+    responses_of_unit: Sequence[Sequence[int]]
+    """For each sequence of a unit the response that it ends in, an index into the batch."""
+    prompt_lengths: NDArray[np.int32]
+    """[groups of the batch]"""
+    microbatches: MicrobatchPlan
+    """Of the units, on all data-parallel ranks."""
+    first_response: int
+    """The step's first response, an index into the batch."""
+    weights: NDArray[np.float64]
+    """[responses of the step] of each of a response's trained tokens, over the step."""
+    advantages: NDArray[np.float64]
+    """[responses of the step]"""
+    ungrouped_tokens: int
+    """Tokens that a run without sharing would compute."""
+    ungrouped_flops: float
+    """Its forward FLOPs."""
+
+    def responses_of_rank(self, rank: int) -> NDArray[np.int64]:
+        """The responses that a data-parallel rank runs, as indices into the batch."""
+        found = [
+            self.responses_of_unit[part.group][i]
+            for slices in self.microbatches.microbatches[rank]
+            for part in slices
+            for i in part.sequences
+        ]
+        return np.array(found, dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RolloutPlan:
+    """All optimizer steps of a rollout batch, and what each data-parallel rank needs of it."""
+
+    steps: Sequence[StepPlan]
+    shares: Sequence[ShareSizes]
+    """[data-parallel ranks]"""
+
+    def fingerprint(self) -> str:
+        """A short hash, equal on two ranks if and only if their plans are."""
+        digest = hashlib.sha256()
+        for step in self.steps:
+            digest.update(step.microbatches.fingerprint().encode())
+            digest.update(step.weights.tobytes() + step.advantages.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def plan_rollouts(
+    summary: RolloutSummary, objective: ObjectiveConfig, packing: Packing, *, num_steps: int = 1
+) -> RolloutPlan:
+    """Plan the optimizer steps of a rollout batch.
+
+    Args:
+        summary: of the whole batch.
+        objective: of the run.
+        packing: of the run.
+        num_steps: into which the groups are divided, in runs whose sizes differ by at most one.
+
+    Raises:
+        ValueError: a group or response that exceeds the token budget, or bad rewards, naming it.
+    """
+    bounds = [round(i * summary.num_groups / num_steps) for i in range(num_steps + 1)]
+    steps = [
+        _plan_step(summary, range(start, stop), objective.resolved(), packing)
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    shares = [
+        ShareSizes.of(summary, np.concatenate([step.responses_of_rank(rank) for step in steps]))
+        for rank in range(packing.data_parallel_size)
+    ]
+    return RolloutPlan(steps=steps, shares=shares)
+
+
+def _plan_step(
+    batch: RolloutSummary, groups: range, objective: ObjectiveConfig, packing: Packing
+) -> StepPlan:
+    summary = batch.of_groups(groups)
+    offsets = summary.group_offsets.tolist()
+    first_response = int(batch.group_offsets[groups.start])
+    lengths, prompts = summary.response_lengths, summary.prompt_lengths.tolist()
+    whole = [
+        TreeShape.of_group(prompt, lengths[start:stop])
+        for prompt, (start, stop) in zip(prompts, itertools.pairwise(offsets), strict=True)
+    ]
+    members = [
+        range(first_response + start, first_response + stop)
+        for start, stop in itertools.pairwise(offsets)
+    ]
+    units, responses, owners = packing.units(whole, members)
+    labels = [
+        trained_labels(unit, [prompts[owner]] * unit.num_sequences)
+        for unit, owner in zip(units, owners, strict=True)
+    ]
+    return StepPlan(
+        units=units,
+        group_of_unit=[groups.start + owner for owner in owners],
+        responses_of_unit=responses,
+        prompt_lengths=batch.prompt_lengths,
+        microbatches=packing.plan(
+            units, labels=labels, names=[summary.sources[owner] for owner in owners]
+        ),
+        first_response=first_response,
+        weights=token_weights(
+            summary.trained_lengths,
+            objective.aggregation,
+            max_response_length=objective.max_response_length,
+        ),
+        advantages=_advantages(summary, objective),
+        ungrouped_tokens=sum(tree.ungrouped_tokens for tree in whole),
+        ungrouped_flops=sum(
+            packing.model_shape.ungrouped_flops(tree, trim_last_layer=packing.trim_last_layer)
+            for tree in whole
+        ),
+    )
+
+
+def _advantages(summary: RolloutSummary, objective: ObjectiveConfig) -> NDArray[np.float64]:
+    """[responses] each against the others of its group."""
+    found = []
+    bounds = itertools.pairwise(summary.group_offsets.tolist())
+    for source, (start, stop) in zip(summary.sources, bounds, strict=True):
+        try:
+            found.append(
+                group_advantages(
+                    summary.rewards[start:stop],
+                    objective.advantage,
+                    eps=objective.advantage_epsilon,
+                )
+            )
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+    return np.concatenate([np.zeros(0), *found])

@@ -1,0 +1,215 @@
+"""What a rollout batch does to the policy: log-probabilities, optimizer steps, their metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.config import RunConfig
+from megatron_prefix.distributed.agreement import check_equal_across_ranks
+from megatron_prefix.distributed.rank_results import raise_together
+from megatron_prefix.distributed.runtime import Runtime
+from megatron_prefix.layout import Packing
+from megatron_prefix.model.build import ModelChunks
+from megatron_prefix.objective import PolicyMetrics
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
+from megatron_prefix.training.minibatch import Minibatch
+from megatron_prefix.training.shares import Distribution
+from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
+from megatron_prefix.training.step_plan import plan_rollouts
+
+
+class ReferencePolicy:
+    """A frozen copy of the weights that the KL term compares with."""
+
+    def __init__(self, chunks: ModelChunks) -> None:
+        self._parameters = [parameter for _, parameter in chunks.named_parameters()]
+        self._weights = [parameter.detach().clone() for parameter in self._parameters]
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the block the model has the reference weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, weight in zip(self._parameters, self._weights, strict=True):
+            current = parameter.detach().clone()
+            parameter.copy_(weight)
+            weight.copy_(current)
+
+
+class PolicyUpdate:
+    """Trains the policy on rollout batches, on this process."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        chunks: ModelChunks,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        *,
+        packing: Packing,
+        attention: AttentionSetup,
+    ) -> None:
+        """Nothing is trained yet.
+
+        Args:
+            config: of the run; read are `training` and `objective`.
+            runtime: the process's place.
+            chunks: the policy.
+            optimizer, scheduler: of the policy.
+            packing: of the run.
+            attention: of the policy.
+        """
+        self.reference: ReferencePolicy | None = None
+        """What the KL term compares with."""
+        self._training, self._objective = config.training, config.objective
+        self._runtime = runtime
+        self._chunks = chunks
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self.packing, self.attention = packing, attention
+        self._distribution = Distribution(runtime.data_parallel_rank, runtime.device)
+
+    def minibatches(
+        self, batch: RolloutBatch | None, summary: RolloutSummary, *, step: int
+    ) -> list[Minibatch]:
+        """This rank's microbatches of each optimizer step of a rollout batch. Collective.
+
+        Args:
+            batch, summary, step: as for `train_on`.
+
+        Raises:
+            ValueError: a group that cannot be trained on.
+        """
+        with raise_together():
+            plan = plan_rollouts(
+                summary,
+                self._objective,
+                self.packing,
+                num_steps=self._training.optimizer_steps_per_rollout,
+            )
+        check_equal_across_ranks(
+            f"step {step}: the plan of the rollout batch", plan.fingerprint(), group=None
+        )
+        share = self._distribution.scatter(batch, plan.shares)
+        minibatches = [
+            Minibatch(
+                part,
+                share,
+                self.packing,
+                attention=self.attention,
+                data_parallel_rank=self._runtime.data_parallel_rank,
+            )
+            for part in plan.steps
+        ]
+        group = self._runtime.context_parallel_group
+        if group is not None:
+            check_equal_across_ranks(
+                f"step {step}: how packed rows are distributed",
+                "; ".join(minibatch.distribution() for minibatch in minibatches),
+                group=group,
+            )
+        return minibatches
+
+    def train_on(
+        self, batch: RolloutBatch | None, summary: RolloutSummary, *, step: int
+    ) -> dict[str, Any]:
+        """All optimizer steps of one rollout batch. Collective.
+
+        Args:
+            batch: the rollouts, on rank 0; None elsewhere.
+            summary: of the batch, on every rank.
+            step: number of the rollout batch, from 1, as errors name it.
+
+        Returns:
+            Its metrics, the same on every rank.
+
+        Raises:
+            ValueError: a group that cannot be trained on, or a gradient that is not finite.
+        """
+        started = time.perf_counter()
+        minibatches = self.minibatches(batch, summary, step=step)
+        epochs = self._training.epochs_per_rollout
+        # With a single optimizer step the old policy is the current one.
+        if len(minibatches) * epochs > 1 and not summary.has_old_logprobs:
+            for minibatch in minibatches:
+                self._fill(minibatch, "old_logprobs")
+        if self.reference is not None:
+            with self.reference.in_place():
+                for minibatch in minibatches:
+                    self._fill(minibatch, "reference_logprobs")
+        reports: list[PolicyMetrics] = []
+        grad_norms = []
+        for minibatch in [*minibatches] * epochs:
+            result = train_step(
+                self._chunks, self._optimizer, self._scheduler, minibatch.batches, self._objective
+            )
+            # The same on every rank, and before anything of this step can be saved.
+            if not math.isfinite(result.grad_norm):
+                raise ValueError(
+                    f"step {step}: the gradient's norm is {result.grad_norm}, and so the weights "
+                    "are lost; look for extreme old_logprobs or lower optimizer.lr, and continue "
+                    "from the last checkpoint"
+                )
+            reports += result.metrics
+            grad_norms.append(result.grad_norm)
+        return {
+            "reward": float(summary.rewards.mean()),
+            "response_length": float(summary.response_lengths.mean()),
+            **self._policy_metrics(reports),
+            "grad_norm": sum(grad_norms) / len(grad_norms),
+            "lr": result.lr,  # of the last optimizer step
+            **self._work_metrics(minibatches, started),
+        }
+
+    def _fill(self, minibatch: Minibatch, name: str) -> None:
+        """Compute a kind of log-probabilities of every microbatch (on the last stage)."""
+        found = compute_logprobs(self._chunks, minibatch.batches, self._objective)
+        for row, log_probs in zip(minibatch.rows, found, strict=False):
+            setattr(row, name, log_probs)
+
+    def _policy_metrics(self, reports: Sequence[PolicyMetrics]) -> dict[str, float]:
+        """Reduce the microbatches' sums over ranks into the step's means."""
+        total = sum(reports, start=PolicyMetrics.zeros(self._runtime.device))
+        sums = reduce_sums(total.stack(), contributes=self._runtime.reports_metrics)
+        return PolicyMetrics.from_stack(sums).means()
+
+    def _work_metrics(self, minibatches: Sequence[Minibatch], started: float) -> dict[str, float]:
+        """What all ranks have computed, and how fast."""
+        own = torch.tensor(
+            [
+                sum(minibatch.packed_tokens for minibatch in minibatches),
+                sum(minibatch.flops for minibatch in minibatches),
+            ],
+            dtype=torch.float64,
+            device=self._runtime.device,
+        )
+        # Context-parallel ranks have a part of the same rows.
+        own /= self.attention.num_ranks
+        packed, flops = reduce_sums(own, contributes=self._runtime.reports_metrics).tolist()
+        packed = round(packed)
+        seconds = time.perf_counter() - started
+        ungrouped = sum(minibatch.step.ungrouped_tokens for minibatch in minibatches)
+        ungrouped_flops = sum(minibatch.step.ungrouped_flops for minibatch in minibatches)
+        return {
+            "tokens_computed": packed,
+            "tokens_ungrouped": ungrouped,
+            "flops_saved_fraction": 1.0 - flops / ungrouped_flops,
+            "train_seconds": seconds,
+            "tokens_per_second": packed / seconds,
+            "ungrouped_tokens_per_second": ungrouped / seconds,
+        }
