@@ -127,3 +127,43 @@ def test_a_row_without_sharing_has_no_cross_stage() -> None:
             )
             stages[pays] = [len(batch.params.attention.stages.local) for batch in minibatch.batches]
     assert stages == {False: [2], True: [1]}
+
+
+def test_tokens_that_the_loss_mask_leaves_out_are_seen_and_not_trained() -> None:
+    rng = np.random.default_rng(7)
+    lengths = [5, 8, 3]
+    masks = [np.arange(n) % 2 == 0 for n in lengths]
+    group = RolloutGroup(
+        prompt=rng.integers(0, 61, 9),
+        responses=[rng.integers(0, 61, n) for n in lengths],
+        rewards=[1.0, 0.0, 0.5],
+        old_logprobs=[-rng.random(n) - 1 for n in lengths],
+        loss_mask=masks,
+        source="group",
+    )
+    config = model_config({"hidden_size": 32}, max_sequence_length=256)
+    with single_process():
+        chunks = build_model_chunks(
+            config, ParallelConfig(), TRAINING, use_distributed_optimizer=False
+        )
+        found = {}
+        for masked in (True, False):
+            minibatch = build_minibatch(
+                [group if masked else dataclasses.replace(group, loss_mask=None)],
+                OBJECTIVE,
+                _packing(model_shape(config, chunks.config)),
+                attention=ON_CPU,
+                data_parallel_rank=0,
+            )
+            (batch,) = minibatch.batches
+            (logprobs,) = compute_logprobs(chunks, minibatch.batches, OBJECTIVE)
+            names = zip(batch.sequence_ids.tolist(), batch.sequence_tokens.tolist(), strict=True)
+            values = zip(logprobs.tolist(), batch.old_logprobs.tolist(), strict=True)
+            found[masked] = dict(zip(names, values, strict=True))
+            weights = batch.weights
+            assert float(weights.sum()) == pytest.approx(1)
+    trained = {(i, t) for i, mask in enumerate(masks) for t in np.flatnonzero(mask).tolist()}
+    assert found[True].keys() == trained < found[False].keys()
+    # The others are inputs as before: nothing that is trained has other log-probabilities.
+    for name, values in found[True].items():
+        assert values == pytest.approx(found[False][name], abs=1e-12)
