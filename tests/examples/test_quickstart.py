@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def last_line(folder: Path) -> str:
     """The last line of stdout of all stages."""
     status, output, errors = run(
-        ["bash", str(QUICKSTART / "stages.sh"), *OVERRIDES], folder, timeout=180
+        ["bash", str(QUICKSTART / "stages.sh"), *OVERRIDES], folder, timeout=420
     )
     # 1: two steps do not learn the task, which the report says.
     assert status == 1, errors[-4000:]

@@ -117,7 +117,7 @@ def run_command(config: Path) -> tuple[int, str]:
 
 
 def torchrun(
-    config: Path, *, processes: int = 2, timeout: float = 150.0, ignore_warnings: bool = True
+    config: Path, *, processes: int = 2, timeout: float = 300.0, ignore_warnings: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun -m megatron_prefix.training config`; nothing of it is left, whatever happens."""
     warnings = ("-W", "ignore") if ignore_warnings else ()
