@@ -9,8 +9,9 @@ or one response of it; then the records of a group follow one another in one fil
     {"group": "a", "prompt": [5, 7], "response": [1, 2], "reward": 1.0}
     {"group": "a", "prompt": [5, 7], "response": [3], "reward": 0.0}
 
-Instead of the rewards there may be an "answer" for a reward function. "old_logprobs" (numbers, one
-for each token of the responses) and "finished" (true or false, one for each response) are optional.
+Instead of the rewards there may be an "answer" for a reward function. Optional are "old_logprobs"
+(numbers) and "loss_mask" (true or false: whether a token is trained on), one for each token of the
+responses, and "finished" (true or false), one for each response.
 Null is as good as absent, and fields of other names are passed over.
 """
 
