@@ -109,12 +109,3 @@ def _of_length(length: int, sequence: int, what: str, values: np.ndarray) -> np.
             "first trained one on"
         )
     return np.asarray(values)
-
-
-def _of_length(length: int, sequence: int, what: str, values: np.ndarray) -> np.ndarray:
-    if len(values) != length:
-        raise ValueError(
-            f"sequence {sequence}: {len(values)} {what} for {length} tokens from the first trained "
-            "one on"
-        )
-    return np.asarray(values)

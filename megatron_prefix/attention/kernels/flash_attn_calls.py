@@ -103,20 +103,22 @@ class BoundPackage:
     backward: Callable[..., Any]
 
 
+_PLAIN_ATTENTION: dict[str, object] = {
+    "dropout_p": 0.0,
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+}
+"""FlashAttention 2 without dropout, window, soft cap or biases."""
+
 FLASH_ATTN_2 = Package(
     name="flash-attn",
     module="flash_attn.flash_attn_interface",
     forward=Call(
         function="_flash_attn_varlen_forward",
         needed=(*_TENSORS, *_GEOMETRY, "causal"),
-        constants={
-            "dropout_p": 0.0,
-            "window_size_left": -1,
-            "window_size_right": -1,
-            "softcap": 0.0,
-            "alibi_slopes": None,
-            "return_softmax": False,
-        },
+        constants={**_PLAIN_ATTENTION, "return_softmax": False},
         # Since 2.7, which also returns (out, lse, ...) and an lse without padding.
         marks=("window_size_left",),
     ),
@@ -126,13 +128,7 @@ FLASH_ATTN_2 = Package(
             *("dout", *_TENSORS, "out", "softmax_lse", *_GRADIENTS, *_GEOMETRY),
             *("causal", "deterministic"),
         ),
-        constants={
-            "dropout_p": 0.0,
-            "window_size_left": -1,
-            "window_size_right": -1,
-            "softcap": 0.0,
-            "alibi_slopes": None,
-        },
+        constants=_PLAIN_ATTENTION,
         marks=("window_size_left",),
     ),
 )
