@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import time
 
 import numpy as np
@@ -105,13 +106,15 @@ def test_a_refusal_is_told_at_once_in_the_servers_words_and_nothing_is_used_up(p
 
 
 def test_a_server_that_stays_away_ends_the_run_after_its_patience_with_nothing_used_up(path):
-    with reply_server(vllm_answers) as server:
-        url = server.url
-    sampler, client = parts(url, path, patience_s=1.0)
-    started = time.monotonic()
-    with pytest.raises(ServerDown, match=f"{url}: not reachable for 1 s .*Start the server"):
-        sampler.sample(1, step=0, version=0)
-    assert 1 < time.monotonic() - started < 6
+    # A bound port without a listener refuses connections, and no other process can take it.
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        sampler, client = parts(url, path, patience_s=1.0)
+        started = time.monotonic()
+        with pytest.raises(ServerDown, match=f"{url}: not reachable for 1 s .*Start the server"):
+            sampler.sample(1, step=0, version=0)
+        assert 1 < time.monotonic() - started < 6
     client.close()
     assert sampler._source.state_dict()["number"] == 0
 
