@@ -130,6 +130,7 @@ def main() -> int:
         f"rollouts.paths=[{data / 'train.jsonl'}]",
         f"evaluation.paths=[{data / 'test.jsonl'}]",
         f"rollouts.text.tokenizer={output / 'tokenizer'}",
+        "objective.report_entropy=true",
         "output.resume=false",
         "output.plot=false",
     )

@@ -24,6 +24,7 @@ ORDER = [
     {"conversion"},
     {"rollouts"},
     {"training"},
+    {"integrations"},
 ]
 """Each imports what stands before it; no two on one line import each other."""
 

@@ -21,11 +21,14 @@ from megatron_prefix.megatron.releases import gate_has_offset
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.planning.shapes import read_shapes
 from megatron_prefix.rollouts.file_engine import FileEngine
+from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.rewards import exact_match
+from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
 from tests import readmes
 from tests.commands import run_python
 from tests.megatron.models import TRAINING, model_config, single_process
 from tests.readmes import ROOT, Block
+from tests.rollouts.chat_templates import chat_tokenizer
 
 FILES = readmes.markdown_files()
 BLOCKS = {
@@ -127,15 +130,34 @@ def test_yaml_is_what_a_run_or_a_tool_reads(block: Block, tmp_path: Path) -> Non
 
 
 @_of("json")
-def test_records_are_read(block: Block, tmp_path: Path) -> None:
+def test_records_are_read(
+    block: Block, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     file = tmp_path / "records.jsonl"
     file.write_text(block.text, encoding="utf-8")
     if block.mark == "prompts":
         _read_prompts(file, num_prompts=len(block.text.splitlines()))
         return
-    assert block.mark in ("", "file")
-    engine = FileEngine([file], vocab_size=64, max_positions=64, reward=exact_match, epochs=1)
-    batch = engine.next_rollouts(block.text.count('"responses"') or 1, step=0)
+    assert block.mark in ("", "file", "messages", "named rewards")
+    size, forms = 64, None
+    weights = {"correct": 1.0, "brief": 0.2} if block.mark == "named rewards" else None
+    if block.mark == "messages":
+        size = 400
+        tokenizer = chat_tokenizer(tmp_path_factory.mktemp("tokenizer"), "chatml")
+        encoder = DialogueEncoder(tokenizer, stop_tokens=[tokenizer.end_token])
+        forms = RecordForms(dialogues=encoder)
+    engine = FileEngine(
+        [file],
+        vocab_size=size,
+        max_positions=size,
+        forms=forms,
+        reward=exact_match,
+        reward_weights=weights,
+        epochs=1,
+    )
+    # Records of one response make one group.
+    flat = block.mark == "messages" or '"response"' in block.text
+    batch = engine.next_rollouts(block.text.count('"responses"') + flat, step=0)
     assert batch is not None and np.isfinite(batch.rewards).all()
 
 

@@ -21,13 +21,13 @@ counts, `share` the one over the other, `gradient_error` the largest relative di
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,11 +41,9 @@ from benchmarks.names import TOLERANCES
 from benchmarks.shapes import ModelSizes, Shape, parse_case, rollouts, training_config
 from tool_help import HelpFormatter, require_megatron
 
-from megatron_prefix.config import ParallelConfig, TrainingConfig
+from megatron_prefix.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from benchmarks.levels import StepRunner
-
     from megatron_prefix.training.minibatch import Minibatch
 
 DEFAULT_CASE = "64,4096,512"
@@ -76,21 +74,12 @@ class Case:
         )
 
 
-@contextlib.contextmanager
-def build_minibatches(case: Case, sides: Sequence[str]) -> Iterator[dict[str, tuple[Any, Any]]]:
-    """For each side the model and its minibatch; both sides have the same model and rollouts."""
-    import torch
-    from benchmarks.levels import OBJECTIVE
+def build_sides(case: Case, names: Sequence[str]) -> AbstractContextManager[dict[str, Any]]:
+    """For each side its step and its minibatch; all have the same model and rollouts."""
+    from benchmarks.minibatches import Side, build_steps
 
-    from megatron_prefix.attention.row_attention import AttentionSetup
-    from megatron_prefix.config.packing import packing_of_run
-    from megatron_prefix.distributed.runtime import runtime
-    from megatron_prefix.model.build import build_model_chunks, model_shape
     from megatron_prefix.rollouts.records import RolloutGroup
-    from megatron_prefix.training.minibatch import build_minibatch
 
-    torch.set_num_threads(1)
-    model, parallel = case.sizes.config(), ParallelConfig()
     prompt, responses = rollouts(case.shape, case.sizes.vocab, case.seed)
     group = RolloutGroup(
         prompt=prompt,
@@ -98,35 +87,8 @@ def build_minibatches(case: Case, sides: Sequence[str]) -> Iterator[dict[str, tu
         rewards=[float(i % 2) for i in range(len(responses))],
         source="benchmark",
     )
-    with runtime(
-        parallel,
-        device="cpu",
-        seed=case.seed,
-        timeout_minutes=60,
-        float64=case.dtype == "float64",
-    ) as place:
-        chunks = build_model_chunks(
-            model, parallel, case.training("series"), use_distributed_optimizer=False
-        )
-        setup = AttentionSetup.of(chunks.config, place.device)
-        yield {
-            side: (
-                chunks,
-                build_minibatch(
-                    [group],
-                    OBJECTIVE,
-                    packing_of_run(
-                        case.training(side),
-                        parallel,
-                        model_shape=model_shape(model, chunks.config),
-                        data_parallel_size=1,
-                    ),
-                    attention=setup,
-                    data_parallel_rank=0,
-                ),
-            )
-            for side in sides
-        }
+    sides = {name: Side(training=case.training(name)) for name in names}
+    return build_steps(sides, [group], sizes=case.sizes, seed=case.seed)
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
@@ -137,7 +99,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     """
     from benchmarks.measuring import check_equal, interleaved_seconds
 
-    with build_minibatches(case, SIDES) as sides:
+    with build_sides(case, SIDES) as sides:
         minibatches: dict[str, Minibatch] = {side: found[1] for side, found in sides.items()}
         (microbatches,) = minibatches["series"].step.microbatches.microbatches
         if not any(part.parts for slices in microbatches for part in slices):
@@ -145,7 +107,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
                 f"--case {case.shape} --token-budget {case.token_budget}: nothing to share across "
                 "microbatches; lower the budget or lengthen the prompt"
             )
-        runners = {side: _runner(*found) for side, found in sides.items()}
+        runners = {side: found[0] for side, found in sides.items()}
         error = check_equal(runners, tolerance=TOLERANCES[case.dtype])
         return {
             "gradient_error": error,
@@ -165,15 +127,9 @@ def measure_peak_mb(case: Case, side: str) -> float:
     # A tiny step first, so that what libraries set up once does not count.
     tiny = dataclasses.replace(case, shape=Shape(prefix=8, responses=(8, 8)), token_budget=16)
     for of_case in (tiny, case):
-        with build_minibatches(of_case, [side]) as sides:
-            peak = peak_growth_mb(_runner(*sides[side]).step)
+        with build_sides(of_case, [side]) as sides:
+            peak = peak_growth_mb(sides[side][0].step)
     return peak
-
-
-def _runner(chunks: Any, minibatch: Minibatch) -> StepRunner:
-    from benchmarks.levels import StepRunner
-
-    return StepRunner(chunks, minibatch.batches)
 
 
 def benchmark(args: argparse.Namespace, case: Case) -> dict[str, Any]:

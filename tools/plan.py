@@ -25,7 +25,12 @@ from tool_help import HelpFormatter, require_megatron
 
 from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.planning.report import layout_line, report, table
-from megatron_prefix.planning.shapes import parse_case, read_shapes
+from megatron_prefix.planning.shapes import (
+    longest_sequence,
+    parse_case,
+    prompt_tokens,
+    read_shapes,
+)
 
 # It imports Megatron, which help and wrong arguments do not wait for.
 if TYPE_CHECKING:
@@ -131,7 +136,7 @@ def planned_run(args: argparse.Namespace, shapes: list[dict[str, Any]]) -> Plann
         training["device"] = "cpu"
     given = {key: value for key, value in training.items() if value is not None}
     if "token_budget" not in {**sections.get("training", {}), **given}:
-        longest = max(s.get("system", 0) + s["prefix"] + max(s["responses"]) for s in shapes)
+        longest = max(map(longest_sequence, shapes))
         # A multiple of any number of ranks that is in use, and then some.
         given["token_budget"] = max(32768, -(-longest // 1024) * 1024)
     return load_planned_run(
@@ -200,7 +205,7 @@ def main() -> int:
         )
         print(layout_line(run), *table(result), sep="\n")
         if args.png is not None:
-            draw(args, max(s.get("system", 0) + s["prefix"] for s in shapes), args.png)
+            draw(args, max(map(prompt_tokens, shapes)), args.png)
             print(args.png)
     except ConfigError as error:
         print(f"plan: {args.model}: {error}", file=sys.stderr)

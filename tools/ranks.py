@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,12 @@ import torch.multiprocessing
 from megatron_prefix.megatron.known_messages import hide_known_messages
 
 
-def fresh_processes() -> multiprocessing.context.BaseContext:
-    """The context whose processes begin with their imports made; spawned where there is no fork."""
+def fresh_processes(preload: Sequence[str] = ()) -> multiprocessing.context.BaseContext:
+    """The context whose processes begin with their imports made; spawned where there is no fork.
+
+    Args:
+        preload: modules that are imported, too. Only the first call's are: it starts the server.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -29,18 +33,22 @@ def fresh_processes() -> multiprocessing.context.BaseContext:
             "megatron.core.models.gpt",
             "megatron.core.optimizer",
             "megatron_prefix.training.trainer",
+            *preload,
         ]
     )
     return context
 
 
-def run_ranks(function: Callable[..., None], world_size: int, *args: Any) -> None:
+def run_ranks(
+    function: Callable[..., None], world_size: int, *args: Any, preload: Sequence[str] = ()
+) -> None:
     """Call `function(rank, *args)` in a new process for each rank, and wait for all.
 
     Args:
         function: at the top level of a module; it begins the process group.
         world_size: number of processes, of one thread each.
         args: picklable.
+        preload: see `fresh_processes`.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank raised; the others are ended.
@@ -52,7 +60,7 @@ def run_ranks(function: Callable[..., None], world_size: int, *args: Any) -> Non
         _rank_main,
         args=(world_size, port, function, args),
         nprocs=world_size,
-        start_method=fresh_processes().get_start_method(),
+        start_method=fresh_processes(preload).get_start_method(),
     )
 
 

@@ -34,7 +34,7 @@ from megatron_prefix.layout import (
     shard_layout,
 )
 from megatron_prefix.packages import MissingPackageError, needed_by
-from megatron_prefix.planning.shapes import read_shapes
+from megatron_prefix.planning.shapes import read_shapes, tree_of_shape
 
 EXAMPLE = [{"prefix": 12, "responses": [5, 7, 4]}, {"prefix": 6, "responses": [3, 5]}]
 EXAMPLE_OF_RANKS = [{"prefix": 25, "responses": [9, 7, 8, 6]}, {"prefix": 9, "responses": [4, 5]}]
@@ -43,28 +43,13 @@ SELF_STAGE, CROSS_STAGE = 1, 2
 
 def trees(shapes: list[dict[str, Any]]) -> tuple[PrefixTree, PrefixTree]:
     """The groups with their prompts repeated, and with their prompts shared."""
-    # Tokens that tell the groups and responses apart, and equal ones for what systems share.
-    groups = [
-        (
-            np.concatenate([np.zeros(s.get("system", 0)), np.full(s["prefix"], 1 + g)]).astype(int),
-            [np.full(n, 1 + len(shapes) + i) for i, n in enumerate(s["responses"])],
-        )
-        for g, s in enumerate(shapes)
-    ]
-    repeated = PrefixTree.concat(
-        [
-            PrefixTree.from_sequences([np.concatenate([prompt, response])])
-            for prompt, responses in groups
-            for response in responses
-        ]
-    )
-    if any("system" in shape for shape in shapes):
-        return repeated, PrefixTree.from_sequences(
-            np.concatenate([prompt, response])
-            for prompt, responses in groups
-            for response in responses
-        )
-    return repeated, PrefixTree.from_groups(groups)
+    groups = PrefixTree.concat(tree_of_shape(shape, index) for index, shape in enumerate(shapes))
+    sequences = [groups.sequence_tokens(i) for i in range(groups.num_sequences)]
+    repeated = PrefixTree.concat(PrefixTree.from_sequences([tokens]) for tokens in sequences)
+    has_turns = any(not isinstance(r, int) for s in shapes for r in s["responses"])
+    if has_turns or any("system" in shape for shape in shapes):
+        return repeated, PrefixTree.from_sequences(sequences)
+    return repeated, groups
 
 
 def mask(layout: PackedLayout) -> np.ndarray:
@@ -237,7 +222,8 @@ def main() -> int:
     parser.add_argument(
         "--shapes",
         type=Path,
-        help="YAML: [{prefix: int, responses: [int]}]; left out: two small groups",
+        help="YAML: [{prefix: int, responses: [int]}], see tools/README.md; left out: two small "
+        "groups",
     )
     parser.add_argument("--cp", type=int, default=1, help="context-parallel ranks")
     parser.add_argument(

@@ -34,7 +34,9 @@ from equivalence.case import (
     check_layout,
     check_lengths,
     draw_groups,
+    trained_tokens,
     with_comm_types,
+    with_outcomes,
 )
 from equivalence.comparison import TOLERANCES, compare
 from tool_help import HelpFormatter, require_megatron
@@ -47,12 +49,24 @@ from megatron_prefix.config import (
     TrainingConfig,
 )
 from megatron_prefix.config.bounds import refuse
-from megatron_prefix.config.loader import load_dataclass, read_yaml
+from megatron_prefix.config.loader import apply_override, load_dataclass, read_yaml
 from megatron_prefix.config.training import faults_of_layout
 from megatron_prefix.objective import ObjectiveConfig
+from megatron_prefix.objective.losses import OBJECTIVES
+from megatron_prefix.objective.unused import unused_options
 from megatron_prefix.planning.shapes import read_shapes
 
 # torch is imported where it is used: help and wrong arguments need it not.
+
+
+_OF_THE_TRAINER: dict[str, tuple[Any, ...]] = {
+    "zero_advantages": ("keep", "skip"),
+    "kl_in": ("loss",),
+    "kl_final_coefficient": (None,),
+    "reference_refresh_steps": (None,),
+    "reward_weights": (None,),
+}
+"""Values of options that both sides have; others act before or between the steps."""
 
 
 def _worker(rank: int, job: str, folder: Path, seed: int) -> None:
@@ -98,18 +112,24 @@ def verify(
     token_budget: int | None = None,
     distributed_optimizer: bool = True,
     objective: str = "grpo",
+    objective_options: dict[str, Any] | None = None,
     packing: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Run both sides and compare; returns the report that the tool prints as JSON.
 
     Args:
+        objective: its name.
+        objective_options: other keys of the `objective` section; see `objective_of`.
         packing: options of the `training` section that change how a run packs; without them the
             candidate packs as a run does.
     """
     import torch
 
-    groups = draw_groups(shapes, model.vocab_size, seed)
+    drawn = draw_groups(shapes, model.vocab_size, seed)
+    longest = max(len(response) for group in drawn for response in group.responses)
+    config = objective_of(objective, objective_options or {}, longest=longest)
+    groups = with_outcomes(drawn, config, seed)
     largest = max(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
     training = TrainingConfig(
         steps=optimizer_steps,
@@ -133,9 +153,7 @@ def verify(
                 clip_grad=0.0,
                 use_distributed_optimizer=distributed_optimizer,
             ),
-            objective=ObjectiveConfig(
-                name=objective, kl_coefficient=0.05, entropy_coefficient=0.01
-            ),
+            objective=config,
             groups=tuple(groups),
             reference_logprobs=None,
             data_parallel_size=data_parallel_size,
@@ -146,14 +164,40 @@ def verify(
         case = reference["case"]
         torch.save({"case": case, "initial": reference["initial"]}, folder / "inputs.pt")
         candidate = spawn("candidate", case.world_size, folder, seed)
+    num_entries = sum(len(trained_tokens(g, i)) for g in groups for i in range(len(g.responses)))
     print(
         f"{len(groups)} groups, {candidate['ungrouped_tokens']} tokens ungrouped, "
         f"{candidate['packed_tokens']} packed; {candidate['num_microbatches']} microbatches per "
         f"data-parallel rank, {candidate['split']} groups split over microbatches, "
         f"{candidate['series']} series of rows that share a prefix, "
-        f"{candidate['unshared']} packed without sharing since it would not pay"
+        f"{candidate['unshared']} packed without sharing since it would not pay; "
+        f"{candidate['labels']} positions through the output layer, for {num_entries} trained "
+        "tokens"
     )
     return compare(reference, candidate, dtype)
+
+
+def objective_of(name: str, options: dict[str, Any], *, longest: int) -> ObjectiveConfig:
+    """The objective, with a KL penalty and an entropy bonus unless the options say otherwise.
+
+    Args:
+        longest: tokens of the longest response, for what divides by it.
+
+    Raises:
+        ValueError: naming the option that is wrong.
+    """
+    values = {"kl_coefficient": 0.05, "entropy_coefficient": 0.01, **options, "name": name}
+    if name == "dr_grpo":
+        values.setdefault("max_response_length", longest)
+    config = load_dataclass(ObjectiveConfig, values, path="objective")
+    refuse(f"objective.{fault}" for fault in unused_options(config))
+    for option, proved in _OF_THE_TRAINER.items():
+        if getattr(config, option) not in proved:
+            raise ValueError(
+                f"objective.{option}: {getattr(config, option)} is the trainer's, and not a part "
+                "of the step that is compared; leave it out"
+            )
+    return config
 
 
 def packing_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -174,7 +218,13 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", type=Path, help="YAML with the `model` section of a run")
-    parser.add_argument("--shapes", type=Path, help="YAML: [{prefix: int, responses: [int]}]")
+    parser.add_argument(
+        "--shapes",
+        type=Path,
+        help="YAML: [{prefix: int, responses: [response]}]; a response is a number of tokens, or a "
+        "list of turns (a number, or {seen: int} for tokens of a tool, which are not trained on), "
+        "or {turns: [turn], then: [response]} for responses that begin with the same turns",
+    )
     parser.add_argument(
         "--tp", type=int, default=1, help="tensor parallel (with sequence parallel)"
     )
@@ -204,7 +254,16 @@ def main() -> int:
         "--recompute", choices=["none", "selective", "full"], default="none", help="as in a run"
     )
     parser.add_argument(
-        "--objective", choices=["grpo", "gspo"], default="grpo", help="whose loss is compared"
+        "--objective", choices=list(OBJECTIVES), default="grpo", help="whose loss is compared"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="another key of the `objective` section, such as correction.kind=mask or "
+        "zero_advantages=skip; given as often as needed. Without it there are kl_coefficient=0.05 "
+        "and entropy_coefficient=0.01",
     )
     parser.add_argument(
         "--sharing", choices=["groups", "everything"], help="training.sharing, as a run has it"
@@ -248,6 +307,10 @@ def main() -> int:
         )
         shapes = DEFAULT_SHAPES if args.shapes is None else read_shapes(args.shapes)
         check_lengths(shapes, model, args.shapes)
+        options: dict[str, Any] = {}
+        for override in args.set:
+            apply_override(options, override)
+        objective_of(args.objective, options, longest=1)
         training = TrainingConfig(steps=1, token_budget=1, **packing_options(args))
         refuse(faults_of_layout(training, parallel))
         require_megatron(parser)
@@ -266,6 +329,7 @@ def main() -> int:
         token_budget=args.token_budget,
         distributed_optimizer=not args.no_distributed_optimizer,
         objective=args.objective,
+        objective_options=options,
         packing=packing_options(args),
         seed=seed,
     )

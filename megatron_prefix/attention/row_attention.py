@@ -81,17 +81,21 @@ class AttentionSetup:
         return 0 if group is None else dist.get_rank(group)
 
 
+def attention_dtype(config: Any) -> torch.dtype:
+    """Of q, k and v in a model with Megatron's config `config`."""
+    if config.bf16 or config.fp16:
+        return torch.bfloat16 if config.bf16 else torch.float16
+    return config.params_dtype
+
+
 def kernel_of_model(
     config: Any, device: torch.device, name: str | None, *, deterministic: bool = False
 ) -> Kernel:
     """The kernel called `name`, or the best one, for a model with Megatron's config `config`."""
-    dtype = config.params_dtype
-    if config.bf16 or config.fp16:
-        dtype = torch.bfloat16 if config.bf16 else torch.float16
     return select_kernel(
         name,
         device=device,
-        dtype=dtype,
+        dtype=attention_dtype(config),
         head_dim=config.kv_channels,
         deterministic=deterministic,
     )

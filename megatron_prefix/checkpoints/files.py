@@ -5,6 +5,7 @@
       step_000020.3f9c.partial/ being written, being removed, or cut off: never read
       step_000030.damaged/      found incomplete when the run was to continue from it
       reference/                weights of the reference policy, where a KL term needs one
+      reference_000020/         those that it has from step 20 on
 
 A folder is written under a name of its own and renamed when it is complete and on the disk, so a
 name without `.partial` is complete, whenever the run is killed. Removal renames first, too.
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _STEP_NAME = re.compile(r"step_(\d{6,})")
+_REFERENCE_NAME = re.compile(r"reference(?:_(\d{6,}))?")
 _STATE = "trainer.json"
 _TRIAL_BYTES = 2**20
 
@@ -38,6 +40,19 @@ def complete_steps(directory: Path) -> list[int]:
         return []
     names = (_STEP_NAME.fullmatch(path.name) for path in directory.iterdir())
     return sorted(int(match[1]) for match in names if match)
+
+
+def reference_path(directory: Path, step: int) -> Path:
+    """The folder of the reference weights that were taken at a step; 0 is the start."""
+    return directory / (f"reference_{step:06d}" if step else "reference")
+
+
+def reference_steps(directory: Path) -> list[int]:
+    """Steps at which reference weights that are there were taken, ascending."""
+    if not directory.is_dir():
+        return []
+    names = (_REFERENCE_NAME.fullmatch(path.name) for path in directory.iterdir())
+    return sorted(int(match[1] or 0) for match in names if match)
 
 
 def begin(path: Path) -> Path:

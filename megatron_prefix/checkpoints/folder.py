@@ -73,10 +73,10 @@ class CheckpointFolder:
         self.keep = keep
         self._unfinished: _Unfinished | None = None
 
-    @property
-    def reference_path(self) -> Path:
-        """Where the reference policy's weights are."""
-        return self.directory / "reference"
+    def reference_path(self, step: int) -> Path | None:
+        """Where the reference policy's weights at a step are: the newest taken by then."""
+        taken = [at for at in files.reference_steps(self.directory) if at <= step]
+        return files.reference_path(self.directory, taken[-1]) if taken else None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -206,11 +206,21 @@ class CheckpointFolder:
         if self._unfinished is not None:
             self._unfinished.writer.abandon()
 
-    def save_reference(self, chunks: ModelChunks) -> Path:
-        """Write the current weights as the reference policy's."""
-        self._begin_to_write(self.reference_path, model_state(chunks), {"layout": _layout()})
+    def save_reference(self, chunks: ModelChunks, *, step: int) -> None:
+        """Write the current weights as the reference policy's from a step on, 0 for the start.
+
+        Those that no checkpoint needs any more are removed.
+        """
+        path = files.reference_path(self.directory, step)
+        self._begin_to_write(path, model_state(chunks), {"layout": _layout()})
         self.finish()
-        return self.reference_path
+        if dist.get_rank() == 0:
+            oldest = min(self.steps(), default=step)
+            taken = files.reference_steps(self.directory)
+            newest_needed_first = [at for at in reversed(taken) if at <= oldest]
+            later_run = [at for at in taken if at > step]
+            for at in (*newest_needed_first[1:], *later_run):
+                files.remove(files.reference_path(self.directory, at))
 
     def load_latest(
         self,

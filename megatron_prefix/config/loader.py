@@ -71,7 +71,7 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """The plain values of a YAML file with overrides; see `load_yaml` for both and for errors."""
     values = read_yaml(path)
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return values
 
 
@@ -212,7 +212,12 @@ def _parse(text: str) -> Any:
         raise ConfigError(f"not readable as YAML: {error}") from error
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set a dotted key, `section.key=value`, in plain values.
+
+    Raises:
+        ConfigError: it is not written like that, or a key on the way is no section.
+    """
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_prefix.config.agent import AgentConfig
 from megatron_prefix.config.bounds import below, refuse
 from megatron_prefix.config.server import ServerConfig, WeightsConfig
 from megatron_prefix.config.text import RewardProcessConfig, TextConfig
@@ -21,12 +22,17 @@ class RolloutsConfig:
     asks a completions server, `hf` generates with transformers in the training processes."""
     paths: tuple[Path, ...] = ()
     """JSONL or Parquet files: rollouts for `file`, prompts with answers for the other engines."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Fields of the records of `file` that stand under other names, such as `{reward: score}`: the
+    name that is read, and the file's, where dots lead into objects (`reward_model.score`)."""
     groups_per_step: int = 8
     """Groups (prompts with their responses) of a step, over all ranks."""
     group_size: int | None = None
     """Responses of each prompt; `file` checks it where it is given, the other engines need it."""
-    reward: str | None = None
-    """Name of a reward, or `module:function`, for records with an answer and without rewards."""
+    reward: str | dict[str, str] | None = None
+    """Name of a reward, or `module:function`, for records with an answer and without rewards; or
+    several by names of yours (`{correct: numeric, brief: my_rewards:brevity}`), which
+    `objective.reward_weights` weighs."""
     reward_process: RewardProcessConfig = field(default_factory=RewardProcessConfig)
     """The processes that a `module:function` runs in."""
     epochs: int | None = None
@@ -44,6 +50,9 @@ class RolloutsConfig:
     """Prompts, responses and rewards are text; null: they are token ids."""
     server: ServerConfig | None = None
     """The completions server; required by `engine: openai`."""
+    agent: AgentConfig | None = None
+    """Responses of several turns, between which an environment answers (`engine: openai`); null: a
+    response is one turn."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     """How trained weights get to the engines `openai` and `hf`."""
 
@@ -55,14 +64,38 @@ class RolloutsConfig:
             yield "paths: none given; name at least one JSONL or Parquet file"
         yield from below(self, 1, "groups_per_step", "group_size", "epochs", "max_response_length")
         if self.engine != "file":
+            if self.fields:
+                yield f"fields: read by engine: file only, with engine: {self.engine}; remove it"
             for name in ("group_size", "max_response_length", "reward"):
-                if getattr(self, name) is None:
+                is_given = name == "reward" and self.agent is not None
+                if getattr(self, name) is None and not is_given:
                     yield f"{name}: required by engine: {self.engine}"
+        yield from self._faults_of_agent()
         yield from self._faults_of_server()
         if not self.temperature > 0:
             yield f"temperature: {self.temperature} must be above 0"
         if not 0 < self.top_p <= 1:
             yield f"top_p: {self.top_p} must be in (0, 1]"
+
+    @property
+    def reward_specs(self) -> dict[str, str]:
+        """Every reward by the key that an error names: `reward`, or `reward.correct` and so on."""
+        if isinstance(self.reward, dict):
+            return {f"reward.{name}": spec for name, spec in self.reward.items()}
+        return {} if self.reward is None else {"reward": self.reward}
+
+    def _faults_of_agent(self) -> Iterator[str]:
+        if self.agent is None:
+            return
+        if self.engine != "openai":
+            yield f"agent: set with engine: {self.engine}; it belongs to engine: openai"
+        if self.text is None:
+            yield "text: required by agent, whose turns are messages; set text.tokenizer"
+        if self.reward is not None:
+            yield (
+                f"reward: {self.reward}, but with agent the environment gives the rewards; remove "
+                "reward"
+            )
 
     def _faults_of_server(self) -> Iterator[str]:
         server = self.server

@@ -15,6 +15,7 @@ from megatron_prefix.config.parallel import ParallelConfig
 from megatron_prefix.config.rollouts import EvaluationConfig, RolloutsConfig
 from megatron_prefix.config.training import TrainingConfig, faults_of_layout
 from megatron_prefix.objective.config import ObjectiveConfig
+from megatron_prefix.objective.unused import unused_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,9 @@ class RunConfig:
                 f"rollouts.temperature: {self.rollouts.temperature}; log-probabilities are taken "
                 "at the temperature that was sampled with: set them equal"
             )
+        yield from (f"objective.{fault}" for fault in unused_options(self.objective))
         yield from self._faults_of_sampling()
+        yield from self._faults_of_rewards()
         yield from faults_of_layout(self.training, self.parallel)
         shortest = self.parallel.pad_to_multiple
         if self.training.token_budget < shortest:
@@ -67,7 +70,8 @@ class RunConfig:
         rollouts, model = self.rollouts, self.model
         if self.evaluation is not None:
             for name in ("reward", "max_response_length"):
-                if getattr(rollouts, name) is None:
+                is_given = name == "reward" and rollouts.agent is not None
+                if getattr(rollouts, name) is None and not is_given:
                     yield f"rollouts.{name}: required by evaluation"
         length = rollouts.max_response_length
         if length is not None and length >= model.max_sequence_length:
@@ -81,6 +85,31 @@ class RunConfig:
                     f"rollouts.stop_tokens: {token} is outside the vocabulary of "
                     f"{model.vocab_size} (0 to {model.vocab_size - 1})"
                 )
+
+    def _faults_of_rewards(self) -> Iterator[str]:
+        weights, reward = self.objective.reward_weights, self.rollouts.reward
+        if weights is None:
+            if isinstance(reward, dict):
+                yield (
+                    "objective.reward_weights: required by rollouts.reward, which names several; "
+                    f"give a weight for each of {', '.join(reward)}"
+                )
+            return
+        if self.rollouts.agent is not None:
+            yield (
+                "objective.reward_weights: set, but with rollouts.agent the environment gives one "
+                "reward; remove it"
+            )
+        elif isinstance(reward, str):
+            yield (
+                f"rollouts.reward: {reward} is one reward, but objective.reward_weights weighs "
+                f"rewards by name; set rollouts.reward: {{{next(iter(weights))}: {reward}}}, or "
+                "remove objective.reward_weights"
+            )
+        elif reward is not None:
+            for name in sorted(weights.keys() ^ reward.keys()):
+                missing = "rollouts.reward" if name in weights else "objective.reward_weights"
+                yield f"{missing}: {name} is missing; both have the same names"
 
 
 def config_summary(config: RunConfig) -> dict[str, Any]:

@@ -26,9 +26,10 @@ class TrainingConfig:
     """A group that exceeds the budget is split over microbatches, each of which runs the prefix;
     false: such a group is an error."""
     sharing: Literal["groups", "everything", "none"] = "groups"
-    """What sequences of a microbatch share. `groups`: each group its prompt. `everything`: all
-    common beginnings, such as a system prompt of several groups. `none`: nothing, every response
-    runs its prompt again; it is there to compare with."""
+    """What sequences of a microbatch share. `groups`: each group its prompt, and turns that its
+    responses agree in, where that pays. `everything`: all common beginnings, such as a system
+    prompt of several groups. `none`: nothing, every response runs its prompt again; it is there to
+    compare with."""
     trim_last_layer: bool = True
     """The last layer computes queries, attention, projection and MLP only from the first trained
     position of each segment on, since no result depends on earlier rows."""
@@ -46,6 +47,11 @@ class TrainingConfig:
     """How often each rollout batch is trained on."""
     dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
     """Type of parameters and activations; float64 is for proofs, on the CPU."""
+    head_dtype: Literal["float32"] | None = None
+    """Type of the output layer's matrix products, forward and backward; null: `dtype`. With
+    `float32` and `dtype: bfloat16`, logits are not rounded to bfloat16 before log-probabilities are
+    taken from them, and sampling in this process draws from the same logits. Its weights stay in
+    `dtype`."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again, to save memory: nothing, core attention, or whole layers."""
     log_prob_chunk_tokens: int = 1024
@@ -116,6 +122,11 @@ class TrainingConfig:
                     "share_across_microbatches: true with allow_split: false, which leaves nothing "
                     "to share; set one of them otherwise"
                 )
+        if self.head_dtype is not None and self.dtype == "float64":
+            yield (
+                f"head_dtype: {self.head_dtype} is narrower than dtype: float64; set head_dtype: "
+                "null"
+            )
         if self.dtype == "float64" and self.device != "cpu":
             yield "dtype: float64 runs on device: cpu only; set device: cpu"
 

@@ -7,6 +7,7 @@ global state. `runtime(...)` sets it up and takes it down again.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -102,6 +103,8 @@ def runtime(
                 world_size=world_size,
                 timeout=timeout,
             )
+        # Some stay held when the parallel state of an earlier runtime is destroyed.
+        groups_before = _model_parallel_groups()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -135,12 +138,25 @@ def runtime(
     finally:
         if liveness is not None:
             liveness.close()
-        parallel_state.destroy_model_parallel()
-        if dist.is_initialized() and started_here:
-            dist.destroy_process_group()
+        if started_here:
+            parallel_state.destroy_model_parallel()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        else:
+            # Megatron would only forget them, and each has a thread of its own.
+            for group in _model_parallel_groups() - groups_before:
+                dist.destroy_process_group(group)
+            parallel_state.destroy_model_parallel()
         torch.set_default_dtype(previous_dtype)
         if device == "cpu":
             disable_cpu_device()
+
+
+def _model_parallel_groups() -> set[dist.ProcessGroup]:
+    """The groups that Megatron's parallel state holds."""
+    held = vars(parallel_state).values()
+    items = itertools.chain(*(value if isinstance(value, list) else [value] for value in held))
+    return {item for item in items if isinstance(item, dist.ProcessGroup)}
 
 
 def set_seed(seed: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from typing import Any
+from typing import Any, Literal
 
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
@@ -23,12 +23,18 @@ from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.borrowed import row_as_one_sequence
 from megatron_prefix.megatron.options import refuse_unsupported
 
+RopeTable = Literal["by position", "by token"]
+"""What the rows of a model's RoPE table are: positions from 0, as GPTModel makes it, or the tokens
+of the packed row, where a subclass has taken the positions' rows already."""
+
 
 class _PrefixSelfAttention:
     """Turns GPTModel's RoPE table into one row per token of the packed row."""
 
     prefix_params: Any = None
     """Of the batch that runs."""
+    prefix_rope_table: RopeTable | None = None
+    """Of the model; None: as Megatron's own models make it."""
 
     def forward(
         self,
@@ -51,17 +57,18 @@ class _PrefixSelfAttention:
             )
             if rotary_pos_emb is not None:
                 # Megatron takes a table of exactly T rows token by token, in every release.
-                rows = packed_seq_params.position_ids
                 tables = rotary_pos_emb
                 if not isinstance(tables, tuple):
                     tables = (tables, tables)
                 queries = packed_seq_params.query_rows
-                of_keys = tables[1][rows]
+                of_keys = self._table_of_row(tables[1], packed_seq_params)
                 of_queries = (
                     of_keys
-                    if queries is None and tables[0] is tables[1]
-                    else tables[0][rows if queries is None else rows[queries]]
+                    if tables[0] is tables[1]
+                    else self._table_of_row(tables[0], packed_seq_params)
                 )
+                if queries is not None:
+                    of_queries = of_queries[queries]
                 rotary_pos_emb = (of_queries, of_keys)
         # `get_query_key_value_tensors` is not given the params.
         self.prefix_params = packed_seq_params
@@ -91,6 +98,25 @@ class _PrefixSelfAttention:
         query, *gate = (x.index_select(0, params.query_rows) for x in (query, *gate))
         return query, key, value, *gate
 
+    def _table_of_row(self, table: Tensor, params: PrefixPackedSeqParams) -> Tensor:
+        """[positions or T, ...] -> [T, ...] the row of each token."""
+        num_tokens = len(params.position_ids)
+        if self.prefix_rope_table == "by token":
+            if len(table) != num_tokens:
+                raise ValueError(
+                    f"rope_table='by token', but the model's RoPE table has {len(table)} rows for "
+                    f"{num_tokens} tokens. Leave rope_table out if the model does not take the "
+                    "rows of the table by position_ids"
+                )
+            return table
+        if self.prefix_rope_table is None and len(table) == num_tokens != params.max_seqlen_kv:
+            raise ValueError(
+                f"the model's RoPE table has {num_tokens} rows, which are the row's tokens or as "
+                f"many positions; Megatron's own has {params.max_seqlen_kv}. Give share_prefixes "
+                "rope_table='by token' or rope_table='by position'"
+            )
+        return table[params.position_ids]
+
 
 class _PrefixCoreAttention:
     """Attention in stages over a packed row with shared prefixes."""
@@ -111,12 +137,7 @@ class _PrefixCoreAttention:
         self.config = config
         self.prefix_only = prefix_only
         number = kwargs["layer_number"] if "layer_number" in kwargs else args[1]
-        scale = kwargs.get("softmax_scale")
-        self.prefix_layer = AttentionLayer(
-            number=number,
-            scale=1.0 / math.sqrt(config.kv_channels) if scale is None else scale,
-            comm_type=layer_comm_type(config, number),
-        )
+        self.prefix_layer = _attention_layer(config, number, kwargs.get("softmax_scale"))
 
     def forward(
         self,
@@ -156,6 +177,19 @@ class _PrefixCoreAttention:
         return out.reshape(out.shape[0], -1)
 
 
+def _attention_layer(config: Any, number: int, scale: float | None) -> AttentionLayer:
+    return AttentionLayer(
+        number=number,
+        scale=1.0 / math.sqrt(config.kv_channels) if scale is None else scale,
+        comm_type=layer_comm_type(config, number),
+    )
+
+
+def takes_shared_prefixes(core_attention: Any) -> bool:
+    """Whether a core attention is one of ours."""
+    return isinstance(core_attention, _PrefixCoreAttention)
+
+
 def prefix_self_attention(base: type) -> type:
     """The subclass of a Megatron self attention class that takes shared prefixes.
 
@@ -170,3 +204,24 @@ def prefix_core_attention(base: type) -> type:
     A class that already does is returned as it is.
     """
     return prefix_subclass(_PrefixCoreAttention, base)
+
+
+def share_in_self_attention(attention: Any, *, rope_table: RopeTable | None = None) -> None:
+    """Teach a built self attention, and its core attention, to take shared prefixes.
+
+    Both get the subclass of their own class; nothing else of them changes. Not for context
+    parallelism, which a core attention must know when it is built.
+
+    Args:
+        attention: Megatron's, or a subclass.
+        rope_table: that its model gives it; None: one of Megatron's own.
+    """
+    attention.__class__ = prefix_self_attention(type(attention))
+    attention.prefix_rope_table = rope_table
+    core, config = attention.core_attention, attention.config
+    if isinstance(core, _PrefixCoreAttention):
+        return
+    core.__class__ = prefix_core_attention(type(core))
+    core.config = config
+    core.prefix_only = False
+    core.prefix_layer = _attention_layer(config, attention.layer_number, config.softmax_scale)

@@ -5,7 +5,13 @@ what a rank runs, `PrefixTree` -> `microbatch_tree` -> `pack` -> `rank_row`, whi
 parallelism distributes the row (`shard_layout`) and plans this rank's part of it (`RankStages`).
 """
 
-from megatron_prefix.layout.cost import ModelShape, activation_tokens, trained_labels
+from megatron_prefix.layout.cost import (
+    ModelShape,
+    activation_tokens,
+    masked_labels,
+    trained_labels,
+    trained_labels_of_lengths,
+)
 from megatron_prefix.layout.dispatch import shard_layout
 from megatron_prefix.layout.packing import PackedLayout, Segment, pack
 from megatron_prefix.layout.planner import (
@@ -53,6 +59,7 @@ __all__ = [
     "Segment",
     "TreeShape",
     "activation_tokens",
+    "masked_labels",
     "microbatch_tree",
     "own_values",
     "pack",
@@ -63,5 +70,6 @@ __all__ = [
     "shard_layout",
     "share_where_it_pays",
     "trained_labels",
+    "trained_labels_of_lengths",
     "trim_stages",
 ]

@@ -133,6 +133,7 @@ class ModelShape:
         tree: TreeShape,
         *,
         labels: np.ndarray | None = None,
+        spans: np.ndarray | None = None,
         trim_last_layer: bool = False,
     ) -> list[int]:
         """[nodes] forward FLOPs of each node's positions, computed once and without padding.
@@ -140,10 +141,13 @@ class ModelShape:
         Args:
             tree: the sequences.
             labels: [nodes], scored labels of each node; None: those of `response_labels`.
-            trim_last_layer: a node's positions before its scored ones, which are its last, are left
-                out of the last layer.
+            spans: [nodes], positions from each node's first scored one to its end; None: as many as
+                labels, which are a node's last then.
+            trim_last_layer: a node's positions before its first scored one are left out of the
+                last layer.
         """
         labels = response_labels(tree) if labels is None else labels
+        spans = labels if spans is None else spans
         per_token, per_pair = self.linear_flops_per_token(), self.attention_flops_per_pair()
         per_label = self.head_flops_per_label()
         counts = zip(
@@ -155,7 +159,7 @@ class ModelShape:
         flops = [t * per_token + p * per_pair + n * per_label for t, p, n in counts]
         if not trim_last_layer:
             return flops
-        saved = tree.packed_lengths - labels
+        saved = tree.packed_lengths - spans
         pairs = attention_pairs_of(saved, tree.first_positions)
         return [
             all_layers - self.last_layer_flops(tokens=t, pairs=p)
@@ -167,30 +171,36 @@ class ModelShape:
         tree: TreeShape,
         *,
         labels: np.ndarray | None = None,
+        spans: np.ndarray | None = None,
         trim_last_layer: bool = False,
     ) -> int:
         """Forward FLOPs of a tree with every shared token computed once, without padding.
 
         The sum of `node_flops`, which see for the arguments.
         """
-        return sum(self.node_flops(tree, labels=labels, trim_last_layer=trim_last_layer))
+        return sum(
+            self.node_flops(tree, labels=labels, spans=spans, trim_last_layer=trim_last_layer)
+        )
 
     def ungrouped_flops(
         self,
         tree: TreeShape,
         *,
         labels: np.ndarray | None = None,
+        spans: np.ndarray | None = None,
         trim_last_layer: bool = False,
     ) -> int:
         """Forward FLOPs of the same sequences one by one, causal and without padding.
 
         Args:
             tree: the sequences.
-            labels: as in `node_flops`; a node's labels are scored by each sequence through it.
+            labels, spans: as in `node_flops`; a node's labels are scored by each sequence through
+                it.
             trim_last_layer: a sequence's positions before its first scored one are left out of
                 the last layer.
         """
         labels = response_labels(tree) if labels is None else labels
+        spans = labels if spans is None else spans
         lengths = tree.sequence_lengths - 1
         flops = self.flops(
             tokens=lengths.sum(),
@@ -198,17 +208,17 @@ class ModelShape:
             labels=(labels * tree.multiplicity).sum(),
         )
         if trim_last_layer:
-            saved = _positions_before_the_first_label(tree, labels)
+            saved = _positions_before_the_first_label(tree, spans)
             flops -= self.last_layer_flops(
                 tokens=saved.sum(), pairs=attention_pairs_of(saved, 0).sum()
             )
         return flops
 
 
-def _positions_before_the_first_label(tree: TreeShape, labels: np.ndarray) -> np.ndarray:
-    """[sequences] int64; labels are a node's last positions."""
+def _positions_before_the_first_label(tree: TreeShape, spans: np.ndarray) -> np.ndarray:
+    """[sequences] int64."""
     before = tree.sequence_lengths - 1
-    first_label = np.where(labels > 0, tree.end_positions - 1 - labels, before.max(initial=0))
+    first_label = np.where(spans > 0, tree.end_positions - 1 - spans, before.max(initial=0))
     np.minimum.at(before, tree.path_sequences, first_label[tree.path_nodes])
     return before
 
@@ -249,6 +259,55 @@ def trained_labels(tree: TreeShape, first_trained: Sequence[int]) -> np.ndarray:
     earliest = tree.end_positions.copy()
     np.minimum.at(earliest, tree.path_nodes, first[tree.path_sequences])
     return np.minimum(tree.end_positions - earliest, tree.node_lengths)
+
+
+def trained_labels_of_lengths(
+    tree: TreeShape, spans: np.ndarray, trained: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """[nodes] int64: labels that are scored, where sequences differ in how many they train on.
+
+    Args:
+        tree: sequences that end in nodes of their own, which all of their trained tokens are in.
+        spans: [nodes] from `trained_labels`.
+        trained: for each sequence the number of its trained tokens.
+    """
+    labels = spans.copy()
+    labels[[path[-1] for path in tree.sequences]] = trained
+    assert (labels <= spans).all()
+    return labels
+
+
+def masked_labels(
+    tree: TreeShape, first: Sequence[int], masks: Sequence[np.ndarray | None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels that are scored where each sequence is trained on as its mask says.
+
+    Args:
+        tree: the sequences.
+        first: for each sequence the index of the token that its mask begins with, at least 1.
+        masks: for each sequence, from that token on, whether each is trained on; None: all are.
+
+    Returns:
+        [nodes] int64 each: scored labels of each node, which count once however many sequences
+        train on them, and positions from each node's first scored one to its end.
+    """
+    starts = (tree.end_positions - tree.node_lengths).tolist()
+    scored = [np.zeros(length, dtype=np.bool_) for length in tree.node_lengths.tolist()]
+    for path, begin, mask in zip(tree.sequences, first, masks, strict=True):
+        for node in path:
+            skipped = starts[node] - begin
+            of_node = scored[node]
+            if len(of_node) + skipped <= 0:
+                continue
+            inside = of_node[max(0, -skipped) :]
+            if mask is None:
+                inside[:] = True
+            else:
+                at = max(0, skipped)
+                inside |= mask[at : at + len(inside)]
+    labels = np.array([values.sum() for values in scored], dtype=np.int64)
+    spans = [len(values) - values.argmax() if values.any() else 0 for values in scored]
+    return labels, np.array(spans, dtype=np.int64)
 
 
 def activation_tokens(tree: TreeShape, *, pad_to_multiple: int = 1) -> int:

@@ -127,6 +127,7 @@ def plan_microbatches(
     microbatch_multiple: int = 1,
     names: Sequence[str] | None = None,
     labels: Sequence[np.ndarray] | None = None,
+    spans: Sequence[np.ndarray] | None = None,
     trim_last_layer: bool = False,
     share_across_microbatches: bool = False,
 ) -> MicrobatchPlan:
@@ -143,6 +144,7 @@ def plan_microbatches(
         names: of the groups, for error messages.
         labels: [nodes] for each group, scored labels of each node; None: those of
             `response_labels`.
+        spans: [nodes] for each group, as in `ModelShape.node_flops`; None: as many as labels.
         trim_last_layer: whether the last layer runs only what is scored, as in
             `ModelShape.node_flops`.
         share_across_microbatches: whether pieces of a group may follow one another on a rank and
@@ -172,6 +174,7 @@ def plan_microbatches(
         _check_group(tree, what, capacity, token_budget, pad_to_multiple, allow_split)
 
     assert labels is None or len(labels) == len(trees)
+    assert spans is None or len(spans) == len(trees)
     groups = [
         SplittableGroup(
             i,
@@ -179,6 +182,7 @@ def plan_microbatches(
             cost.node_flops(
                 tree,
                 labels=None if labels is None else labels[i],
+                spans=None if spans is None else spans[i],
                 trim_last_layer=trim_last_layer,
             ),
         )

@@ -22,7 +22,11 @@ STAGE_TOKENS = 8
 
 
 def share_where_it_pays(
-    tree: AnyTree, shape: ModelShape, *, token_budget: int | None = None
+    tree: AnyTree,
+    shape: ModelShape,
+    *,
+    token_budget: int | None = None,
+    always_roots: bool = False,
 ) -> AnyTree:
     """The same sequences, with only those nodes shared that save more FLOPs than they cost.
 
@@ -33,14 +37,15 @@ def share_where_it_pays(
         tree: what could be shared.
         shape: the model.
         token_budget: where not sharing would pack to more tokens than this, all is shared.
+        always_roots: roots stay shared, whether it pays or not.
     """
-    found = tree.without(_not_worth_sharing(tree, shape))
+    found = tree.without(_not_worth_sharing(tree, shape, always_roots))
     if token_budget is not None and found.grouped_tokens > token_budget:
         return tree
     return found
 
 
-def _not_worth_sharing(tree: TreeShape, shape: ModelShape) -> Collection[int]:
+def _not_worth_sharing(tree: TreeShape, shape: ModelShape, always_roots: bool) -> Collection[int]:
     lengths = tree.packed_lengths.tolist()
     below = list(lengths)
     branches = [0] * tree.num_nodes
@@ -63,6 +68,8 @@ def _not_worth_sharing(tree: TreeShape, shape: ModelShape) -> Collection[int]:
             carried[node] = carried[parent] + lengths[parent]
         if not has_children[node] or branches[node] < 2:
             continue  # nothing is shared here; chains are merged when packed
+        if parent < 0 and always_roots:
+            continue
         tokens = carried[node] + lengths[node]
         first = first_positions[node] - carried[node]
         pairs = attention_pairs_of(tokens, first)

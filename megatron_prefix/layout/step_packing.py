@@ -82,6 +82,7 @@ class Packing:
         trees: Sequence[TreeShape],
         *,
         labels: Sequence[NDArray],
+        spans: Sequence[NDArray] | None = None,
         names: Sequence[str] | None = None,
     ) -> MicrobatchPlan:
         """The microbatches of these units; see `plan_microbatches`.
@@ -99,6 +100,7 @@ class Packing:
             microbatch_multiple=self.microbatch_multiple,
             names=names,
             labels=labels,
+            spans=spans,
             trim_last_layer=self.trim_last_layer,
             share_across_microbatches=self.share_across_microbatches,
         )
@@ -112,6 +114,9 @@ class Packing:
             trees: by unit, at least those of the slices.
             slices: of the microbatch.
         """
+        if self.sharing == "groups":
+            parts = [trees[part.group].subset(part.sequences) for part in slices]
+            return PrefixTree.concat(map(self._with_shared_turns, parts)).merge_chains()
         tree = microbatch_tree(trees, slices)
         if self.sharing != "everything":
             return tree
@@ -119,3 +124,34 @@ class Packing:
         if not self.share_only_where_it_pays:
             return tree
         return share_where_it_pays(tree, self.model_shape, token_budget=self.capacity)
+
+    def series_row(self, tree: PrefixTree) -> PrefixTree:
+        """The tree to pack for a row of a series, of at most the planned tokens.
+
+        Args:
+            tree: of the row's sequences; another row runs its only root, node 0, which stays.
+        """
+        return self._with_shared_turns(tree).with_root_of(len(tree.tokens[0]))
+
+    def _with_shared_turns(self, tree: PrefixTree) -> PrefixTree:
+        """Sequences of a unit that share their turns too, as far as they agree and it pays.
+
+        A prompt that the plan shares stays shared. Of turns it is asked what pays even where
+        prompts are always shared, or responses would share their first few words.
+        """
+        if not _siblings_begin_alike(tree):
+            return tree
+        found = share_where_it_pays(
+            PrefixTree.from_sequences(tree.sequence_tokens(i) for i in range(tree.num_sequences)),
+            self.model_shape,
+            always_roots=max(tree.parents) >= 0,  # it is planned with a shared prompt
+        )
+        return found if found.grouped_tokens < tree.grouped_tokens else tree
+
+
+def _siblings_begin_alike(tree: PrefixTree) -> bool:
+    """Whether two children of a node, or two roots, have the same first token."""
+    begins = {
+        (parent, int(tokens[0])) for parent, tokens in zip(tree.parents, tree.tokens, strict=True)
+    }
+    return len(begins) < tree.num_nodes

@@ -138,6 +138,22 @@ class PrefixTree(TreeShape):
             sequences=tuple(new.sequences),
         )
 
+    def with_root_of(self, length: int) -> PrefixTree:
+        """The same sequences, node 0 with its first `length` tokens, and a node for its others."""
+        root, rest = np.split(self.tokens[0], [length])
+        if not len(rest):
+            return self
+        # Node 1 is new; whatever hung on the root hangs on it.
+        below = [1 if parent == 0 else parent + 1 if parent > 0 else -1 for parent in self.parents]
+        return PrefixTree(
+            parents=(-1, 0, *below[1:]),
+            tokens=(root, rest, *self.tokens[1:]),
+            sequences=tuple(
+                (0, *(node + 1 for node in path)) if path[0] == 0 else tuple(n + 1 for n in path)
+                for path in self.sequences
+            ),
+        )
+
     def sequence_tokens(self, i: int) -> np.ndarray:
         """[length] int64: all tokens of sequence `i`, in an array of its own."""
         return np.concatenate([self.tokens[node] for node in self.sequences[i]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -60,7 +61,13 @@ def build_gpt_model(
     )
 
 
-def model_shape(model: ModelConfig, config: TransformerConfig) -> ModelShape:
+class HasVocabulary(Protocol):
+    """A `ModelConfig`, or a GPTModel."""
+
+    vocab_size: int
+
+
+def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
     """The sizes that the cost model counts FLOPs by."""
     experts: dict[str, int] = {}
     if config.num_moe_experts is not None:
@@ -135,7 +142,10 @@ def build_model_chunks(
         if training.device == "cuda":
             chunk.cuda(torch.cuda.current_device())
     head = LogProbHead.of(
-        bare[-1], vocab_size=model.vocab_size, chunk_tokens=training.log_prob_chunk_tokens
+        bare[-1],
+        vocab_size=model.vocab_size,
+        chunk_tokens=training.log_prob_chunk_tokens,
+        wide_products=training.head_dtype == "float32",
     )
     inner = [Float16Module(config, c) if config.bf16 else c for c in bare]
     ddp_config = DistributedDataParallelConfig(

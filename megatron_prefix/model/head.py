@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_prefix.megatron.output import output_made_by
-from megatron_prefix.objective.log_probs import vocab_parallel_log_probs
+from megatron_prefix.objective.log_probs import output_logits, vocab_parallel_log_probs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,14 +33,21 @@ class LogProbHead:
     """Tokens of the vocabulary, without padding."""
     chunk_tokens: int
     """Rows of logits that exist at once."""
+    wide_products: bool
+    """See `vocab_parallel_log_probs`."""
 
     @classmethod
-    def of(cls, model: GPTModel, *, vocab_size: int, chunk_tokens: int) -> LogProbHead | None:
+    def of(
+        cls, model: GPTModel, *, vocab_size: int, chunk_tokens: int, wide_products: bool = False
+    ) -> LogProbHead | None:
         """The head of a model; None on stages that have no output layer."""
         if not model.post_process:
             return None
         return cls(
-            output_layer=model.output_layer, vocab_size=vocab_size, chunk_tokens=chunk_tokens
+            output_layer=model.output_layer,
+            vocab_size=vocab_size,
+            chunk_tokens=chunk_tokens,
+            wide_products=wide_products,
         )
 
     def log_probs(
@@ -75,6 +82,7 @@ class LogProbHead:
                 chunk_size=self.chunk_tokens,
                 vocab_size=self.vocab_size,
                 with_entropy=with_entropy,
+                wide_products=self.wide_products,
             )
             if entropy is None:
                 return logprobs[:, None]
@@ -104,7 +112,8 @@ class LogProbHead:
             for start in range(0, max(1, len(positions)), self.chunk_tokens):
                 rows = slice(start, min(start + self.chunk_tokens, len(positions)))
                 logits = gather_from_tensor_model_parallel_region(
-                    hidden[rows] @ weight.t(), group=self.output_layer.tp_group
+                    output_logits(hidden[rows], weight, wide_products=self.wide_products),
+                    group=self.output_layer.tp_group,
                 )[:, : self.vocab_size]
                 wide = torch.promote_types(logits.dtype, torch.float32)
                 made.append(make_of(logits.to(wide), rows))

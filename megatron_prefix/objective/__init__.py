@@ -15,17 +15,21 @@ from megatron_prefix.lazy_names import lazy_names
 if TYPE_CHECKING:
     from megatron_prefix.objective.advantages import group_advantages
     from megatron_prefix.objective.config import ObjectiveConfig
+    from megatron_prefix.objective.filters import group_terms
     from megatron_prefix.objective.log_probs import vocab_parallel_log_probs
-    from megatron_prefix.objective.losses import policy_loss
+    from megatron_prefix.objective.loss import policy_loss
     from megatron_prefix.objective.metrics import PolicyMetrics
+    from megatron_prefix.objective.turns import turn_advantages
     from megatron_prefix.objective.weights import token_weights
 
 __all__ = [
     "ObjectiveConfig",
     "PolicyMetrics",
     "group_advantages",
+    "group_terms",
     "policy_loss",
     "token_weights",
+    "turn_advantages",
     "vocab_parallel_log_probs",
 ]
 
@@ -35,8 +39,10 @@ __getattr__ = lazy_names(
         "ObjectiveConfig": "megatron_prefix.objective.config",
         "PolicyMetrics": "megatron_prefix.objective.metrics",
         "group_advantages": "megatron_prefix.objective.advantages",
-        "policy_loss": "megatron_prefix.objective.losses",
+        "group_terms": "megatron_prefix.objective.filters",
+        "policy_loss": "megatron_prefix.objective.loss",
         "token_weights": "megatron_prefix.objective.weights",
+        "turn_advantages": "megatron_prefix.objective.turns",
         "vocab_parallel_log_probs": "megatron_prefix.objective.log_probs",
     },
 )

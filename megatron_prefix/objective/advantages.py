@@ -8,7 +8,10 @@ from typing import get_args
 
 import numpy as np
 
-from megatron_prefix.objective.config import AdvantageKind
+from megatron_prefix.objective.choices import AdvantageKind
+
+LARGEST_REWARD = 1e20
+"""Its square and sums of it are numbers of 64 bits, its advantage is one of 32 bits."""
 
 
 def group_advantages(
@@ -34,8 +37,8 @@ def group_advantages(
         [G] float64.
 
     Raises:
-        ValueError: no rewards, more than one dimension, a reward that is NaN or infinite (the
-            message names the response), an unknown kind, a negative eps.
+        ValueError: no rewards, more than one dimension, a reward that is no finite number or
+            beyond 1e20 (the message names the response), an unknown kind, a negative eps.
     """
     if kind not in get_args(AdvantageKind):
         raise ValueError(f"advantage={kind!r}: choose one of {', '.join(get_args(AdvantageKind))}")
@@ -47,9 +50,10 @@ def group_advantages(
             f"rewards have shape {list(values.shape)}: give one reward per response of one group, "
             "at least one"
         )
-    for index in np.flatnonzero(~np.isfinite(values)):
+    for index in np.flatnonzero(~(np.abs(values) <= LARGEST_REWARD)):
         raise ValueError(
-            f"the reward of response {index} is {values[index]}: rewards must be finite numbers"
+            f"the reward of response {index} is {values[index]}: rewards must be finite numbers "
+            f"from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
         )
 
     if values.min() == values.max():

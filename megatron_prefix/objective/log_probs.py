@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-_GRAD_WEIGHT_ROWS = 8192
-"""Rows of the weight's gradient that one matrix product in a narrow dtype yields at a time."""
+_WEIGHT_ROWS = 8192
+"""Rows of the weight that are widened at a time, and rows of its gradient that one matrix product
+in a narrow dtype yields at a time."""
 
 
 def vocab_parallel_log_probs(
@@ -34,6 +35,7 @@ def vocab_parallel_log_probs(
     chunk_size: int = 1024,
     with_entropy: bool = False,
     vocab_size: int | None = None,
+    wide_products: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(hidden weight^T / temperature) at the labels, and the entropy of that softmax.
 
@@ -63,6 +65,9 @@ def vocab_parallel_log_probs(
         vocab_size: tokens of the vocabulary without the padding that makes it divisible: the
             weight's rows from there on get probability 0 and no gradient. None: they take part
             in the softmax, as they do in Megatron's own cross-entropy.
+        wide_products: for inputs narrower than float32, multiply in float32, forward and backward,
+            so that logits and their gradients are not rounded to the inputs' dtype. Blocks of the
+            weight's rows are widened one after the other.
 
     Returns:
         Log-probabilities [N] and entropies [N] (None unless asked for), in nats, in hidden's
@@ -93,6 +98,7 @@ def vocab_parallel_log_probs(
         vocab_size=vocab_size,
         temperature=temperature,
         chunk_size=chunk_size,
+        wide_products=wide_products,
     )
     return _VocabParallelLogProbs.apply(hidden, weight, labels, softmax, with_entropy)
 
@@ -109,6 +115,7 @@ class _Softmax:
     vocab_size: int
     temperature: float
     chunk_size: int
+    wide_products: bool
 
     def chunks(self, num_positions: int) -> Iterator[slice]:
         for begin in range(0, num_positions, self.chunk_size):
@@ -116,7 +123,7 @@ class _Softmax:
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """[n, v] in float32 or wider, safe to overwrite."""
-        logits = hidden @ weight[: self.columns].t()
+        logits = output_logits(hidden, weight[: self.columns], wide_products=self.wide_products)
         logits = logits.to(_wide(hidden.dtype))
         return logits if self.temperature == 1 else logits.div_(self.temperature)
 
@@ -129,6 +136,31 @@ class _Softmax:
     def all_reduce(self, values: Tensor, op: dist.ReduceOp) -> None:
         if self.group is not None and values.numel() > 0:
             dist.all_reduce(values, op=op, group=self.group)
+
+
+def output_logits(hidden: Tensor, weight: Tensor, *, wide_products: bool) -> Tensor:
+    """hidden [n, h] times weight [v, h], [n, v], safe to overwrite.
+
+    Args:
+        hidden, weight: of one dtype.
+        wide_products: see `vocab_parallel_log_probs`; the result is then float32 or wider.
+    """
+    wide = _wide(hidden.dtype)
+    if not wide_products or hidden.dtype == wide:
+        return hidden @ weight.t()
+    hidden = hidden.to(wide)
+    return torch.cat([hidden @ rows.to(wide).t() for rows in weight.split(_WEIGHT_ROWS)], dim=1)
+
+
+def _through(grad_logits: Tensor, weight: Tensor) -> Tensor:
+    """grad_logits [n, v] times weight [v, h], in the dtype of grad_logits."""
+    if grad_logits.dtype == weight.dtype:
+        return grad_logits @ weight
+    total = grad_logits.new_zeros(grad_logits.size(0), weight.size(1))
+    for start in range(0, weight.size(0), _WEIGHT_ROWS):
+        rows = weight[start : start + _WEIGHT_ROWS].to(grad_logits.dtype)
+        total.addmm_(grad_logits[:, start : start + _WEIGHT_ROWS], rows)
+    return total
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
@@ -190,11 +222,14 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             )
             if softmax.temperature != 1:
                 grad_logits.div_(softmax.temperature)
-            grad_logits = grad_logits.to(hidden.dtype)
+            factor = hidden[chunk]
+            if softmax.wide_products:
+                factor = factor.to(grad_logits.dtype)
+            grad_logits = grad_logits.to(factor.dtype)
             if wants_hidden:
-                torch.mm(grad_logits, own_rows, out=grad_hidden[chunk])
+                grad_hidden[chunk] = _through(grad_logits, own_rows)
             if wants_weight:
-                _add_product(grad_weight[: softmax.columns], grad_logits, hidden[chunk])
+                _add_product(grad_weight[: softmax.columns], grad_logits, factor)
             del grad_logits  # before the next chunk's are made
         if wants_weight:
             grad_weight = grad_weight.to(weight.dtype)
@@ -265,8 +300,8 @@ def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
     if total.dtype == hidden.dtype:
         total.addmm_(grad_logits.t(), hidden)
         return
-    for rows in range(0, total.size(0), _GRAD_WEIGHT_ROWS):
-        block = slice(rows, rows + _GRAD_WEIGHT_ROWS)
+    for rows in range(0, total.size(0), _WEIGHT_ROWS):
+        block = slice(rows, rows + _WEIGHT_ROWS)
         total[block] += grad_logits[:, block].t() @ hidden
 
 

@@ -13,7 +13,7 @@ from typing import get_args
 
 import numpy as np
 
-from megatron_prefix.objective.config import Aggregation
+from megatron_prefix.objective.choices import Aggregation
 
 
 def token_weights(

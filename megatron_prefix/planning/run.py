@@ -19,7 +19,7 @@ from megatron_prefix.config.packing import packing_of_run
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.planning.estimate import StepEstimate, estimate_step
 from megatron_prefix.planning.rows import StepSetup
-from megatron_prefix.planning.shapes import tree_of_shape
+from megatron_prefix.planning.shapes import prompt_tokens, responses_of, tree_of_shape
 from megatron_prefix.planning.sizes import memory_model, rank_sizes, stage_layers
 
 
@@ -125,12 +125,14 @@ def plan_run(run: PlannedRun, shapes: Sequence[dict[str, Any]]) -> Plan:
         comm_type=comm_type if isinstance(comm_type, str) else comm_type[0],
     )
     trees = [tree_of_shape(shape, index) for index, shape in enumerate(shapes)]
-    prompts = [shape.get("system", 0) + shape["prefix"] for shape in shapes]
+    prompts = [prompt_tokens(shape) for shape in shapes]
+    # Planned as if each response were trained on as a whole: what a turn of a tool saves of the
+    # output layer is left out.
     first_trained = [
         [prompt] * tree.num_sequences for prompt, tree in zip(prompts, trees, strict=True)
     ]
     names = [
-        f"prefix {prompt}, responses {shape['responses']}"
+        f"prefix {prompt}, responses {[response.tokens for response in responses_of(shape)]}"
         for prompt, shape in zip(prompts, shapes, strict=True)
     ]
     grouped = estimate_step(trees, setup, first_trained=first_trained, names=names)

@@ -23,8 +23,12 @@ class BatchBuilder:
         self._prompt_tokens = _GrowingArray(np.int32)
         self._response_tokens = _GrowingArray(np.int32)
         self._old_logprobs = _GrowingArray(np.float32)
-        self._loss_mask = _GrowingArray(np.bool_)
-        self._has_loss_mask = False
+        self._optional = {
+            "loss_mask": _OptionalArray(np.bool_, absent=True),
+            "turn_rewards": _OptionalArray(np.float64, absent=np.nan),
+            "advantages": _OptionalArray(np.float64, absent=np.nan),
+        }
+        self._named_rewards: dict[str, _OptionalArray] = {}
         self._known: dict[bool, str] = {}
         self._prompt_lengths = _GrowingArray(np.int64)
         self._group_sizes = _GrowingArray(np.int64)
@@ -43,7 +47,9 @@ class BatchBuilder:
         """
         self._known.setdefault(batch.old_logprobs is not None, batch.sources[0])
         check_all_or_none(self._known)
-        self._add_mask(batch)
+        for name, array in self._optional.items():
+            array.extend(getattr(batch, name), len(batch.response_tokens))
+        self._add_named_rewards(batch)
         self._prompt_tokens.extend(batch.prompt_tokens)
         self._response_tokens.extend(batch.response_tokens)
         if batch.old_logprobs is not None:
@@ -57,6 +63,14 @@ class BatchBuilder:
         self._answers.extend(batch.answers)
         self._sources.extend(batch.sources)
 
+    def _add_named_rewards(self, batch: RolloutBatch) -> None:
+        for name in batch.named_rewards:
+            if name not in self._named_rewards:
+                self._named_rewards[name] = _OptionalArray(np.float64, absent=np.nan)
+                self._named_rewards[name].extend(None, self._rewards.size)
+        for name, array in self._named_rewards.items():
+            array.extend(batch.named_rewards.get(name), batch.num_responses)
+
     def build(self) -> RolloutBatch:
         """The batch of all groups; nothing can be added any more."""
         return RolloutBatch(
@@ -66,23 +80,18 @@ class BatchBuilder:
             response_tokens=self._response_tokens.finish(),
             response_offsets=offsets_of(self._response_lengths.finish()),
             rewards=self._rewards.finish(),
+            named_rewards={
+                name: values
+                for name, array in self._named_rewards.items()
+                if (values := array.finish()) is not None
+            },
             old_logprobs=self._old_logprobs.finish() if True in self._known else None,
-            loss_mask=self._loss_mask.finish() if self._has_loss_mask else None,
+            **{name: array.finish() for name, array in self._optional.items()},
             finished=self._finished.finish(),
             policy_versions=self._policy_versions.finish(),
             answers=tuple(self._answers),
             sources=tuple(self._sources),
         )
-
-    def _add_mask(self, batch: RolloutBatch) -> None:
-        """All tokens of groups without a mask are trained on, where another group has one."""
-        if batch.loss_mask is not None:
-            if not self._has_loss_mask:
-                self._loss_mask.extend(np.ones(self._response_tokens.size, dtype=np.bool_))
-            self._has_loss_mask = True
-            self._loss_mask.extend(batch.loss_mask)
-        elif self._has_loss_mask:
-            self._loss_mask.extend(np.ones(len(batch.response_tokens), dtype=np.bool_))
 
 
 class _GrowingArray:
@@ -105,3 +114,27 @@ class _GrowingArray:
         self._array.resize(self.size, refcheck=False)
         self._array.flags.writeable = False
         return self._array
+
+
+class _OptionalArray:
+    """Values of tokens or responses that some groups have; those of all others are `absent`."""
+
+    def __init__(self, dtype: type, *, absent: float) -> None:
+        self._array = _GrowingArray(dtype)
+        self._absent = absent
+        self._missing = 0
+        """How many there are so far, while no group has had any."""
+        self._is_there = False
+
+    def extend(self, values: NDArray | None, count: int) -> None:
+        """So many values."""
+        if values is None and not self._is_there:
+            self._missing += count
+            return
+        if not self._is_there:
+            self._is_there = True
+            self._array.extend(np.full(self._missing, self._absent))
+        self._array.extend(np.full(count, self._absent) if values is None else values)
+
+    def finish(self) -> NDArray | None:
+        return self._array.finish() if self._is_there else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import TYPE_CHECKING
 
 from megatron_prefix.config import RunConfig
 from megatron_prefix.distributed.rank_results import rank_0_alone
@@ -20,9 +21,14 @@ from megatron_prefix.rollouts.hf.engine import HuggingFaceEngine
 from megatron_prefix.rollouts.hf.export import weights_exporter
 from megatron_prefix.rollouts.hf.folders import PolicyFolders, generation_settings
 from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream, take_first
-from megatron_prefix.rollouts.rewards import RewardFunction, load_reward
+from megatron_prefix.rollouts.record_forms import RecordForms
+from megatron_prefix.rollouts.rewards import RewardFunction, WeightedReward, load_reward
+from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
 from megatron_prefix.rollouts.text.prompts import TextPrompts
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from megatron_prefix.rollouts.embedded.agent_evaluator import AgentEvaluator
 
 _CACHED_PER_TRAINED_TOKEN = 8
 """Keys and values of so many tokens are held where one token is trained on: all that a layer keeps
@@ -45,14 +51,22 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
             vocab_size=config.model.vocab_size,
             max_positions=config.model.max_sequence_length,
             group_size=rollouts.group_size,
+            forms=_forms(config, tokenizer),
             reward=reward,
+            reward_weights=config.objective.reward_weights,
             reads=runtime.is_main,
             run_alone=functools.partial(rank_0_alone, errors=ENGINE_ERRORS),
             epochs=rollouts.epochs,
         )
-    assert rollouts.group_size is not None and reward is not None
+    assert rollouts.group_size is not None
     source = _prompts(config, tokenizer)
     options = _options(config, tokenizer, temperature=rollouts.temperature)
+    if rollouts.engine == "openai":
+        with needed_by("rollouts.engine: openai", extra="rollouts"):
+            from megatron_prefix.rollouts.server.build import build_openai_engine
+        folders = _folders(config, chunks, options, tokenizer)
+        return build_openai_engine(config, source, reward, folders, options, tokenizer, os.environ)
+    assert reward is not None
     if rollouts.engine == "embedded":
         return EmbeddedEngine(
             _sampler(config, chunks, runtime),
@@ -64,38 +78,27 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
             reward=reward,
             seed=config.training.seed,
         )
-    folders = PolicyFolders(
-        rollouts.weights.directory or config.output.directory / "policy",
-        weights_exporter(chunks, config.model, timeout_minutes=config.training.timeout_minutes),
-        generation=generation_settings(
-            temperature=options.temperature, top_p=options.top_p, stop_tokens=options.stop_tokens
-        ),
-        tokenizer=tokenizer,
-        keep=rollouts.weights.keep,
+    return HuggingFaceEngine(
+        source,
+        reward,
+        _folders(config, chunks, options, tokenizer),
+        options,
+        weights=rollouts.weights,
+        group_size=rollouts.group_size,
+        vocab_size=config.model.vocab_size,
+        max_sequence_length=config.model.max_sequence_length,
+        seed=config.training.seed,
+        device=runtime.device,
     )
-    if rollouts.engine == "hf":
-        return HuggingFaceEngine(
-            source,
-            reward,
-            folders,
-            options,
-            weights=rollouts.weights,
-            group_size=rollouts.group_size,
-            vocab_size=config.model.vocab_size,
-            max_sequence_length=config.model.max_sequence_length,
-            seed=config.training.seed,
-            device=runtime.device,
-        )
-    with needed_by("rollouts.engine: openai", extra="rollouts"):
-        from megatron_prefix.rollouts.server.build import build_openai_engine
-    return build_openai_engine(config, source, reward, folders, options, tokenizer, os.environ)
 
 
-def build_evaluator(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Evaluator | None:
+def build_evaluator(
+    config: RunConfig, chunks: ModelChunks, runtime: Runtime
+) -> Evaluator | AgentEvaluator | None:
     """The evaluator of `config.evaluation`; None where there is none.
 
     Raises:
-        ValueError: wrong or too few prompts, or a reward that is not found.
+        ValueError: wrong or too few prompts, or a reward or environment that is not found.
     """
     evaluation = config.evaluation
     if evaluation is None:
@@ -107,8 +110,16 @@ def build_evaluator(config: RunConfig, chunks: ModelChunks, runtime: Runtime) ->
         evaluation.num_prompts,
         names=", ".join(str(path) for path in evaluation.paths),
     )
+    sampler = _sampler(config, chunks, runtime)
+    if config.rollouts.agent is not None:
+        with needed_by("rollouts.agent", extra="rollouts"):
+            from megatron_prefix.rollouts.embedded.agent_evaluator import AgentEvaluator
+            from megatron_prefix.rollouts.server.build import build_agent_loop
+        assert tokenizer is not None
+        loop = build_agent_loop(config, options, tokenizer) if runtime.is_main else None
+        return AgentEvaluator(sampler, loop, prompts, options=options, seed=config.training.seed)
     return Evaluator(
-        _sampler(config, chunks, runtime),
+        sampler,
         prompts,
         options=options,
         reward=_reward(config, tokenizer),
@@ -123,10 +134,44 @@ def _tokenizer(config: RunConfig) -> TextTokenizer | None:
     return TextTokenizer(text.tokenizer, vocab_size=config.model.vocab_size)
 
 
+def _folders(
+    config: RunConfig,
+    chunks: ModelChunks,
+    options: SamplingOptions,
+    tokenizer: TextTokenizer | None,
+) -> PolicyFolders:
+    """Where weights are handed over."""
+    weights = config.rollouts.weights
+    return PolicyFolders(
+        weights.directory or config.output.directory / "policy",
+        weights_exporter(chunks, config.model, timeout_minutes=config.training.timeout_minutes),
+        generation=generation_settings(
+            temperature=options.temperature, top_p=options.top_p, stop_tokens=options.stop_tokens
+        ),
+        tokenizer=tokenizer,
+        keep=weights.keep,
+    )
+
+
+def _forms(config: RunConfig, tokenizer: TextTokenizer | None) -> RecordForms:
+    dialogues = None
+    if tokenizer is not None:
+        dialogues = DialogueEncoder(tokenizer, stop_tokens=_stop_tokens(config, tokenizer))
+    return RecordForms(config.rollouts.fields, dialogues=dialogues)
+
+
 def _reward(config: RunConfig, tokenizer: TextTokenizer | None) -> RewardFunction:
-    rollouts = config.rollouts
-    assert rollouts.reward is not None
-    return load_reward(rollouts.reward, tokenizer=tokenizer, process=rollouts.reward_process)
+    reward = config.rollouts.reward
+    assert reward is not None
+    load = functools.partial(
+        load_reward, tokenizer=tokenizer, process=config.rollouts.reward_process
+    )
+    if isinstance(reward, str):
+        return load(reward)
+    assert config.objective.reward_weights is not None
+    return WeightedReward(
+        {name: load(spec) for name, spec in reward.items()}, config.objective.reward_weights
+    )
 
 
 def _prompts(
@@ -162,15 +207,19 @@ def _options(
 ) -> SamplingOptions:
     rollouts = config.rollouts
     assert rollouts.max_response_length is not None
-    stop_tokens = rollouts.stop_tokens
-    if not stop_tokens and tokenizer is not None and tokenizer.end_token is not None:
-        stop_tokens = (tokenizer.end_token,)
     return SamplingOptions(
         max_response_length=rollouts.max_response_length,
         temperature=temperature,
         top_p=rollouts.top_p,
-        stop_tokens=stop_tokens,
+        stop_tokens=_stop_tokens(config, tokenizer),
     )
+
+
+def _stop_tokens(config: RunConfig, tokenizer: TextTokenizer | None) -> tuple[int, ...]:
+    stop_tokens = config.rollouts.stop_tokens
+    if not stop_tokens and tokenizer is not None and tokenizer.end_token is not None:
+        return (tokenizer.end_token,)
+    return stop_tokens
 
 
 def _sampler(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Sampler:

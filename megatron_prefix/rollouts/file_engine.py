@@ -11,21 +11,26 @@ or one response of it; then the records of a group follow one another in one fil
 
 Instead of the rewards there may be an "answer" for a reward function. Optional are "old_logprobs"
 (numbers) and "loss_mask" (true or false: whether a token is trained on), one for each token of the
-responses, and "finished" (true or false), one for each response.
-Null is as good as absent, and fields of other names are passed over.
+responses, and "finished" (true or false), one for each response. Rewards
+may be several by name (`named_rewards`). "turn_rewards" stand in place of
+rewards, and "advantages" beside them. Null is as good as absent, and fields of other names are
+passed over. `record_forms` reads the records of other programs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+import numpy as np
+
 from megatron_prefix.rollouts.batch_builder import BatchBuilder
 from megatron_prefix.rollouts.group_reader import GroupReader, ReadGroup, Unrewarded
+from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.records import RolloutBatch
-from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_groups
+from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, computed_rewards
 from megatron_prefix.rollouts.stream import RecordStream
 
 RunAlone = Callable[[Callable[[], RolloutBatch]], "RolloutBatch | None"]
@@ -46,7 +51,9 @@ class FileEngine:
         vocab_size: int,
         max_positions: int,
         group_size: int | None = None,
+        forms: RecordForms | None = None,
         reward: RewardFunction | None = None,
+        reward_weights: Mapping[str, float] | None = None,
         reads: bool = True,
         run_alone: RunAlone = lambda read: read(),
         epochs: int | None = None,
@@ -58,7 +65,9 @@ class FileEngine:
             vocab_size: token ids lie in [0, vocab_size).
             max_positions: positions of the model (see `validate_group`).
             group_size: responses that every group must have; None takes groups of any size.
+            forms: of the records; None: this package's own, and token ids of others.
             reward: computes rewards where a record has an answer and no rewards.
+            reward_weights: of rewards by name; None: a response has one reward.
             reads: whether this rank reads; a rank that does not needs no files.
             run_alone: on several ranks, what runs a function on the rank that reads; the other
                 ranks wait for it.
@@ -75,7 +84,9 @@ class FileEngine:
                 vocab_size=vocab_size,
                 max_positions=max_positions,
                 group_size=group_size,
+                forms=forms,
                 has_reward=reward is not None,
+                reward_weights=reward_weights,
             )
             self._stream = RecordStream(paths, reader.read, epochs=epochs, as_arrays=True)
 
@@ -133,11 +144,16 @@ class FileEngine:
         if not parts:
             return batch
         assert self._reward is not None
+        computed = computed_rewards(self._reward, [group for _, group in parts])
+        places = np.concatenate([first + np.arange(len(group.responses)) for first, group in parts])
         rewards = batch.rewards.copy()
-        computed = reward_groups(self._reward, [group for _, group in parts])
-        for (first, _), values in zip(parts, computed, strict=True):
-            rewards[first : first + len(values)] = values
-        return dataclasses.replace(batch, rewards=rewards)
+        rewards[places] = computed.totals
+        named_rewards = dict(batch.named_rewards)
+        for name, values in computed.named.items():
+            known = named_rewards.get(name, np.full(len(rewards), np.nan))
+            named_rewards[name] = known.copy()
+            named_rewards[name][places] = values
+        return dataclasses.replace(batch, rewards=rewards, named_rewards=named_rewards)
 
     def metrics(self) -> dict[str, float]:
         """Nothing: the trainer's own metrics say all."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
+from megatron_prefix.rollouts.named_rewards import weighted_record
 from megatron_prefix.rollouts.parsing import (
     batch_of_arrays,
     group_id,
@@ -17,6 +18,7 @@ from megatron_prefix.rollouts.parsing import (
     response_field,
 )
 from megatron_prefix.rollouts.record import START, FilePosition, Record
+from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, plain_tokens
 from megatron_prefix.rollouts.validation import (
     FieldName,
@@ -52,7 +54,14 @@ class GroupReader:
     """Makes groups of records."""
 
     def __init__(
-        self, *, vocab_size: int, max_positions: int, group_size: int | None, has_reward: bool
+        self,
+        *,
+        vocab_size: int,
+        max_positions: int,
+        group_size: int | None,
+        has_reward: bool,
+        forms: RecordForms | None = None,
+        reward_weights: Mapping[str, float] | None = None,
     ) -> None:
         """Nothing is read yet.
 
@@ -61,7 +70,11 @@ class GroupReader:
             max_positions: positions of the model (see `validate_group`).
             group_size: responses that every group must have; None takes groups of any size.
             has_reward: whether rewards that are missing can be computed.
+            forms: of the records; None: this package's own, and token ids of others.
+            reward_weights: of rewards by name; None: a response has one reward.
         """
+        self._reward_weights = reward_weights
+        self._forms = RecordForms() if forms is None else forms
         self._vocab_size = vocab_size
         self._max_positions = max_positions
         self._group_size = group_size
@@ -69,7 +82,8 @@ class GroupReader:
 
     def read(self, records: Iterator[Record]) -> Iterator[tuple[ReadGroup, FilePosition]]:
         """The groups of one file, each with the position after its last record."""
-        for key, members in itertools.groupby(records, key=_consecutive_group):
+        in_own_form = (weighted_record(self._forms(r), self._reward_weights) for r in records)
+        for key, members in itertools.groupby(in_own_form, key=_consecutive_group):
             if isinstance(key, (str, int)):
                 yield self._join(key, members)
             else:
@@ -116,7 +130,13 @@ class GroupReader:
             prompt=first.prompt,
             responses=_chained(part.responses for part in parts),
             rewards=_chained(part.rewards for part in parts),
+            named_rewards={
+                name: np.concatenate([part.named_rewards.get(name, [np.nan]) for part in parts])
+                for name in dict.fromkeys(name for part in parts for name in part.named_rewards)
+            },
             # Every part has one response: nothing to chain means that none gives them.
+            turn_rewards=_chained(part.turn_rewards for part in parts) or None,
+            advantages=_chained(part.advantages for part in parts) or None,
             old_logprobs=_chained(part.old_logprobs for part in parts) or None,
             loss_mask=_chained(part.loss_mask for part in parts) or None,
             finished=_chained(part.finished for part in parts) or None,
@@ -137,6 +157,19 @@ class GroupReader:
 
     def _lacks_rewards(self, record: Record, field: str) -> bool:
         """Whether the rewards of a record, in the field of that name, are to be computed."""
+        other = "reward" if field == "rewards" else "rewards"
+        if other in record.values:
+            kind = "a whole group" if field == "rewards" else "one response"
+            raise ValueError(f"{record.source}: {other}: a record of {kind} has {field}; rename it")
+        if "turn_rewards" in record.values:
+            for other in (field, "advantages"):
+                if other in record.values:
+                    raise ValueError(
+                        f"{record.source}: {other}: given beside turn_rewards, from which "
+                        f"{'rewards' if other == field else 'advantages'} are computed; leave one "
+                        "of them out"
+                    )
+            return False
         if field in record.values:
             return False
         if "answer" not in record.values:
@@ -178,7 +211,7 @@ def _check_same_group(name: str | int, first: RolloutGroup, part: RolloutGroup) 
             f"{where}: answer: group {name!r} of different answers; {first.source} begins it with "
             "another"
         )
-    for field in ("old_logprobs", "loss_mask", "finished"):
+    for field in ("turn_rewards", "advantages", "old_logprobs", "loss_mask", "finished"):
         if (getattr(part, field) is None) != (getattr(first, field) is None):
             raise ValueError(
                 f"{where}: {field}: of group {name!r}, some records have it and some do not; "

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from megatron_prefix.rollouts.record import Lists, Record, plain_value
 from megatron_prefix.rollouts.records import UNKNOWN, RolloutBatch, RolloutGroup, Tokens
+from megatron_prefix.rollouts.turns import at_turn_ends, turn_ends
 
-_FIELDS = (
+FIELDS = (
     "prompt",
     "messages",
     "responses",
@@ -29,6 +30,8 @@ _FIELDS = (
     "response",
     "reward",
     "answer",
+    "turn_rewards",
+    "advantages",
     "old_logprobs",
     "loss_mask",
     "finished",
@@ -93,12 +96,19 @@ def batch_of_arrays(record: Record) -> RolloutBatch | None:
     found = {
         "rewards": _items(record, "rewards", len(responses), "iuf"),
         "finished": _items(record, "finished", len(responses), "b"),
+        "advantages": _lists_like(record, "advantages", responses, "iuf"),
         "old_logprobs": _lists_like(record, "old_logprobs", responses, "iuf"),
         "loss_mask": _lists_like(record, "loss_mask", responses, "b"),
     }
+    found["turn_rewards"] = _turn_rewards(record, responses, found["loss_mask"])
     if any(found[name] is None and name in record.values for name in found):
         return None
     rewards, finished, old = found["rewards"], found["finished"], found["old_logprobs"]
+    turn_rewards, advantages = found["turn_rewards"], found["advantages"]
+    if advantages is not None and np.isnan(advantages).any():
+        return None
+    if rewards is None and turn_rewards is not None:
+        rewards = np.add.reduceat(np.nan_to_num(turn_rewards), responses.offsets[:-1])
     with np.errstate(over="ignore"):  # what is beyond 32 bits becomes infinite, and is refused
         old = None if old is None else old.astype(np.float32, copy=False)
     if finished is None:
@@ -110,8 +120,11 @@ def batch_of_arrays(record: Record) -> RolloutBatch | None:
         response_tokens=response_tokens,
         response_offsets=responses.offsets.astype(np.int64, copy=False),
         rewards=np.zeros(len(responses)) if rewards is None else rewards.astype(np.float64),
+        named_rewards=record.named_rewards,
         old_logprobs=old,
         loss_mask=found["loss_mask"],
+        turn_rewards=turn_rewards,
+        advantages=None if advantages is None else advantages.astype(np.float64, copy=False),
         finished=finished.astype(np.int8),
         policy_versions=np.array([UNKNOWN]),
         answers=(record.values.get("answer"),),
@@ -120,18 +133,24 @@ def batch_of_arrays(record: Record) -> RolloutBatch | None:
 
 
 def parse_group(record: Record) -> RolloutGroup:
-    """The group of a record that holds a whole one; rewards are 0 where it has none.
+    """The group of a record that holds a whole one; rewards that it has not are those of its turns
+    together, or 0.
 
     Raises:
         ValueError: a field is missing or not of its type, naming it.
     """
     record = record.plain()
     responses = _list_of(_tokens, *_required(record, "responses"))
+    turn_rewards = _optional(record, "turn_rewards", _each(numbers))
+    rewards = (0.0,) * len(responses) if turn_rewards is None else [*map(_total, turn_rewards)]
     return RolloutGroup(
         prompt=_tokens(*_required(record, "prompt")),
         responses=responses,
-        rewards=_optional(record, "rewards", _numbers, default=(0.0,) * len(responses)),
-        old_logprobs=_optional(record, "old_logprobs", _each(_numbers)),
+        rewards=_optional(record, "rewards", numbers, default=rewards),
+        named_rewards=record.named_rewards,
+        turn_rewards=turn_rewards,
+        advantages=_optional(record, "advantages", _each(numbers)),
+        old_logprobs=_optional(record, "old_logprobs", _each(numbers)),
         loss_mask=_optional(record, "loss_mask", _each(_flags)),
         finished=_optional(record, "finished", _flags),
         answer=record.values.get("answer"),
@@ -140,18 +159,25 @@ def parse_group(record: Record) -> RolloutGroup:
 
 
 def parse_response(record: Record) -> RolloutGroup:
-    """The group of one that a record of one response makes; its reward is 0 where it has none.
+    """The group of one that a record of one response makes; a reward that it has not is that of its
+    turns together, or 0.
 
     Raises:
         ValueError: a field is missing or not of its type, naming it.
     """
-    old_logprobs = _optional(record, "old_logprobs", _numbers)
+    turn_rewards = _optional(record, "turn_rewards", numbers)
+    total = 0.0 if turn_rewards is None else _total(turn_rewards)
+    advantages = _optional(record, "advantages", numbers)
+    old_logprobs = _optional(record, "old_logprobs", numbers)
     loss_mask = _optional(record, "loss_mask", _flags)
     finished = _optional(record, "finished", _flag)
     return RolloutGroup(
         prompt=_tokens(*_required(record, "prompt")),
         responses=(_tokens(*_required(record, "response")),),
-        rewards=(_optional(record, "reward", _number, default=0.0),),
+        rewards=(_optional(record, "reward", number, default=total),),
+        named_rewards=record.named_rewards,
+        turn_rewards=None if turn_rewards is None else (turn_rewards,),
+        advantages=None if advantages is None else (advantages,),
         old_logprobs=None if old_logprobs is None else (old_logprobs,),
         loss_mask=None if loss_mask is None else (loss_mask,),
         finished=None if finished is None else (finished,),
@@ -176,9 +202,9 @@ def check_names(record: Record) -> None:
 @lru_cache(maxsize=1024)
 def _misspelt(name: str) -> str | None:
     """The field that a name nearly is. One lost to a slip would change what is trained on."""
-    if name in _FIELDS:
+    if name in FIELDS:
         return None
-    close = difflib.get_close_matches(name.lower(), _FIELDS, n=1, cutoff=0.85)
+    close = difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.85)
     return close[0] if close else None
 
 
@@ -226,6 +252,25 @@ def _lists_like(record: Record, name: str, responses: Lists, kinds: str) -> NDAr
     return value.values if np.array_equal(value.offsets, responses.offsets) else None
 
 
+def _turn_rewards(
+    record: Record, responses: Lists, loss_mask: NDArray[np.bool_] | None
+) -> NDArray[np.float64] | None:
+    """[T] as `RolloutBatch` has them; None where there are none, or not one for each turn."""
+    value = record.values.get("turn_rewards")
+    if not isinstance(value, Lists) or not _is_array(value.values, "iuf"):
+        return None
+    if np.diff(responses.offsets).min(initial=1) < 1 or np.isnan(value.values).any():
+        return None
+    turns = np.searchsorted(turn_ends(loss_mask, responses.offsets), responses.offsets)
+    if not np.array_equal(value.offsets, turns):
+        return None
+    return at_turn_ends(value.values, loss_mask, responses.offsets)
+
+
+def _total(values: Sequence[float] | NDArray) -> float:
+    return float(sum(values))
+
+
 def _tokens(value: Any, where: str) -> Tokens:
     if _is_array(value, "iu"):
         return value
@@ -246,15 +291,25 @@ def _each(read: Callable[[Any, str], Value]) -> Callable[[Any, str], tuple[Value
     return lambda value, where: _list_of(read, value, where)
 
 
-def _numbers(value: Any, where: str) -> Sequence[float] | NDArray:
-    return value if _is_array(value, "f") else _list_of(_number, value, where)
+def numbers(value: Any, where: str) -> Sequence[float] | NDArray:
+    """A list of numbers, or an array of them.
+
+    Raises:
+        ValueError: it is none; the message begins with `where`.
+    """
+    return value if _is_array(value, "f") else _list_of(number, value, where)
 
 
 def _flags(value: Any, where: str) -> Sequence[bool] | NDArray:
     return value if _is_array(value, "b") else _list_of(_flag, value, where)
 
 
-def _number(value: Any, where: str) -> float:
+def number(value: Any, where: str) -> float:
+    """A number.
+
+    Raises:
+        ValueError: it is none; the message begins with `where`.
+    """
     value = plain_value(value)
     if type(value) not in (int, float):
         raise ValueError(f"{where}: {reprlib.repr(value)} is not a number")

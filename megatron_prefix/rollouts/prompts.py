@@ -17,6 +17,7 @@ from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.parsing import parse_prompt
 from megatron_prefix.rollouts.record import FilePosition, Record
 from megatron_prefix.rollouts.stream import RecordStream
+from megatron_prefix.rollouts.text.messages import Message
 from megatron_prefix.rollouts.validation import check_tokens
 
 
@@ -29,6 +30,12 @@ class Prompt:
     """What a reward function compares with; None if the record has none."""
     source: str
     """Where it stands, as errors name it: "file.jsonl:17"."""
+    messages: tuple[Message, ...] = ()
+    """Of a chat, what its tokens were made of."""
+    tools: Any = None
+    """Of a chat, what the template was told of tools."""
+    template_options: Any = None
+    """Of a chat, other variables of the template."""
 
 
 class PromptSource(Protocol):

@@ -8,8 +8,8 @@ of number, such as a list that holds a null.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,6 +23,8 @@ ARRAY_FIELDS: dict[str, Kind] = {
     "responses": "tokens",
     "response": "tokens",
     "rewards": "numbers",
+    "turn_rewards": "numbers",
+    "advantages": "numbers",
     "old_logprobs": "numbers",
     "loss_mask": "flags",
     "finished": "flags",
@@ -70,6 +72,8 @@ class Record:
     """Where it stands, as errors name it: lines count from 1, rows from 0."""
     end: FilePosition
     """Where the next one begins."""
+    named_rewards: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """[responses] each, where it gives rewards by name; `values` have their weighted sum."""
 
     def plain(self) -> Record:
         """The same record with plain Python values in place of arrays."""

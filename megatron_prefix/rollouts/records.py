@@ -10,11 +10,13 @@ Legend: G groups, R responses of all groups, P prompt tokens, T response tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_prefix.rollouts.turns import at_turn_ends
 
 Tokens = Sequence[int] | NDArray
 """Token ids."""
@@ -34,10 +36,17 @@ class RolloutGroup:
     responses: Sequence[Tokens]
     rewards: Sequence[float] | NDArray
     """One for each response."""
+    named_rewards: Mapping[str, Sequence[float] | NDArray] = field(default_factory=dict)
+    """Where a response has several rewards, each by its name, one for each response; `rewards` are
+    their weighted sum."""
     old_logprobs: Sequence[Sequence[float] | NDArray] | None = None
     """For each response and each of its tokens, the log-probability that it was sampled with."""
     loss_mask: Sequence[Sequence[bool] | NDArray] | None = None
     """For each response and each of its tokens, whether it is trained on; None: all are."""
+    turn_rewards: Sequence[Sequence[float] | NDArray] | None = None
+    """For each response and each of its trained turns (runs of trained tokens), its reward."""
+    advantages: Sequence[Sequence[float] | NDArray] | None = None
+    """For each response and each of its tokens, its advantage; None: they come from rewards."""
     finished: Sequence[bool] | NDArray | None = None
     """For each response, whether it ended by itself, rather than at a limit of length."""
     answer: Any = None
@@ -64,10 +73,17 @@ class RolloutBatch:
     """[R + 1]"""
     rewards: NDArray[np.float64]
     """[R]"""
+    named_rewards: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """[R] each, where responses have several rewards; NaN where they do not."""
     old_logprobs: NDArray[np.float32] | None
     """[T] under the policy that sampled them; None: not known."""
     loss_mask: NDArray[np.bool_] | None
     """[T] whether a token is trained on; None: all are."""
+    turn_rewards: NDArray[np.float64] | None = None
+    """[T] rewards of trained turns, each at its turn's last token, NaN at all other tokens; None:
+    no group has any."""
+    advantages: NDArray[np.float64] | None = None
+    """[T] NaN for groups whose advantages come from rewards; None: those of all groups do."""
     finished: NDArray[np.int8]
     """[R] 1: the response ended by itself; 0: at a limit of length; `UNKNOWN`."""
     policy_versions: NDArray[np.int64]
@@ -82,9 +98,10 @@ class RolloutBatch:
         assert len(self.prompt_offsets) == len(self.group_offsets) == groups + 1
         assert len(self.answers) == len(self.policy_versions) == groups
         assert len(self.rewards) == len(self.finished) == responses
+        assert all(len(values) == responses for values in self.named_rewards.values())
         assert self.prompt_offsets[-1] == len(self.prompt_tokens)
         assert self.response_offsets[-1] == len(self.response_tokens)
-        for values in (self.old_logprobs, self.loss_mask):
+        for values in (self.old_logprobs, self.loss_mask, self.turn_rewards, self.advantages):
             assert values is None or len(values) == len(self.response_tokens)
 
     @classmethod
@@ -97,9 +114,13 @@ class RolloutBatch:
         groups = list(groups)
         check_all_or_none({group.old_logprobs is not None: group.source for group in groups})
         responses = [response for group in groups for response in group.responses]
-        masks = None
+        masks = turn_rewards = advantages = None
         if any(group.loss_mask is not None for group in groups):
             masks = [mask for group in groups for mask in _masks(group)]
+        if any(group.turn_rewards is not None for group in groups):
+            turn_rewards = [_turn_rewards(group) for group in groups]
+        if any(group.advantages is not None for group in groups):
+            advantages = [values for group in groups for values in _advantages(group)]
         old = None
         if groups and groups[0].old_logprobs is not None:
             old = [values for group in groups for values in group.old_logprobs or ()]
@@ -110,8 +131,11 @@ class RolloutBatch:
             response_tokens=_joined(responses, np.int32),
             response_offsets=offsets_of([len(response) for response in responses]),
             rewards=_joined([group.rewards for group in groups], np.float64),
+            named_rewards=_named_rewards(groups),
             old_logprobs=None if old is None else _joined(old, np.float32),
             loss_mask=None if masks is None else _joined(masks, np.bool_),
+            turn_rewards=None if turn_rewards is None else _joined(turn_rewards, np.float64),
+            advantages=None if advantages is None else _joined(advantages, np.float64),
             finished=_joined([_finished(group) for group in groups], np.int8),
             policy_versions=np.array(
                 [UNKNOWN if g.policy_version is None else g.policy_version for g in groups],
@@ -149,17 +173,37 @@ class RolloutBatch:
         tokens = [self.tokens_of(response) for response in responses]
         old, mask, version = self.old_logprobs, self.loss_mask, int(self.policy_versions[index])
         finished = self.finished[responses.start : responses.stop]
+        turn_rewards, advantages = (
+            self._of_responses(values, responses) for values in (self.turn_rewards, self.advantages)
+        )
+        if turn_rewards is not None:
+            turn_rewards = [values[~np.isnan(values)] for values in turn_rewards]
         return RolloutGroup(
             prompt=self.prompt(index),
             responses=tuple(self.response_tokens[part] for part in tokens),
             rewards=self.rewards[responses.start : responses.stop],
+            named_rewards={
+                name: values[responses.start : responses.stop]
+                for name, values in self.named_rewards.items()
+            },
             old_logprobs=None if old is None else tuple(old[part] for part in tokens),
             loss_mask=None if mask is None else tuple(mask[part] for part in tokens),
+            turn_rewards=turn_rewards,
+            advantages=advantages,
             finished=None if (finished == UNKNOWN).any() else finished == 1,
             answer=self.answers[index],
             policy_version=None if version == UNKNOWN else version,
             source=self.sources[index],
         )
+
+    def _of_responses(
+        self, values: NDArray[np.float64] | None, responses: range
+    ) -> list[NDArray[np.float64]] | None:
+        """Values of the tokens of each of a group's responses; None where all are NaN."""
+        if values is None:
+            return None
+        found = [values[self.tokens_of(response)] for response in responses]
+        return None if all(np.isnan(part).all() for part in found) else found
 
     def groups(self) -> Iterable[RolloutGroup]:
         """All groups, one at a time."""
@@ -178,10 +222,37 @@ class RolloutBatch:
             response_lengths=lengths,
             trained_lengths=trained,
             rewards=self.rewards,
+            named_rewards=self.named_rewards,
+            finished=self.finished,
+            repeated=self._repeated(),
+            largest_advantages=self._largest_advantages(),
             sources=self.sources,
             has_old_logprobs=self.old_logprobs is not None,
             has_loss_mask=self.loss_mask is not None,
         )
+
+    def _repeated(self) -> NDArray[np.bool_]:
+        """[R] whether an earlier response of its group has the same tokens."""
+        repeated = np.zeros(self.num_responses, dtype=np.bool_)
+        for group in range(self.num_groups):
+            seen: set[bytes] = set()
+            for response in self.responses_of(group):
+                tokens = self.response_tokens[self.tokens_of(response)].tobytes()
+                repeated[response] = tokens in seen
+                seen.add(tokens)
+        return repeated
+
+    def _largest_advantages(self) -> NDArray[np.float64] | None:
+        """See `RolloutSummary.largest_advantages`."""
+        if self.advantages is None:
+            return None
+        values = self.advantages
+        if self.loss_mask is not None:
+            values = np.where(self.loss_mask | np.isnan(values), values, 0.0)
+        starts = self.response_offsets[:-1]
+        high = np.maximum.reduceat(values, starts)
+        low = np.minimum.reduceat(values, starts)
+        return np.where(-low > high, low, high)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -198,6 +269,15 @@ class RolloutSummary:
     """[R] tokens of each response that are trained on."""
     rewards: NDArray[np.float64]
     """[R]"""
+    named_rewards: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """[R] each, as in `RolloutBatch`."""
+    finished: NDArray[np.int8]
+    """[R] as in `RolloutBatch`."""
+    repeated: NDArray[np.bool_]
+    """[R] whether an earlier response of its group has the same tokens."""
+    largest_advantages: NDArray[np.float64] | None
+    """[R] of the advantages of each response's trained tokens, where they are given for tokens, the
+    one farthest from 0; NaN: they come from the reward; None: those of all responses do."""
     sources: tuple[str, ...]
     """[G]"""
     has_old_logprobs: bool
@@ -218,12 +298,17 @@ class RolloutSummary:
         offsets = self.group_offsets
         responses = slice(int(offsets[groups.start]), int(offsets[groups.stop]))
         chosen = slice(groups.start, groups.stop)
+        largest = self.largest_advantages
         return RolloutSummary(
             prompt_lengths=self.prompt_lengths[chosen],
             group_sizes=self.group_sizes[chosen],
             response_lengths=self.response_lengths[responses],
             trained_lengths=self.trained_lengths[responses],
             rewards=self.rewards[responses],
+            named_rewards={name: v[responses] for name, v in self.named_rewards.items()},
+            finished=self.finished[responses],
+            repeated=self.repeated[responses],
+            largest_advantages=None if largest is None else largest[responses],
             sources=self.sources[chosen],
             has_old_logprobs=self.has_old_logprobs,
             has_loss_mask=self.has_loss_mask,
@@ -250,10 +335,36 @@ def _joined(parts: Sequence[Any], dtype: type) -> NDArray:
     return joined
 
 
+def _named_rewards(groups: Sequence[RolloutGroup]) -> dict[str, NDArray[np.float64]]:
+    names = dict.fromkeys(name for group in groups for name in group.named_rewards)
+    return {
+        name: _joined(
+            [g.named_rewards.get(name, np.full(len(g.responses), np.nan)) for g in groups],
+            np.float64,
+        )
+        for name in names
+    }
+
+
 def _masks(group: RolloutGroup) -> Sequence[Any]:
     if group.loss_mask is not None:
         return group.loss_mask
     return [np.ones(len(response), dtype=np.bool_) for response in group.responses]
+
+
+def _turn_rewards(group: RolloutGroup) -> NDArray[np.float64]:
+    """[tokens of the group]"""
+    offsets = offsets_of([len(response) for response in group.responses])
+    if group.turn_rewards is None:
+        return np.full(int(offsets[-1]), np.nan)
+    mask = None if group.loss_mask is None else _joined(group.loss_mask, np.bool_)
+    return at_turn_ends(_joined(group.turn_rewards, np.float64), mask, offsets)
+
+
+def _advantages(group: RolloutGroup) -> Sequence[Any]:
+    if group.advantages is not None:
+        return group.advantages
+    return [np.full(len(response), np.nan) for response in group.responses]
 
 
 def _finished(group: RolloutGroup) -> Sequence[Any] | NDArray:

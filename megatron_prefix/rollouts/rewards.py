@@ -10,16 +10,20 @@ from __future__ import annotations
 import dataclasses
 import reprlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from megatron_prefix.rollouts.named_rewards import weighted_sum
 from megatron_prefix.rollouts.names import REWARD_NAMES, TEXT_REWARD_NAMES, fault_of_name
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, plain_tokens
-from megatron_prefix.rollouts.reward_process import ProcessReward, RewardFailed
+from megatron_prefix.rollouts.reward_process import ProcessReward
 from megatron_prefix.rollouts.text.rewards import TEXT_REWARDS, TextReward
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.user_process import CallFailed
 
 if TYPE_CHECKING:  # reading rollouts needs NumPy only
     from megatron_prefix.config import RewardProcessConfig
@@ -80,6 +84,39 @@ class _ExactMatch:
         return compare(prompt, response, answer)
 
 
+class WeightedReward:
+    """Several reward functions by name, which together give the weighted sum of their values."""
+
+    def __init__(
+        self, functions: Mapping[str, RewardFunction], weights: Mapping[str, float]
+    ) -> None:
+        """Of the same names.
+
+        Args:
+            functions: at least one.
+            weights: of each.
+        """
+        assert functions.keys() == weights.keys()
+        self.functions, self.weights = functions, weights
+
+    def __call__(self, prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
+        """The weighted sum of one response."""
+        group = RolloutGroup(
+            prompt=prompt, responses=(response,), rewards=(), answer=answer, source="response"
+        )
+        return float(computed_rewards(self, [group]).totals[0])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ComputedRewards:
+    """Of R responses of several groups."""
+
+    totals: NDArray[np.float64]
+    """[R] what they are trained by."""
+    named: Mapping[str, NDArray[np.float64]]
+    """[R] each, of a `WeightedReward`; empty for a single reward."""
+
+
 def load_reward(
     spec: str,
     *,
@@ -121,8 +158,24 @@ def reward_batch(reward: RewardFunction, batch: RolloutBatch) -> RolloutBatch:
     Raises:
         ValueError: see `compute_rewards`.
     """
-    rewards = [value for found in reward_groups(reward, batch.groups()) for value in found]
-    return dataclasses.replace(batch, rewards=np.array(rewards, dtype=np.float64))
+    computed = computed_rewards(reward, list(batch.groups()))
+    return dataclasses.replace(batch, rewards=computed.totals, named_rewards=computed.named)
+
+
+def computed_rewards(reward: RewardFunction, groups: Sequence[RolloutGroup]) -> ComputedRewards:
+    """The rewards of all responses of the groups, one group behind the other.
+
+    Raises:
+        ValueError: see `compute_rewards`.
+    """
+    if isinstance(reward, WeightedReward):
+        named = {
+            name: computed_rewards(function, groups).totals
+            for name, function in reward.functions.items()
+        }
+        return ComputedRewards(totals=weighted_sum(named, reward.weights), named=named)
+    found = [value for of_group in reward_groups(reward, groups) for value in of_group]
+    return ComputedRewards(totals=np.array(found, dtype=np.float64), named={})
 
 
 def reward_groups(
@@ -143,7 +196,7 @@ def reward_groups(
         rewards = []
         for r in range(len(group.responses)):
             value = next(values)
-            if isinstance(value, RewardFailed):
+            if isinstance(value, CallFailed):
                 raise ValueError(f"{_where(group, r, reward)} {value}") from value
             rewards.append(value)
         rewarded.append(tuple(rewards))
@@ -181,6 +234,9 @@ def compute_rewards(reward: RewardFunction, group: RolloutGroup) -> tuple[float,
 
 def close_reward(reward: RewardFunction | None) -> None:
     """End the processes that a reward runs in, if it has any."""
+    if isinstance(reward, WeightedReward):
+        for function in reward.functions.values():
+            close_reward(function)
     if isinstance(reward, ProcessReward):
         reward.close()
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
+from megatron_prefix.rollouts.turns import num_turns
 
 # Log-probabilities taken from bfloat16 logits can come out a little above 0; a value beyond this is
 # no rounding but a sign that was dropped. The same number in 32 and in 64 bits.
@@ -62,8 +63,8 @@ def validate_group(
         ValueError: an empty prompt or response, no responses, a token that is not an id of the
             vocabulary, a prompt and response beyond the model's positions, a reward or
             log-probability that is not finite, a log-probability above 0, a response without a
-            trained token, or lists of different lengths; the message begins with the group's source
-            and the field.
+            trained token, an advantage that is not finite, or lists of different lengths; the
+            message begins with the group's source and the field.
     """
     source = group.source
     check_tokens(f"{source}: prompt", group.prompt, vocab_size)
@@ -74,7 +75,14 @@ def validate_group(
         )
     if len(group.responses) == 0:
         raise ValueError(f"{source}: responses: there are none; a group needs at least one")
-    for field in ("rewards", "old_logprobs", "loss_mask", "finished"):
+    for field in (
+        "turn_rewards",
+        "rewards",
+        "advantages",
+        "old_logprobs",
+        "loss_mask",
+        "finished",
+    ):
         values = getattr(group, field)
         if values is not None and len(values) != len(group.responses):
             raise ValueError(
@@ -90,13 +98,20 @@ def validate_group(
                 f"{where}: its {len(response)} tokens after a prompt of {len(group.prompt)} need "
                 f"{needed} positions, the model has {max_positions}"
             )
+        if group.loss_mask is not None:
+            where = f"{source}: {field_name('loss_mask', r)}"
+            _check_mask(where, group.loss_mask[r], len(response))
+        if group.turn_rewards is not None:
+            where = f"{source}: {field_name('turn_rewards', r)}"
+            mask = None if group.loss_mask is None else group.loss_mask[r]
+            _check_turn_rewards(where, group.turn_rewards[r], num_turns(mask))
         _check_finite(f"{source}: {field_name('rewards', r)}", group.rewards[r])
         if group.old_logprobs is not None:
             where = f"{source}: {field_name('old_logprobs', r)}"
             _check_logprobs(where, group.old_logprobs[r], len(response))
-        if group.loss_mask is not None:
-            where = f"{source}: {field_name('loss_mask', r)}"
-            _check_mask(where, group.loss_mask[r], len(response))
+        if group.advantages is not None:
+            where = f"{source}: {field_name('advantages', r)}"
+            _check_advantages(where, group.advantages[r], len(response))
 
 
 def check_tokens(where: str, tokens: Sequence[Any] | NDArray, vocab_size: int) -> None:
@@ -136,12 +151,19 @@ def is_trainable(batch: RolloutBatch, *, vocab_size: int, max_positions: int) ->
     )
     if not (lengths_are_good and values_are_good and np.isfinite(batch.rewards).all()):
         return False
+    if not (_are_finite(batch.turn_rewards) and _are_finite(batch.advantages)):
+        return False
     old, mask = batch.old_logprobs, batch.loss_mask
     if old is not None and not (np.isfinite(old).all() and (old <= _LOGPROB_ROUNDING).all()):
         return False
     if mask is None or not len(responses):
         return True
     return bool(np.logical_or.reduceat(mask, batch.response_offsets[:-1]).all())
+
+
+def _are_finite(values: NDArray[np.float64] | None) -> bool:
+    """Whether all are numbers, or NaN for what is not given."""
+    return values is None or not np.isinf(values).any()
 
 
 def _check_finite(where: str, value: float) -> None:
@@ -165,6 +187,26 @@ def _check_logprobs(where: str, logprobs: Sequence[float] | NDArray, length: int
             raise ValueError(f"{where}[{i}]: {value} is beyond the numbers of 32 bits")
         if value > _LOGPROB_ROUNDING:
             raise ValueError(f"{where}[{i}]: {value} is not a log-probability, they are at most 0")
+
+
+def _check_turn_rewards(where: str, rewards: Sequence[float] | NDArray, turns: int) -> None:
+    if len(rewards) != turns:
+        raise ValueError(
+            f"{where}: {len(rewards)} for {turns} trained turns (runs of tokens that loss_mask has "
+            "trained); there must be one for each"
+        )
+    for i, value in enumerate(rewards):
+        _check_finite(f"{where}[{i}]", value)
+
+
+def _check_advantages(where: str, advantages: Sequence[float] | NDArray, length: int) -> None:
+    if len(advantages) != length:
+        raise ValueError(
+            f"{where}: {len(advantages)} for a response of {length} tokens; there must be one for "
+            "each"
+        )
+    for i, value in enumerate(advantages):
+        _check_finite(f"{where}[{i}]", value)
 
 
 def _check_mask(where: str, mask: Sequence[bool] | NDArray, length: int) -> None:

@@ -66,7 +66,7 @@ class HostBatch:
 
 @dataclass(kw_only=True)
 class PackedBatch:
-    """A microbatch on the device. `old_logprobs` and `reference_logprobs` may be filled later.
+    """A microbatch on the device. Log-probabilities may be filled later, [E] each.
 
     Fields that `TrainedEntries` has too are described there.
     """
@@ -87,8 +87,11 @@ class PackedBatch:
     context_parallel_group: dist.ProcessGroup | None = None
     """The ranks that the row is distributed over; None: all of it is here."""
     old_logprobs: Tensor | None = None
+    """Of the policy that sampled, as rollouts bring them; or of the trainer's own old policy, which
+    is the same without a correction."""
+    recomputed_logprobs: Tensor | None = None
+    """Of the trainer's own old policy, where a correction tells the two apart."""
     reference_logprobs: Tensor | None = None
-    """[E]"""
 
     @property
     def num_tokens(self) -> int:

@@ -25,6 +25,9 @@ class TrainedSequence:
     weight: float
     """Of each of its trained tokens, over the global batch (see objective/weights.py)."""
     advantage: float
+    """Of each of its trained tokens, where `token_advantages` has none."""
+    token_advantages: np.ndarray | None = None
+    """[tokens from the first trained one on]"""
     old_logprobs: np.ndarray | None = None
     """[trained tokens], under the policy that sampled them; None: not known yet."""
     loss_mask: np.ndarray | None = None
@@ -69,11 +72,13 @@ def row_entries(layout: PackedLayout, sequences: Sequence[TrainedSequence]) -> R
         sequences: one for each sequence of `layout.tree`, in its order.
 
     Raises:
-        ValueError: a sequence's old log-probabilities or loss mask do not match its tokens.
+        ValueError: a sequence's old log-probabilities, advantages or loss mask do not match its
+            tokens.
     """
     assert len(sequences) == layout.tree.num_sequences
     none = np.zeros(0, dtype=np.int64)
-    positions, ids, tokens, old = [none], [none], [none], [np.zeros(0)]
+    positions, ids, tokens = [none], [none], [none]
+    old, advantages = [np.zeros(0)], [np.zeros(0)]
     lengths = layout.tree.sequence_lengths.tolist()
     for i, sequence in enumerate(sequences):
         # Positions predict the tokens that follow them; the last ones are those of the response.
@@ -86,18 +91,22 @@ def row_entries(layout: PackedLayout, sequences: Sequence[TrainedSequence]) -> R
         positions.append(places[chosen])
         ids.append(np.full(len(chosen), i, dtype=np.int64))
         tokens.append(chosen)
+        if sequence.token_advantages is None:
+            advantages.append(np.full(len(chosen), sequence.advantage))
+        else:
+            values = _of_length(length, i, "advantages", sequence.token_advantages)
+            advantages.append(values[chosen])
         if sequence.old_logprobs is not None:
             values = _of_length(length, i, "old log-probabilities", sequence.old_logprobs)
             old.append(values[chosen].astype(np.float64))
-    per_sequence = np.array([(s.weight, s.advantage) for s in sequences]).reshape(-1, 2)
     of_entry = np.concatenate(ids)
     knows_old = bool(sequences) and len(old) == len(sequences) + 1
     return RowEntries(
         positions=np.concatenate(positions),
         sequences=of_entry,
         tokens=np.concatenate(tokens),
-        weights=per_sequence[of_entry, 0],
-        advantages=per_sequence[of_entry, 1],
+        weights=np.array([s.weight for s in sequences], dtype=np.float64)[of_entry],
+        advantages=np.concatenate(advantages),
         old_logprobs=np.concatenate(old) if knows_old else None,
     )
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_prefix.attention.row_attention import AttentionSetup
-from megatron_prefix.layout import Packing
+from megatron_prefix.layout import Packing, rows_of
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.training.batch import HostBatch, PackedBatch, to_device
@@ -39,12 +42,10 @@ class Minibatch:
             data_parallel_rank: of this rank.
         """
         self.step = step
+        self._slices = step.microbatches.microbatches[data_parallel_rank]
         planner = RowPlanner(step=step, share=share, packing=packing, attention=attention)
         self._batches = Prefetched(
-            [
-                functools.partial(planner.plan, slices)
-                for slices in step.microbatches.microbatches[data_parallel_rank]
-            ],
+            [functools.partial(planner.plan, slices) for slices in self._slices],
             functools.partial(_to_device, attention=attention),
         )
 
@@ -57,6 +58,18 @@ class Minibatch:
     def rows(self) -> list[PackedBatch]:
         """All rows that something is trained on, microbatch by microbatch."""
         return [row for batch in self._batches for row in batch.rows]
+
+    @property
+    def responses_of_rows(self) -> list[NDArray[np.int64]]:
+        """For each of the `rows` the response of each of its sequences, an index into the batch."""
+        return [
+            np.array(
+                [self.step.responses_of_unit[p.group][i] for p in row for i in p.sequences],
+                dtype=np.int64,
+            )
+            for slices in self._slices
+            for row in rows_of(slices)
+        ]
 
     @property
     def packed_tokens(self) -> int:

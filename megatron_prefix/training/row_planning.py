@@ -10,9 +10,9 @@ from megatron_prefix.layout import (
     GroupSlice,
     Packing,
     PrefixTree,
+    masked_labels,
     pack,
     rows_of,
-    trained_labels,
 )
 from megatron_prefix.training.batch import HostBatch
 from megatron_prefix.training.batch_planning import plan_batch
@@ -92,7 +92,7 @@ class RowPlanner:
         if not any(part.parts for part in slices):
             return [self._row(self._tree(slices), slices)]
         parts = [
-            self._row(self._with_tokens(part), [part], root_elsewhere=True)
+            self._row(self.packing.series_row(self._with_tokens(part)), [part], root_elsewhere=True)
             for (part,) in rows_of(slices)
         ]
         root = parts[0].tree.tokens[0]
@@ -117,9 +117,15 @@ class RowPlanner:
         )
 
     def _node_flops(self, tree: PrefixTree, sequences: Sequence[TrainedSequence]) -> list[int]:
+        labels, spans = masked_labels(
+            tree,
+            [sequence.first_trained for sequence in sequences],
+            [sequence.loss_mask for sequence in sequences],
+        )
         return self.packing.model_shape.node_flops(
             tree,
-            labels=trained_labels(tree, [sequence.first_trained for sequence in sequences]),
+            labels=labels,
+            spans=spans,
             trim_last_layer=self.packing.trim_last_layer,
         )
 
@@ -149,6 +155,7 @@ class RowPlanner:
             first_trained=int(self.step.prompt_lengths[group]),
             weight=float(self.step.weights[in_step]),
             advantage=float(self.step.advantages[in_step]),
+            token_advantages=self.share.advantages_of(response),
             old_logprobs=self.share.old_logprobs_of(response),
             loss_mask=self.share.loss_mask_of(response),
         )

@@ -2,10 +2,10 @@
 
 Rank 0 has the whole rollout batch. Every rank knows the lengths of all of it, so all come to the
 same plan, and each knows how much it will get: the responses that its data-parallel rank runs, and
-the prompts of their groups, in the order of the batch. Prompts, responses, log-probabilities and
-masks are sent one after the other, each to all ranks in one scatter, for which shorter shares are
-padded. The plan has made the ranks' work, and so nearly their lengths, even. Ranks of one model
-replica get the same.
+the prompts of their groups, in the order of the batch. Prompts, responses, and what there is of
+log-probabilities, masks and advantages of tokens are sent one after the other, each to all ranks in
+one scatter, for which shorter shares are padded. The plan has made the ranks' work, and so nearly
+their lengths, even. Ranks of one model replica get the same.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class ShareSizes:
     """[g + 1]"""
     response_offsets: NDArray[np.int64]
     """[r + 1]"""
-    has_old_logprobs: bool
-    has_loss_mask: bool
+    optional: frozenset[str]
+    """Which of the fields are there that a batch may have or not."""
 
     @classmethod
     def of(cls, summary: RolloutSummary, responses: NDArray[np.int64]) -> ShareSizes:
@@ -46,8 +46,15 @@ class ShareSizes:
             responses=responses,
             prompt_offsets=offsets_of(summary.prompt_lengths[groups]),
             response_offsets=offsets_of(summary.response_lengths[responses]),
-            has_old_logprobs=summary.has_old_logprobs,
-            has_loss_mask=summary.has_loss_mask,
+            optional=frozenset(
+                name
+                for name, is_there in (
+                    ("old_logprobs", summary.has_old_logprobs),
+                    ("loss_mask", summary.has_loss_mask),
+                    ("advantages", summary.largest_advantages is not None),
+                )
+                if is_there
+            ),
         )
 
 
@@ -60,6 +67,8 @@ class Share:
     response_tokens: NDArray[np.int32]
     old_logprobs: NDArray[np.float32] | None
     loss_mask: NDArray[np.bool_] | None
+    advantages: NDArray[np.float64] | None
+    """NaN where they come from the response's reward; None: all do."""
 
     def sequence(self, group: int, response: int) -> NDArray[np.int32]:
         """Prompt and response as one array.
@@ -75,17 +84,22 @@ class Share:
 
     def old_logprobs_of(self, response: int) -> NDArray[np.float32] | None:
         """[tokens] of a response; None where they are not known."""
-        if self.old_logprobs is None:
-            return None
-        sizes = self.sizes
-        return _part(self.old_logprobs, sizes.response_offsets, sizes.responses, response)
+        return self._of(self.old_logprobs, response)
 
     def loss_mask_of(self, response: int) -> NDArray[np.bool_] | None:
         """[tokens] whether each is trained on; None where all are."""
-        if self.loss_mask is None:
+        return self._of(self.loss_mask, response)
+
+    def advantages_of(self, response: int) -> NDArray[np.float64] | None:
+        """[tokens] of a response; None where they are that of the response."""
+        found = self._of(self.advantages, response)
+        return None if found is None or np.isnan(found[0]) else found
+
+    def _of(self, values: NDArray | None, response: int) -> NDArray | None:
+        if values is None:
             return None
         sizes = self.sizes
-        return _part(self.loss_mask, sizes.response_offsets, sizes.responses, response)
+        return _part(values, sizes.response_offsets, sizes.responses, response)
 
 
 def take_share(batch: RolloutBatch, sizes: ShareSizes) -> Share:
@@ -95,7 +109,7 @@ def take_share(batch: RolloutBatch, sizes: ShareSizes) -> Share:
         for field in _FIELDS
         if (values := getattr(batch, field.name)) is not None
     }
-    return Share(**{"old_logprobs": None, "loss_mask": None, **arrays, "sizes": sizes})
+    return Share(**{**dict.fromkeys(_OPTIONAL), **arrays, "sizes": sizes})
 
 
 class Distribution:
@@ -124,12 +138,12 @@ class Distribution:
         if len(self._rank_of) == 1:
             assert batch is not None
             return take_share(batch, own)
-        there = {"old_logprobs": own.has_old_logprobs, "loss_mask": own.has_loss_mask}
         arrays = {
-            field.name: self._scatter(field, batch, sizes) if there.get(field.name, True) else None
+            field.name: self._scatter(field, batch, sizes)
             for field in _FIELDS
+            if field.name not in _OPTIONAL or field.name in own.optional
         }
-        return Share(sizes=own, **arrays)
+        return Share(**{**dict.fromkeys(_OPTIONAL), **arrays, "sizes": own})
 
     def _scatter(
         self, field: _Field, batch: RolloutBatch | None, sizes: Sequence[ShareSizes]
@@ -175,7 +189,10 @@ _FIELDS = (
     _Field(name="response_tokens", dtype=np.int32),
     _Field(name="old_logprobs", dtype=np.float32),
     _Field(name="loss_mask", dtype=np.bool_),
+    _Field(name="advantages", dtype=np.float64),
 )
+
+_OPTIONAL = ("old_logprobs", "loss_mask", "advantages")
 
 
 def _part(values: NDArray, offsets: NDArray, indices: NDArray, index: int) -> NDArray:

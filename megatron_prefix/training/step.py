@@ -94,7 +94,11 @@ def _forward_step(
 ) -> tuple[Tensor, Any]:
     batch = next(data_iterator)
     run = functools.partial(
-        _run_row, model=model, chunks=chunks, objective=objective, with_entropy=with_gradients
+        _run_row,
+        model=model,
+        chunks=chunks,
+        objective=objective,
+        with_entropy=with_gradients and objective.needs_entropy,
     )
     if isinstance(batch, PackedBatch):
         return run(batch), functools.partial(_loss, batch=batch, objective=objective)
@@ -151,21 +155,23 @@ def _entries(output: Tensor, batch: PackedBatch) -> tuple[Tensor, ...]:
 def _loss(
     output: Tensor, non_loss_data: bool = False, *, batch: PackedBatch, objective: ObjectiveConfig
 ) -> Any:
-    """output [1, N, 2] -> Megatron's (loss, token count, report); or [1, N, 1] -> a tuple of the
-    [E] log-probabilities."""
+    """output [1, N, 1 or 2] -> Megatron's (loss, token count, report), or a tuple of the [E]
+    log-probabilities."""
     logprobs, *entropy = _entries(output, batch)
     if non_loss_data:
         return (logprobs.detach(),)
+    corrects = objective.correction is not None
     loss, metrics = policy_loss(
         logprobs,
-        old_logprobs=batch.old_logprobs,
+        old_logprobs=batch.recomputed_logprobs if corrects else batch.old_logprobs,
+        sampled_logprobs=batch.old_logprobs if corrects else None,
         advantages=batch.advantages,
         weights=batch.weights,
         sequence_ids=batch.sequence_ids,
         num_sequences=batch.num_sequences,
         config=objective,
         reference_logprobs=batch.reference_logprobs,
-        entropy=entropy[0],
+        entropy=entropy[0] if entropy else None,
         context_parallel_group=batch.context_parallel_group,
     )
     return loss, _no_count(loss), metrics

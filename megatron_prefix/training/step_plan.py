@@ -1,8 +1,8 @@
 """What runs where in the optimizer steps of a rollout batch, from lengths and rewards alone.
 
 Every rank makes the same plan of the whole batch and needs no token for it. All normalisation
-(advantages within a group, weights over an optimizer step's sequences) happens here, before
-anything is split.
+(advantages within a group, weights over an optimizer step's sequences) and all filters of responses
+happen here, before anything is split. A response that is not computed is in no unit.
 """
 
 from __future__ import annotations
@@ -15,10 +15,29 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prefix.layout import MicrobatchPlan, Packing, TreeShape, trained_labels
-from megatron_prefix.objective import ObjectiveConfig, group_advantages, token_weights
+from megatron_prefix.layout import (
+    MicrobatchPlan,
+    Packing,
+    TreeShape,
+    trained_labels,
+    trained_labels_of_lengths,
+)
+from megatron_prefix.objective import ObjectiveConfig, group_terms, token_weights
+from megatron_prefix.objective.filters import GroupTerms
 from megatron_prefix.rollouts.records import RolloutSummary
 from megatron_prefix.training.shares import ShareSizes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FilteredResponses:
+    """Which of R responses count, and which run: see `objective.filters`."""
+
+    trained: NDArray[np.bool_]
+    """[R]"""
+    computed: NDArray[np.bool_]
+    """[R]"""
+    overlong: NDArray[np.bool_]
+    """[R]"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,11 +57,15 @@ class StepPlan:
     first_response: int
     """The step's first response, an index into the batch."""
     weights: NDArray[np.float64]
-    """[responses of the step] of each of a response's trained tokens, over the step."""
+    """[responses of the step] of each of a response's trained tokens, over the step; 0 where it
+    does not count."""
     advantages: NDArray[np.float64]
-    """[responses of the step]"""
+    """[responses of the step] of each of its tokens; where they are given for tokens, the one
+    farthest from 0."""
+    filtered: FilteredResponses
+    """Of the step."""
     ungrouped_tokens: int
-    """Tokens that a run without sharing would compute."""
+    """Tokens that a run without sharing would compute, of the same responses."""
     ungrouped_flops: float
     """Its forward FLOPs."""
 
@@ -71,6 +94,7 @@ class RolloutPlan:
         for step in self.steps:
             digest.update(step.microbatches.fingerprint().encode())
             digest.update(step.weights.tobytes() + step.advantages.tobytes())
+            digest.update(step.filtered.computed.tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -104,21 +128,32 @@ def _plan_step(
     batch: RolloutSummary, groups: range, objective: ObjectiveConfig, packing: Packing
 ) -> StepPlan:
     summary = batch.of_groups(groups)
-    offsets = summary.group_offsets.tolist()
+    terms = terms_of_groups(summary, objective)
+    filtered = FilteredResponses(
+        trained=_joined([of.trained for of in terms], np.bool_),
+        computed=_joined([of.computed for of in terms], np.bool_),
+        overlong=_joined([of.overlong for of in terms], np.bool_),
+    )
     first_response = int(batch.group_offsets[groups.start])
-    lengths, prompts = summary.response_lengths, summary.prompt_lengths.tolist()
+    prompts = summary.prompt_lengths.tolist()
+    # Of each group, the responses that run, as indices into the batch.
+    running = [
+        (first_response + start + np.flatnonzero(of.computed)).tolist()
+        for start, of in zip(summary.group_offsets.tolist(), terms, strict=False)
+    ]
+    kept = [group for group, members in enumerate(running) if members]
     whole = [
-        TreeShape.of_group(prompt, lengths[start:stop])
-        for prompt, (start, stop) in zip(prompts, itertools.pairwise(offsets), strict=True)
+        TreeShape.of_group(prompts[group], batch.response_lengths[running[group]]) for group in kept
     ]
-    members = [
-        range(first_response + start, first_response + stop)
-        for start, stop in itertools.pairwise(offsets)
-    ]
-    units, responses, owners = packing.units(whole, members)
-    labels = [
+    units, responses, owners = packing.units(whole, [running[group] for group in kept])
+    owners = [kept[owner] for owner in owners]
+    spans = [
         trained_labels(unit, [prompts[owner]] * unit.num_sequences)
         for unit, owner in zip(units, owners, strict=True)
+    ]
+    labels = [
+        trained_labels_of_lengths(unit, of_unit, batch.trained_lengths[list(members)])
+        for unit, of_unit, members in zip(units, spans, responses, strict=True)
     ]
     return StepPlan(
         units=units,
@@ -126,36 +161,66 @@ def _plan_step(
         responses_of_unit=responses,
         prompt_lengths=batch.prompt_lengths,
         microbatches=packing.plan(
-            units, labels=labels, names=[summary.sources[owner] for owner in owners]
+            units, labels=labels, spans=spans, names=[summary.sources[owner] for owner in owners]
         ),
         first_response=first_response,
-        weights=token_weights(
-            summary.trained_lengths,
-            objective.aggregation,
-            max_response_length=objective.max_response_length,
-        ),
-        advantages=_advantages(summary, objective),
+        weights=_weights(summary, filtered.trained, objective),
+        advantages=_joined([of.advantages for of in terms], np.float64),
+        filtered=filtered,
         ungrouped_tokens=sum(tree.ungrouped_tokens for tree in whole),
         ungrouped_flops=sum(
-            packing.model_shape.ungrouped_flops(tree, trim_last_layer=packing.trim_last_layer)
-            for tree in whole
+            packing.model_shape.ungrouped_flops(
+                tree,
+                labels=np.append(0, batch.trained_lengths[running[group]]),
+                spans=np.append(0, batch.response_lengths[running[group]]),
+                trim_last_layer=packing.trim_last_layer,
+            )
+            for tree, group in zip(whole, kept, strict=True)
         ),
     )
 
 
-def _advantages(summary: RolloutSummary, objective: ObjectiveConfig) -> NDArray[np.float64]:
-    """[responses] each against the others of its group."""
+def terms_of_groups(summary: RolloutSummary, objective: ObjectiveConfig) -> list[GroupTerms]:
+    """Of each group: advantages and filters.
+
+    Args:
+        summary: of the groups.
+        objective: resolved.
+
+    Raises:
+        ValueError: see `group_terms`; the group's source is named.
+    """
     found = []
+    given = summary.largest_advantages
     bounds = itertools.pairwise(summary.group_offsets.tolist())
     for source, (start, stop) in zip(summary.sources, bounds, strict=True):
         try:
             found.append(
-                group_advantages(
+                group_terms(
                     summary.rewards[start:stop],
-                    objective.advantage,
-                    eps=objective.advantage_epsilon,
+                    summary.response_lengths[start:stop],
+                    summary.finished[start:stop],
+                    objective,
+                    given=None if given is None else given[start:stop],
                 )
             )
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-    return np.concatenate([np.zeros(0), *found])
+    return found
+
+
+def _weights(
+    summary: RolloutSummary, trained: NDArray[np.bool_], objective: ObjectiveConfig
+) -> NDArray[np.float64]:
+    """[responses] of each trained token; 0 for responses that do not count."""
+    weights = np.zeros(len(trained))
+    weights[trained] = token_weights(
+        summary.trained_lengths[trained],
+        objective.aggregation,
+        max_response_length=objective.max_response_length,
+    )
+    return weights
+
+
+def _joined(parts: Sequence[NDArray], dtype: type) -> NDArray:
+    return np.concatenate([np.zeros(0, dtype=dtype), *parts])

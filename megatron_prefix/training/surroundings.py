@@ -40,10 +40,10 @@ def _faults_of_rollouts(config: RunConfig) -> Iterator[str]:
         for path in paths:
             if fault := fault_of_path(path):
                 yield f"{key}: {fault}"
-    if rollouts.reward is not None:
-        fault = fault_of_name(rollouts.reward, has_tokenizer=rollouts.text is not None)
+    for key, spec in rollouts.reward_specs.items():
+        fault = fault_of_name(spec, has_tokenizer=rollouts.text is not None)
         if fault:
-            yield f"rollouts.reward: {rollouts.reward}: {fault}"
+            yield f"rollouts.{key}: {spec}: {fault}"
 
 
 def _faults_of_writer(config: RunConfig) -> Iterator[str]:

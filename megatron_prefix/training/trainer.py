@@ -35,6 +35,8 @@ from megatron_prefix.training.optimizer import (
     warn_of_ended_schedule,
 )
 from megatron_prefix.training.report import progress, report_end, report_start
+from megatron_prefix.training.resampling import Resampling
+from megatron_prefix.training.token_advantages import with_token_advantages
 from megatron_prefix.training.update import PolicyUpdate, ReferencePolicy
 from megatron_prefix.training.waiting import read_waiting, write_waiting
 
@@ -93,6 +95,13 @@ class Trainer:
         with raise_together():
             self.engine = build_engine(config, self.chunks, runtime)
             self.evaluator = build_evaluator(config, self.chunks, runtime)
+        self._resampling: Resampling | None = None
+        if config.objective.zero_advantages == "resample":
+            self._resampling = Resampling(
+                config.objective,
+                num_groups=config.rollouts.groups_per_step,
+                at_least=config.training.optimizer_steps_per_rollout,
+            )
         self.checkpoints = CheckpointFolder(
             config.output.directory / "checkpoints",
             keep=config.output.keep,
@@ -123,16 +132,17 @@ class Trainer:
             self.checkpoints.set_aside()
         if self.config.objective.kl_coefficient > 0:
             if resuming:
-                if not self.checkpoints.reference_path.is_dir():
+                path = self.checkpoints.reference_path(self.checkpoints.latest_step() or 0)
+                if path is None:
                     raise ValueError(
                         f"objective.kl_coefficient: {self.config.objective.kl_coefficient}, but "
                         f"the run in {output.directory} began with 0 and has not kept the weights "
                         "that it started from, which are the reference; set it to 0, or begin anew "
                         "in another output.directory"
                     )
-                load_weights(self.checkpoints.reference_path, self.chunks, self.optimizer)
+                load_weights(path, self.chunks, self.optimizer)
             else:
-                self.checkpoints.save_reference(self.chunks)
+                self.checkpoints.save_reference(self.chunks, step=0)
             self.update.reference = ReferencePolicy(self.chunks)
         if resuming:
             settings = self.config.optimizer
@@ -190,7 +200,7 @@ class Trainer:
         try:
             with self._progress() as advance:
                 if self.evaluator is not None and self.step == 0:
-                    metrics = {"eval": self._evaluate()}
+                    metrics = self._evaluate()
                     self._log(log, 0, metrics)
                 while self.step < config.training.steps:
                     if self._is_to_stop():
@@ -203,9 +213,10 @@ class Trainer:
                     metrics = self._update()
                     self.step += 1
                     if self._evaluates_now():
-                        metrics["eval"] = self._evaluate()
+                        metrics |= self._evaluate()
                     self._log(log, self.step, metrics)
                     advance(self.step, metrics)
+                    self._refresh_reference()
                     if output.save_every and self.step % output.save_every == 0:
                         self._save(background=output.save_in_background)
                         saved_step = self.step
@@ -273,20 +284,30 @@ class Trainer:
 
     def _make_rollouts(self) -> bool:
         """Have the next rollout batch made; whether there is one. Collective."""
-        ended: EndOfRollouts | None = None
-        batch: RolloutBatch | None = None
+        batch = self._sample()
+        if self._resampling is not None:
+            try:
+                batch = self._resampling.fill(batch, self._sample)
+            except ValueError:
+                self.checkpoints.finish()
+                raise
+        self._batch = batch
+        self._summary = on_rank_0(lambda: None if batch is None else batch.summary())
+        return self._summary is not None
+
+    def _sample(self) -> RolloutBatch | None:
+        """A rollout batch on rank 0, unless they have ended. Collective."""
         with self._failing_together():
             try:
                 batch = self.engine.next_rollouts(
                     self.config.rollouts.groups_per_step, step=self.step
                 )
+                if batch is not None:
+                    batch = with_token_advantages(batch, self.config.objective)
+                return batch
             except EndOfRollouts as end:
-                ended = end
-        self._batch = batch
-        self._summary = on_rank_0(lambda: None if batch is None else batch.summary())
-        if self._summary is None and ended is not None:
-            logger.info("stopping after step %d: %s", self.step, ended)
-        return self._summary is not None
+                logger.info("after step %d: %s", self.step, end)
+        return None
 
     def _update(self) -> dict[str, Any]:
         """Train on the rollout batch that was made. Collective."""
@@ -297,13 +318,22 @@ class Trainer:
             self.checkpoints.finish()
             raise
         self._batch = self._summary = None
-        return {**metrics, **self.engine.metrics()}
+        resampling = {} if self._resampling is None else self._resampling.metrics()
+        return {**metrics, **self.engine.metrics(), **resampling}
 
-    def _evaluate(self) -> float:
+    def _refresh_reference(self) -> None:
+        """Take the policy as the reference where it is time. Collective."""
+        every = self.config.objective.reference_refresh_steps
+        if self.update.reference is not None and every and self.step % every == 0:
+            self.checkpoints.save_reference(self.chunks, step=self.step)
+            self.update.reference.refresh()
+
+    def _evaluate(self) -> dict[str, float]:
+        """Metrics of the policy on prompts that it is not trained on. Collective."""
         assert self.evaluator is not None
         with self._failing_together():
             score = self.evaluator.evaluate()
-        return score
+        return {"eval": score, **self.evaluator.metrics()}
 
     def _evaluates_now(self) -> bool:
         if self.evaluator is None:

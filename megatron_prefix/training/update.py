@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -19,12 +20,14 @@ from megatron_prefix.distributed.rank_results import raise_together
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.layout import Packing
 from megatron_prefix.model.build import ModelChunks
-from megatron_prefix.objective import PolicyMetrics
+from megatron_prefix.objective import ObjectiveConfig, PolicyMetrics
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
+from megatron_prefix.training.batch_statistics import BatchStatistics, TeachingWatch
+from megatron_prefix.training.kl_reward import put_kl_into_advantages
 from megatron_prefix.training.minibatch import Minibatch
 from megatron_prefix.training.shares import Distribution
 from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
-from megatron_prefix.training.step_plan import plan_rollouts
+from megatron_prefix.training.step_plan import StepPlan, plan_rollouts
 
 
 class ReferencePolicy:
@@ -42,6 +45,12 @@ class ReferencePolicy:
             yield
         finally:
             self._swap()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the model's weights."""
+        for parameter, weight in zip(self._parameters, self._weights, strict=True):
+            weight.copy_(parameter)
 
     @torch.no_grad()
     def _swap(self) -> None:
@@ -82,6 +91,7 @@ class PolicyUpdate:
         self._chunks = chunks
         self._optimizer, self._scheduler = optimizer, scheduler
         self.packing, self.attention = packing, attention
+        self._watch = TeachingWatch()
         self._distribution = Distribution(runtime.data_parallel_rank, runtime.device)
 
     def minibatches(
@@ -139,42 +149,73 @@ class PolicyUpdate:
             Its metrics, the same on every rank.
 
         Raises:
-            ValueError: a group that cannot be trained on, or a gradient that is not finite.
+            ValueError: a group that cannot be trained on, rollouts without the log-probabilities
+                that a correction needs, or a gradient that is not finite.
         """
         started = time.perf_counter()
+        if self._objective.correction is not None and not summary.has_old_logprobs:
+            raise ValueError(
+                f"{summary.sources[0]}: old_logprobs: missing, and objective.correction compares "
+                "the trainer's own with them; have the rollouts bring them, or remove "
+                "objective.correction"
+            )
         minibatches = self.minibatches(batch, summary, step=step)
-        epochs = self._training.epochs_per_rollout
-        # With a single optimizer step the old policy is the current one.
-        if len(minibatches) * epochs > 1 and not summary.has_old_logprobs:
-            for minibatch in minibatches:
-                self._fill(minibatch, "old_logprobs")
-        if self.reference is not None:
-            with self.reference.in_place():
-                for minibatch in minibatches:
-                    self._fill(minibatch, "reference_logprobs")
+        objective = self._objective.at_step(step)
+        self._prepare(minibatches, summary, objective)
         reports: list[PolicyMetrics] = []
         grad_norms = []
-        for minibatch in [*minibatches] * epochs:
+        for minibatch in [*minibatches] * self._training.epochs_per_rollout:
             result = train_step(
-                self._chunks, self._optimizer, self._scheduler, minibatch.batches, self._objective
+                self._chunks, self._optimizer, self._scheduler, minibatch.batches, objective
             )
             # The same on every rank, and before anything of this step can be saved.
             if not math.isfinite(result.grad_norm):
                 raise ValueError(
                     f"step {step}: the gradient's norm is {result.grad_norm}, and so the weights "
-                    "are lost; look for extreme old_logprobs or lower optimizer.lr, and continue "
-                    "from the last checkpoint"
+                    "are lost; lower optimizer.lr or look for extreme rewards "
+                    f"({_largest_advantage(summary, minibatch.step)}), and continue from the last "
+                    "checkpoint"
                 )
             reports += result.metrics
             grad_norms.append(result.grad_norm)
+        statistics = BatchStatistics.of(summary, [m.step for m in minibatches], self._objective)
+        if self._runtime.is_main:
+            self._watch.see(statistics, step=step)
         return {
             "reward": float(summary.rewards.mean()),
+            **{f"reward/{n}": float(values.mean()) for n, values in summary.named_rewards.items()},
             "response_length": float(summary.response_lengths.mean()),
+            **statistics.metrics(),
             **self._policy_metrics(reports),
+            "kl_coefficient": objective.kl_coefficient,
             "grad_norm": sum(grad_norms) / len(grad_norms),
             "lr": result.lr,  # of the last optimizer step
             **self._work_metrics(minibatches, started),
         }
+
+    def _prepare(
+        self, minibatches: Sequence[Minibatch], summary: RolloutSummary, objective: ObjectiveConfig
+    ) -> None:
+        """Compute what the objective compares the policy with. Collective."""
+        corrects = objective.correction is not None
+        # With a single optimizer step the old policy is the current one.
+        needs_old = len(minibatches) * self._training.epochs_per_rollout > 1
+        needs_old = needs_old or objective.kl_in == "reward"
+        if needs_old and (corrects or not summary.has_old_logprobs):
+            for minibatch in minibatches:
+                self._fill(minibatch, "recomputed_logprobs" if corrects else "old_logprobs")
+        if self.reference is not None:
+            with self.reference.in_place():
+                for minibatch in minibatches:
+                    self._fill(minibatch, "reference_logprobs")
+        if objective.kl_in == "reward":
+            put_kl_into_advantages(
+                minibatches,
+                summary,
+                objective,
+                device=self._runtime.device,
+                contributes=self._runtime.reports_metrics,
+            )
 
     def _fill(self, minibatch: Minibatch, name: str) -> None:
         """Compute a kind of log-probabilities of every microbatch (on the last stage)."""
@@ -186,7 +227,10 @@ class PolicyUpdate:
         """Reduce the microbatches' sums over ranks into the step's means."""
         total = sum(reports, start=PolicyMetrics.zeros(self._runtime.device))
         sums = reduce_sums(total.stack(), contributes=self._runtime.reports_metrics)
-        return PolicyMetrics.from_stack(sums).means()
+        means = PolicyMetrics.from_stack(sums).means()
+        if not self._objective.needs_entropy:
+            del means["entropy"]
+        return means
 
     def _work_metrics(self, minibatches: Sequence[Minibatch], started: float) -> dict[str, float]:
         """What all ranks have computed, and how fast."""
@@ -208,8 +252,19 @@ class PolicyUpdate:
         return {
             "tokens_computed": packed,
             "tokens_ungrouped": ungrouped,
-            "flops_saved_fraction": 1.0 - flops / ungrouped_flops,
+            "flops_saved_fraction": 1.0 - flops / ungrouped_flops if ungrouped_flops else 0.0,
             "train_seconds": seconds,
             "tokens_per_second": packed / seconds,
             "ungrouped_tokens_per_second": ungrouped / seconds,
         }
+
+
+def _largest_advantage(summary: RolloutSummary, step: StepPlan) -> str:
+    """The advantage of an optimizer step that is farthest from 0, and whose it is, in words."""
+    index = int(np.abs(step.advantages).argmax())
+    response = step.first_response + index
+    group = int(np.searchsorted(summary.group_offsets, response, side="right")) - 1
+    return (
+        f"the advantage farthest from 0 is {step.advantages[index]:.3g}, in "
+        f"{summary.sources[group]}: responses[{response - summary.group_offsets[group]}]"
+    )

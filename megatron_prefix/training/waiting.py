@@ -26,7 +26,8 @@ def write_waiting(checkpoint: Path, batch: RolloutBatch, engine_state: dict[str,
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     rest = {name: value for name, value in values.items() if name not in arrays}
-    text = json.dumps({"batch": rest, "engine": engine_state}).encode()
+    named = {name: values.tolist() for name, values in batch.named_rewards.items()}
+    text = json.dumps({"batch": {**rest, "named_rewards": named}, "engine": engine_state}).encode()
     arrays[_TEXT] = np.frombuffer(text, dtype=np.uint8)
     write_whole(checkpoint / _NAME, lambda file: np.savez(file, **arrays))
 
@@ -45,6 +46,8 @@ def read_waiting(checkpoint: Path) -> tuple[RolloutBatch, dict[str, Any]] | None
             arrays = {name: file[name] for name in file.files}
         values = json.loads(arrays.pop(_TEXT).tobytes())
         rest = values["batch"]
+        named = rest.get("named_rewards", {})
+        rest["named_rewards"] = {name: np.array(found) for name, found in named.items()}
         rest |= {name: tuple(rest[name]) for name in ("answers", "sources")}
         return RolloutBatch(**arrays, **rest), values["engine"]
     except (ValueError, KeyError, TypeError, EOFError, AssertionError, zipfile.BadZipFile) as error:

@@ -18,8 +18,11 @@ from megatron_prefix.config import (
     TrainingConfig,
     YarnConfig,
 )
+from megatron_prefix.config.agent import AgentConfig
 from megatron_prefix.config.loader import ConfigError, load_dataclass
 from megatron_prefix.config.packing import packing_of_run
+from megatron_prefix.config.server import ServerConfig
+from megatron_prefix.config.text import TextConfig
 from megatron_prefix.layout import ModelShape, Packing
 from megatron_prefix.objective import ObjectiveConfig
 
@@ -123,6 +126,11 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
         {"kernel": "flash_attn_4", "device": "cpu"},
         "kernel: flash_attn_4 cannot compute on device: cpu; choose one of torch_cpu, reference",
     ),
+    (
+        TrainingConfig,
+        {"head_dtype": "float32", "dtype": "float64"},
+        "head_dtype: float32 is narrower than dtype: float64; set head_dtype: null",
+    ),
     (TrainingConfig, {"kernel": "fast"}, "kernel: there is none named fast; choose one of .*torch"),
     (TrainingConfig, {"dtype": "float64"}, "dtype: float64 runs on device: cpu only"),
     *(
@@ -150,6 +158,9 @@ def test_a_section_refuses_what_it_cannot_use(
     section(**VALID[section])
     with pytest.raises(ConfigError, match=f"^{message}" if changes.keys() != {"yarn"} else message):
         section(**{**VALID[section], **changes})
+
+
+WEIGHTED = ObjectiveConfig(reward_weights={"a": 1.0})
 
 
 def _run(**sections: Any) -> RunConfig:
@@ -216,6 +227,39 @@ def _rollouts(**options: Any) -> RolloutsConfig:
         (
             {"rollouts": _rollouts(stop_tokens=(3, 8))},
             r"rollouts.stop_tokens: 8 is outside the vocabulary of 8 \(0 to 7\)",
+        ),
+        (
+            {"objective": ObjectiveConfig(kl_estimator="k2")},
+            "objective.kl_estimator: k2 is not used with kl_coefficient: 0",
+        ),
+        (
+            {"rollouts": _rollouts(reward={"a": "numeric", "b": "exact_match"})},
+            "objective.reward_weights: required by rollouts.reward, which names several; give a "
+            "weight for each of a, b",
+        ),
+        (
+            {"rollouts": _rollouts(reward="numeric"), "objective": WEIGHTED},
+            "rollouts.reward: numeric is one reward, but objective.reward_weights weighs rewards "
+            r"by name; set rollouts.reward: \{a: numeric\}, or remove",
+        ),
+        (
+            {"rollouts": _rollouts(reward={"b": "numeric"}), "objective": WEIGHTED},
+            "rollouts.reward: a is missing; both have the same names\n"
+            "objective.reward_weights: b is missing; both have the same names$",
+        ),
+        (
+            {
+                "rollouts": _rollouts(
+                    engine="openai",
+                    group_size=2,
+                    max_response_length=4,
+                    text=TextConfig(tokenizer="t"),
+                    server=ServerConfig(url="http://s"),
+                    agent=AgentConfig(environment="m:f"),
+                ),
+                "objective": WEIGHTED,
+            },
+            "objective.reward_weights: set, but with rollouts.agent the environment gives one",
         ),
     ],
 )

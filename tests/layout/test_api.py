@@ -28,6 +28,7 @@ def test_the_public_names_are_these():
         "Segment",
         "TreeShape",
         "activation_tokens",
+        "masked_labels",
         "microbatch_tree",
         "own_values",
         "pack",
@@ -38,6 +39,7 @@ def test_the_public_names_are_these():
         "shard_layout",
         "share_where_it_pays",
         "trained_labels",
+        "trained_labels_of_lengths",
         "trim_stages",
     ]
     assert all(hasattr(layout, name) for name in layout.__all__)

@@ -5,9 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_prefix.layout import ModelShape, PrefixTree, activation_tokens, pack
-from megatron_prefix.layout.cost import attention_pairs, response_labels
+from megatron_prefix.layout.cost import (
+    attention_pairs,
+    masked_labels,
+    response_labels,
+    trained_labels,
+)
 
 from .invariants import visible_keys
 from .strategies import SHAPE, trees
@@ -167,3 +173,36 @@ def test_counts_are_exact_beyond_64_bits():
 def test_an_impossible_shape_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TWO_LAYERS, **change)
+
+
+def test_masked_labels_count_once_and_the_last_layer_runs_from_the_first_of_them():
+    # A prompt of 3, a turn of 4 that two sequences share, then 2 and 5 of their own.
+    turn = [4, 4, 4, 4]
+    tree = PrefixTree.from_sequences(
+        [[1, 2, 3, *turn, 5, 5], [1, 2, 3, *turn, 6, 6, 6, 6, 6], [1, 2, 3, 7]]
+    )
+    masks = [
+        np.array([False, True, False, False, True, True]),
+        np.array([False, True, True, False, False, True, False, True, False]),
+        None,
+    ]
+    labels, spans = masked_labels(tree, [3, 3, 3], masks)
+    assert labels.tolist() == [0, 2, 2, 2, 1]
+    assert spans.tolist() == [0, 3, 2, 4, 1]
+    untrimmed = TWO_LAYERS.tree_flops(tree, labels=labels, spans=spans)
+    every = TWO_LAYERS.tree_flops(tree, labels=np.array([0, 4, 2, 5, 1]))
+    assert every - untrimmed == 5 * TWO_LAYERS.head_flops_per_label()
+    trimmed = TWO_LAYERS.tree_flops(tree, labels=labels, spans=spans, trim_last_layer=True)
+    # The two inputs of the prompt, one of the turn (with 2 + 1 keys), one of the longest response.
+    assert untrimmed - trimmed == TWO_LAYERS.last_layer_flops(tokens=4, pairs=(1 + 2) + 3 + 7)
+
+
+@settings(max_examples=100, deadline=None)
+@given(trees(), st.data())
+def test_masks_that_leave_nothing_out_change_nothing(tree, data):
+    first = [data.draw(st.integers(1, int(n))) for n in tree.sequence_lengths]
+    every = [np.ones(n - f, dtype=bool) for n, f in zip(tree.sequence_lengths, first, strict=True)]
+    expected = trained_labels(tree, first).tolist()
+    for masks in (every, [None] * tree.num_sequences):
+        labels, spans = masked_labels(tree, first, masks)
+        assert labels.tolist() == spans.tolist() == expected

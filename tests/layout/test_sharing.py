@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prefix.layout import (
+    GroupSlice,
     ModelShape,
     Packing,
     PrefixTree,
@@ -113,9 +114,9 @@ def test_a_row_never_outgrows_its_budget(tree):
         assert_same_sequences(decided, tree)
 
 
-def test_groups_that_are_not_shared_are_split_like_any_sequences():
-    packing = Packing(
-        token_budget=125,
+def packing_of(*, token_budget: int, share_only_where_it_pays: bool = True) -> Packing:
+    return Packing(
+        token_budget=token_budget,
         data_parallel_size=1,
         model_shape=SMALL,
         pad_to_multiple=1,
@@ -123,14 +124,64 @@ def test_groups_that_are_not_shared_are_split_like_any_sequences():
         allow_split=True,
         sharing="groups",
         trim_last_layer=True,
-        share_only_where_it_pays=True,
+        share_only_where_it_pays=share_only_where_it_pays,
         share_across_microbatches=False,
     )
+
+
+def test_groups_that_are_not_shared_are_split_like_any_sequences():
+    packing = packing_of(token_budget=125)
     trees_ = [packing.group(group(2, 30, 30, 30, 30)), packing.group(group(100, 10, 10))]
     labels = [tree.packed_lengths for tree in trees_]
     for rank in packing.plan(trees_, labels=labels).microbatches:
         for slices in rank:
             assert packing.microbatch(trees_, slices).grouped_tokens <= 125
+
+
+def packed(packing: Packing, *groups: PrefixTree) -> PrefixTree:
+    """One microbatch of whole groups, as they are planned."""
+    trees_ = [packing.group(tree) for tree in groups]
+    slices = [
+        GroupSlice(group=i, sequences=tuple(range(tree.num_sequences)))
+        for i, tree in enumerate(trees_)
+    ]
+    tree = packing.microbatch(trees_, slices)
+    assert_same_sequences(tree, PrefixTree.concat(groups))
+    assert tree.grouped_tokens <= sum(t.grouped_tokens for t in trees_)
+    return tree
+
+
+@pytest.mark.parametrize("only_where_it_pays", [True, False])
+def test_responses_of_a_group_share_the_turns_that_they_agree_in(only_where_it_pays):
+    def dialogues(*turns: list[int]) -> PrefixTree:
+        return PrefixTree.from_groups([([0] * 50, turns)])
+
+    first, tool = [1] * 40, [2] * 30
+    branching = dialogues(
+        first + tool + [3] * 20, first + tool + [4] * 15, first + [5] * 25, [6] * 9
+    )
+    packing = packing_of(token_budget=1000, share_only_where_it_pays=only_where_it_pays)
+    tree = packed(packing, branching, branching)
+    # Groups are told apart: they share nothing with each other, although they are the same.
+    assert tree.grouped_tokens == 2 * (49 + 40 + 30 + 20 + 15 + 25 + 9)
+    assert sorted(tree.multiplicity.tolist()) == sorted(2 * [4, 3, 2, 1, 1, 1, 1])
+    # A prompt that is planned as a part of each response may pay once turns are shared with it.
+    short = PrefixTree.from_groups([([0] * 2, [first + [3] * 9, first + [4] * 9])])
+    assert packed(packing, short).grouped_tokens == 1 + 40 + 9 + 9
+
+
+@pytest.mark.parametrize("only_where_it_pays", [True, False])
+def test_responses_that_begin_with_the_same_few_words_share_the_prompt_only(only_where_it_pays):
+    tree = PrefixTree.from_groups([([0] * 90, [[7, 8] + [i] * 30 for i in range(4)])])
+    packing = packing_of(token_budget=1000, share_only_where_it_pays=only_where_it_pays)
+    assert packed(packing, tree).parents == (-1, 0, 0, 0, 0)
+
+
+def test_identical_responses_are_computed_once():
+    tree = PrefixTree.from_groups([([0] * 90, [[7] * 60, [8] * 30, [7] * 60])])
+    found = packed(packing_of(token_budget=1000), tree)
+    assert found.grouped_tokens == 89 + 60 + 30
+    assert found.sequences[0] == found.sequences[2]
 
 
 def test_labels_follow_the_trained_tokens_whether_shared_or_not():

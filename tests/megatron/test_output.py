@@ -5,6 +5,7 @@ Both ways run on releases that have it; on earlier ones the way without it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -27,7 +28,7 @@ from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import pack
 from megatron_prefix.megatron import output
 from megatron_prefix.model import head as head_module
-from megatron_prefix.model.build import build_gpt_model
+from megatron_prefix.model.build import build_gpt_model, build_model_chunks
 from megatron_prefix.model.head import LogProbHead
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.distributed import run_distributed
@@ -180,6 +181,32 @@ def test_megatrons_wrappers_hand_the_request_on_and_keep_float32(way: bool) -> N
         assert found.shape == (1, 6, 2) and found.dtype == torch.float32
         # Not rounded to bfloat16 on the way.
         assert not torch.equal(found, found.bfloat16().float())
+
+
+def test_a_float32_output_layer_gives_samplers_and_losses_the_same_logits(way: bool) -> None:
+    """Of a bfloat16 model, without rounding logits to bfloat16."""
+    training = _with(TRAINING, dtype="bfloat16", head_dtype="float32")
+    found = {}
+    with single_process(float64=False):
+        chunks = build_model_chunks(
+            model_config(), ParallelConfig(), training, use_distributed_optimizer=False
+        )
+        labels, call = row_and_call(chunks.wrapped[0])
+        labels, rows = labels[:6], torch.arange(6)
+        for wide in (True, False):
+            head = dataclasses.replace(chunks.head, wide_products=wide)
+            with torch.no_grad():
+                logits = head.from_logits(call, rows, lambda logits, _: logits)[0]
+                log_probs = head.log_probs(call, rows, labels, temperature=1.0, with_entropy=False)
+            of_logits = logits.log_softmax(-1).gather(1, labels[:, None])
+            # The same products, added up over the vocabulary in another order.
+            assert torch.allclose(log_probs[0], of_logits, rtol=0, atol=1e-5)
+            found[wide] = logits
+    assert chunks.head.wide_products
+    assert torch.equal(found[False], found[False].bfloat16().float())
+    assert not torch.equal(found[True], found[True].bfloat16().float())
+    # One rounding to 8 bits.
+    assert torch.allclose(found[True], found[False], rtol=2**-8, atol=1e-5)
 
 
 def _with(record: Any, **changes: Any) -> Any:

@@ -17,9 +17,12 @@ from megatron_prefix.objective import (
     token_weights,
     vocab_parallel_log_probs,
 )
+from megatron_prefix.objective.options import CorrectionConfig
 from tests.distributed import run_distributed
 
 NAMES = ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+CORRECTED = ["grpo token", "gspo sequence", "dapo sequence_mean"]
+"""An objective and the level of its correction."""
 LENGTHS = [1, 7, 3, 12, 2, 5, 4, 9]
 SPLITS = [
     [[0, 1, 2, 3, 4, 5, 6, 7]],
@@ -37,6 +40,7 @@ class Batch:
 
     logprobs: list[Tensor]
     old: list[Tensor]
+    sampled: list[Tensor]
     reference: list[Tensor]
     entropy: list[Tensor]
     advantages: list[float]
@@ -44,6 +48,7 @@ class Batch:
 
 
 def make_config(name: str) -> ObjectiveConfig:
+    name, _, level = name.partition(" ")
     return ObjectiveConfig(
         name=name,
         # Wide enough that some of gspo's sequence ratios are clipped and some are not.
@@ -52,6 +57,8 @@ def make_config(name: str) -> ObjectiveConfig:
         max_response_length=12 if name == "dr_grpo" else None,
         kl_coefficient=0.3,
         entropy_coefficient=0.2,
+        dual_clip=1.2 if level else None,
+        correction=CorrectionConfig(kind="mask", level=level, low=0.6, high=1.4) if level else None,
     ).resolved()
 
 
@@ -65,6 +72,7 @@ def make_batch(config: ObjectiveConfig) -> Batch:
     return Batch(
         logprobs=logprobs,
         old=[x + 0.3 * y for x, y in zip(logprobs, sample(), strict=True)],
+        sampled=[x + 0.2 * y for x, y in zip(logprobs, sample(), strict=True)],
         reference=[x + 0.5 * y for x, y in zip(logprobs, sample(), strict=True)],
         entropy=[x.abs() for x in sample()],
         advantages=np.random.default_rng(0).normal(size=len(LENGTHS)).tolist(),
@@ -93,6 +101,7 @@ def run_microbatch(
         sequence_ids=ids,
         num_sequences=len(sequences),
         config=config,
+        sampled_logprobs=entries(batch.sampled) if config.correction else None,
         reference_logprobs=entries(batch.reference),
         entropy=entropy,
     )
@@ -101,12 +110,14 @@ def run_microbatch(
 
 
 @pytest.mark.parametrize("split", SPLITS[1:], ids=["three", "one empty", "each alone"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + CORRECTED)
 def test_microbatches_add_up_to_the_whole_batch(name, split):
     config = make_config(name)
     batch = make_batch(config)
     whole_loss, whole_gradients, whole_metrics = run_microbatch(batch, SPLITS[0][0], config)
     assert 0 < whole_metrics.means()["clip_fraction"] < 1
+    if config.correction is not None:
+        assert 0 < whole_metrics.means()["correction_changed_fraction"] < 1
 
     loss = torch.zeros((), dtype=torch.float64)
     metrics = PolicyMetrics.zeros()
@@ -140,8 +151,8 @@ def _losses_of_a_rank(rank: int, world_size: int, names: list[str]) -> list[tupl
 
 
 def test_ranks_add_up_to_the_whole_batch():
-    first, second = run_distributed(_losses_of_a_rank, 2, NAMES)
-    for name, sums, same_sums in zip(NAMES, first, second, strict=True):
+    first, second = run_distributed(_losses_of_a_rank, 2, NAMES + CORRECTED)
+    for name, sums, same_sums in zip(NAMES + CORRECTED, first, second, strict=True):
         assert torch.equal(sums, same_sums)
         config = make_config(name)
         loss, gradients, metrics = run_microbatch(make_batch(config), SPLITS[0][0], config)
@@ -149,7 +160,7 @@ def test_ranks_add_up_to_the_whole_batch():
         torch.testing.assert_close(sums, whole, rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + CORRECTED)
 def test_positions_shared_by_sequences_equal_repeated_positions(name):
     # Sequences 0 and 1 share two trained tokens, then branch; sequence 2 shares nothing.
     paths = [[0, 1, 2, 3], [0, 1, 4], [5, 6]]
@@ -164,7 +175,7 @@ def test_positions_shared_by_sequences_equal_repeated_positions(name):
     weights = token_weights(
         lengths, config.aggregation, max_response_length=config.max_response_length
     )
-    moved = 0.3 * torch.randn(2, 7, dtype=torch.float64, generator=generator)
+    moved = 0.3 * torch.randn(3, 7, dtype=torch.float64, generator=generator)
 
     def run(shared: bool) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden.clone().requires_grad_()
@@ -175,7 +186,7 @@ def test_positions_shared_by_sequences_equal_repeated_positions(name):
         )
         if shared:
             logprobs, entropy = logprobs[positions], entropy[positions]
-        old, reference = (logprobs.detach() + moved[:, positions]).unbind()
+        old, reference, sampled = (logprobs.detach() + moved[:, positions]).unbind()
         loss, _ = policy_loss(
             logprobs,
             old_logprobs=old,
@@ -184,6 +195,7 @@ def test_positions_shared_by_sequences_equal_repeated_positions(name):
             sequence_ids=ids,
             num_sequences=3,
             config=config,
+            sampled_logprobs=sampled if config.correction else None,
             reference_logprobs=reference,
             entropy=entropy,
         )

@@ -237,11 +237,44 @@ def test_a_frozen_input_gets_no_gradient(frozen):
     assert (weight.grad is None) == (frozen != "hidden")
 
 
+@pytest.mark.parametrize("case", ["entropy, temperature, one chunk", "padded vocabulary"])
+def test_wide_products_of_bfloat16_are_those_of_a_float32_head(case, monkeypatch):
+    """Bit for bit but for the order of sums: products of two bfloat16 are exact in float32."""
+    monkeypatch.setattr(log_probs, "_WEIGHT_ROWS", 5)
+    case = CASES[case]
+    hidden, weight, labels, *grads = make_inputs(case, torch.bfloat16)
+
+    def run(*inputs: Tensor, wide: bool) -> tuple[Tensor, ...]:
+        inputs = tuple(x.clone().requires_grad_() for x in inputs)
+        outputs = vocab_parallel_log_probs(
+            *inputs,
+            labels,
+            group=None,
+            temperature=case.temperature,
+            chunk_size=case.chunk_size,
+            with_entropy=True,
+            vocab_size=case.vocab_size,
+            wide_products=wide,
+        )
+        return *(x.detach() for x in outputs), *differentiate(case, outputs, grads, inputs)
+
+    expected = run(hidden.float(), weight.float(), wide=False)
+    found = run(hidden, weight, wide=True)
+    rounded = run(hidden, weight, wide=False)
+    for name, a, b, c in zip(("log_probs", "entropy"), found, expected, rounded, strict=False):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6, msg=name)  # sums of 5 to 12 of about 1
+        assert (c - b).abs().max() > 1e-3, name  # what rounding logits to 8 bits costs
+    for a, b in zip(found[2:], expected[2:], strict=True):
+        assert a.dtype == torch.bfloat16
+        # One rounding of the result to bfloat16, 8 bits.
+        torch.testing.assert_close(a.float(), b, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrow_inputs_are_summed_in_float32(dtype, with_entropy, monkeypatch):
     # Blocks smaller than the vocabulary, so that there are several, and one that is not full.
-    monkeypatch.setattr(log_probs, "_GRAD_WEIGHT_ROWS", 5)
+    monkeypatch.setattr(log_probs, "_WEIGHT_ROWS", 5)
     hidden, weight, labels, *grads = make_inputs(Case(), dtype)
     plain = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     log_p = (plain[0] @ plain[1].t()).float().log_softmax(-1)

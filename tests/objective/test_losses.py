@@ -25,7 +25,9 @@ from megatron_prefix.objective import (
     policy_loss,
     token_weights,
 )
-from megatron_prefix.objective.losses import LARGEST_LOG_RATIO, kl_per_token
+from megatron_prefix.objective.kl import kl_per_token
+from megatron_prefix.objective.options import CorrectionConfig
+from megatron_prefix.objective.ratio import LARGEST_LOG_RATIO
 from tests.distributed import run_distributed
 
 SEQUENCE_IDS = torch.tensor([0, 0, 1, 1, 1])
@@ -258,9 +260,15 @@ def test_metrics_of_grpo():
             "clip_fraction": 0.4,
             "clip_fraction_low": 0.2,
             "clip_fraction_high": 0.2,
+            "clip_fraction_dual": 0,
             "ratio_mean": 1,
             "ratio_std": 0.2**0.5,  # 6/5 - 1
+            # Bins of a histogram, to 2.5 % of ln .5 = -.6931 and of ln 1.5 = .4055.
+            "ratio_p01": pytest.approx(0.5, rel=0.0175),
+            "ratio_p99": pytest.approx(1.5, rel=0.0102),
+            "ratio_max": pytest.approx(1.5, rel=0.0102),
             "old_kl": 0.115072828,
+            "unknown_fraction": 0,
             "tokens": 5,
         },
         abs=1e-8,
@@ -284,37 +292,140 @@ def test_metrics_add_up_and_survive_stacking():
     assert twice.means()["clip_fraction"] == metrics.means()["clip_fraction"]
     assert twice.means()["policy_loss"] == 2 * metrics.means()["policy_loss"]
     assert not metrics.stack().requires_grad
-    assert set(PolicyMetrics.zeros().means().values()) == {0.0}
+    nothing = PolicyMetrics.zeros().means()
+    assert {name for name, value in nothing.items() if value == 1.0} == {
+        "ratio_p01",
+        "ratio_p99",
+        "ratio_max",
+    }
+    assert set(nothing.values()) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
+NAMES = ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
-@pytest.mark.parametrize("old", [-9999.0, -100.0, -30.0])
-def test_a_token_that_the_old_policy_held_for_impossible_ends_no_run(name, advantage, old):
+@pytest.mark.parametrize("old", [-9999.0, -1000.0, -math.inf, math.nan, math.inf, 1.0])
+def test_an_impossible_old_log_probability_takes_its_token_out_of_the_policy_loss(
+    name, advantage, old
+):
     """Servers write -9999 for a log-probability of minus infinity."""
-    logprobs = torch.tensor([-3.0, -1.0], requires_grad=True)
+    logprobs = torch.tensor([-3.0, -1.0, -2.0], requires_grad=True)
     loss, metrics = policy_loss(
         logprobs,
-        old_logprobs=torch.tensor([old, -1.0]),
-        reference_logprobs=torch.tensor([-1.0, 5000.0]),  # and the reverse, for the k3 estimate
-        advantages=torch.full((2,), advantage),
-        weights=torch.full((2,), 0.5),
-        sequence_ids=torch.tensor([0, 1]),
+        old_logprobs=torch.tensor([old, -1.0, -2.0]),
+        reference_logprobs=torch.tensor([-1.0, 5000.0, -2.0]),
+        advantages=torch.full((3,), advantage),
+        weights=torch.full((3,), 0.5),
+        sequence_ids=torch.tensor([0, 1, 0]),
         num_sequences=2,
         config=ObjectiveConfig(name=name, kl_coefficient=0.1, aggregation="token_mean"),
     )
     loss.backward()
-    assert logprobs.grad.isfinite().all() and metrics.stack().isfinite().all()
+    assert metrics.stack().isfinite().all()
     bound = math.exp(LARGEST_LOG_RATIO)
-    # Of the second token: its advantage, and the slope of k3 at the bound.
-    assert logprobs.grad[1].item() == pytest.approx(
-        0.5 * (-advantage - 0.1 * (bound - 1)), rel=1e-5
+    # Of the other tokens: their advantage, and the slope of k3 (1 - exp(d) with d at the bound for
+    # the second, 0 for the third). The sequence of the first has the third alone in its ratio.
+    of_kl = [-0.05 * math.expm1(2.0), -0.05 * (bound - 1), 0.0]
+    expected = [of_kl[0], of_kl[1] - 0.5 * advantage, of_kl[2] - 0.5 * advantage]
+    assert logprobs.grad.tolist() == pytest.approx(expected, rel=1e-5)
+    found = metrics.means()
+    assert (found["unknown_fraction"], found["ratio_mean"]) == (pytest.approx(1 / 3), 1.0)
+    assert found["tokens"] == 3
+
+
+@pytest.mark.parametrize("old", [-9999.0, math.nan, 1.0])
+def test_supervised_trains_on_a_token_whatever_its_old_log_probability(old):
+    logprobs = torch.tensor([-3.0, -1.0], requires_grad=True)
+    loss, metrics = policy_loss(
+        logprobs,
+        old_logprobs=torch.tensor([old, -1.0]),
+        advantages=torch.zeros(2),
+        weights=torch.full((2,), 0.5),
+        sequence_ids=torch.tensor([0, 0]),
+        num_sequences=1,
+        config=ObjectiveConfig(name="supervised"),
     )
-    # The first token's ratio is beyond the bound (cispo's weight is clipped to 5).
-    of_ratio = -0.5 * advantage * 5 if name == "cispo" else 0.0
-    of_kl = -0.1 * 0.5 * math.expm1(2.0)
-    assert logprobs.grad[0].item() == pytest.approx(of_ratio + of_kl, rel=1e-5)
-    assert metrics.ratio.item() == pytest.approx(bound + 1, rel=1e-5)
+    loss.backward()
+    assert loss.item() == 2.0
+    assert logprobs.grad.tolist() == [-0.5, -0.5]
+    assert metrics.means()["unknown_fraction"] == 0.5
+
+
+@pytest.mark.parametrize("name", [*NAMES, "supervised"])
+@pytest.mark.parametrize("advantage", [-1e20, 0.0, 1e20])
+@pytest.mark.parametrize("old", [0.0, -30.0, -100.0, -999.0])
+@pytest.mark.parametrize("current", [-1e4, -3.0, 0.0])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"correction": CorrectionConfig(), "kl_estimator": "k2"},
+        {"correction": CorrectionConfig(level="sequence", high=1e6), "dual_clip": 1e6},
+        {"correction": CorrectionConfig(level="sequence_mean", kind="mask"), "clip_high": 1e6},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_extreme_inputs_give_finite_losses_gradients_and_metrics(
+    name, advantage, old, current, options
+):
+    # What an objective does not use is refused.
+    unused = {"supervised": ("correction", "dual_clip"), "cispo": ("dual_clip",)}.get(name, ())
+    options = {key: value for key, value in options.items() if key not in unused}
+    corrects = "correction" in options
+    logprobs = torch.tensor([current, -1.0], requires_grad=True)
+    config = ObjectiveConfig(
+        name=name,
+        kl_coefficient=0.1,
+        aggregation="token_mean",
+        **options,
+    )
+    loss, metrics = policy_loss(
+        logprobs,
+        old_logprobs=torch.tensor([old, -1.0]),
+        sampled_logprobs=torch.tensor([-999.0, -1e4]) if corrects else None,
+        reference_logprobs=torch.tensor([-1e4, 1e4]),
+        advantages=torch.full((2,), advantage),
+        weights=torch.full((2,), 0.5),
+        sequence_ids=torch.tensor([0, 1]),
+        num_sequences=2,
+        config=config,
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert logprobs.grad.isfinite().all()
+    assert metrics.stack().isfinite().all()
+    assert all(math.isfinite(value) for value in metrics.means().values())
+
+
+@pytest.mark.parametrize("old", [-30.0, -100.0, -999.0])
+def test_beyond_the_bound_a_ratio_has_no_gradient(old):
+    logprobs = torch.tensor([-3.0], requires_grad=True)
+    loss, metrics = policy_loss(
+        logprobs,
+        old_logprobs=torch.tensor([old]),
+        advantages=torch.tensor([-1.0]),
+        weights=torch.ones(1),
+        sequence_ids=torch.tensor([0]),
+        num_sequences=1,
+        config=ObjectiveConfig(),
+    )
+    loss.backward()
+    assert loss.item() == metrics.ratio.item() == pytest.approx(math.exp(10.0), rel=1e-5)
+    assert logprobs.grad.item() == 0
+    # The last bin of the histogram, to 2.5 % of the logarithm.
+    assert metrics.means()["ratio_max"] == pytest.approx(math.exp(10.0), rel=0.3)
+
+
+def test_the_dual_clip_bounds_the_loss_of_negative_advantages():
+    config = ObjectiveConfig(dual_clip=1.4, clip_high=0.2)
+    loss, gradient, metrics = run(config)
+    # As in test_grpo but for r = 1.5, A = -1: the loss 1.5 becomes 1.4, without a gradient.
+    # (-2.4 - 1) / 4 + (.8 + 1.4 + 1) / 6
+    expect(loss, -0.31666667)
+    expect(gradient, [0, -0.25, 0, 0, 1 / 6])
+    assert metrics.means()["clip_fraction_dual"] == pytest.approx(0.2)
 
 
 def test_ratios_within_a_wide_clip_range_are_what_they_are():
@@ -332,7 +443,7 @@ def test_ratios_within_a_wide_clip_range_are_what_they_are():
     assert loss.item() == logprobs.grad.item() == pytest.approx(-math.exp(11.0), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo"])
+@pytest.mark.parametrize("name", [*NAMES, "supervised"])
 def test_no_entries_give_a_zero_that_can_be_differentiated(name):
     logprobs = torch.zeros(0, requires_grad=True)
     empty = torch.zeros(0)
@@ -343,7 +454,12 @@ def test_no_entries_give_a_zero_that_can_be_differentiated(name):
         weights=empty,
         sequence_ids=torch.zeros(0, dtype=torch.int64),
         num_sequences=0,
-        config=ObjectiveConfig(name=name, kl_coefficient=0.1, entropy_coefficient=0.1),
+        config=ObjectiveConfig(
+            name=name,
+            kl_coefficient=0.1,
+            entropy_coefficient=0.1,
+            max_response_length=4 if name == "dr_grpo" else None,
+        ),
         reference_logprobs=empty,
         entropy=empty,
     )
@@ -384,6 +500,11 @@ def test_computes_in_float32_or_wider(dtype, wide):
         (
             {"config": ObjectiveConfig(kl_coefficient=0.5)},
             r"kl_coefficient=0\.5 needs reference_logprobs",
+        ),
+        ({"sampled_logprobs": torch.zeros(2)}, "sampled_logprobs are for correction"),
+        (
+            {"config": ObjectiveConfig(correction=CorrectionConfig())},
+            "correction needs them",
         ),
         (
             {"config": ObjectiveConfig(entropy_coefficient=0.5)},

@@ -55,7 +55,7 @@ def kept_bytes(chunks: ModelChunks, batch: PackedBatch) -> int:
             iter([batch]),
             chunks.wrapped[0],
             chunks=chunks,
-            objective=ObjectiveConfig(),
+            objective=ObjectiveConfig(report_entropy=True),
             with_gradients=True,
         )
     return sum(storage.nbytes() for storage in kept.values())

@@ -260,7 +260,7 @@ def _pipeline_peak(num_chunks: int) -> tuple[int, int]:
         chunks = build_model_chunks(model, parallel, training, use_distributed_optimizer=False)
         memory = memory_model(model, chunks.config, training)
         trees = [
-            PrefixTree.from_groups([([0] * prefix, [[1] * n for n in responses])])
+            PrefixTree.from_groups([([0] * prefix, [[1 + i] * n for i, n in enumerate(responses)])])
             for prefix, responses in shapes
         ]
         estimate = estimate_step(
@@ -301,7 +301,11 @@ def _received(kind: str) -> tuple[int, int]:
         chunks = build_model_chunks(model, parallel, training, use_distributed_optimizer=False)
         memory = memory_model(model, chunks.config, training)
         estimate = estimate_step(
-            [PrefixTree.from_groups([([0] * shape[0], [[1] * n for n in shape[1]])])],
+            [
+                PrefixTree.from_groups(
+                    [([0] * shape[0], [[1 + i] * n for i, n in enumerate(shape[1])])]
+                )
+            ],
             StepSetup(
                 memory=memory,
                 ranks=rank_sizes(parallel, OptimizerSettings(), data_parallel_size=1),

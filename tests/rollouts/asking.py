@@ -10,8 +10,8 @@ from megatron_prefix.rollouts.prompts import prompt_stream
 from megatron_prefix.rollouts.rewards import exact_match
 from megatron_prefix.rollouts.server.answers import Reader
 from megatron_prefix.rollouts.server.asking import Asker
+from megatron_prefix.rollouts.server.batches import BatchSampler, GroupSpec
 from megatron_prefix.rollouts.server.client import ServerClient
-from megatron_prefix.rollouts.server.engine import BatchSampler, GroupSpec
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 from tests.rollouts.replies import Reply, ReplyServer, Request
 from tests.rollouts.servers import DIGITS, END

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
+from megatron_prefix.rollouts.turns import num_turns
 
 VOCAB_SIZE = 32
 MAX_POSITIONS = 16
@@ -52,6 +53,11 @@ def whole_record(group: RolloutGroup) -> dict[str, Any]:
         record["old_logprobs"] = [list(values) for values in group.old_logprobs]
     if group.loss_mask is not None:
         record["loss_mask"] = [list(mask) for mask in group.loss_mask]
+    for name in ("turn_rewards", "advantages"):
+        if getattr(group, name) is not None:
+            record[name] = [list(values) for values in getattr(group, name)]
+    if group.turn_rewards is not None:
+        del record["rewards"]
     if group.finished is not None:
         record["finished"] = list(group.finished)
     return record
@@ -62,7 +68,9 @@ def flat_records(group: RolloutGroup, name: str | int) -> list[dict[str, Any]]:
     whole = whole_record(group)
     columns = {
         "response": whole["responses"],
-        "reward": whole["rewards"],
+        "reward": whole.get("rewards"),
+        "turn_rewards": whole.get("turn_rewards"),
+        "advantages": whole.get("advantages"),
         "old_logprobs": whole.get("old_logprobs"),
         "loss_mask": whole.get("loss_mask"),
         "finished": whole.get("finished"),
@@ -117,6 +125,8 @@ def contents(groups: Sequence[RolloutGroup] | RolloutBatch | None) -> list[tuple
             g.rewards,
             g.old_logprobs and tuple(tuple(map(np.float32, values)) for values in g.old_logprobs),
             g.loss_mask,
+            g.turn_rewards,
+            g.advantages,
             g.finished,
             g.answer,
         )
@@ -139,12 +149,24 @@ def group_strategy(draw: st.DrawFn, *, has_old_logprobs: bool, has_loss_mask: bo
         loss_mask = tuple(
             (True, *(draw(st.booleans()) for _ in response[1:])) for response in responses
         )
+    rewards = tuple(draw(st.lists(finite, min_size=count, max_size=count)))
+    turn_rewards = advantages = None
+    given = draw(st.sampled_from(["rewards", "turn_rewards", "advantages"]))
+    if given == "turn_rewards":
+        few = st.floats(-1e6, 1e6)
+        masks = loss_mask or [None] * count
+        turn_rewards = tuple(tuple(draw(few) for _ in range(num_turns(mask))) for mask in masks)
+        rewards = tuple(map(float, map(sum, turn_rewards)))
+    elif given == "advantages":
+        advantages = tuple(tuple(draw(finite) for _ in response) for response in responses)
     if draw(st.booleans()):
         finished = tuple(draw(st.booleans()) for _ in responses)
     return RolloutGroup(
         prompt=tuple(draw(st.lists(tokens, min_size=1, max_size=10))),
         responses=tuple(map(tuple, responses)),
-        rewards=tuple(draw(st.lists(finite, min_size=count, max_size=count))),
+        rewards=rewards,
+        turn_rewards=turn_rewards,
+        advantages=advantages,
         old_logprobs=old_logprobs,
         loss_mask=loss_mask,
         finished=finished,

@@ -17,6 +17,8 @@ from .files import FORMATS, contents, engine, numbered_groups, whole_record, wri
 GOOD = {"prompt": [1, 2], "responses": [[3], [4, 5]], "rewards": [1.0, 0.0]}
 FLAT = {"group": "a", "prompt": [1, 2], "response": [3], "reward": 1.0}
 ABSENT = object()
+TURNS = {"rewards": ABSENT}
+MASKS = [[True], [True, False, False, True]]
 
 
 def changed(record, **changes):
@@ -71,6 +73,25 @@ WHOLE_CASES = [
     ({"loss_mask": [[None], [True, True]]}, "loss_mask[0][0]: None is not true or false"),
     ({"loss_mask": [True, True]}, "loss_mask[0]: True is not a list"),
     ({"loss_masks": [[True], [True, True]]}, "loss_masks: not a known field; is loss_mask meant?"),
+    ({"turn_rewards": [[1], [1]]}, "rewards: given beside turn_rewards, from which rewards are"),
+    ({**TURNS, "turn_rewards": [[1]]}, "turn_rewards: 1 for 2 responses"),
+    ({**TURNS, "turn_rewards": [[1], [1, 2]]}, "turn_rewards[1]: 2 for 1 trained turns (runs of"),
+    ({**TURNS, "turn_rewards": [[1], []]}, "turn_rewards[1]: 0 for 1 trained turns"),
+    (
+        {**TURNS, "turn_rewards": [[1], [1]], "responses": [[7], [8] * 4], "loss_mask": MASKS},
+        "turn_rewards[1]: 1 for 2 trained turns",
+    ),
+    ({**TURNS, "turn_rewards": [[1], [1e999]]}, "turn_rewards[1][0]: inf is not a finite number"),
+    ({**TURNS, "turn_rewards": [[1], ["a"]]}, "turn_rewards[1][0]: 'a' is not a number"),
+    (
+        {**TURNS, "turn_rewards": [[1], [1]], "advantages": [[1], [1, 1]]},
+        "advantages: given beside turn_rewards, from which advantages are computed",
+    ),
+    ({"advantages": [[1]]}, "advantages: 1 for 2 responses"),
+    ({"advantages": [[1], [1]]}, "advantages[1]: 1 for a response of 2 tokens"),
+    ({"advantages": [[1], [1, 1e999]]}, "advantages[1][1]: inf is not a finite number"),
+    ({"advantages": [[1], [1, None]]}, "advantages[1][1]: None is not a number"),
+    ({"advantage": [[1], [1, 1]]}, "advantage: not a known field; is advantages meant?"),
     ({"finished": [True]}, "finished: 1 for 2 responses"),
     ({"finished": [True, 0]}, "finished[1]: 0 is not true or false"),
     ({"finished": True}, "finished: True is not a list"),
@@ -113,6 +134,9 @@ FLAT_CASES = [
     ({"finished": True}, "finished: of group 'a', some records have it and some do not"),
     ({"old_logprobs": [-1.0]}, "old_logprobs: of group 'a', some records have it and some do not"),
     ({"loss_mask": [True]}, "loss_mask: of group 'a', some records have it and some do not"),
+    ({"advantages": [1]}, "advantages: of group 'a', some records have it and some do not"),
+    ({"turn_rewards": [1]}, "reward: given beside turn_rewards"),
+    ({"turn_rewards": [1, 2], "reward": ABSENT}, "turn_rewards: 2 for 1 trained turns"),
 ]
 
 

@@ -107,6 +107,8 @@ def broken(draw: st.DrawFn, group: RolloutGroup) -> RolloutGroup:
     faults += ["long response", "no response"]
     faults += ["old_logprobs"] * (group.old_logprobs is not None)
     faults += ["loss_mask"] * (group.loss_mask is not None)
+    faults += ["turn_rewards"] * (group.turn_rewards is not None)
+    faults += ["advantages"] * (group.advantages is not None)
     fault = draw(st.sampled_from(faults))
     changes: dict[str, Any] = {}
     if fault == "prompt":
@@ -124,15 +126,23 @@ def broken(draw: st.DrawFn, group: RolloutGroup) -> RolloutGroup:
     elif fault == "old_logprobs":
         values = _changed(group.old_logprobs[r], t, draw(BAD_LOGPROBS))
         changes["old_logprobs"] = _changed(group.old_logprobs, r, values)
+    elif fault == "turn_rewards":
+        values = _changed(group.turn_rewards[r], 0, np.inf)
+        changes["turn_rewards"] = _changed(group.turn_rewards, r, values)
+    elif fault == "advantages":
+        values = _changed(group.advantages[r], t, -np.inf)
+        changes["advantages"] = _changed(group.advantages, r, values)
     elif fault == "loss_mask":
+        changes["turn_rewards"] = None
         changes["loss_mask"] = _changed(group.loss_mask, r, (False,) * len(response))
     elif fault == "no response":
         nothing = {"responses": (), "rewards": (), "old_logprobs": None, "loss_mask": None}
-        changes |= {**nothing, "finished": None}
+        changes |= {**nothing, "finished": None, "turn_rewards": None, "advantages": None}
     else:
         length = 0 if fault == "empty response" else MAX_POSITIONS + 1
         changes["responses"] = _changed(group.responses, r, (1,) * length)
-        for name, value in (("old_logprobs", -1.0), ("loss_mask", True)):
+        changes["turn_rewards"] = None
+        for name, value in (("old_logprobs", -1.0), ("loss_mask", True), ("advantages", 1.0)):
             if (lists := getattr(group, name)) is not None:
                 changes[name] = _changed(lists, r, (value,) * length)
     return dataclasses.replace(group, **changes)

@@ -21,7 +21,7 @@ from tests.distributed import run_distributed
 from tests.rollouts.asking import completion, ids_choice
 from tests.rollouts.files import plain, write
 from tests.rollouts.replies import Reply, Request, reply_server
-from tests.rollouts.servers import DIGITS, END
+from tests.rollouts.servers import DIGITS, END, save_word_tokenizer
 from tests.training.runs import TENSOR, trainer
 
 PROMPTS = [{"prompt": [n, 1, 2, 10, 3, n, 10], "answer": [n, END]} for n in range(5)]
@@ -132,12 +132,33 @@ def sample_on_ranks(rank: int, world_size: int, folder: str, url: str) -> dict[s
             found["error"] = str(error)
         found["state"] = run.engine.state_dict()
         run.engine.close()
+    values["rollouts"] |= {
+        "reward": None,
+        "paths": [str(Path(folder) / "tasks.jsonl")],
+        "stop_tokens": list(range(10)),
+        "text": {"tokenizer": str(Path(folder) / "tokenizer")},
+        "agent": {"environment": "tests.rollouts.user_environments:echo"},
+    }
+    values["evaluation"] = {"paths": values["rollouts"]["paths"], "num_prompts": 3}
+    with trainer(values) as run:
+        found["eval"] = [(run.evaluator.evaluate(), run.evaluator.metrics()) for _ in range(2)]
+        run.engine.close()
     return found
 
 
 def test_one_rank_asks_and_gets_the_groups_and_all_get_the_errors(tmp_path):
-    """Two tensor-parallel ranks; the weights that transformers loads are both ranks' together."""
+    """Two tensor-parallel ranks; the weights that transformers loads are both ranks' together.
+
+    An agent's evaluation has its environment on one rank too.
+    """
     write(tmp_path / "prompts.jsonl", PROMPTS)
+    tasks = [{"messages": [{"role": "user", "content": f"{n} 1 ?"}]} for n in range(3)]
+    write(tmp_path / "tasks.jsonl", [{**tasks[0], "answer": "crash"}, *tasks[1:]])
+    folder = save_word_tokenizer(tmp_path / "tokenizer", DIGITS, ";")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}; {% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
 
     def answer(request: Request) -> Reply:
         if request.path == "/v1/models":
@@ -161,6 +182,12 @@ def test_one_rank_asks_and_gets_the_groups_and_all_get_the_errors(tmp_path):
     assert (
         "/update_weights_from_disk: refused with 400 Bad Request: out of memory" in first["error"]
     )
+    assert first["eval"] == second["eval"]
+    (score, metrics), again = first["eval"]
+    assert (score, metrics) == again
+    # Each first turn has a quarter; the environment of the first task breaks at its second turn.
+    assert score == 0.5 / 3
+    assert metrics == {"eval_turns": 2.0, "eval_environment_failures": 1.0}
     # What went wrong has used up no prompt.
     assert first["state"]["number"] == 2
     # One to find out what the server can do, and one for each group.

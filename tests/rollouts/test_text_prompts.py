@@ -154,6 +154,23 @@ def test_a_file_that_has_changed_is_read_anew(tmp_path, tokenizer):
         ({"promt": "1"}, {}, ":2: promt: not a known field; is prompt meant"),
         ({"messages": []}, {}, r":2: messages: \[\] is not a list of messages"),
         ({"messages": [{"content": "1"}]}, {}, r":2: messages\[0\]: .* needs a role"),
+        (
+            {"messages": [{"role": "user", "content": "1"}], "tools": [{"name": "add"}]},
+            {},
+            ":2: messages: the chat template writes nothing of the record's tools",
+        ),
+        (
+            {"prompt": "1", "tools": [{"name": "add"}]},
+            {"chat": True},
+            ":2: prompt: the chat template writes nothing of the record's tools",
+        ),
+        ({"prompt": "1", "tools": [{"name": "add"}]}, {}, ":2: tools: read by a chat template, w"),
+        ({"prompt": [1], "tools": [{"name": "add"}]}, {"chat": True}, ":2: tools: read by a chat"),
+        (
+            {"messages": [{"role": "assistant", "content": "1", "weight": 0}, {"role": "user"}]},
+            {},
+            r":2: messages\[0\].weight: not read in a prompt",
+        ),
         ({"messages": [{"role": "user"}]}, {}, ":2: messages: the chat template of .* refuses it"),
         ({"b": 1}, {"prompt_template": "{a}"}, ":2: a: missing, but .*prompt_template names it"),
         ('{"prompt": ', {}, ":2: not a JSON object"),

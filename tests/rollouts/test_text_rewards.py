@@ -165,19 +165,19 @@ def test_a_reward_that_fails_names_the_record_unless_it_has_a_value(tokenizer, w
 def test_a_reward_process_outlives_what_asks_the_run_to_stop(tokenizer):
     reward = process_reward(tokenizer)
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        worker = reward._idle.get()
+        worker = reward._function._idle.get()
         worker._process.send_signal(number)
-        reward._idle.put(worker)
+        reward._function._idle.put(worker)
         assert compute_rewards(reward, group_of("good")) == (1,)
     close_reward(reward)
 
 
 def test_a_reward_process_ends_with_the_process_that_started_it(tokenizer):
     reward = process_reward(tokenizer)
-    worker = reward._idle.get()
+    worker = reward._function._idle.get()
     worker._process.stdin.close()
     assert worker._process.wait(timeout=10) == 0
-    reward._idle.put(None)
+    reward._function._idle.put(None)
 
 
 def test_a_reward_of_the_folder_that_a_run_is_started_in_is_found(tmp_path, monkeypatch):

@@ -89,7 +89,13 @@ def test_arguments_that_make_no_comparison_are_refused(
 
 
 @pytest.mark.parametrize(
-    "name", ["benchmark.py", "benchmark_series.py", "benchmark_context_parallel.py"]
+    "name",
+    [
+        "benchmark.py",
+        "benchmark_series.py",
+        "benchmark_context_parallel.py",
+        "benchmark_skipping.py",
+    ],
 )
 def test_the_tools_are_programs(name: str) -> None:
     done = run_python([TOOL.with_name(name), "--case", "2,16"])
@@ -192,3 +198,25 @@ def test_a_case_without_a_series_is_refused(
     monkeypatch.setattr(sys, "argv", [str(SERIES), *case, *SIZES, "--no-memory", "--repeats", "1"])
     assert importlib.import_module("benchmark_series").main() == 2
     assert message in capsys.readouterr().err
+
+
+SKIPPING = TOOL.with_name("benchmark_skipping.py")
+
+
+def test_groups_of_equal_rewards_cost_nothing_where_they_are_skipped(
+    last_line: Callable[..., dict[str, Any]],
+) -> None:
+    """The numbers of tokens and FLOPs are exact; the rows that run are the same to the bit."""
+    case = ["--case", "4,24,8", "--groups", "4", "--equal", "1", "3", "--repeats", "1"]
+    report = last_line(SKIPPING, *case, "--json", *SIZES)
+    for row, ratio in zip(report["rows"], (4 / 3, 4), strict=True):
+        assert row["flops_ratio"] == row["tokens"]["keep"] / row["tokens"]["skip"] == ratio
+        assert row["gradient_error"] == 0
+        assert row["share"] == pytest.approx(row["time_ratio"] / ratio)
+        assert all(seconds > 0 for values in row["seconds"].values() for seconds in values)
+
+
+def test_a_batch_of_equal_rewards_alone_is_refused() -> None:
+    done = run_python([SKIPPING, "--groups", "4", "--equal", "4"])
+    assert done.returncode == 2
+    assert "--equal: 4 must be from 0 to 3, below --groups" in done.stderr

@@ -24,10 +24,12 @@ print("imported:", [name for name in ("torch", "megatron", "transformers") if na
 
 DEFAULTS = {
     "verify_equivalence": "it decides the tolerances (default: float64)",
+    "verify_verl": "steps of SGD (default: 3)",
     "plan": "data-parallel ranks (default: 1)",
     "benchmark": "hidden size (default: 256)",
     "benchmark_context_parallel": "measurements of each kind (default: 3)",
     "benchmark_host": "prompts of the batch (default: 512)",
+    "benchmark_skipping": "of a batch (default: 16)",
     "benchmark_series": "tokens of a row at most (default: 8192)",
     "show_layout": "the picture to write (default: outputs/layout.png)",
     "convert_checkpoint": "show what a Hugging Face folder or a Megatron checkpoint holds",

@@ -102,6 +102,61 @@ def test_experts_on_ranks(tool: ModuleType, tensor: int, expert: int, data: int)
     _assert_exact(tool, report)
 
 
+NO_PENALTY = {"kl_coefficient": 0.0, "entropy_coefficient": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "parallel", "data"),
+    [
+        (
+            "gspo",
+            {
+                "correction": {"kind": "mask", "level": "sequence", "high": 3.0},
+                "overlong": {"kind": "mask"},
+                "dual_clip": 1.05,
+            },
+            ParallelConfig(context_parallel_size=2),
+            1,
+        ),
+        (
+            "dapo",
+            {
+                **NO_PENALTY,
+                "zero_advantages": "skip",
+                "correction": {"level": "sequence_mean", "high": 1.05},
+                "overlong": {"kind": "penalty", "length": 7, "buffer": 4},
+            },
+            ParallelConfig(),
+            2,
+        ),
+        (
+            "cispo",
+            {"clip_high": 0.1, "correction": {"kind": "mask", "low": 0.8, "high": 1.2}},
+            ParallelConfig(tensor_model_parallel_size=2),
+            1,
+        ),
+        ("dr_grpo", {"kl_estimator": "k2"}, ParallelConfig(), 1),
+        ("supervised", {"overlong": {"kind": "mask"}}, ParallelConfig(), 1),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_objectives_corrections_and_filters(
+    tool: ModuleType, objective: str, options: dict[str, Any], parallel: ParallelConfig, data: int
+) -> None:
+    report = tool.verify(
+        model=_model(tool),
+        shapes=[*SHAPES, *SHAPES_OF_TURNS[:2]],
+        parallel=parallel,
+        data_parallel_size=data,
+        optimizer_steps=2,
+        objective=objective,
+        objective_options=options,
+        packing=ALWAYS,
+        seed=1,
+    )
+    _assert_exact(tool, report)
+
+
 # Prompts of fewer tokens than chunks, one response far longer than the rest, fewer responses than
 # ranks, a group of one, and groups whose prompts begin alike.
 SHAPES_OF_RANKS = [
@@ -151,6 +206,82 @@ def test_four_context_parallel_ranks_with_three_levels_of_sharing(tool: ModuleTy
         packing={**ALWAYS, "sharing": "everything"},
     )
     _assert_exact(tool, report)
+
+
+# Turns of tools, first, last and in between; responses that share turns with some of their group or
+# with none of it; and a group without any.
+SHAPES_OF_TURNS = [
+    {
+        "prefix": 11,
+        "responses": [
+            {
+                "turns": [9, {"seen": 40}],
+                "then": [
+                    3,
+                    [5, {"seen": 3}, 2],
+                    {"turns": [4], "then": [[{"seen": 1}, 6], 2]},
+                ],
+            },
+            7,
+        ],
+    },
+    {"prefix": 5, "responses": [[{"seen": 4}, 6], [1, {"seen": 9}]]},
+    {"prefix": 1, "responses": [[2, {"seen": 1}, 2]]},
+    {"prefix": 20, "responses": [3, 8]},
+]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "data", "options"),
+    [
+        pytest.param(ParallelConfig(), 1, {"optimizer_steps": 3}, id="one process"),
+        pytest.param(
+            ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+            1,
+            {"objective": "gspo"},
+            id="tensor and pipeline parallelism, a sequence-level ratio",
+        ),
+        pytest.param(
+            ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+            1,
+            {"token_budget": 120},
+            id="interleaved pipeline, the branching group split",
+        ),
+        pytest.param(
+            ParallelConfig(context_parallel_size=2), 2, {}, id="context and data parallelism"
+        ),
+        pytest.param(
+            ParallelConfig(),
+            1,
+            {"token_budget": 120, "packing": {**ALWAYS, "share_across_microbatches": True}},
+            id="the branching group as a series",
+        ),
+    ],
+)
+def test_turns_that_are_seen_and_not_trained_and_responses_that_share_turns(
+    tool: ModuleType,
+    capfd: pytest.CaptureFixture[str],
+    parallel: ParallelConfig,
+    data: int,
+    options: dict[str, Any],
+) -> None:
+    report = tool.verify(
+        model=_model(tool),
+        shapes=SHAPES_OF_TURNS,
+        parallel=parallel,
+        data_parallel_size=data,
+        **{"packing": ALWAYS, **options},
+    )
+    _assert_exact(tool, report)
+    text = capfd.readouterr().out
+    if "packing" in options:
+        assert int(re.search(r"(\d+) series of rows", text)[1]) == 1
+    elif parallel.model_parallel_size == 1:
+        # 10 + 49 of the turns that four responses share, which are computed once; nothing else.
+        packed = 10 + (49 + 3 + 10 + 4 + 7 + 4 + 2 + 7) + 4 + 20 + 5 + 19 + 11
+        assert f", {packed} packed;" in text
+        labels, trained = 9 + 3 + 7 + 4 + 6 + 4 + 2 + 7 + 7 + 4 + 11, 69 + 7 + 4 + 11
+        assert f"; {labels} positions through the output layer, for {trained} trained" in text
 
 
 # Two groups over the budget of 34, one of them with a response that fits beside its prompt exactly;
@@ -294,6 +425,11 @@ def test_the_last_line_is_the_report_and_a_failure_the_exit_status(
         ("[{prefix: 3, responses: [1, 0]}]", "entry 0 is {'prefix': 3, 'responses': [1, 0]}"),
         ("[{prefix: 3, responses: [1], reward: 1}]", "entry 0 is {'prefix': 3,"),
         ("[{prefix: 3}]", "entry 0 is {'prefix': 3}"),
+        ("[{prefix: 3, responses: [[{seen: 2}]]}]", "with a trained one"),
+        ("[{prefix: 3, responses: [{seen: 2}]}]", "entry 0 is {'prefix': 3,"),
+        ("[{prefix: 3, responses: [{turns: [1], then: []}]}]", "entry 0 is {'prefix': 3,"),
+        ("[{prefix: 3, responses: [{turns: [1], then: [[{seen: 1}]]}, [{seen: 0}, 1]]}]", "0 is"),
+        ("[{prefix: 3, responses: [[1, [2]]]}]", "entry 0 is {'prefix': 3,"),
         ("[{prefix: 3, responses: [200]}]", "entry 0: "),
         ("[{prefix: ", "not readable as YAML"),
     ],
@@ -323,6 +459,9 @@ def test_wrong_shapes_end_with_status_2_and_name_the_entry(
         (["--pp", "3"], "num_layers: 4 does not divide by the 3 pipeline stages"),
         (["--ep", "2", "--dp", "2"], "parallel.expert_model_parallel_size: 2 needs"),
         (["--dp", "0"], "dp: 0 must be at least 1"),
+        (["--set", "correction.kind=drop"], "objective.correction.kind: expected one of truncate"),
+        (["--set", "zero_advantages=resample"], "zero_advantages: resample is the trainer's"),
+        (["--set", "dual_clip"], "override 'dual_clip': write it as section.key=value"),
         (["--model", "missing.yaml"], "missing.yaml"),
         (["--share-across-microbatches", "--pp", "2"], "parallel.pipeline_model_parallel_size: 2"),
         (["--share-across-microbatches", "--sharing", "everything"], "with sharing: everything"),

@@ -86,7 +86,7 @@ def test_results_do_not_depend_on_where_sharing_is_skipped(sharing: str) -> None
 
 
 def test_log_probabilities_alone_need_no_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of the old and the reference policy; a step reports entropies, so it computes them."""
+    """Nor does an optimizer step, unless the objective asks for entropies."""
     asked = []
     function = head_module.vocab_parallel_log_probs
 
@@ -104,8 +104,12 @@ def test_log_probabilities_alone_need_no_entropy(monkeypatch: pytest.MonkeyPatch
         found = compute_logprobs(chunks, batches, OBJECTIVE)
         assert asked == [False] * len(batches)
         assert [len(logprobs) for logprobs in found] == [len(b.entry_labels) for b in batches]
-        metrics = accumulate_gradients(chunks, batches, OBJECTIVE)
-    assert asked == [False] * len(batches) + [True] * len(batches)
+        without = accumulate_gradients(chunks, batches, OBJECTIVE)
+        assert asked == [False] * 2 * len(batches)
+        reported = dataclasses.replace(OBJECTIVE, report_entropy=True)
+        metrics = accumulate_gradients(chunks, batches, reported)
+    assert asked[2 * len(batches) :] == [True] * len(batches)
+    assert all(float(m.entropy) == 0 for m in without)
     assert all(float(m.entropy) > 0 for m in metrics)
 
 
@@ -167,3 +171,49 @@ def test_tokens_that_the_loss_mask_leaves_out_are_seen_and_not_trained() -> None
     # The others are inputs as before: nothing that is trained has other log-probabilities.
     for name, values in found[True].items():
         assert values == pytest.approx(found[False][name], abs=1e-12)
+
+
+def test_positions_that_nothing_is_trained_on_do_not_reach_the_output_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor do they count in the predicted FLOPs; a turn that responses share is one position."""
+    rng = np.random.default_rng(8)
+    first, tool = rng.integers(0, 61, 30), rng.integers(0, 61, 50)
+    last = [rng.integers(0, 61, n) for n in (4, 9)]
+    mask = [np.repeat([True, False, True], [30, 50, len(own)]) for own in last]
+    group = RolloutGroup(
+        prompt=rng.integers(0, 61, 20),
+        responses=[np.concatenate([first, tool, own]) for own in last],
+        rewards=[1.0, 0.0],
+        loss_mask=mask,
+        source="group",
+    )
+    asked = []
+    function = head_module.vocab_parallel_log_probs
+
+    def spy(hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(len(hidden))
+        return function(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(head_module, "vocab_parallel_log_probs", spy)
+    config = model_config({"hidden_size": 32}, max_sequence_length=256)
+    with single_process():
+        chunks = build_model_chunks(
+            config, ParallelConfig(), TRAINING, use_distributed_optimizer=False
+        )
+        shape = model_shape(config, chunks.config)
+        flops = []
+        for trained in (group, dataclasses.replace(group, loss_mask=None)):
+            minibatch = build_minibatch(
+                [trained],
+                OBJECTIVE,
+                dataclasses.replace(_packing(shape), token_budget=400),
+                attention=ON_CPU,
+                data_parallel_rank=0,
+            )
+            (batch,) = minibatch.batches
+            assert batch.num_tokens == 19 + 80 + 4 + 9
+            accumulate_gradients(chunks, minibatch.batches, OBJECTIVE)
+            flops.append(minibatch.flops)
+    assert asked == [30 + 4 + 9, 30 + 50 + 4 + 9]
+    assert flops[1] - flops[0] == 50 * shape.head_flops_per_label()

@@ -158,6 +158,43 @@ def test_log_probabilities_of_a_series_need_no_gradients(chunks: ModelChunks) ->
     torch.testing.assert_close(found[True], found[False], rtol=0, atol=1e-12)
 
 
+def test_rows_of_a_series_share_their_turns_too(chunks: ModelChunks) -> None:
+    """Also where all responses of a row begin with the same turn, which its root ends before."""
+    rng = np.random.default_rng(6)
+    turns = [rng.integers(0, 61, 25) for _ in range(2)]
+    last = [rng.integers(0, 61, n) for n in (5, 4, 6, 5, 3, 6)]
+    prompt = rng.integers(0, 61, 40)
+
+    def minibatch(sharing: str, across: bool) -> Minibatch:
+        group = RolloutGroup(
+            prompt=prompt,
+            responses=[np.concatenate([turns[i // 3], own]) for i, own in enumerate(last)],
+            loss_mask=[np.arange(25 + len(own)) % 12 < 8 for own in last],
+            rewards=[float(i % 2) for i in range(6)],
+            source="group",
+        )
+        training = dataclasses.replace(
+            TRAINING, token_budget=140, share_across_microbatches=across, sharing=sharing
+        )
+        packing = packing_of_run(
+            dataclasses.replace(training, share_only_where_it_pays=False),
+            ParallelConfig(),
+            model_shape=model_shape(model_config(max_sequence_length=256), chunks.config),
+            data_parallel_size=1,
+        )
+        return build_minibatch([group], OBJECTIVE, packing, attention=ON_CPU, data_parallel_rank=0)
+
+    in_series = minibatch("groups", True)
+    series = _series(in_series)
+    # The prompt's row, and what its responses have behind it; a turn runs once in a row.
+    tokens = [row.num_tokens for row in series.rows]
+    of_responses = sum(25 + len(own) for own in last)
+    assert len(tokens) > 1 and sum(tokens) <= of_responses - 2 * 25
+    expected = _gradients(chunks, minibatch("none", False))
+    for name, gradient in _gradients(chunks, in_series).items():
+        assert relative_error(gradient, expected[name]) <= 1e-12, name
+
+
 def test_an_error_in_the_middle_of_a_series_leaves_nothing_behind(
     chunks: ModelChunks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

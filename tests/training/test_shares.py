@@ -13,7 +13,9 @@ from megatron_prefix.training.shares import Distribution, Share, ShareSizes, tak
 from tests.distributed import run_distributed
 
 
-def _batch(seed: int, *, old_logprobs: bool = True, loss_mask: bool = True) -> RolloutBatch:
+def _batch(
+    seed: int, *, old_logprobs: bool = True, loss_mask: bool = True, advantages: bool = True
+) -> RolloutBatch:
     rng = np.random.default_rng(seed)
     groups = []
     for index in range(7):
@@ -25,6 +27,10 @@ def _batch(seed: int, *, old_logprobs: bool = True, loss_mask: bool = True) -> R
                 rewards=rng.normal(size=len(lengths)),
                 old_logprobs=[-rng.random(n) for n in lengths] if old_logprobs else None,
                 loss_mask=[rng.random(n) < 0.5 for n in lengths] if loss_mask else None,
+                # Those of a group's responses, or of its tokens.
+                advantages=[rng.normal(size=n) for n in lengths]
+                if advantages and index % 2
+                else None,
                 source=f"group {index}",
             )
         )
@@ -41,6 +47,7 @@ def _assert_holds(share: Share, batch: RolloutBatch, responses: np.ndarray) -> N
         for found, values in (
             (share.old_logprobs_of(response), batch.old_logprobs),
             (share.loss_mask_of(response), batch.loss_mask),
+            (share.advantages_of(response), batch.advantages if group % 2 else None),
         ):
             assert (found is None) == (values is None)
             if found is not None and values is not None:
@@ -49,8 +56,11 @@ def _assert_holds(share: Share, batch: RolloutBatch, responses: np.ndarray) -> N
 
 @pytest.mark.parametrize("old_logprobs", [False, True])
 @pytest.mark.parametrize("loss_mask", [False, True])
-def test_a_share_holds_its_responses_and_their_prompts(old_logprobs: bool, loss_mask: bool) -> None:
-    batch = _batch(0, old_logprobs=old_logprobs, loss_mask=loss_mask)
+@pytest.mark.parametrize("advantages", [False, True])
+def test_a_share_holds_its_responses_and_their_prompts(
+    old_logprobs: bool, loss_mask: bool, advantages: bool
+) -> None:
+    batch = _batch(0, old_logprobs=old_logprobs, loss_mask=loss_mask, advantages=advantages)
     rng = np.random.default_rng(1)
     for count in (0, 1, 5, batch.num_responses):
         responses = rng.permutation(batch.num_responses)[:count]
@@ -58,7 +68,7 @@ def test_a_share_holds_its_responses_and_their_prompts(old_logprobs: bool, loss_
         share = take_share(batch, sizes)
         _assert_holds(share, batch, responses)
         assert len(share.prompt_tokens) == sizes.prompt_offsets[-1]
-        arrays = (share.response_tokens, share.old_logprobs, share.loss_mask)
+        arrays = (share.response_tokens, share.old_logprobs, share.loss_mask, share.advantages)
         for values in arrays:
             assert values is None or len(values) == sizes.response_offsets[-1]
 

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_prefix.layout import ModelShape, Packing
 from megatron_prefix.objective import ObjectiveConfig, group_advantages, token_weights
+from megatron_prefix.objective.options import OverlongConfig
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, RolloutSummary
 from megatron_prefix.training.step_plan import plan_rollouts
 
@@ -126,3 +127,52 @@ def test_rewards_that_are_no_numbers_are_named_by_their_source() -> None:
     rewards[4] = np.nan
     with pytest.raises(ValueError, match=r"file.jsonl:1: the reward of response 1 is nan"):
         plan_rollouts(_summary(rewards=rewards), ObjectiveConfig(), PACKING)
+
+
+@pytest.mark.parametrize("sharing", ["groups", "everything", "none"])
+def test_what_is_skipped_is_in_no_share_and_counts_in_every_weight(sharing: Any) -> None:
+    rewards = np.arange(len(_summary().rewards), dtype=np.float64)
+    # Groups 1 and 4; group 3 is a single response, and response 1 has the mean of its group.
+    rewards[3:5] = rewards[10:] = 1.0
+    summary = _summary(rewards=rewards)
+    packing = dataclasses.replace(PACKING, sharing=sharing)
+    kept = plan_rollouts(summary, ObjectiveConfig(), packing, num_steps=2)
+    skipped = plan_rollouts(summary, ObjectiveConfig(zero_advantages="skip"), packing, num_steps=2)
+    run = [step.responses_of_rank(rank) for step in skipped.steps for rank in range(3)]
+    assert sorted(np.concatenate(run).tolist()) == [0, 2, 5, 6, 7, 8]
+    shares = np.concatenate([share.responses for share in skipped.shares])
+    assert sorted(shares.tolist()) == [0, 2, 5, 6, 7, 8]
+    for one, other in zip(kept.steps, skipped.steps, strict=True):
+        assert one.weights.tolist() == other.weights.tolist()
+        assert one.advantages.tolist() == other.advantages.tolist()
+        assert one.ungrouped_tokens > other.ungrouped_tokens
+        assert one.ungrouped_flops > other.ungrouped_flops
+    assert kept.fingerprint() != skipped.fingerprint()
+
+
+def test_where_all_is_skipped_every_rank_has_one_empty_microbatch() -> None:
+    summary = _summary(rewards=np.ones_like(_summary().rewards))
+    plan = plan_rollouts(summary, ObjectiveConfig(zero_advantages="skip"), PACKING)
+    assert plan.steps[0].microbatches.microbatches == (((),),) * 3
+    assert [share.responses.tolist() for share in plan.shares] == [[], [], []]
+
+
+def test_responses_that_are_masked_count_in_no_weight() -> None:
+    finished = np.ones(len(_summary().rewards), dtype=np.int8)
+    finished[[1, 4, 5, 6]] = 0
+    config = ObjectiveConfig(aggregation="token_mean", overlong=OverlongConfig(kind="mask"))
+    (step,) = plan_rollouts(_summary(finished=finished), config, PACKING).steps
+    lengths = _summary().response_lengths
+    masked = np.isin(np.arange(len(lengths)), [1, 4, 5, 6])
+    assert step.weights[masked].tolist() == [0.0] * 4
+    assert step.weights[~masked] == pytest.approx(1 / lengths[~masked].sum())
+    run = np.concatenate([step.responses_of_rank(rank) for rank in range(3)])
+    assert sorted(run.tolist()) == np.flatnonzero(~masked).tolist()
+
+
+def test_a_response_that_does_not_say_whether_it_is_finished_is_named_by_its_source() -> None:
+    finished = np.ones(len(_summary().rewards), dtype=np.int8)
+    finished[4] = -1
+    config = ObjectiveConfig(overlong=OverlongConfig(kind="mask"))
+    with pytest.raises(ValueError, match=r"file.jsonl:1: finished: not known of response 1"):
+        plan_rollouts(_summary(finished=finished), config, PACKING)

@@ -84,7 +84,7 @@ def test_a_run_learns_and_leaves_metrics_tensorboard_a_picture_and_a_checkpoint(
     values = run_values(
         tmp_path / "out",
         records=records,
-        objective={"name": "supervised"},
+        objective={"name": "supervised", "report_entropy": True},
         training={"steps": 12},
         optimizer={"lr": 1e-2, "lr_warmup_steps": 3},
         output={"tensorboard": True, "plot": True},

@@ -13,7 +13,7 @@ from equivalence.case import Case
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config.packing import packing_of_run
 from megatron_prefix.distributed.runtime import runtime
-from megatron_prefix.layout import MicrobatchPlan, Packing, PrefixTree, rows_of
+from megatron_prefix.layout import GroupSlice, MicrobatchPlan, Packing, PrefixTree, rows_of
 from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.model.full_tensors import (
     full_gradients,
@@ -31,6 +31,7 @@ from megatron_prefix.training.step import (
     reduce_sums,
     train_step,
 )
+from megatron_prefix.training.step_plan import StepPlan
 
 
 def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any] | None:
@@ -75,13 +76,19 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
         slices_of_rows = [row for microbatch in slices for row in rows_of(microbatch)]
         rows = list(zip(minibatch.rows, slices_of_rows, strict=True))
         for row, parts in rows:
-            values = [case.reference_logprobs[p.group][i] for p in parts for i in p.sequences]
-            row.reference_logprobs = _values_of_entries(row, values)
+            names = _names(case, minibatch.step, parts)
+            row.reference_logprobs = _values_of_entries(
+                row, [case.reference_logprobs[g][i] for g, i in names]
+            )
+            if case.recomputed_logprobs is not None:
+                row.recomputed_logprobs = _values_of_entries(
+                    row, [case.recomputed_logprobs[g][i] for g, i in names]
+                )
         found = compute_logprobs(chunks, minibatch.batches, case.objective)
         mine = []
         if place.reports_metrics:
             for (row, parts), logprobs in zip(rows, found, strict=True):
-                names = [(p.group, i) for p in parts for i in p.sequences]
+                names = _names(case, minibatch.step, parts)
                 for sequence, token, value in zip(
                     row.sequence_ids.tolist(),
                     row.sequence_tokens.tolist(),
@@ -93,11 +100,13 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
         dist.all_gather_object(gathered, mine)
         own_tokens = torch.tensor([minibatch.packed_tokens / parallel.context_parallel_size])
         packed_tokens = round(float(reduce_sums(own_tokens, contributes=place.reports_metrics)))
+        labels = torch.tensor([float(sum(len(row.labels) for row in minibatch.rows))])
         result: dict[str, Any] = {
             "logprobs": _by_sequence(gathered),
             "num_microbatches": plan.num_microbatches,
             "packed_tokens": packed_tokens,
             "ungrouped_tokens": minibatch.step.ungrouped_tokens,
+            "labels": round(float(reduce_sums(labels, contributes=place.reports_metrics))),
             "split": _num_splits(plan),
             "series": sum(bool(p.parts) for rank in plan.microbatches for m in rank for p in m),
             "unshared": _num_unshared(case.groups, packing),
@@ -121,6 +130,17 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
         return result if place.is_main else None
 
 
+def _names(case: Case, step: StepPlan, parts: Sequence[GroupSlice]) -> list[tuple[int, int]]:
+    """The group of each sequence of a row, and its index among the group's responses."""
+    first = np.cumsum([0, *(len(group.responses) for group in case.groups)])
+    return [
+        (group, step.responses_of_unit[part.group][i] - int(first[group]))
+        for part in parts
+        for group in [step.group_of_unit[part.group]]
+        for i in part.sequences
+    ]
+
+
 def _values_of_entries(batch: PackedBatch, values: list[np.ndarray]) -> torch.Tensor:
     """[E] each entry's value, from those of all trained tokens of the microbatch's sequences."""
     starts = np.cumsum([0, *map(len, values)])
@@ -130,17 +150,14 @@ def _values_of_entries(batch: PackedBatch, values: list[np.ndarray]) -> torch.Te
 
 def _by_sequence(
     ranks: list[list[tuple[tuple[int, int], int, float]]],
-) -> dict[tuple[int, int], np.ndarray]:
-    """The log-probabilities that all ranks have found, in the order of each sequence's tokens."""
+) -> dict[tuple[int, int], dict[int, float]]:
+    """The log-probabilities that all ranks have found, by token of each sequence."""
     found: dict[tuple[int, int], dict[int, float]] = {}
     for part in ranks:
         for name, token, value in part:
             assert token not in found.setdefault(name, {}), f"{name}: token {token} ran twice"
             found[name][token] = value
-    return {
-        name: np.array([values.get(token, np.nan) for token in range(max(values) + 1)])
-        for name, values in found.items()
-    }
+    return found
 
 
 def _num_splits(plan: MicrobatchPlan) -> int:

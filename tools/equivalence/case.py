@@ -16,6 +16,7 @@ from megatron_prefix.config import (
     TrainingConfig,
 )
 from megatron_prefix.objective import ObjectiveConfig
+from megatron_prefix.planning.shapes import longest_sequence, responses_of
 from megatron_prefix.rollouts.records import RolloutGroup
 
 DEFAULT_SHAPES: list[dict[str, Any]] = [
@@ -62,6 +63,8 @@ class Case:
     objective: ObjectiveConfig
     groups: tuple[RolloutGroup, ...]
     reference_logprobs: tuple[tuple[np.ndarray, ...], ...] | None
+    recomputed_logprobs: tuple[tuple[np.ndarray, ...], ...] | None = None
+    """Of the old policy, where a correction tells it from the one that sampled."""
     data_parallel_size: int
     folder: Path
 
@@ -72,41 +75,87 @@ class Case:
 
 
 def draw_groups(shapes: list[dict[str, Any]], vocab_size: int, seed: int) -> list[RolloutGroup]:
-    """Random rollouts of the given shapes."""
+    """Random rollouts of the given shapes; shared turns have the same tokens."""
     rng = np.random.default_rng(seed)
 
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(int(t) for t in rng.integers(0, vocab_size, count))
 
-    system = tokens(max(shape.get("system", 0) for shape in shapes))
-    return [
-        RolloutGroup(
-            prompt=system[: shape.get("system", 0)] + tokens(shape["prefix"]),
-            responses=tuple(tokens(length) for length in shape["responses"]),
-            rewards=tuple(float(r) for r in rng.normal(size=len(shape["responses"]))),
-            old_logprobs=None,
+    def group(shape: dict[str, Any], index: int) -> RolloutGroup:
+        prompt = system[: shape.get("system", 0)] + tokens(shape["prefix"])
+        responses = responses_of(shape)
+        turns = {t.name: t.tokens for response in responses for t in response.turns}
+        drawn = {name: tokens(count) for name, count in turns.items()}
+        masks = tuple(response.loss_mask() for response in responses)
+        return RolloutGroup(
+            prompt=prompt,
+            responses=tuple(sum((drawn[t.name] for t in r.turns), ()) for r in responses),
+            rewards=tuple(float(r) for r in rng.normal(size=len(responses))),
+            loss_mask=None if all(mask.all() for mask in masks) else masks,
             source=f"shape {index}",
         )
-        for index, shape in enumerate(shapes)
-    ]
+
+    system = tokens(max(shape.get("system", 0) for shape in shapes))
+    return [group(shape, index) for index, shape in enumerate(shapes)]
+
+
+def trained_tokens(group: RolloutGroup, response: int) -> np.ndarray:
+    """The indices of a response's tokens that are trained on."""
+    if group.loss_mask is None:
+        return np.arange(len(group.responses[response]))
+    return np.flatnonzero(group.loss_mask[response])
+
+
+def with_outcomes(
+    groups: list[RolloutGroup], objective: ObjectiveConfig, seed: int
+) -> list[RolloutGroup]:
+    """Equal rewards in every second group where such are skipped, and which responses are finished
+    where that decides what is trained on."""
+    rng = np.random.default_rng(seed + 2)
+    found = []
+    for index, group in enumerate(groups):
+        count = len(group.responses)
+        if objective.zero_advantages == "skip" and index % 2:
+            group = dataclasses.replace(group, rewards=(1.0,) * count)
+        if objective.overlong is not None and objective.overlong.kind == "mask":
+            finished = tuple(bool(value) for value in rng.random(count) < 0.7)
+            group = dataclasses.replace(group, finished=finished)
+        found.append(group)
+    return found
 
 
 def with_old_logprobs(case: Case, sampled: list[list[np.ndarray]], seed: int) -> Case:
-    """Old and reference log-probabilities near the current ones, so that clipping takes part."""
+    """Old and reference log-probabilities near the current ones, so that clipping takes part.
+
+    With a correction, those of the rollouts are the sampling policy's, a few of them impossible,
+    and the old policy's come beside them.
+    """
     rng = np.random.default_rng(seed + 1)
+    corrects = case.objective.correction is not None
 
     def near(values: np.ndarray) -> np.ndarray:
         return np.minimum(values + rng.normal(scale=0.25, size=values.shape), -1e-3)
 
-    # A run keeps old log-probabilities in float32: the reference sees the same rounded values.
+    def of_record(values: np.ndarray) -> np.ndarray:
+        drawn = near(values)
+        if corrects:
+            drawn[rng.random(len(drawn)) < 0.1] = -9999.0
+        # A run keeps them in float32: the reference sees the same rounded values.
+        return drawn.astype(np.float32).astype(np.float64)
+
     groups = tuple(
-        dataclasses.replace(
-            group, old_logprobs=tuple(near(v).astype(np.float32).astype(np.float64) for v in values)
-        )
+        dataclasses.replace(group, old_logprobs=tuple(of_record(v) for v in values))
         for group, values in zip(case.groups, sampled, strict=True)
     )
-    reference = tuple(tuple(near(v) for v in values) for values in sampled)
-    return dataclasses.replace(case, groups=groups, reference_logprobs=reference)
+    reference, recomputed = (
+        tuple(tuple(near(v) for v in values) for values in sampled) for _ in range(2)
+    )
+    return dataclasses.replace(
+        case,
+        groups=groups,
+        reference_logprobs=reference,
+        recomputed_logprobs=recomputed if corrects else None,
+    )
 
 
 def check_layout(
@@ -134,7 +183,7 @@ def check_lengths(shapes: list[dict[str, Any]], model: ModelConfig, path: Path |
         ValueError: naming the file and the entry.
     """
     for index, shape in enumerate(shapes):
-        longest = shape.get("system", 0) + shape["prefix"] + max(shape["responses"])
+        longest = longest_sequence(shape)
         if longest > model.max_sequence_length:
             raise ValueError(
                 f"{path or 'shapes'}: entry {index}: a prefix and response of {longest} tokens "

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from equivalence.case import trained_tokens
+
 if TYPE_CHECKING:
     import torch
 
@@ -48,23 +50,8 @@ def compare(reference: dict[str, Any], candidate: dict[str, Any], dtype: str) ->
     """The report, with a printed table of the worst parameters."""
     gradients = _relative_errors(candidate["gradients"], reference["gradients"], 1e-6)
     parameters = _relative_errors(candidate["parameters"], reference["parameters"], 1e-6)
-    expected = {
-        (g, i): v for g, values in enumerate(reference["logprobs"]) for i, v in enumerate(values)
-    }
-    if candidate["logprobs"].keys() != expected.keys():
-        raise RuntimeError("the candidate did not compute every response's log-probabilities")
-    for name, values in expected.items():
-        if candidate["logprobs"][name].shape != values.shape:
-            raise RuntimeError(f"response {name}: the candidate has not all log-probabilities")
     # np.max, unlike max, keeps a NaN.
-    logprob_abs = float(
-        np.max(
-            [
-                np.max(np.abs(candidate["logprobs"][name] - values))
-                for name, values in expected.items()
-            ]
-        )
-    )
+    logprob_abs = float(np.max(np.abs(_logprob_differences(reference, candidate["logprobs"]))))
     loss_rel = max(
         abs(a - b) / max(abs(b), 1e-12)
         for a, b in zip(candidate["losses"], reference["losses"], strict=True)
@@ -84,6 +71,31 @@ def compare(reference: dict[str, Any], candidate: dict[str, Any], dtype: str) ->
         print(f"  {name:<62} {error:.2e}")
     print_verdict(report, dtype)
     return report
+
+
+def _logprob_differences(
+    reference: dict[str, Any], found: dict[tuple[int, int], dict[int, float]]
+) -> np.ndarray:
+    """[trained tokens of all responses] log-probabilities of the candidate less the reference's."""
+    differences = []
+    groups = reference["case"].groups
+    expected = {
+        (g, i): values
+        for g, of_group in enumerate(reference["logprobs"])
+        for i, values in enumerate(of_group)
+        if (g, i) in reference["computed"]
+    }
+    if found.keys() != expected.keys():
+        raise RuntimeError("the candidate has not run the responses that it has to run")
+    for name, values in expected.items():
+        trained = trained_tokens(groups[name[0]], name[1])
+        if sorted(found[name]) != trained.tolist():
+            raise RuntimeError(
+                f"response {name}: the candidate has log-probabilities of other tokens than are "
+                "trained on"
+            )
+        differences.append(np.array([found[name][t] for t in trained.tolist()]) - values[trained])
+    return np.concatenate(differences)
 
 
 def print_verdict(report: dict[str, Any], dtype: str) -> None:

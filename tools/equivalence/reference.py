@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from equivalence.case import LEARNING_RATE, WEIGHT_DECAY, Case, with_old_logprobs
+from equivalence.case import (
+    LEARNING_RATE,
+    WEIGHT_DECAY,
+    Case,
+    trained_tokens,
+    with_old_logprobs,
+)
+from equivalence.objectives import response_terms, token_losses
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.model.build import ModelChunks, build_gpt_model
@@ -33,37 +40,38 @@ def sequence_logprobs(model: torch.nn.Module, case: Case, group: RolloutGroup, i
 
 
 def reference_loss(model: torch.nn.Module, case: Case, found: list[list[np.ndarray]] | None) -> Any:
-    """GRPO's loss over all sequences as in the paper: group by group, sequence by sequence.
+    """The objective's loss over all sequences: group by group, sequence by sequence.
 
-    Or GSPO's, whose ratio is one for the sequence: the geometric mean over its tokens.
+    A sequence's tokens are those of its response that its mask has trained.
     """
-    objective = case.objective
-    low, high = {"grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}[objective.name]
-    num_sequences = sum(len(group.responses) for group in case.groups)
+    terms = response_terms(case)
     total = 0.0
     for g, group in enumerate(case.groups):
-        rewards = torch.tensor(group.rewards, dtype=torch.float64)
-        spread = rewards.std(unbiased=True) if len(rewards) > 1 else torch.zeros(())
-        centred = (rewards - rewards.mean()) / (spread + objective.advantage_epsilon)
         for i in range(len(group.responses)):
             logprobs, entropy = sequence_logprobs(model, case, group, i)
             if found is not None:
                 found[g].append(logprobs.detach().to(torch.float64).numpy())
-            old = torch.tensor(group.old_logprobs[i], dtype=logprobs.dtype)
-            log_ratio = logprobs - old
-            if objective.name == "gspo":
-                log_ratio = log_ratio.mean().expand_as(log_ratio)
-            ratio = torch.exp(log_ratio)
-            clipped = torch.clamp(ratio, 1 - low, 1 + high)
-            surrogate = torch.minimum(ratio * centred[i], clipped * centred[i])
-            drift = torch.tensor(case.reference_logprobs[g][i], dtype=logprobs.dtype) - logprobs
-            kl = torch.exp(drift) - drift - 1
-            token_loss = -surrogate + objective.kl_coefficient * kl
-            token_loss = token_loss - objective.entropy_coefficient * entropy
-            loss = token_loss.mean() / num_sequences
-            loss.backward()
-            total += float(loss.detach())
+            trained = trained_tokens(group, i)
+            of_records = _tensor(group.old_logprobs[i][trained], logprobs)
+            old = of_records
+            if case.recomputed_logprobs is not None:
+                old = _tensor(case.recomputed_logprobs[g][i][trained], logprobs)
+            loss = terms[g][i].weight * token_losses(
+                logprobs[trained],
+                entropy[trained],
+                old=old,
+                sampled=None if case.recomputed_logprobs is None else of_records,
+                reference=_tensor(case.reference_logprobs[g][i][trained], logprobs),
+                advantage=terms[g][i].advantage,
+                objective=case.objective,
+            )
+            loss.sum().backward()
+            total += float(loss.detach().sum())
     return total
+
+
+def _tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype)
 
 
 def run_reference(case: Case, seed: int) -> dict[str, Any]:
@@ -95,6 +103,7 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
             ]
         case = with_old_logprobs(case, result["sampled"], seed)
         result["case"] = case
+        result["computed"] = _computed(case)
         optimizer = torch.optim.AdamW(
             [
                 {
@@ -133,3 +142,13 @@ def _disturb(model: torch.nn.Module, seed: int) -> None:
             if parameter.dim() == 1:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(0.2 * noise.to(parameter.dtype))
+
+
+def _computed(case: Case) -> set[tuple[int, int]]:
+    """The responses that the candidate has to run: group, and index in it."""
+    return {
+        (g, i)
+        for g, of_group in enumerate(response_terms(case))
+        for i, terms in enumerate(of_group)
+        if terms.computed
+    }

@@ -13,7 +13,7 @@ from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.records import RolloutBatch
 from megatron_prefix.rollouts.rewards import RewardFunction
 
-_STEP = 1 << 63
+STEP = 1 << 63
 """Keys the randomness of evaluations: no step of training, and the same for all of them."""
 
 
@@ -87,10 +87,14 @@ class Evaluator:
             group_size=1,
             reward=self._reward,
             seed=self._seed,
-            step=_STEP,
+            step=STEP,
         )
         self.last = on_rank_0(lambda: _result(batch))
         return self.last.mean
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing beside the mean reward."""
+        return {}
 
 
 def _result(batch: RolloutBatch | None) -> EvaluationResult:

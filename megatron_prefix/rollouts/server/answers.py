@@ -46,6 +46,10 @@ class Sample:
     """Whether it ended with a stop token."""
     from_text: bool
     """Whether the tokens were made from text."""
+    loss_mask: NDArray[np.bool_] | None = None
+    """Of each token, whether the model said it; None: all are its own."""
+    turn_rewards: tuple[float, ...] | None = None
+    """What the environment gave for each turn; None: there is no environment."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,13 +82,17 @@ class Tally:
     rejected: int = 0
     """Responses that could not be used."""
     failed_requests: int = 0
+    environment_failures: int = 0
+    """Calls of an environment that raised, crashed or took too long."""
+    turns: int = 0
+    """Of all samples of several turns."""
     reasons: list[str] = dataclasses.field(default_factory=list)
     """The first few."""
 
     def reject(self, count: int, reason: str) -> None:
         """Count responses that are missing for one reason."""
         self.rejected += count
-        if len(self.reasons) < 3:
+        if count and len(self.reasons) < 3:
             self.reasons.append(reason)
 
 

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch.distributed as dist
+
 from megatron_prefix.config import RunConfig
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.prompts import PromptSource
 from megatron_prefix.rollouts.rewards import RewardFunction
+from megatron_prefix.rollouts.server.agent import AgentLoop, AskedAgent
 from megatron_prefix.rollouts.server.answers import Reader
 from megatron_prefix.rollouts.server.asking import Asker
+from megatron_prefix.rollouts.server.batches import GroupSpec
 from megatron_prefix.rollouts.server.client import ServerClient
-from megatron_prefix.rollouts.server.engine import GroupSpec, OpenAIEngine
+from megatron_prefix.rollouts.server.engine import OpenAIEngine
+from megatron_prefix.rollouts.server.environment import Environment
 from megatron_prefix.rollouts.server.loading import weight_loader
+from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
 
 def build_openai_engine(
     config: RunConfig,
     source: PromptSource,
-    reward: RewardFunction,
+    reward: RewardFunction | None,
     folders: PolicyFolders,
     options: SamplingOptions,
     tokenizer: TextTokenizer | None,
@@ -61,15 +67,41 @@ def build_openai_engine(
         uses_logprobs=server.logprobs == "server" and options.temperature == 1,
         partial_groups=server.partial_groups,
         seed=config.training.seed,
+        turn_rewards=rollouts.agent is not None and rollouts.agent.turn_rewards,
     )
+    agent = None
+    if rollouts.agent is not None and dist.get_rank() == 0:  # rank 0 alone asks
+        assert tokenizer is not None
+        agent = AskedAgent(asker, build_agent_loop(config, options, tokenizer), tokenizer)
     return OpenAIEngine(
         asker,
         client,
         source,
         reward,
         spec,
+        agent=agent,
         server=server,
         weights=rollouts.weights,
         folders=folders,
         loader=weight_loader(server, client),
+    )
+
+
+def build_agent_loop(
+    config: RunConfig, options: SamplingOptions, tokenizer: TextTokenizer
+) -> AgentLoop:
+    """The dialogues of `rollouts.agent`; its environment's first process starts.
+
+    Raises:
+        ValueError: see `Environment`.
+    """
+    agent = config.rollouts.agent
+    assert agent is not None
+    return AgentLoop(
+        Environment(agent),
+        tokenizer,
+        DialogueEncoder(tokenizer, stop_tokens=options.stop_tokens),
+        agent,
+        max_sequence_length=config.model.max_sequence_length,
+        max_turn_length=options.max_response_length,
     )

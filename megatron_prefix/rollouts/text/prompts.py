@@ -12,6 +12,7 @@ when its turn comes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import reprlib
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,14 @@ from megatron_prefix.rollouts.parsing import check_names
 from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.record import START, Record
 from megatron_prefix.rollouts.record_files import open_record_file
-from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens
+from megatron_prefix.rollouts.text.dialogue import check_special_tokens, check_tools_are_written
+from megatron_prefix.rollouts.text.messages import (
+    SAMPLED_KEYS,
+    Message,
+    checked_messages,
+    without_nulls,
+)
+from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 from megatron_prefix.rollouts.validation import check_tokens
 
 
@@ -155,49 +163,99 @@ class TextPrompts:
         return self._order[1]
 
     def _prompt(self, values: dict[str, Any], source: str) -> Prompt:
-        tokens = self._tokens(values, source)
-        check_tokens(f"{source}: prompt", tokens, self._vocab_size)
-        if len(tokens) > self._max_prompt_length:
+        prompt = self._made(values, source)
+        check_tokens(f"{source}: prompt", prompt.tokens, self._vocab_size)
+        if len(prompt.tokens) > self._max_prompt_length:
             raise ValueError(
-                f"{source}: prompt: its {len(tokens)} tokens leave too little of the model's "
-                f"max_sequence_length for a response; at most {self._max_prompt_length} tokens do "
-                "(max_sequence_length less max_response_length)"
+                f"{source}: prompt: its {len(prompt.tokens)} tokens leave too little of the "
+                f"model's max_sequence_length for a response; at most {self._max_prompt_length} "
+                "tokens do (max_sequence_length less max_response_length)"
             )
-        return Prompt(tokens=tokens, answer=values.get(self._text.answer_field), source=source)
+        return dataclasses.replace(prompt, answer=values.get(self._text.answer_field))
 
-    def _tokens(self, values: dict[str, Any], source: str) -> Tokens:
+    def _made(self, values: dict[str, Any], source: str) -> Prompt:
+        """The prompt, without its answer."""
         template = self._text.prompt_template
         if template is not None:
-            return self._encode(_filled(template, values, source), f"{source}: prompt")
+            return self._of_text(_filled(template, values, source), source, told={})
         check_names(Record(values=values, source=source, end=START))
         if "messages" in values and "prompt" in values:
             raise ValueError(f"{source}: messages: a record has either messages or prompt")
         if "messages" in values:
-            return self._chat(_checked_messages(values["messages"], source), f"{source}: messages")
+            where = f"{source}: messages"
+            messages = checked_messages(values["messages"], where)
+            if messages[-1]["role"] == "assistant":
+                raise ValueError(
+                    f"{where}[{len(messages) - 1}]: the last message is the assistant's, so there "
+                    "is nothing to answer; end the prompt before it, and give what it says as the "
+                    "answer"
+                )
+            _check_not_sampled(messages, where)
+            return self._chat(messages, where, values, source)
         if "prompt" not in values:
             raise ValueError(f"{source}: prompt: missing, and so is messages; give one of them")
         prompt = values["prompt"]
         if isinstance(prompt, str):
-            return self._encode(prompt, f"{source}: prompt")
+            return self._of_text(prompt, source, told=values)
         if isinstance(prompt, list):
-            return tuple(prompt)
+            _check_not_told(values, source, "give messages or text")
+            return Prompt(tokens=tuple(prompt), answer=None, source=source)
         raise ValueError(
             f"{source}: prompt: {reprlib.repr(prompt)} is neither text nor a list of token ids"
         )
 
-    def _encode(self, text: str, where: str) -> Tokens:
+    def _of_text(self, text: str, source: str, *, told: dict[str, Any]) -> Prompt:
+        """The prompt of a text; of the values in `told`, what a chat template is told."""
         if self._text.chat:
-            return self._chat([{"role": "user", "content": text}], where)
-        return self._tokenizer.encode_prompt(text)
+            messages = [{"role": "user", "content": text}]
+            return self._chat(messages, f"{source}: prompt", told, source)
+        _check_not_told(told, source, "set rollouts.text.chat: true")
+        return Prompt(tokens=self._tokenizer.encode_prompt(text), answer=None, source=source)
 
-    def _chat(self, messages: list[dict[str, Any]], where: str) -> Tokens:
+    def _chat(
+        self, messages: list[Message], where: str, values: dict[str, Any], source: str
+    ) -> Prompt:
+        """The prompt of a chat; of a record's other values, what the template is told."""
         system = self._text.system
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
+        tools = without_nulls(values.get("tools"))
+        options = without_nulls(values.get("chat_template_kwargs"))
         try:
-            return self._tokenizer.encode_messages(messages)
+            check_special_tokens(self._tokenizer, messages)
+            check_tools_are_written(self._tokenizer, messages, tools, options)
+            tokens = self._tokenizer.encode_messages(messages, tools=tools, options=options)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+        return Prompt(
+            tokens=tokens,
+            answer=None,
+            source=source,
+            messages=tuple(messages),
+            tools=tools,
+            template_options=options,
+        )
+
+
+def _check_not_told(values: dict[str, Any], source: str, remedy: str) -> None:
+    """Refuse what a chat template is told, where there is none."""
+    for name in ("tools", "chat_template_kwargs"):
+        if values.get(name):
+            raise ValueError(
+                f"{source}: {name}: read by a chat template, which this prompt does not go "
+                f"through; {remedy}, or remove it"
+            )
+
+
+def _check_not_sampled(messages: Sequence[Message], where: str) -> None:
+    """Refuse what is said of sampled tokens: a prompt's are those of its text."""
+    for i, message in enumerate(messages):
+        for key in SAMPLED_KEYS:
+            if key in message:
+                raise ValueError(
+                    f"{where}[{i}].{key}: not read in a prompt, whose tokens are those of its "
+                    "text; remove it, or give the prompt as token ids"
+                )
 
 
 def _filled(template: str, values: dict[str, Any], source: str) -> str:
@@ -213,18 +271,6 @@ def _filled(template: str, values: dict[str, Any], source: str) -> str:
             f"rollouts.text.prompt_template: {template!r} cannot be filled in: {error}; write "
             "braces that are meant as such twice"
         ) from error
-
-
-def _checked_messages(messages: Any, source: str) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{source}: messages: {reprlib.repr(messages)} is not a list of messages")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(
-                f"{source}: messages[{i}]: {reprlib.repr(message)} is not a message; it needs a "
-                "role and a content"
-            )
-    return messages
 
 
 def _read_table(paths: Sequence[Path]) -> Any:

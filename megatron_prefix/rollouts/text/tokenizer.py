@@ -54,8 +54,41 @@ class TextTokenizer:
         """The tokens of a prompt's text, with those that the tokenizer puts in front by itself."""
         return tuple(self._tokenizer(text)["input_ids"])
 
-    def encode_messages(self, messages: Sequence[dict[str, Any]]) -> Tokens:
-        """The tokens of a chat up to where the assistant's answer begins.
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """The texts of tokens that a text cannot hold as such."""
+        return tuple(self._tokenizer.all_special_tokens)
+
+    def encode_messages(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Tokens:
+        """The tokens of a chat up to where the assistant's answer begins; see `chat_text`.
+
+        Raises:
+            ValueError: there is no chat template, or it refuses these messages.
+        """
+        # The template's text holds the special tokens already.
+        return self.encode(self.chat_text(messages, is_asked=True, tools=tools, options=options))
+
+    def chat_text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        is_asked: bool,
+        tools: Sequence[dict[str, Any]] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> str:
+        """What the chat template writes.
+
+        Args:
+            messages: of the chat.
+            is_asked: whether the text ends where the assistant's answer begins.
+            tools: that the template is told of.
+            options: other variables of the template.
 
         Raises:
             ValueError: there is no chat template, or it refuses these messages.
@@ -64,8 +97,12 @@ class TextTokenizer:
             raise ValueError(f"the tokenizer {self.path} has no chat template")
         try:
             with needed_by(f"the chat template of {self.path}", extra="rollouts"):
-                text = self._tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=True, tokenize=False
+                return self._tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=None if tools is None else list(tools),
+                    add_generation_prompt=is_asked,
+                    tokenize=False,
+                    **(options or {}),
                 )
         except MissingPackageError:
             raise
@@ -74,8 +111,6 @@ class TextTokenizer:
             raise ValueError(
                 f"the chat template of {self.path} refuses it: {type(error).__name__}: {error}"
             ) from error
-        # The template's text holds the special tokens already.
-        return self.encode(text)
 
     def encode(self, text: str) -> Tokens:
         """The tokens of a text, and nothing added."""

@@ -1,8 +1,9 @@
-"""The process in which a user's reward runs; started by `reward_process`, never imported by it.
+"""The process in which a user's function runs; started by `user_process`, never imported by it.
 
-Over its standard input come pickled calls, from the process that started it. Answers go back as
-lines of JSON over what was its standard output; whatever the reward itself prints goes to standard
-error. Imports nothing but the standard library, so that it starts in a moment.
+Over what was its standard input come pickled calls, from the process that started it. Answers go
+back as lines of JSON over what was its standard output; whatever the function prints goes to
+standard error, and it has nothing to read. Imports nothing but the standard library, so that it
+starts in a moment.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from typing import Any, BinaryIO
 def main() -> None:
     """Serve calls until the input ends."""
     # A scheduler that asks a run to stop asks all of its processes; the run still needs this one.
-    # Not SIG_IGN, which what the reward starts would inherit.
+    # Not SIG_IGN, which what the function starts would inherit.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
-    calls = sys.stdin.buffer
+    calls = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     start = pickle.load(calls)
     sys.path[:] = start["path"]
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
@@ -60,13 +64,22 @@ def main() -> None:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             _answer(answers, {"value": _as_float(value)})
         else:
-            shown = {"kind": type(value).__name__, "shown": reprlib.repr(value)}
-            _answer(answers, shown)
+            _answer(answers, _described(value))
 
 
 def _answer(answers: BinaryIO, message: dict[str, Any]) -> None:
     answers.write(json.dumps(message).encode() + b"\n")
     answers.flush()
+
+
+def _described(value: Any) -> dict[str, Any]:
+    """What is no number: how errors show it, and the value itself where JSON has it."""
+    shown = {"kind": type(value).__name__, "shown": reprlib.repr(value)}
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return shown
+    return {**shown, "object": value}
 
 
 def _as_float(value: float) -> float:

@@ -1,0 +1,309 @@
+"""Records of other programs as records of one response each.
+
+    {"group": 7, "messages": [{"role": "user", ...}, {"role": "assistant", ...}], "reward": 1.0}
+    {"group": 7, "steps": [{"source": "user", "message": ...}, ...], "reward": 1.0}        ATIF
+    {"group": 7, "input_ids": [...], "loss_mask": [...], "logprobs": [...], "rewards": 1.0}  AReaL
+    {"uid": "a", "prompts": [...], "responses": [...], "response_mask": [...],
+     "attention_mask": [...], "rollout_log_probs": [...], "token_level_scores": [...]}     verl
+
+`rollouts.fields` names fields that stand under other names. A record in this package's own form
+goes through as it is. Fields that none of these forms has are passed over, as in any record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_prefix.rollouts.parsing import FIELDS
+from megatron_prefix.rollouts.record import Record, plain_value
+from megatron_prefix.rollouts.text.atif import messages_of_steps
+from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
+from megatron_prefix.rollouts.text.messages import checked_messages, without_nulls
+
+_OTHER_FIELDS = (
+    "steps",
+    "tools",
+    "chat_template_kwargs",
+    "input_ids",
+    "attention_mask",
+    "logprobs",
+    "prompts",
+    "response_mask",
+    "rollout_log_probs",
+    "token_level_scores",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """One form of record."""
+
+    known_by: tuple[str, ...]
+    """Fields that a record of this form has."""
+    not_read: tuple[str, ...]
+    """Fields of other forms that would change what is trained on, and that this one has not."""
+
+
+_TOKENS_OF_OTHERS = ("response_mask", "rollout_log_probs", "old_log_probs", "token_level_scores")
+_VERL = _Form(
+    known_by=("prompts", "response_mask"), not_read=("loss_mask", "old_logprobs", "logprobs")
+)
+_OWN_GROUP = _Form(
+    known_by=("responses",),
+    not_read=("messages", "attention_mask", "logprobs", *_TOKENS_OF_OTHERS),
+)
+_OWN = _Form(known_by=("response",), not_read=_OWN_GROUP.not_read)
+_AREAL = _Form(
+    known_by=("input_ids",), not_read=("prompt", "messages", "old_logprobs", *_TOKENS_OF_OTHERS)
+)
+_BESIDE_MESSAGES = (
+    *("prompt", "loss_mask", "old_logprobs", "advantages"),
+    *("attention_mask", "logprobs", *_TOKENS_OF_OTHERS),
+)
+_ATIF = _Form(known_by=("steps",), not_read=("messages", *_BESIDE_MESSAGES))
+_MESSAGES = _Form(known_by=("messages",), not_read=_BESIDE_MESSAGES)
+_FORMS = (_VERL, _OWN_GROUP, _OWN, _AREAL, _ATIF, _MESSAGES)
+"""A record is of the first form by whose fields it is known."""
+
+
+def _check_read(record: Record, form: _Form) -> None:
+    for name in form.not_read:
+        if name in record.values:
+            raise ValueError(
+                f"{record.source}: {name}: not read in a record with "
+                f"{' and '.join(form.known_by)}; remove it, or give the record in one form"
+            )
+
+
+class RecordForms:
+    """Turns any known form of record into this package's own."""
+
+    def __init__(
+        self, fields: Mapping[str, str] | None = None, *, dialogues: DialogueEncoder | None = None
+    ) -> None:
+        """Read records whose fields have these names.
+
+        Args:
+            fields: this package's name of a field to the file's; dots lead into objects.
+            dialogues: for records of messages.
+
+        Raises:
+            ValueError: a name that no form of record has.
+        """
+        known = {*FIELDS, *_OTHER_FIELDS}
+        for own in fields or {}:
+            if own not in known:
+                raise ValueError(
+                    f"rollouts.fields: {own}: no field that is read; choose one of "
+                    f"{', '.join(sorted(known))}"
+                )
+        self._fields = dict(fields or {})
+        self._dialogues = dialogues
+
+    def __call__(self, record: Record) -> Record:
+        """The record in this package's form.
+
+        Raises:
+            ValueError: a field that its form needs is missing or wrong, naming it.
+        """
+        record = self._renamed(record)
+        values = record.values
+        form = next(
+            (form for form in _FORMS if all(name in values for name in form.known_by)), None
+        )
+        if form is None:
+            return record
+        _check_read(record, form)
+        if form is _OWN or form is _OWN_GROUP:
+            return record
+        if form is _VERL:
+            found = _of_padded(record.plain())
+        elif form is _AREAL:
+            found = _of_sequence(record.plain())
+        else:
+            (field,) = form.known_by
+            where = f"{record.source}: {field}"
+            read = messages_of_steps if form is _ATIF else checked_messages
+            found = self._of_messages(record, read(values[field], where), field)
+        kept = {name: values[name] for name in _KEPT if name in values}
+        return dataclasses.replace(record, values={**kept, **found})
+
+    def _renamed(self, record: Record) -> Record:
+        if not self._fields:
+            return record
+        values = dict(record.values)
+        for own, name in self._fields.items():
+            value: Any = record.values
+            for part in name.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            if value is None:
+                continue
+            if own in record.values:
+                raise ValueError(
+                    f"{record.source}: {own}: the record has it, and rollouts.fields takes it from "
+                    f"{name}, which the record has too; remove one of them"
+                )
+            values.pop(name, None)
+            values[own] = value
+        return dataclasses.replace(record, values=values)
+
+    def _of_messages(
+        self, record: Record, messages: Sequence[dict[str, Any]], field: str
+    ) -> dict[str, Any]:
+        if self._dialogues is None:
+            raise ValueError(
+                f"{record.source}: {field}: messages become tokens by a chat template; set "
+                "rollouts.text.tokenizer, or give token ids (prompt, response, loss_mask)"
+            )
+        try:
+            dialogue = self._dialogues.encode(
+                messages,
+                tools=without_nulls(record.values.get("tools")),
+                template_options=without_nulls(record.values.get("chat_template_kwargs")),
+            )
+        except ValueError as error:
+            separator = "" if str(error).startswith("[") else ": "
+            raise ValueError(f"{record.source}: {field}{separator}{error}") from error
+        found: dict[str, Any] = {
+            "prompt": list(dialogue.prompt),
+            "response": list(dialogue.response),
+            "loss_mask": list(dialogue.loss_mask),
+        }
+        if dialogue.logprobs is not None:
+            found["old_logprobs"] = list(dialogue.logprobs)
+        return {**found, **_reward(record)}
+
+
+_KEPT = ("group", "reward", "turn_rewards", "answer", "finished")
+"""Fields that say the same in every form."""
+
+
+def _of_sequence(record: Record) -> dict[str, Any]:
+    """A whole sequence whose mask says what is trained on; the prompt is what comes before."""
+    values = record.values
+    tokens = _list(record, "input_ids")
+    real = _flags(record, "attention_mask", len(tokens), default=True)
+    trained = _flags(record, "loss_mask", len(tokens)) & real
+    per_token = {
+        own: _numbers(record, name, len(tokens))
+        for own, name in (("old_logprobs", "logprobs"), ("advantages", "advantages"))
+        if name in values
+    }
+    return {**_split(record, "loss_mask", tokens, real, trained, per_token), **_reward(record)}
+
+
+def _of_padded(record: Record) -> dict[str, Any]:
+    """A prompt padded on its left and a response padded on its right."""
+    values = record.values
+    prompt, response = _list(record, "prompts"), _list(record, "responses")
+    count = len(prompt) + len(response)
+    real = _flags(record, "attention_mask", count)
+    trained = np.zeros(count, dtype=np.bool_)
+    trained[len(prompt) :] = _flags(record, "response_mask", len(response))
+    per_token: dict[str, np.ndarray] = {}
+    for own, names in (
+        ("old_logprobs", ("rollout_log_probs", "old_log_probs")),
+        ("advantages", ("advantages",)),
+    ):
+        name = next((name for name in names if name in values), None)
+        if name is not None:
+            found = _numbers(record, name, len(response))
+            per_token[own] = np.concatenate([np.zeros(len(prompt)), found])
+    found = _split(record, "response_mask", [*prompt, *response], real, trained & real, per_token)
+    if "uid" in values and "group" not in values:
+        found["group"] = values["uid"]
+    scores = next((n for n in ("token_level_scores", "rm_scores") if n in values), None)
+    if scores is not None and "reward" not in values:
+        return {**found, "reward": float(_numbers(record, scores, len(response)).sum())}
+    return {**found, **_reward(record)}
+
+
+def _split(
+    record: Record,
+    mask_name: str,
+    tokens: Sequence[Any],
+    real: np.ndarray,
+    trained: np.ndarray,
+    per_token: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """Prompt and response of a sequence: from its first trained token to its last one."""
+    places = np.flatnonzero(trained)
+    if not len(places):
+        raise ValueError(f"{record.source}: {mask_name}: no token is trained on; leave it out")
+    before = np.flatnonzero(real[: places[0]])
+    if not len(before):
+        raise ValueError(
+            f"{record.source}: {mask_name}: the first token is trained on, but nothing predicts it"
+        )
+    own = places[0] + np.flatnonzero(real[places[0] : places[-1] + 1])
+    return {
+        "prompt": [tokens[i] for i in before],
+        "response": [tokens[i] for i in own],
+        "loss_mask": trained[own].tolist(),
+        # What is not trained on has no log-probability that counts.
+        **{
+            name: np.where(trained[own], values[own], 0.0).tolist()
+            for name, values in per_token.items()
+        },
+    }
+
+
+def _reward(record: Record) -> dict[str, Any]:
+    """The reward under its name of a whole group: a number, a list of one, or several by name."""
+    value = plain_value(record.values.get("rewards"))
+    if value is None:
+        return {}
+    if "reward" in record.values:
+        raise ValueError(f"{record.source}: rewards: given beside reward; remove one of them")
+    if isinstance(value, Mapping):
+        return {"reward": value}
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if type(value) not in (int, float):
+        raise ValueError(
+            f"{record.source}: rewards: {reprlib.repr(value)} is not the reward of one response"
+        )
+    return {"reward": value}
+
+
+def _list(record: Record, name: str) -> list[Any]:
+    value = plain_value(record.values.get(name))
+    if not isinstance(value, list):
+        raise ValueError(f"{record.source}: {name}: {reprlib.repr(value)} is not a list")
+    return value
+
+
+def _sized(record: Record, name: str, count: int) -> list[Any]:
+    values = _list(record, name)
+    if len(values) != count:
+        raise ValueError(
+            f"{record.source}: {name}: {len(values)} values for {count} tokens; there must be one "
+            "for each"
+        )
+    return values
+
+
+def _flags(record: Record, name: str, count: int, *, default: bool | None = None) -> np.ndarray:
+    if default is not None and name not in record.values:
+        return np.full(count, default)
+    values = _sized(record, name, count)
+    for i, value in enumerate(values):
+        if value not in (0, 1):  # true and false are these
+            raise ValueError(
+                f"{record.source}: {name}[{i}]: {reprlib.repr(value)} is neither 0 nor 1"
+            )
+    return np.array(values, dtype=np.bool_)
+
+
+def _numbers(record: Record, name: str, count: int) -> np.ndarray:
+    values = _sized(record, name, count)
+    for i, value in enumerate(values):
+        if type(value) not in (int, float):
+            raise ValueError(f"{record.source}: {name}[{i}]: {reprlib.repr(value)} is not a number")
+    return np.array(values, dtype=np.float64)

@@ -1,0 +1,1 @@
+"""What `verify_verl.py` is made of."""
