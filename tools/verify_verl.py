@@ -42,6 +42,7 @@ from verl_proof.case import (
     write_model,
 )
 
+from megatron_prefix.packages import is_installed
 from megatron_prefix.planning.shapes import read_shapes
 
 if TYPE_CHECKING:
@@ -220,6 +221,13 @@ def main() -> int:
             )
         except (ValueError, OSError) as error:
             print(f"verify_verl: {error}", file=sys.stderr)
+            return 2
+        if not is_installed("verl"):
+            print(
+                "verify_verl: verl is not installed; VERL=0.9.1 bash tests/environment.sh makes an "
+                "environment that has it",
+                file=sys.stderr,
+            )
             return 2
         write_model(case.folder, num_experts=case.num_experts, seed=seed)
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):

@@ -14,5 +14,8 @@ def with_shared_prefixes(provider: Any) -> Any:
         provider: what `AutoBridge.from_hf_pretrained(...).to_megatron_provider()` returns.
     """
     provider.variable_seq_lengths = True
+    # Which Megatron's default dispatcher refuses, in models without experts too.
+    if provider.moe_token_dispatcher_type == "allgather":
+        provider.moe_token_dispatcher_type = "alltoall"
     provider.register_pre_wrap_hook(lambda chunks: [share_prefixes(chunk) for chunk in chunks])
     return provider

@@ -218,6 +218,8 @@ class _SharesPrefixes:
             return super().forward(*args, **kwargs)
         self._refuse_arguments(given)
         row = self._read(given)
+        if scored_rows is not None:
+            scored_rows.refuse_rows_outside(row.num_tokens)
         sharing = self.prefix_sharing
         shared = SharedRow.of(row, sharing.shape, pad_to_multiple=sharing.pad_to_multiple)
         self._count(row, shared)

@@ -25,6 +25,15 @@ class ScoredRows:
     chunk_tokens: int
     """Rows of logits that exist at once."""
 
+    def refuse_rows_outside(self, num_tokens: int) -> None:
+        """Of a packed row of `num_tokens`, with a ValueError."""
+        outside = (self.rows < 0) | (self.rows >= num_tokens)
+        if outside.any():
+            raise ValueError(
+                f"rows has {self.rows[outside][0]}, and the packed row {num_tokens} tokens: give "
+                f"rows from 0 to {num_tokens - 1}"
+            )
+
 
 def log_probs_of_rows(
     model: nn.Module,

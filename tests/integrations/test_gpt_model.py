@@ -200,6 +200,30 @@ def test_logits_may_be_written_to_in_place() -> None:
     assert torch.equal(logits[0, 12], same)
 
 
+def test_rows_are_evaluated_without_gradients_and_trained_after_that() -> None:
+    plain, shared = pair()
+    batch = pack_batch(random_sequences(np.random.default_rng(0), [GROUP]))
+    with torch.inference_mode():
+        found, expected = (model.eval()(**batch.arguments()) for model in (shared, plain))
+    assert relative_error(found, expected) <= TOLERANCE
+    assert token_counter(shared).shared_rows == 1
+    assert_equal(plain.train(), shared.train(), batch)
+
+
+@pytest.mark.parametrize("row", [-1, 37])
+def test_rows_outside_of_the_packed_row_are_not_scored(row: int) -> None:
+    _, shared = pair()
+    batch = pack_batch(EQUAL)
+    with pytest.raises(ValueError, match=f"rows has {row}, and the packed row 37 tokens"):
+        log_probs_of_rows(
+            shared,
+            rows=[3, row],
+            labels=torch.tensor([1, 2]),
+            input_ids=batch.input_ids,
+            packed_seq_params=batch.params,
+        )
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shares", [False, True])
 def test_log_probabilities_without_all_logits(tied: bool, shares: bool) -> None:

@@ -135,7 +135,7 @@ def sample_on_ranks(rank: int, world_size: int, folder: str, url: str) -> dict[s
     values["rollouts"] |= {
         "reward": None,
         "paths": [str(Path(folder) / "tasks.jsonl")],
-        "stop_tokens": list(range(10)),
+        "stop_tokens": list(range(len(DIGITS))),
         "text": {"tokenizer": str(Path(folder) / "tokenizer")},
         "agent": {"environment": "tests.rollouts.user_environments:echo"},
     }

@@ -261,6 +261,17 @@ def _around(config: Path, rank: int = 0, **output: Any) -> list[str]:
     return faults_of_surroundings(load_dataclass(RunConfig, values), rank)
 
 
+def test_each_reward_of_several_is_looked_at(config: Path) -> None:
+    values = run_values(
+        config.parent / "out",
+        records=config.parent / "rollouts.jsonl",
+        rollouts={"reward": {"right": "exact_match", "close": "exact_mach"}},
+        objective={"reward_weights": {"right": 1.0, "close": 0.5}},
+    )
+    (fault,) = faults_of_surroundings(load_dataclass(RunConfig, values), 0)
+    assert fault.startswith("rollouts.reward.close: exact_mach: name one of exact_match, ")
+
+
 def test_weights_to_start_from_are_looked_for_where_no_checkpoint_takes_their_place(
     config: Path,
 ) -> None:

@@ -17,11 +17,12 @@ DEFAULT_SHAPES: list[dict[str, Any]] = [
     {"prefix": 37, "responses": [5, 9, 3, 7]},
     {"prefix": 41, "responses": [6, 6, 2, 11]},
     {"prefix": 22, "responses": [8]},
-    {"prefix": 30, "responses": [4, 13, 1]},
+    {"prefix": 30, "responses": [4, [6, {"seen": 4}, 3], 1]},
     {"prefix": 37, "responses": [2, 3]},
     {"prefix": 25, "responses": [6, 7]},
 ]
-"""Ragged groups, a group of one, a response of one token, two groups that may have one prompt."""
+"""Ragged groups, a group of one, a response of one token and one with tokens that are not trained
+on, two groups that may have one prompt."""
 
 VOCAB_SIZE = 128
 HEAD_DIM = 16

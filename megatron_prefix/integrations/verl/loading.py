@@ -53,9 +53,12 @@ def _register_engine(*, needed: bool) -> None:
     except ImportError as error:
         if not needed:
             return
+        import verl
+
         raise ImportError(
-            f"verl's Megatron engine cannot be imported ({error}); pip install megatron-core and "
-            "a bridge: mbridge, or megatron-bridge with Transformer Engine"
+            f"the Megatron engine of verl {verl.__version__} cannot be imported ({error}); pip "
+            f"install verl=={TESTED_RELEASE}, megatron-core and a bridge: mbridge, or "
+            "megatron-bridge with Transformer Engine"
         ) from error
     check_names(ENGINE_NAMES)
     check_fields()

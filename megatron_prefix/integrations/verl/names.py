@@ -30,11 +30,9 @@ class Name:
 
     def fault(self) -> str | None:
         """What this verl has otherwise; None if nothing."""
-        found: Any = importlib.import_module(self.module)
-        for part in self.path.split("."):
-            found = getattr(found, part, None)
-            if found is None:
-                return f"{self.module}.{self.path} is gone"
+        found = _find(self.module, self.path)
+        if found is None:
+            return f"{self.module}.{self.path} is gone"
         missing: list[str] = []
         if self.parameters:
             has = inspect.signature(found).parameters
@@ -45,6 +43,19 @@ class Name:
         if missing:
             return f"{self.module}.{self.path} has no {', '.join(missing)} any more"
         return None
+
+
+def _find(module: str, path: str) -> Any:
+    """The object, or None if this verl has it not."""
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise  # a package that verl's own module needs
+        return None
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def _words(code: CodeType) -> Iterator[str]:
@@ -189,8 +200,11 @@ def check_fields() -> None:
     """
     faults = []
     for path, fields in ENGINE_FIELDS.items():
-        module, name = path.rsplit(".", 1)
-        has = getattr(importlib.import_module(module), name).__dataclass_fields__
+        found = _find(*path.rsplit(".", 1))
+        if found is None:
+            faults.append(f"{path} is gone")
+            continue
+        has = found.__dataclass_fields__
         faults += [f"{path} has no field {field} any more" for field in fields if field not in has]
     _refuse(iter(faults))
 

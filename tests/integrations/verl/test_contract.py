@@ -32,6 +32,15 @@ def test_verls_configurations_have_the_fields_that_are_read() -> None:
     names.check_fields()
 
 
+def test_a_field_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"verl.workers.config.HFModelConfig": ("mtp", "no_such_field")}
+    monkeypatch.setattr(names, "ENGINE_FIELDS", {**fields, "verl.workers.config.NoSuchConfig": ()})
+    with pytest.raises(
+        ImportError, match="HFModelConfig has no field no_such_field any more; verl"
+    ):
+        names.check_fields()
+
+
 def test_our_engine_comes_before_verls_own() -> None:
     assert megatron_prefix.integrations.verl.__doc__
     assert get_vendor() == "nvidia"  # also where there is no GPU
@@ -63,6 +72,9 @@ def test_trainers_classes_are_ours_to_change() -> None:
     ("changed", "fault"),
     [
         ({"path": "no_such_function"}, "no_such_function is gone"),
+        ({"path": "NoSuchClass.method"}, "NoSuchClass.method is gone"),
+        ({"module": "verl.no_such_module"}, "verl.no_such_module.prepare_micro_batches is gone"),
+        ({"mentions": ("no_such_key",)}, "prepare_micro_batches has no no_such_key any more"),
         ({"parameters": ("data", "renamed")}, "prepare_micro_batches has no renamed any more"),
     ],
 )

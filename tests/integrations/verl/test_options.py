@@ -6,6 +6,7 @@ import types
 from typing import Any
 
 import pytest
+import torch
 from verl.workers.config import McoreEngineConfig
 from verl.workers.config.engine import EngineRouterReplayConfig, QATEngineConfig
 from verl.workers.config.model import MtpConfig
@@ -16,6 +17,7 @@ from megatron_prefix.integrations.verl.options import (
     refuse_in_batch,
     refuse_verl_options,
 )
+from megatron_prefix.integrations.verl.samples import temperature_of
 
 
 def model_config(**changed: Any) -> Any:
@@ -100,3 +102,10 @@ def test_a_batch_that_needs_logits_is_refused(name: str) -> None:
     refuse_in_batch({name: False})
     with pytest.raises(ValueError, match=f"{name}=True"):
         refuse_in_batch({name: True})
+
+
+def test_a_batch_has_one_temperature() -> None:
+    assert temperature_of({"temperature": 0.75}) == 0.75
+    assert temperature_of({"temperature": torch.full((3,), 0.75)}) == 0.75
+    with pytest.raises(ValueError, match=r"temperatures from 0\.5 to 1\.0"):
+        temperature_of({"temperature": torch.tensor([0.5, 1.0])})
