@@ -140,9 +140,13 @@ class RowPlanner:
 
     def _with_tokens(self, part: GroupSlice) -> PrefixTree:
         """The tree of a slice's sequences."""
-        group = self.step.group_of_unit[part.group]
-        tokens = [self.share.sequence(group, response) for response in self._responses(part)]
-        return PrefixTree.of_shape(self.step.units[part.group].subset(part.sequences), tokens)
+        group, responses = self.step.group_of_unit[part.group], self._responses(part)
+        keys = [self.share.sequence_keys(group, response) for response in responses]
+        return PrefixTree.of_shape(
+            self.step.units[part.group].subset(part.sequences),
+            [self.share.sequence(group, response) for response in responses],
+            keys=[found for found in keys if found is not None] or None,
+        )
 
     def _responses(self, part: GroupSlice) -> list[int]:
         """The responses that a slice's sequences end in, as indices into the batch."""
