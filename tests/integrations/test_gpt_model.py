@@ -136,6 +136,33 @@ def test_random_rows(
     assert_equal(plain, shared, batch, **({"labels": batch.labels} if with_labels else {}))
 
 
+def test_tokens_are_shared_where_ids_and_keys_agree() -> None:
+    batch = pack_batch([[9] * 24 + [token] for token in (3, 4, 5)])
+    keys = torch.tensor([[*range(24), 0, *range(24), 0, *range(100, 124), 0]])
+    plain, shared = pair()
+    found = shared(**batch.arguments(), token_keys=keys)
+    assert relative_error(found, plain(**batch.arguments())) <= TOLERANCE
+    # The first two sequences share their image, up to the row that predicts what follows it; the
+    # third has another image.
+    counter = token_counter(shared)
+    assert counter.tokens_computed == 75 - 23
+    shared(**batch.arguments())
+    assert counter.tokens_computed == (75 - 23) + (75 - 2 * 23)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (torch.zeros(1, 3, dtype=torch.int64), "token_keys has shape \\[1, 3\\] and input_ids"),
+        (torch.zeros(1, 37), "token_keys holds torch.float32: keys are integers"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(keys: Tensor, message: str) -> None:
+    batch = pack_batch(EQUAL)
+    with pytest.raises(ValueError, match=message):
+        pair()[1](**batch.arguments(), token_keys=keys)
+
+
 @pytest.mark.parametrize("kind", ["learned_absolute", "none"])
 def test_other_positions(kind: str) -> None:
     plain, shared = pair(position_embedding_type=kind)
