@@ -97,8 +97,11 @@ class RowPlanner:
         ]
         root = parts[0].tree.tokens[0]
         none = TrainedSequence(first_trained=len(root), weight=0.0, advantage=0.0)
-        tree = PrefixTree.from_sequences([root])
-        return [_Row(tree=tree, sequences=[none], flops=self._node_flops(tree, [none])[0]), *parts]
+        # As often as sequences run through it, for what is counted by multiplicity.
+        count = sum(row.tree.num_sequences for row in parts)
+        tree, nothing = PrefixTree.from_sequences([root] * count), [none] * count
+        flops = self._node_flops(tree, nothing)[0]
+        return [_Row(tree=tree, sequences=nothing, flops=flops), *parts]
 
     def _row(
         self, tree: PrefixTree, slices: Sequence[GroupSlice], *, root_elsewhere: bool = False
