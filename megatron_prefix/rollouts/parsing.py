@@ -80,11 +80,7 @@ def parse_prompt(record: Record) -> tuple[Tokens, Any]:
             has keys, which no engine that samples looks at.
     """
     check_names(record)
-    if "prompt_keys" in record.values:
-        raise ValueError(
-            f"{record.source}: prompt_keys: only finished rollouts (rollouts.engine: file) have "
-            "them; leave them out"
-        )
+    refuse_prompt_keys(record)
     return _tokens(*_required(record, "prompt")), record.values.get("answer")
 
 
@@ -214,6 +210,15 @@ def check_names(record: Record) -> None:
         meant = _misspelt(name)
         if meant is not None and meant not in record.values:
             raise ValueError(f"{record.source}: {name}: not a known field; is {meant} meant?")
+
+
+def refuse_prompt_keys(record: Record) -> None:
+    """Raise a ValueError for keys of a prompt that is to be sampled for."""
+    if "prompt_keys" in record.values:
+        raise ValueError(
+            f"{record.source}: prompt_keys: no engine that samples looks at them; only finished "
+            "rollouts (rollouts.engine: file) may have them; leave them out"
+        )
 
 
 @lru_cache(maxsize=1024)

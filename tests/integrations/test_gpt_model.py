@@ -150,6 +150,27 @@ def test_tokens_are_shared_where_ids_and_keys_agree() -> None:
     assert counter.tokens_computed == (75 - 23) + (75 - 2 * 23)
 
 
+def test_experts_are_counted_as_the_framework_would_count_them() -> None:
+    experts = {
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 24,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    }
+    plain, shared = pair(transformer=experts)
+    batch = pack_batch(random_sequences(np.random.default_rng(), [GROUP, (30, [4, 1])]))
+    rows = torch.arange(0, batch.input_ids.shape[1], 7)
+    found = log_probs_of_rows(shared, rows=rows, labels=batch.labels[0, rows], **batch.arguments())
+    assert found.requires_grad
+    plain(**batch.arguments())
+    assert token_counter(shared).shared_rows == 1
+    for of_plain, of_shared in zip(plain.decoder.layers, shared.decoder.layers, strict=True):
+        expected = of_plain.mlp.router.local_tokens_per_expert
+        assert torch.equal(of_shared.mlp.router.local_tokens_per_expert, expected)
+        assert expected.sum() == 2 * batch.input_ids.numel()
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
