@@ -57,12 +57,13 @@ class _PrefixTransformerLayer:
                 self, functools.partial(_rows, params=last_params, config=self.config)
             )
         with context:
-            output, *rest = super().forward(
+            output = super().forward(
                 hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
             )
         if counts and last_params is not None:
-            output = _rows(output, last_params, self.config)
-        return (output, *rest)
+            hidden, *rest = output
+            output = (_rows(hidden, last_params, self.config), *rest)
+        return output
 
 
 def prefix_transformer_layer(base: type) -> type:
