@@ -48,6 +48,8 @@ class ModelShape:
     """Of one expert."""
     moe_shared_expert_ffn_hidden_size: int = 0
     """Of the shared expert that every token runs; 0 for none."""
+    whole_last_layer: bool = False
+    """The last layer's experts collect statistics of all tokens, so it is never trimmed."""
 
     def __post_init__(self) -> None:
         positive: tuple[str, ...] = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
+from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layout import ModelShape
 from megatron_prefix.megatron.releases import have_transformer_engine
 from megatron_prefix.model.head import LogProbHead
@@ -70,7 +71,7 @@ class HasVocabulary(Protocol):
 
 def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
     """The sizes that the cost model counts FLOPs by."""
-    experts: dict[str, int] = {}
+    experts: dict[str, Any] = {}
     if config.num_moe_experts is not None:
         experts = {
             "num_moe_layers": sum(moe_layers(config)),
@@ -78,6 +79,7 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
             "num_experts_per_token": config.moe_router_topk,
             "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
             "moe_shared_expert_ffn_hidden_size": config.moe_shared_expert_intermediate_size or 0,
+            "whole_last_layer": moe_layers(config)[-1] and has_statistics(config),
         }
     return ModelShape(
         num_layers=config.num_layers,
