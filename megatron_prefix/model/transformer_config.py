@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.config.bounds import refuse
 from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
 from megatron_prefix.megatron.comm_type_list import repair_comm_type_list
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
 from megatron_prefix.megatron.releases import position_embedding_types, release
@@ -119,6 +120,13 @@ def transformer_config(
         raise ConfigError(f"model.transformer: {error}") from error
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"model.transformer: Megatron-Core refuses it: {error}") from error
+    if training.share_across_microbatches and auxiliary_losses(config):
+        raise ConfigError(
+            f"training.share_across_microbatches: true with model.transformer.moe_aux_loss_coeff: "
+            f"{config.moe_aux_loss_coeff}: an auxiliary loss is made of the tokens of a whole "
+            "microbatch, whose rows then run one after the other; set "
+            "share_across_microbatches: false, or moe_aux_loss_coeff: 0"
+        )
     _check_sizes(model, config)
     if config.pipeline_model_parallel_size > 1:
         layers, stages = (
