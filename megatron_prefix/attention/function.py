@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_prefix.attention.kernels import Kernel
 from megatron_prefix.attention.root_keys import LayerRootKeys, RootStage
+from megatron_prefix.attention.sinks import merge_sink, sink_gradient
 from megatron_prefix.attention.stage_compute import (
     StageCompute,
     gradients_like,
@@ -34,6 +35,8 @@ def prefix_attention(
     kernel: Kernel,
     deterministic: bool = False,
     root: LayerRootKeys | None = None,
+    windowed: bool = False,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Attention in which every token sees its ancestors' segments, and its own causally.
 
@@ -46,6 +49,8 @@ def prefix_attention(
         deterministic: the same inputs give the same gradients, to the bit. The kernel must have
             been selected for it.
         root: keys of a root that an earlier row has run, where the stages have one for them.
+        windowed: within the sliding window that the stages were planned for.
+        sink: [H] the score of one more key of each query head, whose value is zero; None: none.
 
     Returns:
         [N, H, D] in q's dtype. Merging, and adding up gradients of more than one stage, is done in
@@ -60,7 +65,11 @@ def prefix_attention(
     if stages.root is not None:
         assert root is not None
         root_stage = RootStage(stage=stages.root, keys=root)
-    return attend_to_row(q, k, v, stages.local, compute, root_stage)
+    of_layer = stages.local
+    if windowed:
+        assert stages.windowed is not None and root_stage is None
+        of_layer = stages.windowed
+    return attend_to_row(q, k, v, of_layer, compute, root_stage, sink)
 
 
 def attend_to_row(
@@ -70,9 +79,10 @@ def attend_to_row(
     stages: Sequence[AttentionStage[Tensor]],
     compute: StageCompute,
     root: RootStage | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """The same from the stages alone: the self stage of all queries, then the cross stages."""
-    return _PrefixAttention.apply(q, k, v, stages, compute, root)
+    return _PrefixAttention.apply(q, k, v, stages, compute, root, sink)
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -87,13 +97,17 @@ class _PrefixAttention(torch.autograd.Function):
         stages: Sequence[AttentionStage[Tensor]],
         compute: StageCompute,
         root: RootStage | None,
+        sink: Tensor | None,
     ) -> Tensor:
-        """Compute the self stage into the packed output, then merge the cross stages into it."""
+        """Compute the self stage into the packed output, then merge the others into it."""
         ctx.stages, ctx.compute, ctx.root = stages, compute, root
         ctx.wide = len(stages) + (root is not None) > 2
         out, lse = compute.attend(stages, q, k, v, wide=ctx.wide)
         if root is not None:
             root.merge(compute, q, out, lse)
+        ctx.sink = None if sink is None else sink.detach()
+        if sink is not None:
+            out, lse = merge_sink(out, lse, sink)
         return save_for_backward(ctx, q, k, v, out, lse)
 
     @staticmethod
@@ -104,7 +118,8 @@ class _PrefixAttention(torch.autograd.Function):
         gradients = ctx.compute.shares(ctx.stages, merged, k, v, wide=ctx.wide)
         if ctx.root is not None:
             ctx.root.add_shares(ctx.compute, merged, gradients[0])
-        return *gradients_like(gradients, (merged.q, k, v)), None, None, None
+        d_sink = None if ctx.sink is None else sink_gradient(merged, ctx.sink)
+        return *gradients_like(gradients, (merged.q, k, v)), None, None, None, d_sink
 
 
 def checked_inputs(

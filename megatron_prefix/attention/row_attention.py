@@ -21,6 +21,7 @@ from megatron_prefix.attention.function import prefix_attention
 from megatron_prefix.attention.kernels import Kernel, select_kernel
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.stage_compute import StageCompute
+from megatron_prefix.attention.windows import model_window
 from megatron_prefix.layout import CommType, RowStages
 
 
@@ -39,6 +40,9 @@ class AttentionSetup:
     """The ranks that each row is distributed over; None, or a group of one, for whole rows."""
     comm_types: tuple[CommType, ...] = ("all_gather",)
     """How the model's layers communicate over that group."""
+    window: int | None = None
+    """Keys before its own that a query sees in the layers with a sliding window; None: the model
+    has no such layer."""
 
     @classmethod
     def of(
@@ -66,6 +70,7 @@ class AttentionSetup:
             deterministic=deterministic,
             context_parallel_group=context_parallel_group,
             comm_types=model_comm_types(config),
+            window=model_window(config),
         )
 
     @property
@@ -98,6 +103,7 @@ def kernel_of_model(
         dtype=attention_dtype(config),
         head_dim=config.kv_channels,
         deterministic=deterministic,
+        windows=model_window(config) is not None,
     )
 
 
@@ -111,6 +117,10 @@ class AttentionLayer:
     """Factor of q k^T before the softmax."""
     comm_type: CommType
     """Its kind of context-parallel communication."""
+    window: int | None = None
+    """Keys before its own that a query sees; None: all. The model's window, or none."""
+    sink: Tensor | None = None
+    """[H] the score of one more key of each query head, whose value is zero; None: no such key."""
 
 
 class CoreAttention(Protocol):
@@ -160,7 +170,10 @@ class RowAttention:
                 kernel=self.kernel,
                 deterministic=self.deterministic,
                 root=of_root,
+                windowed=layer.window is not None,
+                sink=layer.sink,
             )
+        assert layer.window is None and layer.sink is None, "refused with context parallelism"
         of_rank = RankLayer(
             number=layer.number,
             stages=self.stages,

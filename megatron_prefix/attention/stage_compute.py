@@ -14,11 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_prefix.attention.kernels import CallOptions, Kernel, MergedAttention
 from megatron_prefix.attention.merge import merge_
-from megatron_prefix.layout import AttentionStage
+from megatron_prefix.layout import AttentionStage, Copies
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ class StageCompute:
         dq, *d_keys = self._backward(stage, merged, k, v)
         if wide:
             dq, *d_keys = (share.to(merged.lse.dtype) for share in (dq, *d_keys))
-        if d_keys[0].shape[0] < k.shape[0]:
+        if stage.copies is not None:
+            d_keys = [sum_of_copies(x.to(merged.lse.dtype), stage.copies) for x in d_keys]
+        elif d_keys[0].shape[0] < k.shape[0]:
             shares = d_keys
             d_keys = [x.new_zeros(x.shape, dtype=shares[0].dtype) for x in (k, v)]
             for all_keys, share in zip(d_keys, shares, strict=True):
@@ -141,6 +144,16 @@ class StageCompute:
     @property
     def _options(self) -> CallOptions:
         return CallOptions(scale=self.scale, deterministic=self.deterministic)
+
+
+def sum_of_copies(values: Tensor, copies: Copies[Tensor]) -> Tensor:
+    """[copies, ...] -> [rows, ...] the sum over the copies of each row, 0 where it has none.
+
+    Every row adds up in the order of its copies: the same bits every time, on every device.
+    """
+    return torch.segment_reduce(
+        values[copies.order], "sum", offsets=copies.bounds, axis=0, initial=0, unsafe=True
+    )
 
 
 def save_for_backward(

@@ -82,6 +82,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             comm_types=setup.comm_types,
             needed=needed,
             multiple=multiple,
+            window=setup.window,
         )
         return cls.from_row(row, record_to_device(row.model, setup.device), setup)
 

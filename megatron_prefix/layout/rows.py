@@ -54,6 +54,9 @@ class RowStages(Generic[Array]):
     ring: tuple[tuple[AttentionStage[Array], ...], ...] | None = None
     """By the rank whose shard the stages attend to, keys counted from the shard's beginning."""
     whole_row: WholeRow[Array] | None = None
+    windowed: tuple[AttentionStage[Array], ...] | None = None
+    """In place of `local` in the model's layers with a sliding window; None: it has no such
+    layers."""
     root: AttentionStage[Array] | None = None
     """Against the keys of a root that an earlier row has run; None: the row has its roots."""
 

@@ -119,6 +119,12 @@ def transformer_config(
         raise ConfigError(f"model.transformer: {error}") from error
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"model.transformer: Megatron-Core refuses it: {error}") from error
+    if config.window_size and training.share_across_microbatches:
+        raise ConfigError(
+            f"training.share_across_microbatches: true with model.transformer.window_size: "
+            f"{config.window_size} is not supported yet (a row of responses would need the last "
+            "keys of its prompt from an earlier row); set share_across_microbatches: false"
+        )
     _check_sizes(model, config)
     if config.pipeline_model_parallel_size > 1:
         layers, stages = (

@@ -72,7 +72,6 @@ def test_what_megatron_adds_to_an_error_while_it_builds_is_left_away() -> None:
 VALUES: dict[str, Any] = {
     "cuda_graph_impl": "local",
     "transformer_impl": "inference_optimized",
-    "softmax_type": "learnable",
     "gtp_weight_remat_size": 2,
     "expert_gtp_weight_remat_size": 2,
     "mlp_chunks_for_training": 2,
@@ -110,6 +109,16 @@ COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_token_dispatcher_type": "flex",
             "moe_flex_dispatcher_backend": "hybridep",
         },
+    ),
+    "a window over context-parallel ranks": (
+        "window_size",
+        {"window_size": (4, 0), "context_parallel_size": 2},
+    ),
+    "a window without a limit": ("window_size", {"window_size": (-1, 0)}),
+    "a window that is not causal": ("window_size", {"window_size": (4, 4)}),
+    "a sink over context-parallel ranks": (
+        "softmax_type",
+        {"softmax_type": "learnable", "context_parallel_size": 2},
     ),
     "fused rotary embedding and YaRN": (
         "apply_rope_fusion",

@@ -82,6 +82,10 @@ class PaddedRows:
         x[self.rows] = value.transpose(1, 2).flatten(0, 1)[self.slots]
         return x
 
+    def add(self, x: Tensor, value: Tensor) -> None:
+        """Add the batched value, without its padding, to these rows of the packed x, in place."""
+        x.index_add_(0, self.rows, value.transpose(1, 2).flatten(0, 1)[self.slots])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:

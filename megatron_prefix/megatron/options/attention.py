@@ -102,6 +102,42 @@ def _comm_type(kinds: Any, config: Any) -> Reason | None:
     return None
 
 
+def _window(size: Any, config: Any) -> Reason | None:
+    """Windows that are not causal, or that this release or the layout does not take."""
+    if not size:
+        return None
+    off = set_to("window_size", None)
+    if not hasattr(config, "window_attn_skip_freq"):
+        return Reason(
+            why=f"megatron-core {release()} has sliding windows in Transformer Engine's attention "
+            "only, where shared prefixes were not compared with it",
+            instead=f"{off}, or install megatron-core 0.15 or newer",
+        )
+    if size[0] < 0 or size[1] != 0:
+        return Reason(
+            why="a window is (keys before a query, 0) here; -1 (no limit) and keys behind a query "
+            "are not supported",
+            instead=f"Set window_size to (n, 0) with n of at least 0, or: {off}",
+        )
+    return _whole_rows_only(config, "the keys before a segment would have to come from other ranks")
+
+
+def _sink(kind: Any, config: Any) -> Reason | None:
+    if kind is None or kind == "vanilla":
+        return None
+    return _whole_rows_only(config, "no rank merges the offset into its stages")
+
+
+def _whole_rows_only(config: Any, why: str) -> Reason | None:
+    size = config.context_parallel_size
+    if size == 1:
+        return None
+    return Reason(
+        why=f"it cannot be combined with context_parallel_size={size} yet ({why})",
+        instead="Set context_parallel_size to 1",
+    )
+
+
 @functools.cache
 def _say_what_runs(kind: str) -> None:
     logger.warning("cp_comm_type %s runs as %s with shared prefixes", kind, RUN_AS[kind])
@@ -164,18 +200,21 @@ OPTIONS: list[Option] = [
         "from them once more; use position_embedding_type rope",
         instead=None,
     ),
-    *refused(
-        "window_size",
-        when=is_set,
-        why="a sliding window would have to follow each sequence across its segments",
-        instead=None,
+    Option(
+        name="window_size",
+        kind="used",
+        why="our attention reaches so many keys back along each sequence, across its segments",
+        check=_window,
     ),
-    *harmless("window_attn_skip_freq", why="only window_size reads it", first="0.15"),
-    *refused(
+    *used(
+        "window_attn_skip_freq",
+        why="a layer has the window that Megatron's has",
+        first="0.15",
+    ),
+    *used(
         "softmax_type",
-        when=lambda value: value is not None and value != "vanilla",
-        why="a softmax offset would enter once per attention stage",
-        instead="vanilla",
+        why="our attention merges the core attention's softmax_offset as its last term",
+        check=_sink,
         first="0.15",
     ),
     *refused(

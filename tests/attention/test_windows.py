@@ -1,0 +1,186 @@
+"""Layers with a sliding window or a sink equal dense attention under the window's own mask.
+
+What these tests do not cover: CUDA kernels, and the Megatron modules around the function.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_prefix.attention.function import prefix_attention
+from megatron_prefix.attention.kernels import select_kernel
+from megatron_prefix.attention.kernels.cpu_windows import split_into_blocks
+from megatron_prefix.layout.packing import PackedLayout, pack
+from megatron_prefix.layout.tree import PrefixTree
+from tests.attention.oracle import (
+    assert_close,
+    dense_attention,
+    gradients,
+    group,
+    random_qkv,
+    random_tree,
+    stages_of,
+    visible_keys,
+)
+
+KERNELS = ["reference", "torch_cpu"]
+HEADS, KEY_HEADS, HEAD_DIM, SCALE = 4, 2, 16, 0.3
+TOLERANCE = 1e-12  # of the largest element: float64, the order of additions alone
+WINDOWS = [0, 4, 63, 400]
+"""Keys before a query's own; 400 are more than any sequence has."""
+
+
+def in_window(layout: PackedLayout, window: int) -> Tensor:
+    """[T, T] bool: `visible_keys` at most so many positions before the query."""
+    positions = torch.from_numpy(layout.position_ids)
+    return visible_keys(layout) & (positions[:, None] - positions <= window)
+
+
+def check(
+    layout: PackedLayout,
+    window: int | None,
+    *,
+    kernel: str = "torch_cpu",
+    sink: Tensor | None = None,
+    needed: np.ndarray | None = None,
+) -> None:
+    """out, dq, dk, dv and the sink's gradient, of the rows that are computed."""
+    options = {} if needed is None else {"needed": needed}
+    stages = stages_of(layout, window=window, **options)
+    rows = torch.arange(layout.num_tokens) if stages.queries is None else stages.queries
+    real = rows < layout.num_tokens - layout.num_padding
+    q, k, v = random_qkv(layout.num_tokens, HEADS, KEY_HEADS, HEAD_DIM, torch.float64)
+    dout = torch.randn(len(rows), HEADS, HEAD_DIM, dtype=torch.float64) * real[:, None, None]
+    visible = visible_keys(layout) if window is None else in_window(layout, window)
+
+    exact = tuple(x.clone().requires_grad_() for x in (q, k, v))
+    exact_sink = None if sink is None else sink.clone().requires_grad_()
+    expected = dense(*exact, visible, exact_sink)[rows]
+    inputs = tuple(x.clone().requires_grad_() for x in (q[rows], k, v))
+    own_sink = None if sink is None else sink.clone().requires_grad_()
+    windows = window is not None
+    chosen = select_kernel(kernel, device="cpu", dtype=q.dtype, head_dim=HEAD_DIM, windows=windows)
+    out = prefix_attention(
+        *inputs, stages, scale=SCALE, kernel=chosen, windowed=windows, sink=own_sink
+    )
+    assert_close(out[real], expected[real], TOLERANCE, "out")
+    if sink is not None:
+        (found,) = torch.autograd.grad(out, own_sink, dout, retain_graph=True)
+        (wanted,) = torch.autograd.grad(expected, exact_sink, dout, retain_graph=True)
+        assert_close(found, wanted, TOLERANCE, "dsink")
+    dq, *found_keys = gradients(out, dout, inputs)
+    expected_dq, *expected_keys = gradients(expected, dout, exact)
+    if window != 0 or sink is not None:  # a softmax over one key has no gradient
+        assert_close(dq, expected_dq[rows], TOLERANCE, "dq")
+        assert_close(found_keys[0], expected_keys[0], TOLERANCE, "dk")
+    else:
+        assert max(float(x.abs().max()) for x in (dq, found_keys[0])) < TOLERANCE
+    assert_close(found_keys[1], expected_keys[1], TOLERANCE, "dv")
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sink: Tensor | None) -> Tensor:
+    """`dense_attention`; a sink is one more key, by a softmax that is written out."""
+    if sink is None:
+        return dense_attention(q, k, v, visible, SCALE)
+    k, v = (x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in (k, v))
+    scores = SCALE * torch.einsum("qhd,khd->hqk", q, k)
+    weights = scores.exp() * visible
+    weights = weights / (weights.sum(-1, keepdim=True) + sink.exp()[:, None, None])
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+def random_sink() -> Tensor:
+    return torch.randn(HEADS, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("depth", [1, 3, 6])
+def test_windows_on_random_trees(rng, kernel, window, depth):
+    layout = pack(random_tree(rng, max_depth=depth), pad_to_multiple=int(rng.integers(1, 64)))
+    check(layout, window, kernel=kernel)
+
+
+@pytest.mark.parametrize("window", [None, *WINDOWS])
+@pytest.mark.parametrize("sink", ["zero", "random"])
+def test_sinks_with_and_without_windows(rng, window, sink):
+    layout = pack(random_tree(rng, max_depth=3), pad_to_multiple=16)
+    check(layout, window, sink=torch.zeros(HEADS).double() if sink == "zero" else random_sink())
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_trimmed_last_layer(rng, window):
+    layout = pack(random_tree(rng, max_depth=3), pad_to_multiple=16)
+    last = [layout.sequence_positions(i)[-3:] for i in range(layout.tree.num_sequences)]
+    check(layout, window, needed=np.concatenate(last), sink=random_sink())
+
+
+def test_a_halo_reaches_over_ancestors_of_one_token(rng):
+    sequences = [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 8, 9], [1, 2, 3, 10, 11], [1, 2, 12, 13, 14]]
+    layout = pack(PrefixTree.from_sequences(sequences))
+    assert min(segment.length for segment in layout.segments) == 1
+    for window in range(1, 7):
+        check(layout, window)
+
+
+def test_a_segment_copies_no_more_than_the_windows_rows_of_its_prefix():
+    layout = pack(PrefixTree.from_groups([group(500, [20] * 8)]))
+    (stage,) = stages_of(layout, window=9).windowed
+    assert len(stage.keys) == layout.num_tokens + 8 * 9
+
+
+def test_a_window_longer_than_every_sequence_copies_nothing():
+    layout = pack(PrefixTree.from_groups([group(50, [20] * 8)]))
+    stages = stages_of(layout, window=layout.max_seqlen - 1)
+    assert stages.windowed is not None
+    assert [s.on.window for s in stages.windowed] == [None] * len(stages.local)
+    check(layout, layout.max_seqlen - 1)
+    check(layout, layout.max_seqlen - 2)
+
+
+def pairs(prefix: int, window: int) -> int:
+    """Scores that `torch_cpu` computes for a group of eight responses."""
+    (stage,) = stages_of(
+        pack(PrefixTree.from_groups([group(prefix, [40] * 8)])), window=window
+    ).windowed
+    return sum(block.num_pairs for block in split_into_blocks(stage.on))
+
+
+@pytest.mark.parametrize("window", [4, 63, 300])
+def test_work_grows_with_the_tokens_and_not_with_the_length_of_the_prefix(window):
+    block = min(max(window + 1, 32), 256)
+    shorter, longer = pairs(4 * 512 + 1, window), pairs(8 * 512 + 1, window)
+    # Only the prompt's own blocks are more: 2,048 queries, each with a full window.
+    assert longer - shorter == 2048 * (window + block)
+    assert pairs(8 * 512 + 1, window) - 4096 * (window + block) < 8 * 64 * (window + 64)
+
+
+def test_the_same_inputs_give_the_same_gradients_to_the_bit(rng):
+    layout = pack(PrefixTree.from_groups([group(40, [9] * 30)]))
+    stages = stages_of(layout, window=7)
+    inputs = [x.requires_grad_() for x in random_qkv(layout.num_tokens, 4, 2, 16, torch.float32)]
+    kernel = select_kernel(None, device="cpu", dtype=torch.float32, head_dim=16, windows=True)
+    first, second = (
+        torch.autograd.grad(
+            prefix_attention(*inputs, stages, scale=SCALE, kernel=kernel, windowed=True).sum(),
+            inputs,
+        )
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_kernels_without_windows_are_refused_by_name(monkeypatch):
+    kernels = pytest.importorskip("megatron_prefix.attention.kernels")
+    monkeypatch.setattr(kernels.TorchCpuKernel, "windows", False)
+    kernels._reasons.cache_clear()
+    try:
+        with pytest.raises(
+            ValueError, match=r"torch_cpu.*sliding windows: its sliding windows are"
+        ):
+            select_kernel("torch_cpu", device="cpu", dtype=torch.float32, head_dim=16, windows=True)
+    finally:
+        kernels._reasons.cache_clear()
