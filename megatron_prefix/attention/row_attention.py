@@ -148,6 +148,8 @@ class RowAttention:
     deterministic: bool
     exchange: Exchange | None
     """With the ranks that the row is distributed over; None: all of it is here."""
+    window: int | None = None
+    """That the stages of layers with a sliding window were planned for."""
     root: RootKeys | None = None
     """Of a series of rows: what its first row keeps and the later rows attend to."""
     keeps_root: bool = False
@@ -155,6 +157,12 @@ class RowAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         """See `CoreAttention`. Collective where the row is distributed."""
+        if layer.window is not None and layer.window != self.window:
+            raise ValueError(
+                f"layer {layer.number} has a sliding window of {layer.window} keys before a query, "
+                f"but the row was planned for {self.window}: give the batch's AttentionSetup the "
+                "model's window, as AttentionSetup.of does"
+            )
         if self.exchange is None:
             of_root = None
             if self.root is not None and self.keeps_root:

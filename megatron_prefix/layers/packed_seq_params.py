@@ -113,6 +113,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             kernel=setup.kernel,
             deterministic=setup.deterministic,
             exchange=exchange,
+            window=setup.window,
             root=root,
             keeps_root=keeps_root,
         )

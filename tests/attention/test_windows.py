@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention import kernels
 from megatron_prefix.attention.function import prefix_attention
 from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.attention.kernels.cpu_windows import split_into_blocks
@@ -174,7 +175,6 @@ def test_the_same_inputs_give_the_same_gradients_to_the_bit(rng):
 
 
 def test_kernels_without_windows_are_refused_by_name(monkeypatch):
-    kernels = pytest.importorskip("megatron_prefix.attention.kernels")
     monkeypatch.setattr(kernels.TorchCpuKernel, "windows", False)
     kernels._reasons.cache_clear()
     try:

@@ -37,7 +37,7 @@ def _refuse_windows_and_sinks(config: TransformerConfig) -> None:
         if value not in (None, without):
             raise ValueError(
                 f"{name}={value!r}: the embedded engine cannot sample from such a model yet; set "
-                "rollouts.engine to openai or hf, or leave evaluation of the live model out"
+                "rollouts.engine to file, and leave evaluation out"
             )
 
 
