@@ -102,8 +102,10 @@ class _PrefixSelfAttention:
         return query, key, value, *gate
 
     def _table_of_row(self, table: Tensor, params: PrefixPackedSeqParams) -> Tensor:
-        """[positions or T, ...] -> [T, ...] the row of each token."""
+        """[positions or T, ...] -> [T, ...] the row of each token, as mRoPE's table has it."""
         num_tokens = len(params.position_ids)
+        if params.mrope_position_ids is not None:
+            return table
         if self.prefix_rope_table == "by token":
             if len(table) != num_tokens:
                 raise ValueError(

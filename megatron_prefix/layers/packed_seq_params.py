@@ -21,6 +21,7 @@ from megatron_prefix.layout import (
     own_values,
     rank_row,
 )
+from megatron_prefix.megatron.borrowed import OneRank
 
 
 @dataclass(kw_only=True)
@@ -37,6 +38,9 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """The core attention of every layer: for a packed row a `RowAttention`, with its kernel."""
     position_ids: Tensor
     """[T] int64: each token's position in its own sequence."""
+    mrope_position_ids: Tensor | None = None
+    """[3, T] int64: time, height and width of each token, for a model with mRoPE; None: any other
+    model."""
     own_rows: np.ndarray
     """[T] int64: position in the packed row of each token; -1 on padding that context parallelism
     has moved."""
@@ -57,6 +61,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
         *,
         needed: np.ndarray | None = None,
         multiple: int = 1,
+        mrope_positions: np.ndarray | None = None,
     ) -> PrefixPackedSeqParams:
         """Params of a packed layout, or of this rank's part of it, with tensors on the device.
 
@@ -71,6 +76,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 puts out `output_rows` only. None: the model's output has all T rows.
             multiple: the number of output rows is a multiple of this: the tensor-parallel size,
                 under sequence parallelism.
+            mrope_positions: [3, T] of the whole row, from `layout.scatter`, for a model with mRoPE.
 
         Raises:
             ValueError: the row does not divide by the group's size.
@@ -84,7 +90,15 @@ class PrefixPackedSeqParams(PackedSeqParams):
             multiple=multiple,
             window=setup.window,
         )
-        return cls.from_row(row, record_to_device(row.model, setup.device), setup)
+        params = cls.from_row(row, record_to_device(row.model, setup.device), setup)
+        if mrope_positions is not None:
+            if mrope_positions.shape != (3, layout.num_tokens):
+                raise ValueError(
+                    f"mrope_positions {mrope_positions.shape}: expected (3, {layout.num_tokens}), "
+                    "time, height and width of each token of the row"
+                )
+            params._take_mrope_positions(mrope_positions)
+        return params
 
     @classmethod
     def from_row(
@@ -138,6 +152,22 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 query_rows_host=row.output_rows,
             )
         return params
+
+    def _take_mrope_positions(self, positions: np.ndarray) -> None:
+        own = self.own(positions.T).T.contiguous()
+        for params in (self, self.last_layer):
+            if params is not None:
+                params.mrope_position_ids = own
+                if self.shards is not None:
+                    # Otherwise Megatron's embedding takes a slice of what is this rank's already.
+                    params.cp_group = OneRank()
+
+    @property
+    def model_position_ids(self) -> Tensor:
+        """What the model takes as `position_ids`: [1, T], or [3, 1, T] with mRoPE."""
+        if self.mrope_position_ids is not None:
+            return self.mrope_position_ids[:, None]
+        return self.position_ids[None]
 
     @property
     def output_rows(self) -> np.ndarray:

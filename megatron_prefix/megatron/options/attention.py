@@ -8,6 +8,9 @@ import logging
 from typing import Any
 
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.embeddings.rotary_pos_embedding import (
+    MultimodalRotaryEmbedding,
+)
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
 from megatron_prefix.attention.comm_types import COMM_TYPES, RUN_AS
@@ -72,6 +75,22 @@ def _yarn(factor: Any, config: Any) -> Reason | None:
         return None
     return Reason(
         why=f"context_parallel_size={size} cannot be combined with YaRN in megatron-core "
+        f"{release()}, which cuts its table as if a packed row were one sequence",
+        instead="Set context_parallel_size to 1, or install megatron-core 0.16 or newer",
+    )
+
+
+def params_have_cp_group() -> bool:
+    """Whether a batch's params tell this release which part of an mRoPE table a rank has."""
+    return "cp_group" in inspect.signature(MultimodalRotaryEmbedding.forward).parameters
+
+
+def _mrope(section: Any, config: Any) -> Reason | None:
+    size = config.context_parallel_size
+    if not is_set(section) or size == 1 or params_have_cp_group():
+        return None
+    return Reason(
+        why=f"context_parallel_size={size} cannot be combined with mRoPE in megatron-core "
         f"{release()}, which cuts its table as if a packed row were one sequence",
         instead="Set context_parallel_size to 1, or install megatron-core 0.16 or newer",
     )
@@ -193,12 +212,10 @@ OPTIONS: list[Option] = [
         why="its own rotary modules do not take per-token positions yet",
         instead=False,
     ),
-    *refused(
+    *used(
         "mrope_section",
-        when=is_set,
-        why="multimodal rotary tables already hold one row per token, and ours would be taken "
-        "from them once more; use position_embedding_type rope",
-        instead=None,
+        why="GPTModel's mRoPE table has a row for each token of a packed row already",
+        check=_mrope,
     ),
     Option(
         name="window_size",
