@@ -192,7 +192,7 @@ def _window_problems() -> tuple[_Problem, ...]:
     """Rows of layers with a sliding window, on the host."""
     layout, needed = _row()
     problems = []
-    for window in (0, 6, 70):
+    for window in (1, 6, 70):
         row = rank_row(layout, needed=needed, window=window).model
         for name, stages in (("a row", row.stages), ("a trimmed last layer", row.last_stages)):
             problems.append(
