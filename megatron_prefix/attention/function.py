@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from megatron_prefix.attention.kernels import Kernel
 from megatron_prefix.attention.root_keys import LayerRootKeys, RootStage
-from megatron_prefix.attention.sinks import merge_sink, sink_gradient
 from megatron_prefix.attention.stage_compute import (
     StageCompute,
     gradients_like,
@@ -66,9 +65,9 @@ def prefix_attention(
         assert root is not None
         root_stage = RootStage(stage=stages.root, keys=root)
     of_layer = stages.local
-    if windowed:
-        assert stages.windowed is not None and root_stage is None
-        of_layer = stages.windowed
+    if windowed and stages.windowed is not None:
+        assert root_stage is None and stages.windowed.halo is None
+        of_layer = (stages.windowed.stage,)
     return attend_to_row(q, k, v, of_layer, compute, root_stage, sink)
 
 
@@ -105,20 +104,16 @@ class _PrefixAttention(torch.autograd.Function):
         out, lse = compute.attend(stages, q, k, v, wide=ctx.wide)
         if root is not None:
             root.merge(compute, q, out, lse)
-        ctx.sink = None if sink is None else sink.detach()
-        if sink is not None:
-            out, lse = merge_sink(out, lse, sink)
-        return save_for_backward(ctx, q, k, v, out, lse)
+        return save_for_backward(ctx, q, k, v, out, lse, sink)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Add up the stages' shares of dq, dk and dv, in the order of the stages."""
-        merged, k, v = saved_for_backward(ctx, dout)
+        merged, k, v, d_sink = saved_for_backward(ctx, dout)
         gradients = ctx.compute.shares(ctx.stages, merged, k, v, wide=ctx.wide)
         if ctx.root is not None:
             ctx.root.add_shares(ctx.compute, merged, gradients[0])
-        d_sink = None if ctx.sink is None else sink_gradient(merged, ctx.sink)
         return *gradients_like(gradients, (merged.q, k, v)), None, None, None, d_sink
 
 

@@ -181,11 +181,18 @@ class RowAttention:
                 windowed=layer.window is not None,
                 sink=layer.sink,
             )
-        assert layer.window is None and layer.sink is None, "refused with context parallelism"
         of_rank = RankLayer(
             number=layer.number,
             stages=self.stages,
             compute=StageCompute(self.kernel, layer.scale, self.deterministic),
             exchange=self.exchange,
         )
-        return attend_across_ranks(q, k, v, of_rank, layer.comm_type)
+        return attend_across_ranks(
+            q,
+            k,
+            v,
+            of_rank,
+            layer.comm_type,
+            windowed=layer.window is not None,
+            sink=layer.sink,
+        )

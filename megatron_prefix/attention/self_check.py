@@ -198,7 +198,7 @@ def _window_problems() -> tuple[_Problem, ...]:
             problems.append(
                 _Problem(
                     name=f"{name} with a window of {window} keys before a query",
-                    stages=stages.windowed,
+                    stages=(stages.windowed.stage,),
                     num_keys=layout.num_tokens,
                 )
             )

@@ -24,13 +24,13 @@ from megatron_prefix.attention.kernels import MergedAttention
 
 def merge_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     """out [N, H, D] and lse [N, H] over all keys, with a sink [H] beside them."""
-    with_sink = torch.logaddexp(lse, sink.to(lse.dtype))
+    with_sink = torch.logaddexp(lse, sink.to(lse))
     return out * (lse - with_sink).exp().unsqueeze(-1), with_sink
 
 
 def sink_gradient(merged: MergedAttention, sink: Tensor) -> Tensor:
     """[H] in the sink's dtype, of out and lse that have the sink in them."""
     wide = merged.lse.dtype
-    weight = (sink.to(wide) - merged.lse).exp()
+    weight = (sink.to(merged.lse) - merged.lse).exp()
     dot = (merged.dout.to(wide) * merged.out.to(wide)).sum(-1)
-    return -(weight * dot).sum(0).to(sink.dtype)
+    return -(weight * dot).sum(0).to(sink)

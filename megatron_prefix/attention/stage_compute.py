@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_prefix.attention.kernels import CallOptions, Kernel, MergedAttention
 from megatron_prefix.attention.merge import merge_
+from megatron_prefix.attention.sinks import merge_sink, sink_gradient
 from megatron_prefix.layout import AttentionStage, Copies
 
 
@@ -157,18 +158,23 @@ def sum_of_copies(values: Tensor, copies: Copies[Tensor]) -> Tensor:
 
 
 def save_for_backward(
-    ctx: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ctx: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink: Tensor | None
 ) -> Tensor:
-    """Keep what every backward reads; returns out in q's dtype."""
+    """Merge the sink, keep what every backward reads, and return out in q's dtype."""
+    if sink is not None:
+        out, lse = merge_sink(out, lse, sink)
     out = out.to(q.dtype)
-    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.save_for_backward(q, k, v, out, lse, sink)
     return out
 
 
-def saved_for_backward(ctx: Any, dout: Tensor) -> tuple[MergedAttention, Tensor, Tensor]:
-    """What was kept, and k and v."""
-    q, k, v, out, lse = ctx.saved_tensors
-    return MergedAttention(dout=dout.contiguous(), q=q, out=out, lse=lse), k, v
+def saved_for_backward(
+    ctx: Any, dout: Tensor
+) -> tuple[MergedAttention, Tensor, Tensor, Tensor | None]:
+    """What was kept, k and v, and the gradient of the sink from this rank's queries."""
+    q, k, v, out, lse, sink = ctx.saved_tensors
+    merged = MergedAttention(dout=dout.contiguous(), q=q, out=out, lse=lse)
+    return merged, k, v, None if sink is None else sink_gradient(merged, sink)
 
 
 def gradients_like(

@@ -83,6 +83,11 @@ class PackedLayout:
     there; else None."""
 
     @cached_property
+    def segment_starts(self) -> np.ndarray:
+        """[segments] int64: the first position of each."""
+        return np.array([s.start for s in self.segments], dtype=np.int64)
+
+    @cached_property
     def _positions_of_node(self) -> dict[int, range]:
         return {s.node: range(s.start, s.start + s.length) for s in self.segments}
 

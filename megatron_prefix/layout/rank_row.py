@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection
 
 import numpy as np
@@ -12,7 +13,7 @@ from megatron_prefix.layout.packing import PackedLayout
 from megatron_prefix.layout.rows import COMM_TYPES, CommType, RankRow, RowStages
 from megatron_prefix.layout.shard_stages import stages_of_rank
 from megatron_prefix.layout.trimming import trim_row
-from megatron_prefix.layout.windows import windowed_stages
+from megatron_prefix.layout.windows import RankRows, windowed_stages
 
 
 def rank_row(
@@ -43,14 +44,12 @@ def rank_row(
         ValueError: the row's length does not divide by the number of ranks, or its root ran in an
             earlier row and the model has a window.
     """
-    if window is not None:
-        assert num_ranks == 1, "windows are refused with context parallelism"
-        if layout.root_stage is not None:
-            raise ValueError(
-                "share_across_microbatches: true cannot be combined with window_size yet (a row of "
-                "responses would need the last keys of its prompt from an earlier row); set "
-                "share_across_microbatches: false"
-            )
+    if window is not None and layout.root_stage is not None:
+        raise ValueError(
+            "share_across_microbatches: true cannot be combined with window_size yet (a row of "
+            "responses would need the last keys of its prompt from an earlier row); set "
+            "share_across_microbatches: false"
+        )
     if num_ranks == 1:
         shards, rows = None, np.arange(layout.num_tokens)
         stages = RowStages(
@@ -70,12 +69,19 @@ def rank_row(
         in_row[needed] = True
         last_stages = trim_row(stages, in_row[rows] & (rows >= 0), multiple=multiple)
     if window is not None:
-        stages = _with_window(stages, layout, window)
-        last_stages = last_stages and _with_window(last_stages, layout, window)
+        if shards is None:
+            ranks = [_held(rows, stages)]
+        else:
+            ranks = [_held(*stages_of_rank(shards, r, ())) for r in range(num_ranks)]
+        layers = [stages] if last_stages is None else [stages, last_stages]
+        found = windowed_stages(layout, ranks, rank, window, layers=layers)
+        stages, last_stages = (
+            of_layer and dataclasses.replace(of_layer, windowed=windowed)
+            for of_layer, windowed in itertools.zip_longest((stages, last_stages), found)
+        )
     return RankRow.of(layout, rows, stages, last_stages, shards)
 
 
-def _with_window(
-    stages: RowStages[np.ndarray], layout: PackedLayout, window: int
-) -> RowStages[np.ndarray]:
-    return dataclasses.replace(stages, windowed=windowed_stages(layout, stages, window))
+def _held(rows: np.ndarray, stages: RowStages[np.ndarray]) -> RankRows:
+    """A rank's tokens; the squares of its self stage are neighbours in one segment."""
+    return RankRows(rows=rows, bounds=stages.local[0].on.cu_q)

@@ -79,6 +79,39 @@ class GatheredStages(Generic[Array]):
     """Queries in the rank's row, keys in the buffer."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HaloRows(Generic[Array]):
+    """Which keys and values a rank sends to other ranks for their halos, and receives for its own.
+
+    Received rows come behind those of the rank's own row, in the order of the ranks.
+    """
+
+    rows: Array
+    """[n] int64: the rank's tokens that it sends, first those for rank 0, then those for rank 1,
+    ..."""
+    sent: tuple[int, ...]
+    """[ranks] how many of them each rank gets."""
+    received: tuple[int, ...]
+    """[ranks] how many rows come from each rank."""
+    copies: Copies[Array]
+    """Of the rank's tokens in `rows`."""
+
+    @property
+    def num_received(self) -> int:
+        """Rows from all ranks."""
+        return sum(self.received)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WindowedStages(Generic[Array]):
+    """The attention of a layer with a sliding window, see `windows.py`."""
+
+    stage: AttentionStage[Array]
+    """All queries, against the keys of the row and, behind them, those received."""
+    halo: HaloRows[Array] | None
+    """None: no rank needs a row of another one."""
+
+
 def attention_stage(
     queries: slice | np.ndarray,
     keys: slice | np.ndarray,

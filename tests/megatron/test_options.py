@@ -110,16 +110,8 @@ COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_flex_dispatcher_backend": "hybridep",
         },
     ),
-    "a window over context-parallel ranks": (
-        "window_size",
-        {"window_size": (4, 0), "context_parallel_size": 2},
-    ),
     "a window without a limit": ("window_size", {"window_size": (-1, 0)}),
     "a window that is not causal": ("window_size", {"window_size": (4, 4)}),
-    "a sink over context-parallel ranks": (
-        "softmax_type",
-        {"softmax_type": "learnable", "context_parallel_size": 2},
-    ),
     "fused rotary embedding and YaRN": (
         "apply_rope_fusion",
         {"apply_rope_fusion": True, "yarn_rotary_scaling_factor": 4.0},

@@ -12,8 +12,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_prefix.attention.windows import layer_window
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.layers.built_model import share_in_layers
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PrefixTree, pack
+from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.megatron.models import (
     HAS_WINDOWS,
@@ -74,6 +76,18 @@ def test_deep_trees_with_recompute(recompute: str) -> None:
         options = MODELS["windows and learnable sinks"]
         reference, grouped = model_pair(model_config(options), training)
         assert_equal_training(reference, grouped, PrefixTree.from_sequences(sequences), 1e-11)
+
+
+@needs_windows
+def test_a_model_that_is_built_already_has_its_windows_and_sinks() -> None:
+    config = model_config(MODELS["windows and learnable sinks"])
+    with single_process():
+        reference, _ = model_pair(config)
+        built = build_gpt_model(config, reference.config, shared_prefixes=False)
+        built.load_state_dict(reference.state_dict())
+        share_in_layers(built, built.config)
+        tree = random_groups(np.random.default_rng(), SHAPES)
+        assert_equal_training(reference, built, tree, 1e-11)
 
 
 @needs_windows

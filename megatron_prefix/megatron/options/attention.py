@@ -122,7 +122,7 @@ def _comm_type(kinds: Any, config: Any) -> Reason | None:
 
 
 def _window(size: Any, config: Any) -> Reason | None:
-    """Windows that are not causal, or that this release or the layout does not take."""
+    """Windows that are not causal, or that this release does not take."""
     if not size:
         return None
     off = set_to("window_size", None)
@@ -138,23 +138,7 @@ def _window(size: Any, config: Any) -> Reason | None:
             "are not supported",
             instead=f"Set window_size to (n, 0) with n of at least 0, or: {off}",
         )
-    return _whole_rows_only(config, "the keys before a segment would have to come from other ranks")
-
-
-def _sink(kind: Any, config: Any) -> Reason | None:
-    if kind is None or kind == "vanilla":
-        return None
-    return _whole_rows_only(config, "no rank merges the offset into its stages")
-
-
-def _whole_rows_only(config: Any, why: str) -> Reason | None:
-    size = config.context_parallel_size
-    if size == 1:
-        return None
-    return Reason(
-        why=f"it cannot be combined with context_parallel_size={size} yet ({why})",
-        instead="Set context_parallel_size to 1",
-    )
+    return None
 
 
 @functools.cache
@@ -231,7 +215,6 @@ OPTIONS: list[Option] = [
     *used(
         "softmax_type",
         why="our attention merges the core attention's softmax_offset as its last term",
-        check=_sink,
         first="0.15",
     ),
     *refused(
