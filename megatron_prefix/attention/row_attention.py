@@ -93,6 +93,16 @@ def attention_dtype(config: Any) -> torch.dtype:
     return config.params_dtype
 
 
+def head_dim(config: Any) -> int:
+    """The size of the heads that a kernel is given in a model with Megatron's config `config`.
+
+    Values of multi-latent attention are padded to the size of its keys.
+    """
+    if config.multi_latent_attention:
+        return config.qk_head_dim + config.qk_pos_emb_head_dim
+    return config.kv_channels
+
+
 def kernel_of_model(
     config: Any, device: torch.device, name: str | None, *, deterministic: bool = False
 ) -> Kernel:
@@ -101,7 +111,7 @@ def kernel_of_model(
         name,
         device=device,
         dtype=attention_dtype(config),
-        head_dim=config.kv_channels,
+        head_dim=head_dim(config),
         deterministic=deterministic,
         windows=model_window(config) is not None,
     )

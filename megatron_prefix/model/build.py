@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layout import ModelShape
+from megatron_prefix.megatron.latent_attention import complete_local_spec
 from megatron_prefix.megatron.releases import have_transformer_engine
 from megatron_prefix.model.head import LogProbHead
 from megatron_prefix.model.transformer_config import transformer_config
@@ -43,6 +44,8 @@ def build_gpt_model(
     )
     if shared_prefixes:
         spec = prefix_grouped(spec)
+    elif config.multi_latent_attention:
+        complete_local_spec(spec)
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -52,7 +55,10 @@ def build_gpt_model(
         post_process=post_process,
         parallel_output=True,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
+        # Multi-latent attention rotates by itself.
+        position_embedding_type=(
+            "rope" if config.multi_latent_attention else model.position_embedding_type
+        ),
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,

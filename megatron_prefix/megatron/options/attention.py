@@ -190,12 +190,6 @@ OPTIONS: list[Option] = [
         check=_comm_type,
     ),
     *refused("attention_dropout", "hidden_dropout", when=positive, why=_DROPOUT, instead=0.0),
-    *refused(
-        "multi_latent_attention",
-        when=is_set,
-        why="its own rotary modules do not take per-token positions yet",
-        instead=False,
-    ),
     *used(
         "mrope_section",
         why="GPTModel's mRoPE table has a row for each token of a packed row already",
