@@ -53,19 +53,28 @@ def count_parameters(chunks: ModelChunks) -> int:
 
 
 def report_start(
-    config: RunConfig, runtime: Runtime, chunks: ModelChunks, *, weights: str, step: int
+    config: RunConfig,
+    runtime: Runtime,
+    chunks: ModelChunks,
+    *,
+    weights: str,
+    step: int,
+    writes: bool = True,
 ) -> None:
     """Say what a run is, and write its effective configuration. Collective over all ranks.
 
     Args:
         weights: where they are from.
         step: steps that have been done before.
+        writes: False: the configuration is not written.
     """
     parameters = count_parameters(chunks)
     if not runtime.is_main:
         return
     for line in _start_lines(config, runtime, parameters=parameters, weights=weights, step=step):
         say(line)
+    if not writes:
+        return
     directory = config.output.directory
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_NAME).write_text(dump_yaml(config), encoding="utf-8")

@@ -49,12 +49,19 @@ class Trainer:
     """One run, on this process."""
 
     def __init__(
-        self, config: RunConfig, runtime: Runtime, *, stop: StopRequest | None = None
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        *,
+        stop: StopRequest | None = None,
+        writes: bool = True,
     ) -> None:
         """Build everything and load the latest checkpoint.
 
         Args:
             stop: when it is made on any rank, `run` saves and returns.
+            writes: False where the run is only checked: nothing in its folder is written, renamed
+                or removed, and `run` is not called.
         """
         self.config = config
         self._stop = stop
@@ -108,7 +115,7 @@ class Trainer:
             writer=config.output.checkpoint_writer,
         )
         self.step = 0
-        self._weights = "random weights"
+        self.weights = "random weights"
         """Where they are from, in words."""
         self.stopped = False
         """Whether `run` has returned because it was asked to."""
@@ -116,19 +123,19 @@ class Trainer:
         """Rollouts that are not trained on yet, on rank 0."""
         self._summary: RolloutSummary | None = None
         """Of these rollouts, on every rank."""
-        self._restore()
+        self._restore(writes=writes)
 
-    def _restore(self) -> None:
+    def _restore(self, *, writes: bool) -> None:
         """Weights to start from, the reference policy, then the latest checkpoint."""
         output = self.config.output
-        if output.resume:
+        if output.resume and writes:
             self.checkpoints.begin()
         resuming = output.resume and self.checkpoints.latest_step() is not None
         if output.load is not None and not resuming:
             check_initial_weights(output.load, self.config.model, self.chunks)
             load_weights(output.load, self.chunks, self.optimizer)
-            self._weights = f"weights of {output.load}"
-        if not resuming:
+            self.weights = f"weights of {output.load}"
+        if not resuming and writes:
             self.checkpoints.set_aside()
         if self.config.objective.kl_coefficient > 0:
             if resuming:
@@ -141,7 +148,7 @@ class Trainer:
                         "in another output.directory"
                     )
                 load_weights(path, self.chunks, self.optimizer)
-            else:
+            elif writes:
                 self.checkpoints.save_reference(self.chunks, step=0)
             self.update.reference = ReferencePolicy(self.chunks)
         if resuming:
@@ -159,9 +166,9 @@ class Trainer:
                 self.config = dataclasses.replace(self.config, optimizer=settings)
             self.step = state["step"]
             warn_of_ended_schedule(self.scheduler, self._steps_behind(self.step))
-            self._weights = f"resumed after step {self.step} ({self.checkpoints.path(self.step)})"
+            self.weights = f"resumed after step {self.step} ({self.checkpoints.path(self.step)})"
             if output.load is not None:
-                self._weights += f", output.load: {output.load} is not used"
+                self.weights += f", output.load: {output.load} is not used"
             self._take_waiting(state)
             with raise_together():
                 self.engine.load_state_dict(state["engine"])
@@ -189,7 +196,7 @@ class Trainer:
         """
         config, output = self.config, self.config.output
         began, why = self.step, ""
-        report_start(config, self.runtime, self.chunks, weights=self._weights, step=began)
+        report_start(config, self.runtime, self.chunks, weights=self.weights, step=began)
         log = None
         if self.runtime.is_main:
             log = MetricsLog(
