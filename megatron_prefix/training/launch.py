@@ -71,6 +71,7 @@ def _run(config: RunConfig, stop: StopRequest, rank: int, *, only_checks: bool) 
         stop.when_made(lambda: _end_if_others_are_lost(place, stop, is_over))
         try:
             if only_checks:
+                stop.release()  # there is nothing to save
                 check_run(config, place)
             else:
                 Trainer(config, place, stop=stop).run()
