@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,62 @@ def test_a_warning_says_when_three_batches_in_a_row_teach_nothing(
     assert len(said) == 1
     assert said[0].startswith("steps 2 to 4: no response has an advantage that trains the policy")
     assert "equal rewards" in said[0]
+
+
+def _cut_off(record: dict[str, Any]) -> None:
+    record |= {"finished": [False] * 4, "rewards": [0.0] * 4}
+
+
+def _masked(record: dict[str, Any]) -> None:
+    record["finished"] = [False] * 4
+
+
+def _identical(record: dict[str, Any]) -> None:
+    record |= {"responses": record["responses"][:1] * 4, "rewards": [1.0] * 4}
+
+
+def _identical_by_a_fickle_reward(record: dict[str, Any]) -> None:
+    record["responses"] = record["responses"][:1] * 4
+
+
+def _alone(record: dict[str, Any]) -> None:
+    record |= {"responses": record["responses"][:1], "rewards": [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("change", "objective", "cause"),
+    [
+        (_cut_off, {}, "most responses are cut off at the limit of length"),
+        (_masked, {"overlong": {"kind": "mask"}}, "most responses are cut off at the limit of"),
+        (_identical, {}, "most responses repeat another one of their group"),
+        (_identical_by_a_fickle_reward, {}, "most responses repeat another one of their group"),
+        (_alone, {}, "each group is a single response, which nothing is compared with: raise "),
+    ],
+)
+def test_the_third_batch_that_teaches_nothing_is_told_with_its_likely_cause(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[dict[str, Any]], None],
+    objective: dict[str, Any],
+    cause: str,
+) -> None:
+    records = good_records(6)
+    for record in records:
+        change(record)
+    values = run_values(
+        tmp_path / "out",
+        records=write_records(tmp_path / "records.jsonl", records),
+        training={"steps": 3},
+        objective=objective,
+        output={"save_last": False},
+    )
+    with caplog.at_level(logging.WARNING, "megatron_prefix"), trainer(values) as run:
+        run.run()
+    (said,) = [r.getMessage() for r in caplog.records if "has an advantage" in r.getMessage()]
+    assert said.startswith("steps 1 to 3: no response has an advantage that trains the policy")
+    assert cause in said
+    for row in read_rows(tmp_path / "out"):
+        assert row["grad_norm"] < 1e-6
 
 
 def test_metrics_count_unfinished_repeated_and_masked_responses(tmp_path: Path) -> None:
