@@ -15,7 +15,8 @@ class OutputConfig:
     """What a run leaves behind."""
 
     directory: Path
-    """Folder of the run: `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `reward.png`."""
+    """Folder of the run: `metrics.jsonl`, `samples.jsonl`, `tensorboard/`, `checkpoints/`,
+    `reward.png`."""
     save_every: int = 0
     """Steps between checkpoints; 0: a checkpoint after the last step only."""
     save_in_background: bool = True
@@ -35,6 +36,12 @@ class OutputConfig:
     renames the folder of earlier checkpoints to `checkpoints.1`, `.2`, ..."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    samples: int = 3
+    """Responses that are shown on the terminal, in TensorBoard and in `samples.jsonl` at a time,
+    from the highest reward to the lowest; 0: none."""
+    samples_every: int = 10
+    """Steps between samples of training; those of the first step are shown too. Samples of each
+    evaluation are shown whatever this is. 0: no samples of training."""
     plot: bool = True
     """Draw `reward.png` at the end of the run."""
 
@@ -42,5 +49,5 @@ class OutputConfig:
         refuse(self._faults())
 
     def _faults(self) -> Iterator[str]:
-        yield from below(self, 0, "save_every")
+        yield from below(self, 0, "save_every", "samples", "samples_every")
         yield from below(self, 1, "keep")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +123,16 @@ def build_evaluator(
         reward=_reward(config, tokenizer),
         seed=config.training.seed,
     )
+
+
+def build_text_reader(config: RunConfig) -> Callable[[Sequence[int]], str]:
+    """Writes tokens as text, special tokens included; ids where the run has no tokenizer.
+
+    Raises:
+        ValueError: a tokenizer that is not there.
+    """
+    tokenizer = _tokenizer(config)
+    return tokenizer.decode if tokenizer is not None else lambda tokens: " ".join(map(str, tokens))
 
 
 def _tokenizer(config: RunConfig) -> TextTokenizer | None:

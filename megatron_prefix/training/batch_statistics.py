@@ -89,6 +89,8 @@ def _teaching(advantages: NDArray[np.float64], summary: RolloutSummary) -> NDArr
     largest = np.maximum.reduceat(np.abs(advantages), starts)
     repeats = np.add.reduceat(summary.repeated.astype(np.int64), starts)
     is_one = (repeats == summary.group_sizes - 1) & (summary.group_sizes > 1)
+    # Where advantages are given for tokens, these are only the largest of each response.
+    is_one &= summary.largest_advantages is None
     adds_up = np.abs(np.add.reduceat(advantages, starts)) > _ROUNDING * largest
     return (largest > 0) & (adds_up | ~is_one)
 

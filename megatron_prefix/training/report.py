@@ -44,6 +44,16 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def say_above_bar(text: str) -> None:
+    """Write lines for the user while `progress` shows a bar, if it does."""
+    if not sys.stderr.isatty():
+        say(text)
+        return
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
 def count_parameters(chunks: ModelChunks) -> int:
     """Parameters of the whole model, each counted once. Collective over all ranks."""
     own = {shard.key: math.prod(shard.global_shape) for shard in parameter_shards(chunks)}

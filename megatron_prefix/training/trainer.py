@@ -23,11 +23,11 @@ from megatron_prefix.distributed.rank_results import on_rank_0, raise_together, 
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.distributed.stop import StopRequest
 from megatron_prefix.model.build import build_model_chunks, model_shape
-from megatron_prefix.rollouts.build import build_engine, build_evaluator
+from megatron_prefix.rollouts.build import build_engine, build_evaluator, build_text_reader
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
 from megatron_prefix.training.kernel_check import check_kernel_of_run
-from megatron_prefix.training.metrics import MetricsLog, plot_reward, read_metrics
+from megatron_prefix.training.metrics import plot_reward, read_metrics
 from megatron_prefix.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -36,6 +36,7 @@ from megatron_prefix.training.optimizer import (
 )
 from megatron_prefix.training.report import progress, report_end, report_start
 from megatron_prefix.training.resampling import Resampling
+from megatron_prefix.training.run_log import RunLog
 from megatron_prefix.training.token_advantages import with_token_advantages
 from megatron_prefix.training.update import PolicyUpdate, ReferencePolicy
 from megatron_prefix.training.waiting import read_waiting, write_waiting
@@ -114,6 +115,8 @@ class Trainer:
             keep=config.output.keep,
             writer=config.output.checkpoint_writer,
         )
+        self._log: RunLog | None = None
+        """On rank 0, while it runs."""
         self.step = 0
         self.weights = "random weights"
         """Where they are from, in words."""
@@ -197,18 +200,15 @@ class Trainer:
         config, output = self.config, self.config.output
         began, why = self.step, ""
         report_start(config, self.runtime, self.chunks, weights=self.weights, step=began)
-        log = None
         if self.runtime.is_main:
-            log = MetricsLog(
-                output.directory, resume_after=self.step, tensorboard=output.tensorboard
-            )
+            self._log = RunLog(config, resume_after=self.step, read=build_text_reader(config))
         metrics: dict[str, Any] = {}
         saved_step = self.step
         try:
             with self._progress() as advance:
                 if self.evaluator is not None and self.step == 0:
                     metrics = self._evaluate()
-                    self._log(log, 0, metrics)
+                    self._write(metrics)
                 while self.step < config.training.steps:
                     if self._is_to_stop():
                         break
@@ -221,7 +221,7 @@ class Trainer:
                     self.step += 1
                     if self._evaluates_now():
                         metrics |= self._evaluate()
-                    self._log(log, self.step, metrics)
+                    self._write(metrics)
                     advance(self.step, metrics)
                     self._refresh_reference()
                     if output.save_every and self.step % output.save_every == 0:
@@ -236,8 +236,8 @@ class Trainer:
             self.checkpoints.abandon()
             raise
         finally:
-            if log is not None:
-                log.close()
+            if self._log is not None:
+                self._log.close()
             self.engine.close()
         # No rank is gone before all have closed what they hold.
         dist.barrier()
@@ -319,6 +319,8 @@ class Trainer:
     def _update(self) -> dict[str, Any]:
         """Train on the rollout batch that was made. Collective."""
         assert self._summary is not None
+        if self._log is not None and self._batch is not None:
+            self._log.training_samples(self.step + 1, self._batch)
         try:
             metrics = self.update.train_on(self._batch, self._summary, step=self.step + 1)
         except ValueError:
@@ -340,6 +342,8 @@ class Trainer:
         assert self.evaluator is not None
         with self._failing_together():
             score = self.evaluator.evaluate()
+        if self._log is not None and self.evaluator.batch is not None:
+            self._log.evaluation_samples(self.step, self.evaluator.batch)
         return {"eval": score, **self.evaluator.metrics()}
 
     def _evaluates_now(self) -> bool:
@@ -348,9 +352,9 @@ class Trainer:
         every = self.config.evaluation.every
         return self.step == self.config.training.steps or bool(every and self.step % every == 0)
 
-    def _log(self, log: MetricsLog | None, step: int, metrics: dict[str, Any]) -> None:
-        if log is not None:
-            log.write(step, metrics)
+    def _write(self, metrics: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.metrics(self.step, metrics)
 
     def _save(self, *, background: bool) -> None:
         self.checkpoints.save(

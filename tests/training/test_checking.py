@@ -73,6 +73,7 @@ def test_a_run_that_would_go_on_is_left_as_it_is(tmp_path: Path, values: dict[st
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
+        "samples.jsonl",
     ]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000002"]
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_prefix.distributed.rank_results import on_rank_0
+from megatron_prefix.distributed.rank_results import on_rank_0, rank_0_alone
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.evaluator import STEP, EvaluationResult
 from megatron_prefix.rollouts.embedded.sampler import SampledResponse, Sampler
 from megatron_prefix.rollouts.engine import ENGINE_ERRORS
 from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.server.agent import AgentLoop, Play
 from megatron_prefix.rollouts.server.answers import Sample
 from megatron_prefix.rollouts.server.asking import Tally, Wanted
@@ -28,6 +29,8 @@ class AgentEvaluator:
 
     last: EvaluationResult | None = None
     """What the last `evaluate` found."""
+    batch: RolloutBatch | None = None
+    """The dialogues of the last `evaluate`, on rank 0."""
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class AgentEvaluator:
             )
             turn += 1
         self.last, self._metrics = on_rank_0(dialogues.result)
+        self.batch = rank_0_alone(dialogues.batch)
         return self.last.mean
 
     def metrics(self) -> dict[str, float]:
@@ -86,6 +90,7 @@ class _Dialogues:
 
     def __init__(self, loop: AgentLoop | None, prompts: Sequence[Prompt]) -> None:
         self._tally = Tally()
+        self._prompts = prompts
         self._responses: list[list[Sample]] = []
         self._play: Play | None = None
         if loop is not None:
@@ -111,6 +116,22 @@ class _Dialogues:
             self._responses = ended.value
             return None
         return [turn.prompt.tokens for turn in turns]
+
+    def batch(self) -> RolloutBatch | None:
+        """The dialogues that have ended; None where none has."""
+        groups = [
+            RolloutGroup(
+                prompt=prompt.tokens,
+                responses=tuple(sample.tokens for sample in samples),
+                rewards=tuple(sum(sample.turn_rewards or ()) for sample in samples),
+                finished=tuple(sample.finished for sample in samples),
+                answer=prompt.answer,
+                source=prompt.source,
+            )
+            for prompt, samples in zip(self._prompts, self._responses, strict=True)
+            if samples
+        ]
+        return RolloutBatch.from_groups(groups) if groups else None
 
     def result(self) -> tuple[EvaluationResult, dict[str, float]]:
         """The rewards, and metrics."""

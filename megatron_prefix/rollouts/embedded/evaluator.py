@@ -48,6 +48,8 @@ class Evaluator:
 
     last: EvaluationResult | None = None
     """What the last `evaluate` found."""
+    batch: RolloutBatch | None = None
+    """The responses of the last `evaluate`, on rank 0."""
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class Evaluator:
         Raises:
             ValueError: a reward could not be computed, naming the prompt's source.
         """
-        batch = sample_rollouts(
+        self.batch = sample_rollouts(
             self._sampler,
             self._prompts,
             self._options,
@@ -89,7 +91,7 @@ class Evaluator:
             seed=self._seed,
             step=STEP,
         )
-        self.last = on_rank_0(lambda: _result(batch))
+        self.last = on_rank_0(lambda: _result(self.batch))
         return self.last.mean
 
     def metrics(self) -> dict[str, float]:
