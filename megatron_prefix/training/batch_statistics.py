@@ -78,6 +78,20 @@ class BatchStatistics:
         )
 
 
+def reward_spread(summary: RolloutSummary) -> dict[str, float]:
+    """How far rewards differ over the batch, and within its groups."""
+    rewards, sizes = summary.rewards, summary.group_sizes
+    starts = summary.group_offsets[:-1]
+    means = np.add.reduceat(rewards, starts) / sizes
+    squares = np.add.reduceat((rewards - np.repeat(means, sizes)) ** 2, starts) / sizes
+    return {
+        "reward_min": float(rewards.min()),
+        "reward_max": float(rewards.max()),
+        "reward_std": float(rewards.std()),
+        "reward_group_std": float(np.sqrt(squares).mean()),
+    }
+
+
 def _teaching(advantages: NDArray[np.float64], summary: RolloutSummary) -> NDArray[np.bool_]:
     """[groups] whether a group's policy loss has a gradient.
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -291,13 +292,14 @@ class Trainer:
 
     def _make_rollouts(self) -> bool:
         """Have the next rollout batch made; whether there is one. Collective."""
-        batch = self._sample()
-        if self._resampling is not None:
-            try:
-                batch = self._resampling.fill(batch, self._sample)
-            except ValueError:
-                self.checkpoints.finish()
-                raise
+        with self.update.phases.measured("rollout"):
+            batch = self._sample()
+            if self._resampling is not None:
+                try:
+                    batch = self._resampling.fill(batch, self._sample)
+                except ValueError:
+                    self.checkpoints.finish()
+                    raise
         self._batch = batch
         self._summary = on_rank_0(lambda: None if batch is None else batch.summary())
         return self._summary is not None
@@ -341,10 +343,12 @@ class Trainer:
         """Metrics of the policy on prompts that it is not trained on. Collective."""
         assert self.evaluator is not None
         with self._failing_together():
+            started = time.perf_counter()
             score = self.evaluator.evaluate()
+            seconds = time.perf_counter() - started
         if self._log is not None and self.evaluator.batch is not None:
             self._log.evaluation_samples(self.step, self.evaluator.batch)
-        return {"eval": score, **self.evaluator.metrics()}
+        return {"eval": score, "eval_seconds": seconds, **self.evaluator.metrics()}
 
     def _evaluates_now(self) -> bool:
         if self.evaluator is None:
@@ -357,18 +361,19 @@ class Trainer:
             self._log.metrics(self.step, metrics)
 
     def _save(self, *, background: bool) -> None:
-        self.checkpoints.save(
-            self.step,
-            self.chunks,
-            self.optimizer,
-            self.scheduler,
-            state={
-                "step": self.step,
-                "engine": self.engine.state_dict(),
-                "config": config_summary(self.config),
-            },
-            background=background,
-        )
+        with self.update.phases.measured("save"):
+            self.checkpoints.save(
+                self.step,
+                self.chunks,
+                self.optimizer,
+                self.scheduler,
+                state={
+                    "step": self.step,
+                    "engine": self.engine.state_dict(),
+                    "config": config_summary(self.config),
+                },
+                background=background,
+            )
 
     def _progress(self) -> contextlib.AbstractContextManager[Callable[..., None]]:
         """Shows each step on rank 0; elsewhere nothing."""

@@ -150,6 +150,11 @@ def torchrun(
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics without what two runs of the same data never agree in."""
+    return {name: value for name, value in row.items() if "second" not in name and name != "mfu"}
+
+
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; none where it wrote none."""
     path = folder / "metrics.jsonl"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -172,6 +173,10 @@ def test_metrics_count_unfinished_repeated_and_masked_responses(tmp_path: Path) 
     )
     _train(values)
     (row,) = read_rows(tmp_path / "out")
+    assert (row["reward_min"], row["reward_max"]) == (0.0, 1.0)
+    # Both groups have 1, 0, 0.5 and 0.25.
+    assert row["reward_std"] == pytest.approx(np.std([1.0, 0.0, 0.5, 0.25]))
+    assert row["reward_group_std"] == pytest.approx(row["reward_std"])
     assert row["repeated_fraction"] == 2 / 8
     assert row["unfinished_fraction"] == row["overlong_fraction"] == 3 / 8
     assert row["skipped_fraction"] == 3 / 8
