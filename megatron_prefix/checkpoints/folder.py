@@ -71,6 +71,8 @@ class CheckpointFolder:
         self.writer = writer
         self.directory = directory
         self.keep = keep
+        self.best: int | None = None
+        """Step of a checkpoint that stays beside the newest."""
         self._unfinished: _Unfinished | None = None
 
     def reference_path(self, step: int) -> Path | None:
@@ -189,6 +191,8 @@ class CheckpointFolder:
             if dist.get_rank() == 0:
                 files.complete(unfinished.partial, unfinished.path, unfinished.state)
                 for old in self.steps()[: -self.keep]:
+                    if old == self.best:
+                        continue
                     files.remove(self.path(old))
         return True
 

@@ -28,6 +28,9 @@ class OutputConfig:
     """Write a checkpoint after the last step."""
     keep: int = 2
     """Checkpoints that are kept; older checkpoints are removed."""
+    keep_best: bool = False
+    """Write a checkpoint after each evaluation that is better than all before it (`eval`), and keep
+    the best one beside the newest `keep`."""
     load: Path | None = None
     """Weights to start from: a checkpoint, or a folder whose newest checkpoint is taken. It is a
     run's, Megatron-LM's, or converted by `tools/convert_checkpoint.py`; null: random weights."""

@@ -22,7 +22,7 @@ from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.hf.engine import HuggingFaceEngine
 from megatron_prefix.rollouts.hf.export import weights_exporter
 from megatron_prefix.rollouts.hf.folders import PolicyFolders, generation_settings
-from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream, take_first
+from megatron_prefix.rollouts.prompts import Prompt, PromptSource, prompt_stream, take_first
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.rewards import RewardFunction, WeightedReward, load_reward
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
@@ -103,11 +103,15 @@ def build_evaluator(
         return None
     tokenizer = _tokenizer(config)
     options = _options(config, tokenizer, temperature=evaluation.temperature)
-    prompts = take_first(
-        _prompts(config, tokenizer, once=evaluation.paths),
-        evaluation.num_prompts,
-        names=", ".join(str(path) for path in evaluation.paths),
-    )
+    prompts: list[Prompt] = []
+    data_sets: list[str] = []
+    for name, paths in evaluation.data_sets.items():
+        prompts += take_first(
+            _prompts(config, tokenizer, once=paths),
+            evaluation.num_prompts,
+            names=", ".join(map(str, paths)),
+        )
+        data_sets += [name] * evaluation.num_prompts if name else []
     sampler = _sampler(config, chunks, runtime)
     if config.rollouts.agent is not None:
         with needed_by("rollouts.agent", extra="rollouts"):
@@ -115,13 +119,22 @@ def build_evaluator(
             from megatron_prefix.rollouts.server.build import build_agent_loop
         assert tokenizer is not None
         loop = build_agent_loop(config, options, tokenizer) if runtime.is_main else None
-        return AgentEvaluator(sampler, loop, prompts, options=options, seed=config.training.seed)
+        return AgentEvaluator(
+            sampler,
+            loop,
+            prompts,
+            options=options,
+            seed=config.training.seed,
+            data_sets=data_sets,
+        )
     return Evaluator(
         sampler,
         prompts,
         options=options,
         reward=_reward(config, tokenizer),
         seed=config.training.seed,
+        responses_per_prompt=evaluation.responses_per_prompt,
+        data_sets=data_sets,
     )
 
 

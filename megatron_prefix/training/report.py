@@ -91,7 +91,13 @@ def report_start(
 
 
 def report_end(
-    config: RunConfig, checkpoints: CheckpointFolder, *, began: int, step: int, why: str
+    config: RunConfig,
+    checkpoints: CheckpointFolder,
+    *,
+    began: int,
+    step: int,
+    why: str,
+    best: tuple[int, float] | None = None,
 ) -> None:
     """Say what a run has done, and what comes next. For rank 0.
 
@@ -99,6 +105,7 @@ def report_end(
         began: steps that had been done before it.
         step: steps that are done now.
         why: why it ended before its last step; empty where it did not.
+        best: step and score of the best evaluation.
     """
     steps = config.training.steps
     if began >= steps:
@@ -109,6 +116,10 @@ def report_end(
         return
     newest = max(checkpoints.steps(), default=None)
     saved = newest is not None and newest > began
+    if best is not None:
+        at, score = best
+        where = f" ({checkpoints.path(at)})" if at in checkpoints.steps() else ""
+        say(f"best: eval {score:.3f} after step {at}{where}")
     say(f"saved: {checkpoints.path(newest) if saved else 'no checkpoint of these steps'}")
     if step < steps:
         say(f"ended after step {step} of {steps}: {why}")

@@ -121,6 +121,8 @@ class Trainer:
         self.step = 0
         self.weights = "random weights"
         """Where they are from, in words."""
+        self.best: tuple[int, float] | None = None
+        """Step and `eval` of the best evaluation so far."""
         self.stopped = False
         """Whether `run` has returned because it was asked to."""
         self._batch: RolloutBatch | None = None
@@ -169,6 +171,8 @@ class Trainer:
                 settings = settings_in_use(settings, self.optimizer, self.scheduler)
                 self.config = dataclasses.replace(self.config, optimizer=settings)
             self.step = state["step"]
+            if state.get("best") is not None:
+                self._take_as_best(*state["best"])
             warn_of_ended_schedule(self.scheduler, self._steps_behind(self.step))
             self.weights = f"resumed after step {self.step} ({self.checkpoints.path(self.step)})"
             if output.load is not None:
@@ -225,7 +229,8 @@ class Trainer:
                     self._write(metrics)
                     advance(self.step, metrics)
                     self._refresh_reference()
-                    if output.save_every and self.step % output.save_every == 0:
+                    is_time = output.save_every and self.step % output.save_every == 0
+                    if is_time or (output.keep_best and self.checkpoints.best == self.step):
                         self._save(background=output.save_in_background)
                         saved_step = self.step
             if saved_step != self.step and (output.save_last or self.stopped):
@@ -248,7 +253,9 @@ class Trainer:
             )
         if self.runtime.is_main:
             why = "it was asked to stop; start the run again to go on" if self.stopped else why
-            report_end(config, self.checkpoints, began=began, step=self.step, why=why)
+            report_end(
+                config, self.checkpoints, began=began, step=self.step, why=why, best=self.best
+            )
         return metrics
 
     def _is_to_stop(self) -> bool:
@@ -348,7 +355,14 @@ class Trainer:
             seconds = time.perf_counter() - started
         if self._log is not None and self.evaluator.batch is not None:
             self._log.evaluation_samples(self.step, self.evaluator.batch)
+        if self.best is None or score > self.best[1]:
+            self._take_as_best(self.step, score)
         return {"eval": score, "eval_seconds": seconds, **self.evaluator.metrics()}
+
+    def _take_as_best(self, step: int, score: float) -> None:
+        self.best = (step, score)
+        # There is no checkpoint of the start.
+        self.checkpoints.best = step if self.config.output.keep_best and step else None
 
     def _evaluates_now(self) -> bool:
         if self.evaluator is None:
@@ -370,6 +384,7 @@ class Trainer:
                 state={
                     "step": self.step,
                     "engine": self.engine.state_dict(),
+                    "best": self.best,
                     "config": config_summary(self.config),
                 },
                 background=background,

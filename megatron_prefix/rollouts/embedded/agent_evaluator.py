@@ -40,6 +40,7 @@ class AgentEvaluator:
         *,
         options: SamplingOptions,
         seed: int,
+        data_sets: Sequence[str] = (),
     ) -> None:
         """Nothing is sampled yet.
 
@@ -49,6 +50,7 @@ class AgentEvaluator:
             prompts: at least one, each of a chat.
             options: of the sampling of a turn.
             seed: of the sampling; all evaluations draw the same random numbers.
+            data_sets: for each prompt the name of its data set; empty where they are of one.
         """
         assert prompts
         self._sampler = sampler
@@ -56,6 +58,7 @@ class AgentEvaluator:
         self._prompts = prompts
         self._options = options
         self._seed = seed
+        self._data_sets = tuple(data_sets)
         self._metrics: dict[str, float] = {}
 
     def evaluate(self) -> float:
@@ -64,7 +67,7 @@ class AgentEvaluator:
         Raises:
             ServerError: a prompt that is no chat.
         """
-        dialogues = _Dialogues(self._loop, self._prompts)
+        dialogues = _Dialogues(self._loop, self._prompts, self._data_sets)
         sampled: list[list[SampledResponse]] | None = None
         turn = 0
         while True:
@@ -88,9 +91,11 @@ class AgentEvaluator:
 class _Dialogues:
     """The dialogues of one evaluation, on rank 0."""
 
-    def __init__(self, loop: AgentLoop | None, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self, loop: AgentLoop | None, prompts: Sequence[Prompt], data_sets: tuple[str, ...]
+    ) -> None:
         self._tally = Tally()
-        self._prompts = prompts
+        self._prompts, self._data_sets = prompts, data_sets
         self._responses: list[list[Sample]] = []
         self._play: Play | None = None
         if loop is not None:
@@ -144,7 +149,8 @@ class _Dialogues:
             "eval_turns": self._tally.turns / max(1, ended),
             "eval_environment_failures": float(self._tally.environment_failures),
         }
-        return EvaluationResult(rewards=tuple(rewards)), metrics
+        found = EvaluationResult(rewards=tuple(rewards), data_sets=self._data_sets)
+        return found, {**found.metrics(), **metrics}
 
 
 def _sample(response: SampledResponse, options: SamplingOptions) -> Sample:
