@@ -230,7 +230,7 @@ class Trainer:
                     advance(self.step, metrics)
                     self._refresh_reference()
                     is_time = output.save_every and self.step % output.save_every == 0
-                    if is_time or (output.keep_best and self.checkpoints.best == self.step):
+                    if is_time or self.checkpoints.bests[-1:] == [self.step]:
                         self._save(background=output.save_in_background)
                         saved_step = self.step
             if saved_step != self.step and (output.save_last or self.stopped):
@@ -361,8 +361,8 @@ class Trainer:
 
     def _take_as_best(self, step: int, score: float) -> None:
         self.best = (step, score)
-        # There is no checkpoint of the start.
-        self.checkpoints.best = step if self.config.output.keep_best and step else None
+        if self.config.output.keep_best:
+            self.checkpoints.bests.append(step)
 
     def _evaluates_now(self) -> bool:
         if self.evaluator is None:

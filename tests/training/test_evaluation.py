@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_prefix.config import RunConfig
 from megatron_prefix.config.loader import ConfigError, load_dataclass
 from megatron_prefix.rollouts.embedded.evaluator import EvaluationResult, pass_at_k
 from megatron_prefix.training.surroundings import faults_of_surroundings
+from megatron_prefix.training.trainer import Trainer
 from tests.training.runs import good_records, read_rows, run_values, trainer, write_records
 
 
@@ -86,20 +88,26 @@ def test_a_run_evaluates_each_data_set_with_several_responses(tmp_path: Path) ->
         assert row["eval_seconds"] > 0
 
 
+def _find(run: Trainer, scores: list[float]) -> Iterator[float]:
+    """Have evaluations find these; what comes back has those that were not asked for."""
+    assert run.evaluator is not None
+    left = iter(scores)
+    evaluate = run.evaluator.evaluate
+
+    def scored() -> float:
+        evaluate()
+        return next(left)
+
+    run.evaluator.evaluate = scored  # type: ignore[method-assign]
+    return left
+
+
 def _scored(values: dict[str, Any], scores: list[float]) -> None:
     """A run whose evaluations find these."""
     with trainer(values) as run:
-        assert run.evaluator is not None
-        found = iter(scores)
-        evaluate = run.evaluator.evaluate
-
-        def scored() -> float:
-            evaluate()
-            return next(found)
-
-        run.evaluator.evaluate = scored  # type: ignore[method-assign]
+        left = _find(run, scores)
         run.run()
-        assert not list(found)
+        assert not list(left)
 
 
 def _kept(folder: Path) -> list[str]:
@@ -124,6 +132,26 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_over_a_restart_too(
     assert _kept(tmp_path) == ["step_000007"]
     state = json.loads((tmp_path / "out/checkpoints/step_000007/trainer.json").read_text())
     assert state["best"] == [7, 0.95]
+
+
+def test_a_best_checkpoint_stays_until_a_better_one_is_complete(tmp_path: Path) -> None:
+    output = {"keep_best": True, "keep": 1, "save_every": 1, "samples": 0}
+    values = _values(tmp_path, output=output, training={"steps": 3})
+    with trainer(values) as run:
+        _find(run, [0.1, 0.9, 0.2, 0.95])
+        save = run.checkpoints.save
+
+        def cut_off(step: int, *args: Any, **kwargs: Any) -> Path:
+            path = save(step, *args, **kwargs)
+            if step == 3:
+                raise RuntimeError("the node is gone")
+            return path
+
+        run.checkpoints.save = cut_off  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="the node is gone"):
+            run.run()
+    complete = [name for name in _kept(tmp_path) if not name.endswith(".partial")]
+    assert complete == ["step_000001", "step_000002"]
 
 
 def test_a_start_that_nothing_beats_is_said_and_no_checkpoint_is_taken_for_it(
