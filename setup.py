@@ -40,6 +40,8 @@ setup(
     extras_require={
         "train": TRAINING,
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
         "rollouts": ROLLOUTS,
         "hf": HUGGING_FACE,
         "dev": [
@@ -55,6 +57,11 @@ setup(
             # What the fused merge is written in; for its test under Triton's interpreter.
             f"triton; {TRITON}",
             "pyroute2",
+            # MLflow without its server; the last two are for a database.
+            "wandb",
+            "mlflow-skinny",
+            "sqlalchemy",
+            "alembic",
         ],
     },
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_prefix.config.bounds import below, refuse
+from megatron_prefix.config.trackers import MlflowConfig, WandbConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,10 @@ class OutputConfig:
     samples_every: int = 10
     """Steps between samples of training; those of the first step are shown too. Samples of each
     evaluation are shown whatever this is. 0: no samples of training."""
+    wandb: WandbConfig | None = None
+    """Weights & Biases gets metrics and samples, too, by its package `wandb`; null: it does not."""
+    mlflow: MlflowConfig | None = None
+    """MLflow gets metrics and samples, too, by its package `mlflow`; null: it does not."""
     plot: bool = True
     """Draw `reward.png` at the end of the run."""
 

@@ -39,6 +39,9 @@ def _needs(config: RunConfig) -> Iterator[_Need]:
         yield _Need(what="output.tensorboard: true", extra="train", packages=("tensorboard",))
     if output.plot:
         yield _Need(what="output.plot: true", extra="train", packages=("matplotlib",))
+    for name in ("wandb", "mlflow"):
+        if getattr(output, name) is not None:
+            yield _Need(what=f"output.{name}", extra=name, packages=(name,))
     saves = output.save_every or output.save_last or output.keep_best
     if saves or config.objective.kl_coefficient > 0:
         yield _Need(what="writing a checkpoint", extra="train", packages=("psutil",))

@@ -10,6 +10,7 @@ from megatron_prefix.rollouts.records import RolloutBatch
 from megatron_prefix.training.metrics import MetricsLog, open_lines
 from megatron_prefix.training.report import say_above_bar
 from megatron_prefix.training.samples import Reader, markdown, samples_of, table
+from megatron_prefix.training.trackers import Trackers
 
 
 class RunLog:
@@ -29,11 +30,13 @@ class RunLog:
         self._metrics = MetricsLog(
             output.directory, resume_after=resume_after, tensorboard=output.tensorboard
         )
+        self._trackers = Trackers(config, continues=resume_after > 0)
         self._samples = open_lines(output.directory / "samples.jsonl", resume_after=resume_after)
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """Write a step's metrics."""
         self._metrics.write(step, values)
+        self._trackers.metrics(step, values)
 
     def training_samples(self, step: int, batch: RolloutBatch) -> None:
         """Write and show samples of a rollout batch, where it is the step's turn."""
@@ -55,6 +58,7 @@ class RunLog:
             self._samples.write(json.dumps(sample.as_row(step, kind), ensure_ascii=False) + "\n")
         self._samples.flush()
         self._metrics.write_text(f"samples/{kind}", markdown(samples), step)
+        self._trackers.samples(step, kind, samples)
         say_above_bar(
             table(
                 samples,
@@ -64,6 +68,7 @@ class RunLog:
         )
 
     def close(self) -> None:
-        """Flush and close all files."""
+        """Flush and close all files, and end the runs of trackers."""
         self._metrics.close()
         self._samples.close()
+        self._trackers.close()

@@ -205,8 +205,10 @@ class Trainer:
         config, output = self.config, self.config.output
         began, why = self.step, ""
         report_start(config, self.runtime, self.chunks, weights=self.weights, step=began)
-        if self.runtime.is_main:
-            self._log = RunLog(config, resume_after=self.step, read=build_text_reader(config))
+        with raise_together(name_rank=False):
+            if self.runtime.is_main:
+                read = build_text_reader(config)
+                self._log = RunLog(config, resume_after=self.step, read=read)
         metrics: dict[str, Any] = {}
         saved_step = self.step
         try:
