@@ -222,10 +222,11 @@ def main() -> int:
         except (ValueError, OSError) as error:
             print(f"verify_verl: {error}", file=sys.stderr)
             return 2
-        if not is_installed("verl"):
+        missing = [name for name in ("verl", "mbridge") if not is_installed(name)]
+        if missing:
             print(
-                "verify_verl: verl is not installed; VERL=0.9.1 bash tests/environment.sh makes an "
-                "environment that has it",
+                f"verify_verl: {missing[0]} is not installed; VERL=0.9.1 bash tests/environment.sh "
+                "makes an environment that has it",
                 file=sys.stderr,
             )
             return 2

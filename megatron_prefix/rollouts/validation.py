@@ -171,6 +171,13 @@ def _check_finite(where: str, value: float) -> None:
         raise ValueError(f"{where}: {value} is not a finite number")
 
 
+def _check_all_finite(where: str, values: Sequence[float] | NDArray) -> None:
+    if isinstance(values, np.ndarray) and np.isfinite(values).all():
+        return
+    for i, value in enumerate(values):
+        _check_finite(f"{where}[{i}]", value)
+
+
 def _check_logprobs(where: str, logprobs: Sequence[float] | NDArray, length: int) -> None:
     if len(logprobs) != length:
         raise ValueError(
@@ -195,8 +202,7 @@ def _check_turn_rewards(where: str, rewards: Sequence[float] | NDArray, turns: i
             f"{where}: {len(rewards)} for {turns} trained turns (runs of tokens that loss_mask has "
             "trained); there must be one for each"
         )
-    for i, value in enumerate(rewards):
-        _check_finite(f"{where}[{i}]", value)
+    _check_all_finite(where, rewards)
 
 
 def _check_advantages(where: str, advantages: Sequence[float] | NDArray, length: int) -> None:
@@ -205,8 +211,7 @@ def _check_advantages(where: str, advantages: Sequence[float] | NDArray, length:
             f"{where}: {len(advantages)} for a response of {length} tokens; there must be one for "
             "each"
         )
-    for i, value in enumerate(advantages):
-        _check_finite(f"{where}[{i}]", value)
+    _check_all_finite(where, advantages)
 
 
 def _check_mask(where: str, mask: Sequence[bool] | NDArray, length: int) -> None:
