@@ -57,11 +57,9 @@ setup(
             # What the fused merge is written in; for its test under Triton's interpreter.
             f"triton; {TRITON}",
             "pyroute2",
-            # MLflow without its server; the last two are for a database.
             "wandb",
+            # MLflow without its server.
             "mlflow-skinny",
-            "sqlalchemy",
-            "alembic",
         ],
     },
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,8 +36,17 @@ class MlflowConfig:
     name: str | None = None
     """Name of the run; null: that of `output.directory`."""
     tracking_uri: str | None = None
-    """Address of the tracking server, or of a store; null: MLflow's own choice, which
-    `MLFLOW_TRACKING_URI` in the environment decides."""
+    """Address of the tracking server, or of a store, without a password; null: MLflow's own
+    choice, which `MLFLOW_TRACKING_URI` in the environment decides."""
 
     def __post_init__(self) -> None:
-        refuse(["experiment: is empty; name an experiment"] if not self.experiment else [])
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        if not self.experiment:
+            yield "experiment: is empty; name an experiment"
+        if urllib.parse.urlsplit(self.tracking_uri or "").password:
+            yield (
+                "tracking_uri: holds a password, which files of the run would show; put the "
+                "address into the environment as MLFLOW_TRACKING_URI"
+            )

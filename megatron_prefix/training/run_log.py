@@ -67,8 +67,8 @@ class RunLog:
             )
         )
 
-    def close(self) -> None:
-        """Flush and close all files, and end the runs of trackers."""
+    def close(self, *, failed: bool) -> None:
+        """Flush and close all files, and end the runs of trackers, which show a failure."""
         self._metrics.close()
         self._samples.close()
-        self._trackers.close()
+        self._trackers.close(failed=failed)

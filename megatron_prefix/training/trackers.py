@@ -47,8 +47,8 @@ class Tracker(Protocol):
         """Take some responses."""
         ...
 
-    def close(self) -> None:
-        """Send what is left, and end the run."""
+    def close(self, *, failed: bool) -> None:
+        """Send what is left, and end the run as done or as failed."""
         ...
 
 
@@ -103,9 +103,9 @@ class Trackers:
         """Give every tracker some responses."""
         self._each(lambda tracker: tracker.samples(step, kind, samples))
 
-    def close(self) -> None:
-        """End their runs."""
-        self._each(lambda tracker: tracker.close())
+    def close(self, *, failed: bool) -> None:
+        """End their runs as done or as failed."""
+        self._each(lambda tracker: tracker.close(failed=failed))
         self._trackers.clear()
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
@@ -160,9 +160,9 @@ class WandbRun:
         table = self._wandb.Table(columns=list(names), data=rows)
         self._run.log({f"samples/{kind}": table, "step": step})
 
-    def close(self) -> None:
-        """Send what is left, and end the run."""
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        """Send what is left, and end the run as done or as failed."""
+        self._run.finish(exit_code=int(failed))
 
 
 class MlflowRun:
@@ -211,9 +211,9 @@ class MlflowRun:
         path = Path("samples") / kind / f"step_{step:06d}.md"
         self._client.log_text(self.id, markdown(samples), path.as_posix())
 
-    def close(self) -> None:
-        """End the run."""
-        self._client.set_terminated(self.id)
+    def close(self, *, failed: bool) -> None:
+        """End the run as done or as failed."""
+        self._client.set_terminated(self.id, status="FAILED" if failed else "FINISHED")
 
 
 def _flat(values: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:

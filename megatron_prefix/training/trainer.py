@@ -211,6 +211,7 @@ class Trainer:
                 self._log = RunLog(config, resume_after=self.step, read=read)
         metrics: dict[str, Any] = {}
         saved_step = self.step
+        has_failed = True
         try:
             with self._progress() as advance:
                 if self.evaluator is not None and self.step == 0:
@@ -240,12 +241,13 @@ class Trainer:
             self.checkpoints.finish()
             if self.stopped:
                 self._keep_waiting()
+            has_failed = False
         except BaseException:
             self.checkpoints.abandon()
             raise
         finally:
             if self._log is not None:
-                self._log.close()
+                self._log.close(failed=has_failed)
             self.engine.close()
         # No rank is gone before all have closed what they hold.
         dist.barrier()

@@ -6,24 +6,30 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from mlflow import MlflowClient
 
 from megatron_prefix.config import RunConfig
-from megatron_prefix.config.loader import load_dataclass
+from megatron_prefix.config.loader import ConfigError, load_dataclass
 from megatron_prefix.packages import MissingPackageError
 from megatron_prefix.training.requirements import missing_packages
 from megatron_prefix.training.trackers import MlflowRun, Trackers, WandbRun
 from tests.training.runs import good_records, run_values, trainer, write_records
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
 
 @pytest.fixture
 def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    # MLflow puts files of runs there.
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_SILENT", "true")
+    # Nobody is told that they were used; both read this when they are imported.
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("DO_NOT_TRACK", "true")
+    # MLflow's store in files needs no package for databases, and has to be asked for.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     records = write_records(tmp_path / "rollouts.jsonl", good_records(4))
     return run_values(tmp_path / "out", records=records, training={"steps": 2})
 
@@ -34,16 +40,24 @@ def _train(values: dict[str, Any], steps: int) -> None:
         run.run()
 
 
-def test_mlflow_gets_every_step_once_the_settings_and_samples_over_a_restart_too(
-    tmp_path: Path, values: dict[str, Any]
-) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    values["output"]["mlflow"] = {"experiment": "tests", "tracking_uri": uri}
-    _train(values, 2)
-    _train(values, 3)
+def _run_of_mlflow(uri: str) -> tuple[MlflowClient, Run]:
+    """The only run of its experiment, and what reads more of it."""
+    from mlflow import MlflowClient
+
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("tests")
     (run,) = client.search_runs([experiment.experiment_id])
+    return client, run
+
+
+def test_mlflow_gets_every_step_once_the_settings_and_samples_over_a_restart_too(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    uri = (tmp_path / "mlflow").as_uri()
+    values["output"]["mlflow"] = {"experiment": "tests", "tracking_uri": uri}
+    _train(values, 2)
+    _train(values, 3)
+    client, run = _run_of_mlflow(uri)
     assert (run.info.run_name, run.info.status) == ("out", "FINISHED")
     history = client.get_metric_history(run.info.run_id, "reward")
     assert sorted((metric.step, metric.value) for metric in history) == [
@@ -81,7 +95,7 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = (tmp_path / "mlflow").as_uri()
     values["output"]["mlflow"] = {"experiment": "tests", "tracking_uri": uri}
 
     def lost(self: MlflowRun, step: int, values: Any) -> None:
@@ -96,12 +110,47 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(
     ]
 
 
+def test_a_run_that_fails_is_shown_as_failed(tmp_path: Path, values: dict[str, Any]) -> None:
+    records = good_records(4)
+    records[3]["responses"][1] = [1] * 60
+    write_records(tmp_path / "rollouts.jsonl", records)
+    uri = (tmp_path / "mlflow").as_uri()
+    values["output"]["mlflow"] = {"experiment": "tests", "tracking_uri": uri}
+    with pytest.raises(ValueError, match=r"rollouts\.jsonl:4: responses\[1\]"):
+        _train(values, 2)
+    client, run = _run_of_mlflow(uri)
+    assert run.info.status == "FAILED"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "reward")] == [1]
+
+
 def test_a_run_that_cannot_be_started_is_refused_by_its_option(
     tmp_path: Path, values: dict[str, Any]
 ) -> None:
     values["output"]["mlflow"] = {"experiment": "tests", "tracking_uri": "nowhere://x"}
     with pytest.raises(ValueError, match=r"^output\.mlflow: its run could not be started: "):
         Trackers(load_dataclass(RunConfig, values), continues=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "section", "fault"),
+    [
+        ("wandb", {"project": ""}, "output.wandb.project: is empty; name a project"),
+        ("mlflow", {"experiment": ""}, "output.mlflow.experiment: is empty; name an experiment"),
+        (
+            "mlflow",
+            {"experiment": "e", "tracking_uri": "https://me:secret@host"},
+            "output.mlflow.tracking_uri: holds a password, which files of the run would show; ",
+        ),
+    ],
+)
+def test_what_a_tracker_cannot_take_is_refused(
+    values: dict[str, Any], option: str, section: dict[str, str], fault: str
+) -> None:
+    values["output"][option] = section
+    with pytest.raises(ConfigError) as caught:
+        load_dataclass(RunConfig, values)
+    (found,) = caught.value.faults
+    assert found.startswith(fault) and "secret" not in found
 
 
 @pytest.mark.parametrize(
