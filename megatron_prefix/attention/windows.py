@@ -29,3 +29,9 @@ def layer_window(config: Any, layer_number: int) -> int | None:
         return window
     has_window = skip[layer_number - 1] if isinstance(skip, list) else layer_number % skip != 0
     return window if has_window else None
+
+
+def windowed_layers(config: Any) -> tuple[bool, ...]:
+    """[num_layers] whether each layer of the model has a sliding window."""
+    layers = range(1, config.num_layers + 1)
+    return tuple(layer_window(config, number) is not None for number in layers)

@@ -69,10 +69,7 @@ def rank_row(
         in_row[needed] = True
         last_stages = trim_row(stages, in_row[rows] & (rows >= 0), multiple=multiple)
     if window is not None:
-        if shards is None:
-            ranks = [_held(rows, stages)]
-        else:
-            ranks = [_held(*stages_of_rank(shards, r, ())) for r in range(num_ranks)]
+        ranks = [RankRows.of_row(layout)] if shards is None else RankRows.of_ranks(shards)
         layers = [stages] if last_stages is None else [stages, last_stages]
         found = windowed_stages(layout, ranks, rank, window, layers=layers)
         stages, last_stages = (
@@ -80,8 +77,3 @@ def rank_row(
             for of_layer, windowed in itertools.zip_longest((stages, last_stages), found)
         )
     return RankRow.of(layout, rows, stages, last_stages, shards)
-
-
-def _held(rows: np.ndarray, stages: RowStages[np.ndarray]) -> RankRows:
-    """A rank's tokens; the squares of its self stage are neighbours in one segment."""
-    return RankRows(rows=rows, bounds=stages.local[0].on.cu_q)

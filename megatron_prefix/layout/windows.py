@@ -27,6 +27,8 @@ import numpy as np
 
 from megatron_prefix.layout.packing import PackedLayout
 from megatron_prefix.layout.rows import RowStages
+from megatron_prefix.layout.shard_stages import RankStages
+from megatron_prefix.layout.sharding import ContextShards
 from megatron_prefix.layout.stages import (
     AttentionStage,
     Copies,
@@ -45,6 +47,19 @@ class RankRows:
     bounds: np.ndarray
     """[runs + 1]: the rank's tokens bounds[i]:bounds[i + 1] are neighbours in one segment, or are
     padding."""
+
+    @classmethod
+    def of_row(cls, layout: PackedLayout) -> RankRows:
+        """All of a row, on one rank."""
+        # Squares of the self stage: segments, and padding.
+        return cls(rows=np.arange(layout.num_tokens), bounds=layout.stages[0].on.cu_q)
+
+    @classmethod
+    def of_ranks(cls, shards: ContextShards) -> list[RankRows]:
+        """[ranks] what each of the ranks holds that a row is distributed over."""
+        ranks = [RankStages(shards, rank) for rank in range(shards.num_ranks)]
+        # The squares of a rank's self stage are such runs.
+        return [cls(rows=of.rows(), bounds=of.local()[0].on.cu_q) for of in ranks]
 
 
 def windowed_stages(
@@ -75,7 +90,7 @@ def windowed_stages(
     place[own.rows[own.rows >= 0]] = np.flatnonzero(own.rows >= 0)
     halo = None
     if len(ranks) > 1:
-        halo, received = _exchange(layout, ranks, rank, window)
+        halo, received = _exchange(layout, ranks, rank, window, place)
         place[received] = len(own.rows) + np.arange(len(received))
     num_keys = len(own.rows) + (0 if halo is None else halo.num_received)
     return [
@@ -123,22 +138,14 @@ def _stage(
 
 
 def _exchange(
-    layout: PackedLayout, ranks: Sequence[RankRows], rank: int, window: int
+    layout: PackedLayout, ranks: Sequence[RankRows], rank: int, window: int, place: np.ndarray
 ) -> tuple[HaloRows[np.ndarray] | None, np.ndarray]:
-    """What this rank sends and receives (None: no rank does), and the positions it receives."""
-    owner = np.full(layout.num_tokens, -1, dtype=np.int64)
-    place = np.full(layout.num_tokens, -1, dtype=np.int64)
-    for r, held in enumerate(ranks):
-        real = held.rows >= 0
-        owner[held.rows[real]], place[held.rows[real]] = r, np.flatnonzero(real)
-    # [receiver][sender] positions, ascending
-    asked = []
-    for r, held in enumerate(ranks):
-        above = [_rows_before(layout, int(p), window) for p in held.rows[held.bounds[:-1]]]
-        needed = np.unique(np.concatenate(above))
-        asked.append(
-            [needed[owner[needed] == s] if s != r else needed[:0] for s in range(len(ranks))]
-        )
+    """What this rank sends and receives (None: no rank does), and the positions it receives.
+
+    Args:
+        place: [T] of each position of the packed row in the rank's.
+    """
+    asked = positions_asked_for(layout, ranks, window)
     if not any(len(positions) for of_rank in asked for positions in of_rank):
         return None, np.zeros(0, dtype=np.int64)
     sent = [asked[peer][rank] for peer in range(len(ranks))]
@@ -150,6 +157,22 @@ def _exchange(
         copies=_copies(rows, len(ranks[rank].rows)),
     )
     return halo, np.concatenate(asked[rank])
+
+
+def positions_asked_for(
+    layout: PackedLayout, ranks: Sequence[RankRows], window: int
+) -> list[list[np.ndarray]]:
+    """[receiver][sender] positions, ascending, of the rows that a rank's halos need of another."""
+    owner = np.full(layout.num_tokens, -1, dtype=np.int64)
+    for rank, held in enumerate(ranks):
+        owner[held.rows[held.rows >= 0]] = rank
+    asked = []
+    for rank, held in enumerate(ranks):
+        above = [_rows_before(layout, int(p), window) for p in held.rows[held.bounds[:-1]]]
+        needed = np.unique(np.concatenate(above))
+        needed = needed[owner[needed] != rank]
+        asked.append([needed[owner[needed] == sender] for sender in range(len(ranks))])
+    return asked
 
 
 def _rows_before(layout: PackedLayout, position: int, count: int) -> np.ndarray:

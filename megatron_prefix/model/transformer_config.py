@@ -124,7 +124,7 @@ def transformer_config(
         raise ConfigError(f"model.transformer: Megatron-Core refuses it: {error}") from error
     if config.mrope_section is not None:
         raise ConfigError(
-            f"model.transformer.mrope_section: {config.mrope_section} is for multimodal models, "
+            f"model.transformer: mrope_section={config.mrope_section} is for multimodal models, "
             "whose rollouts a run does not read yet; set it to null"
         )
     if config.window_size and training.share_across_microbatches:

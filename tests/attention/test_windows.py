@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_prefix.attention import kernels
 from megatron_prefix.attention.function import prefix_attention
 from megatron_prefix.attention.kernels import select_kernel
-from megatron_prefix.attention.kernels.cpu_windows import split_into_blocks
 from megatron_prefix.layout.packing import PackedLayout, pack
 from megatron_prefix.layout.tree import PrefixTree
 from tests.attention.oracle import (
@@ -141,21 +141,55 @@ def test_a_window_longer_than_every_sequence_copies_nothing():
     check(layout, layout.max_seqlen - 2)
 
 
-def pairs(prefix: int, window: int) -> int:
-    """Scores that `torch_cpu` computes for a group of eight responses."""
-    (stage,) = stages_of(
-        pack(PrefixTree.from_groups([group(prefix, [40] * 8)])), window=window
-    ).windowed
-    return sum(block.num_pairs for block in split_into_blocks(stage.on))
+class CountedPairs(TorchDispatchMode):
+    """Counts the pairs of a query and a key that torch's attention computes, of all heads."""
+
+    total = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.name()
+        if "scaled_dot_product" in name:
+            q, k = args[1:3] if name.endswith("backward") else args[:2]
+            self.total += q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+        return op(*args, **(kwargs or {}))
+
+
+def work(prefix: int, responses: list[int], window: int | None) -> int:
+    """Pairs of a group's attention, forward and backward, of each head."""
+    layout = pack(PrefixTree.from_groups([group(prefix, responses)]))
+    inputs = random_qkv(layout.num_tokens, 1, 1, HEAD_DIM, torch.float32)
+    windows = window is not None
+    with CountedPairs() as counted:
+        out = prefix_attention(
+            *(x.requires_grad_() for x in inputs),
+            stages_of(layout, window=window),
+            scale=SCALE,
+            kernel=select_kernel(
+                "torch_cpu", device="cpu", dtype=torch.float32, head_dim=HEAD_DIM, windows=windows
+            ),
+            windowed=windows,
+        )
+        out.backward(torch.ones_like(out))
+    return counted.total
 
 
 @pytest.mark.parametrize("window", [4, 63, 300])
-def test_work_grows_with_the_tokens_and_not_with_the_length_of_the_prefix(window):
+def test_a_prefix_twice_as_long_adds_nothing_to_the_work_of_its_responses(window):
+    responses = [40, 37, 1, 90]
+    # A prompt's last token is an input of the responses. Whole blocks leave none to be padded.
+    shorter, longer = 4 * 512 + 1, 8 * 512 + 1
+    prompts = [work(length, [1], window) for length in (shorter, longer)]
+    groups = [work(length, responses, window) for length in (shorter, longer)]
+    assert groups[1] - groups[0] == prompts[1] - prompts[0] > 0
+    # Forward and backward: every query of a block has its window and the block.
     block = min(max(window + 1, 32), 256)
-    shorter, longer = pairs(4 * 512 + 1, window), pairs(8 * 512 + 1, window)
-    # Only the prompt's own blocks are more: 2,048 queries, each with a full window.
-    assert longer - shorter == 2048 * (window + block)
-    assert pairs(8 * 512 + 1, window) - 4096 * (window + block) < 8 * 64 * (window + 64)
+    assert prompts[1] - prompts[0] == 2 * (longer - shorter) * (window + block)
+
+
+def test_without_a_window_a_longer_prefix_adds_work_to_its_responses():
+    responses = [40, 37, 1, 90]
+    of_responses = [work(n, responses, None) - work(n, [1], None) for n in (2049, 4097)]
+    assert of_responses[1] > 1.8 * of_responses[0]
 
 
 def test_the_same_inputs_give_the_same_gradients_to_the_bit(rng):

@@ -67,7 +67,7 @@ def needed_of(layout: PackedLayout) -> np.ndarray:
 
 
 def run_all(rank: int, cp: int, seed: int, trimmed: bool) -> dict[Any, Any]:
-    """[shape, window, kind] -> rows that attend, rows, out, dq, dk, dv and dsink."""
+    """(shape, window) -> rows that attend, rows, out, dq, dk, dv and dsink."""
     torch.use_deterministic_algorithms(True)  # torch.empty is full of NaN
     results: dict[Any, Any] = {}
     # Four ranks cannot exchange two key heads.
@@ -77,7 +77,8 @@ def run_all(rank: int, cp: int, seed: int, trimmed: bool) -> dict[Any, Any]:
         for number, window in enumerate(WINDOWS):
             row, attention = on_rank(layout, window, needed)
             rows = row.rows
-            attending = rows if attention.stages.queries is None else rows[attention.stages.queries]
+            queries = attention.stages.queries
+            attending = rows if queries is None else rows[queries.numpy()]
             q, k, v, dout, sink = whole_inputs(layout, seed)
             q, dout = (take(x, attending, fill) for x, fill in ((q, 7.0), (dout, 0.0)))
             leaves = [q, *(take(x, rows, 7.0) for x in (k, v)), sink]

@@ -238,7 +238,7 @@ REFUSED: dict[str, Any] = {
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,
     "mtp_num_layers": 1,
-    "window_size": [4, 0],
+    "window_size": [4, 4],
     "mrope_section": [2, 1, 1],
 }
 REFUSED_WITH_EXPERTS: dict[str, Any] = {

@@ -216,7 +216,7 @@ def test_positions_of_another_row_are_refused() -> None:
 
 
 def test_what_would_merge_images_or_has_no_positions_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model.transformer.mrope_section: \[1, 2, 1\]"):
+    with pytest.raises(ConfigError, match=r"model.transformer: mrope_section=\[1, 2, 1\]"):
         transformer_config(model_config({"mrope_section": SECTION}), ParallelConfig(), TRAINING)
     with single_process():
         model = build(ParallelConfig(), shared_prefixes=False)

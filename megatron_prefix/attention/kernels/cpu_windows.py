@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_prefix.attention.kernels.base import Rectangles
-from megatron_prefix.attention.kernels.cpu_batches import EqualRows, PaddedRows
+from megatron_prefix.attention.kernels.cpu_batches import Batch, EqualRows, PaddedRows
 
 _SHORTEST, _LONGEST = 32, 256
 """Queries of a block: about as many as the window has keys, within these bounds."""
@@ -31,31 +30,14 @@ _HIDDEN = -1e30
 what it then adds up is multiplied by exp(-1e30 - m) = 0 as soon as there is a key that is seen."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WindowBatch:
-    """Blocks that are computed by one call."""
-
-    queries: PaddedRows
-    keys: PaddedRows
-    mask: Tensor
-    """[1, 1, queries, keys] float32: added to the scores of every block and head."""
-
-    @property
-    def num_pairs(self) -> int:
-        """Pairs of a query and a key whose score is computed, of each head."""
-        return self.queries.count * self.queries.length * self.keys.length
-
-
-def split_into_blocks(on: Rectangles) -> tuple[WindowBatch, ...]:
+def split_into_blocks(on: Rectangles) -> tuple[Batch, ...]:
     """Batches that together hold every query of a call with a window once."""
     assert on.causal and on.window is not None
     return _split(tuple(on.cu_q.tolist()), tuple(on.cu_k.tolist()), on.window)
 
 
 @functools.lru_cache(maxsize=64)  # every layer, forward and backward, asks for the same few
-def _split(
-    q_bounds: tuple[int, ...], k_bounds: tuple[int, ...], window: int
-) -> tuple[WindowBatch, ...]:
+def _split(q_bounds: tuple[int, ...], k_bounds: tuple[int, ...], window: int) -> tuple[Batch, ...]:
     size = min(max(window + 1, _SHORTEST), _LONGEST)
     # (length up to the next power of two, keys before the block) -> where queries and keys begin
     blocks: dict[tuple[int, int], list[tuple[EqualRows, EqualRows]]] = {}
@@ -75,7 +57,7 @@ def _split(
     for (_, before), same in blocks.items():
         queries, keys = (PaddedRows.collect(list(runs)) for runs in zip(*same, strict=True))
         mask = _mask(queries.length, before, window)
-        batches.append(WindowBatch(queries=queries, keys=keys, mask=mask))
+        batches.append(Batch(queries=queries, keys=keys, mask=mask))
     return tuple(batches)
 
 

@@ -29,7 +29,7 @@ from megatron_prefix.attention.kernels.base import (
     OutAndLse,
     Rectangles,
 )
-from megatron_prefix.attention.kernels.cpu_batches import split_into_batches
+from megatron_prefix.attention.kernels.cpu_batches import Batch, split_into_batches
 from megatron_prefix.attention.kernels.cpu_windows import split_into_blocks
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -59,20 +59,12 @@ class TorchCpuKernel:
         """See `Kernel.forward`."""
         wide = torch.promote_types(q.dtype, torch.float32)
         out, lse = q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:2], dtype=wide)
-        if on.window is not None:
-            for block in split_into_blocks(on):
-                queries = block.queries.read(q).to(wide)
-                keys, values = (block.keys.read(x).to(wide) for x in (k, v))
-                block_out, block_lse = _forward(queries, keys, values, False, options, block.mask)
-                out = block.queries.write(out, block_out)
-                lse = block.queries.write(lse, block_lse)
-            return out, lse
-        for batch in split_into_batches(on):
+        for batch in _batches(on):
             if batch.queries.length == 0:
                 continue
             queries = batch.queries.read(q).to(wide)
             keys, values = (batch.keys.read(x).to(wide) for x in (k, v))
-            batch_out, batch_lse = _forward(queries, keys, values, on.causal, options)
+            batch_out, batch_lse = _forward(queries, keys, values, on, options, batch.mask)
             out = batch.queries.write(out, batch_out)
             lse = batch.queries.write(lse, batch_lse)
         return out, lse
@@ -83,22 +75,10 @@ class TorchCpuKernel:
         """See `Kernel.backward`. It always is deterministic."""
         wide = merged.lse.dtype
         of_queries = (merged.dout, merged.q, merged.out)
-        if on.window is not None:
-            dq = merged.q.new_empty(merged.q.shape, dtype=wide)
-            dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
-            for block in split_into_blocks(on):
-                douts, queries, outs = (block.queries.read(x).to(wide) for x in of_queries)
-                keys, values = (block.keys.read(x).to(wide) for x in (k, v))
-                lse = block.queries.read(merged.lse)
-                block_dq, block_dk, block_dv = _backward(
-                    douts, queries, keys, values, outs, lse, False, options, block.mask
-                )
-                dq = block.queries.write(dq, block_dq)
-                block.keys.add(dk, block_dk)
-                block.keys.add(dv, block_dv)
-            return dq, dk, dv
         dq, dk, dv = (x.new_empty(x.shape, dtype=wide) for x in (merged.q, k, v))
-        for batch in split_into_batches(on):
+        if on.window is not None:  # several blocks may have a key, or none
+            dk, dv = dk.zero_(), dv.zero_()
+        for batch in _batches(on):
             if batch.queries.length == 0:
                 batch.keys.read(dk).zero_()
                 batch.keys.read(dv).zero_()
@@ -107,26 +87,26 @@ class TorchCpuKernel:
             keys, values = (batch.keys.read(x).to(wide) for x in (k, v))
             lse = batch.queries.read(merged.lse)
             batch_dq, batch_dk, batch_dv = _backward(
-                douts, queries, keys, values, outs, lse, on.causal, options
+                douts, queries, keys, values, outs, lse, on, options, batch.mask
             )
             dq = batch.queries.write(dq, batch_dq)
-            dk = batch.keys.write(dk, batch_dk)
-            dv = batch.keys.write(dv, batch_dv)
+            put = batch.keys.write if on.window is None else batch.keys.add
+            dk, dv = put(dk, batch_dk), put(dv, batch_dv)
         return dq, dk, dv
 
 
+def _batches(on: Rectangles) -> tuple[Batch, ...]:
+    return split_into_batches(on) if on.window is None else split_into_blocks(on)
+
+
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    options: CallOptions,
-    mask: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions, mask: Tensor | None
 ) -> OutAndLse:
     """The op on [batch, heads, length, dim], with shared heads expanded where it needs that."""
     if not _READS_SHARED_HEADS:
         k, v = (_to_query_heads(x, q.shape[1]) for x in (k, v))
-    mask = mask if mask is None else mask.to(q.dtype)
+    causal = on.causal and mask is None
+    mask = None if mask is None else mask.to(q.dtype)
     return _FORWARD(q, k, v, 0.0, causal, attn_mask=mask, scale=options.scale)
 
 
@@ -137,16 +117,17 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    causal: bool,
+    on: Rectangles,
     options: CallOptions,
-    mask: Tensor | None = None,
+    mask: Tensor | None,
 ) -> Gradients:
     """Its backward; dk and dv have k's heads."""
     num_key_heads = k.shape[1]
     idle_threads = k.shape[0] * num_key_heads < torch.get_num_threads()
     if idle_threads or not _READS_SHARED_HEADS:
         k, v = (_to_query_heads(x, q.shape[1]) for x in (k, v))
-    mask = mask if mask is None else mask.to(q.dtype)
+    causal = on.causal and mask is None
+    mask = None if mask is None else mask.to(q.dtype)
     dq, dk, dv = _BACKWARD(
         dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=options.scale
     )
