@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_prefix.attention.comm_types import model_comm_types
 from megatron_prefix.attention.context_parallel import attend_across_ranks
+from megatron_prefix.attention.context_parallel.latents import LatentKeys
 from megatron_prefix.attention.context_parallel.layer import RankLayer
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.attention.function import prefix_attention
@@ -131,6 +132,8 @@ class AttentionLayer:
     """Keys before its own that a query sees; None: all. The model's window, or none."""
     sink: Tensor | None = None
     """[H] the score of one more key of each query head, whose value is zero; None: no such key."""
+    latents: LatentKeys | None = None
+    """What keys and values are expanded from, where they can travel as latents."""
 
 
 class CoreAttention(Protocol):
@@ -205,4 +208,5 @@ class RowAttention:
             layer.comm_type,
             windowed=layer.window is not None,
             sink=layer.sink,
+            latents=layer.latents,
         )

@@ -18,6 +18,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
 from megatron_prefix.attention.comm_types import layer_comm_type
+from megatron_prefix.attention.context_parallel.latents import LatentKeys
 from megatron_prefix.attention.row_attention import AttentionLayer
 from megatron_prefix.attention.windows import layer_window
 from megatron_prefix.layers.last_layer import query_key_value
@@ -129,6 +130,9 @@ class _PrefixSelfAttention:
 class _PrefixCoreAttention:
     """Attention in stages over a packed row with shared prefixes."""
 
+    prefix_latents: LatentKeys | None = None
+    """Of the batch that runs, left here by a multi-latent self attention."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         config = kwargs["config"] if "config" in kwargs else args[0]
         refuse_unsupported(config)
@@ -183,10 +187,12 @@ class _PrefixCoreAttention:
                 "attention_bias cannot be combined with shared prefixes: leave it None for batches "
                 "that carry PrefixPackedSeqParams"
             )
-        layer = self.prefix_layer
-        sink = getattr(self, "softmax_offset", None)
-        if sink is not None:
-            layer = dataclasses.replace(layer, sink=sink)
+        layer = dataclasses.replace(
+            self.prefix_layer,
+            sink=getattr(self, "softmax_offset", None),
+            latents=self.prefix_latents,
+        )
+        self.prefix_latents = None
         size = value.shape[-1]
         # Kernels take one size of heads; Megatron's multi-latent attention has smaller values.
         value = F.pad(value, (0, query.shape[-1] - size))

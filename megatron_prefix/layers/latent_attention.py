@@ -13,8 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     CheckpointWithoutOutput,
+    ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
@@ -22,8 +24,10 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from megatron_prefix.attention.context_parallel.latents import LatentKeys
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
+from megatron_prefix.megatron.fused_gradients import gradient_by_autograd
 from megatron_prefix.megatron.latent_attention import returns_latents
 
 
@@ -43,14 +47,26 @@ class _PrefixLatentAttention:
             return super().get_query_key_value_tensors(
                 hidden_states, key_value_states, position_ids, packed_seq_params, **kwargs
             )
+        row = _Row(self, packed_seq_params)
         of_queries = _query_latents(self, hidden_states)
-        latents, rotated = _key_latents(self, hidden_states)
-        expand = _Expansion(self, packed_seq_params)
+        latents, shared = _key_latents(self, hidden_states)
+        shared = row.turn(shared[:, None], None)[:, 0]
+        self.core_attention.prefix_latents = None
+        if travels_as_latents(self, packed_seq_params):
+            latents = _whole(self, latents)
+            row.keys_weight = gradient_by_autograd(self.linear_kv_up_proj.weight)
+            n = packed_seq_params.attention.exchange.own_tokens
+            self.core_attention.prefix_latents = LatentKeys(
+                shard=torch.cat((latents[:n], shared[:n]), dim=1),
+                weight=row.keys_weight,
+                num_heads=self.num_attention_heads_per_partition,
+                value_size=self.config.v_head_dim,
+            )
         if self.recompute_up_proj:
             self.qkv_up_checkpoint = CheckpointWithoutOutput(fp8=None)
-            tensors = self.qkv_up_checkpoint.checkpoint(expand, of_queries, latents, rotated)
+            tensors = self.qkv_up_checkpoint.checkpoint(row.expand, of_queries, latents, shared)
         else:
-            tensors = expand(of_queries, latents, rotated)
+            tensors = row.expand(of_queries, latents, shared)
         return (*tensors, of_queries, latents) if returns_latents() else tensors
 
 
@@ -76,7 +92,7 @@ def _query_latents(attention: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _key_latents(attention: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """[T or T/tp, 1, h] -> latents [T or T/tp, r], and what is rotated of each key [T, p]."""
+    """[T or T/tp, 1, h] -> latents [T or T/tp, r], and what all heads' keys share [T, p]."""
     config = attention.config
     sizes = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
     compressed, _ = attention.linear_kv_down_proj(hidden_states)
@@ -94,21 +110,51 @@ def _key_latents(attention: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]
     return attention.kv_layernorm(latents.squeeze(1)), rotated.squeeze(1)
 
 
-class _Expansion:
-    """Latents -> queries, keys and values, rotated; a callable that can be computed again."""
+def travels_as_latents(attention: Any, params: PrefixPackedSeqParams) -> bool:
+    """Whether a layer's keys and values come from other ranks as latents.
+
+    Where the config says so and they cannot, they are gathered expanded, as `all_gather` does: the
+    norm of the latents is a part of the projection (Transformer Engine's fused layer), or the core
+    attention is recomputed alone.
+    """
+    layer = attention.core_attention.prefix_layer
+    return (
+        params.shards is not None
+        and layer.comm_type == "latent_gather"
+        and layer.window is None
+        and type(attention.linear_kv_up_proj) is ColumnParallelLinear
+        and not attention.checkpoint_core_attention
+    )
+
+
+def _whole(attention: Any, latents: Tensor) -> Tensor:
+    """[T or T/tp, r] -> [T, r], whose gradient is that of all tensor-parallel ranks' heads."""
+    if attention.config.sequence_parallel:
+        return gather_from_sequence_parallel_region(latents, tensor_parallel_output_grad=True)
+    return copy_to_tensor_model_parallel_region(latents)
+
+
+class _Row:
+    """Latents of a packed row -> queries, keys and values, each turned by its token's position."""
 
     def __init__(self, attention: Any, params: PrefixPackedSeqParams) -> None:
-        self.attention, self.params = attention, params
+        self.attention, self.query_rows = attention, params.query_rows
+        self.keys_weight: Tensor | None = None
         table = attention.rotary_pos_emb(params.max_seqlen_kv, packed_seq=True)
         table, factor = table if isinstance(table, tuple) else (table, 1.0)
         angles = table.flatten(1)[params.position_ids]
         self.cos, self.sin = angles.cos() * factor, angles.sin() * factor
 
-    def __call__(
-        self, of_queries: Tensor, latents: Tensor, rotated: Tensor
+    def expand(
+        self, of_queries: Tensor, latents: Tensor, shared: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """query [T or N, n, key size], key [T, n, key size], value [T, n, value size]."""
-        attention, config, rows = self.attention, self.attention.config, self.params.query_rows
+        """query [T or N, n, key size], key [T, n, key size], value [T, n, value size].
+
+        Args:
+            of_queries, latents: as compressed.
+            shared: [T, p] the part of the keys that all heads share, turned.
+        """
+        attention, config, rows = self.attention, self.attention.config, self.query_rows
         heads = attention.num_attention_heads_per_partition
         project = (
             attention.linear_q_proj if config.q_lora_rank is None else attention.linear_q_up_proj
@@ -117,13 +163,17 @@ class _Expansion:
         if rows is not None:
             query = query.index_select(0, rows)
         plain, turned = query.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
-        query = torch.cat((plain, self._turn(turned, rows)), dim=-1)
-        expanded = attention.linear_kv_up_proj(latents)[0].unflatten(-1, (heads, -1))
+        query = torch.cat((plain, self.turn(turned, rows)), dim=-1)
+        if self.keys_weight is None:
+            expanded, _ = attention.linear_kv_up_proj(latents)
+        else:  # `latents` are whole
+            expanded = F.linear(latents, self.keys_weight)
+        expanded = expanded.unflatten(-1, (heads, -1))
         plain, value = expanded.split([config.qk_head_dim, config.v_head_dim], dim=-1)
-        turned = self._turn(rotated[:, None], None).expand(-1, heads, -1)
-        return query, torch.cat((plain, turned), dim=-1), value.contiguous()
+        key = torch.cat((plain, shared[:, None].expand(-1, heads, -1)), dim=-1)
+        return query, key, value.contiguous()
 
-    def _turn(self, x: Tensor, rows: Tensor | None) -> Tensor:
+    def turn(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """[T or N, heads, p] each token's pairs of neighbouring dimensions, turned by its position.
 
         The two of a pair end up half of p apart, as in Megatron.

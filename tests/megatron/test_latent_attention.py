@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import ParallelConfig, YarnConfig
 from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.distributed.runtime import runtime
@@ -22,8 +24,10 @@ from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.distributed import run_distributed
 from tests.megatron.models import (
+    BASE,
     HAS_WINDOWS,
     HAS_YARN,
+    LATENT,
     ON_CPU,
     TRAINING,
     assert_equal_training,
@@ -35,16 +39,6 @@ from tests.megatron.models import (
 )
 
 SHAPES = [(9, [4, 6, 1]), (1, [5, 1]), (12, [3]), (30, [1, 17, 2])]
-LATENT: dict[str, Any] = {
-    "num_query_groups": None,
-    "multi_latent_attention": True,
-    "q_lora_rank": 20,
-    "kv_lora_rank": 14,
-    "qk_head_dim": 10,
-    "qk_pos_emb_head_dim": 6,
-    "v_head_dim": 12,
-    "qk_layernorm": True,
-}
 YARN = YarnConfig(
     rotary_scaling_factor=4.0,
     original_max_position_embeddings=16,
@@ -180,6 +174,41 @@ def test_down_projections_that_every_rank_has_whole(sequence_parallel: bool) -> 
         _whole_projections, 2, sequence_parallel, init_process_group=False
     ):
         assert max(errors) <= 1e-12
+
+
+CONTEXT = ParallelConfig(context_parallel_size=2)
+
+
+def _received(rank: int, world_size: int) -> dict[tuple[int, str], int]:
+    """Bytes by layer and direction; the second layer gathers expanded keys and values."""
+    layout = pack(
+        random_groups(np.random.default_rng(2), [(40, [9, 8]), (3, [7])]), pad_to_multiple=2
+    )
+    kinds = {"cp_comm_type": ["latent_gather", "all_gather"]}
+    with runtime(CONTEXT, device="cpu", seed=3, timeout_minutes=1, float64=True):
+        config = model_config({**LATENT, **kinds})
+        model = build_gpt_model(config, transformer_config(config, CONTEXT, TRAINING))
+        group = parallel_state.get_context_parallel_group()
+        setup = AttentionSetup.of(model.config, torch.device("cpu"), context_parallel_group=group)
+        params = PrefixPackedSeqParams.from_layout(layout, setup)
+        tokens, positions = params.own(layout.input_ids)[None], params.position_ids[None]
+        model(tokens, positions, None, packed_seq_params=params)[0].sum().backward()
+        return dict(params.attention.exchange.traffic.received)
+
+
+def test_latents_travel_in_place_of_keys_and_values() -> None:
+    latent, heads = (
+        LATENT["kv_lora_rank"] + LATENT["qk_pos_emb_head_dim"],
+        BASE["num_attention_heads"],
+    )
+    key_size = LATENT["qk_head_dim"] + LATENT["qk_pos_emb_head_dim"]
+    expanded = heads * (key_size + LATENT["v_head_dim"])
+    for received in run_distributed(_received, 2, init_process_group=False):
+        for direction in ("forward", "backward"):
+            of_latents, of_keys = received[1, direction], received[2, direction]
+            # Values travel with the zeros that fill them up to the size of keys.
+            assert 0 < of_latents * 2 * heads * key_size == of_keys * latent
+            assert of_latents / of_keys <= 1.05 * latent / expanded
 
 
 @pytest.mark.parametrize(
