@@ -194,8 +194,9 @@ class _PrefixCoreAttention:
         )
         self.prefix_latents = None
         size = value.shape[-1]
-        # Kernels take one size of heads; Megatron's multi-latent attention has smaller values.
-        value = F.pad(value, (0, query.shape[-1] - size))
+        if size < query.shape[-1]:
+            # Kernels take one size of heads; multi-latent attention has smaller values.
+            value = F.pad(value, (0, query.shape[-1] - size))
         out = packed_seq_params.attention(query, key, value, layer)[..., :size]
         return out.reshape(out.shape[0], -1)
 

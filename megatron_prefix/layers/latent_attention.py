@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     CheckpointWithoutOutput,
-    ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
@@ -28,7 +27,11 @@ from megatron_prefix.attention.context_parallel.latents import LatentKeys
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.fused_gradients import gradient_by_autograd
-from megatron_prefix.megatron.latent_attention import returns_latents
+from megatron_prefix.megatron.latent_attention import (
+    known_projections,
+    normalised,
+    returns_latents,
+)
 
 
 class _PrefixLatentAttention:
@@ -53,7 +56,7 @@ class _PrefixLatentAttention:
         shared = row.turn(shared[:, None], None)[:, 0]
         self.core_attention.prefix_latents = None
         if travels_as_latents(self, packed_seq_params):
-            latents = _whole(self, latents)
+            latents = _whole(self, normalised(self.linear_kv_up_proj, latents, self.config))
             row.keys_weight = gradient_by_autograd(self.linear_kv_up_proj.weight)
             n = packed_seq_params.attention.exchange.own_tokens
             self.core_attention.prefix_latents = LatentKeys(
@@ -114,15 +117,17 @@ def travels_as_latents(attention: Any, params: PrefixPackedSeqParams) -> bool:
     """Whether a layer's keys and values come from other ranks as latents.
 
     Where the config says so and they cannot, they are gathered expanded, as `all_gather` does: the
-    norm of the latents is a part of the projection (Transformer Engine's fused layer), or the core
-    attention is recomputed alone.
+    projection is no linear layer of Megatron's own (an adapter is around it), has a LayerNorm in
+    it, or the core attention is recomputed alone.
     """
-    layer = attention.core_attention.prefix_layer
+    layer, linear = attention.core_attention.prefix_layer, attention.linear_kv_up_proj
+    config = attention.config
     return (
         params.shards is not None
         and layer.comm_type == "latent_gather"
         and layer.window is None
-        and type(attention.linear_kv_up_proj) is ColumnParallelLinear
+        and type(linear) in known_projections()
+        and not (hasattr(linear, "layer_norm_weight") and config.normalization != "RMSNorm")
         and not attention.checkpoint_core_attention
     )
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from megatron_prefix.megatron.releases import have_transformer_engine, release
@@ -55,6 +58,29 @@ def build_without_transformer_engine() -> None:
     """
     if not have_transformer_engine():
         multi_latent_attention.HAVE_TE = False
+
+
+def known_projections() -> tuple[type, ...]:
+    """The linear layers that are their weight, behind an RMSNorm where they hold its weight too."""
+    if not have_transformer_engine():
+        return (ColumnParallelLinear,)
+    from megatron.core.extensions import transformer_engine as wrappers
+
+    return (
+        ColumnParallelLinear,
+        wrappers.TEColumnParallelLinear,
+        wrappers.TELayerNormColumnParallelLinear,
+    )
+
+
+def normalised(linear: Any, x: Tensor, config: Any) -> Tensor:
+    """[n, in] what one of `known_projections` multiplies by its weight."""
+    weight = getattr(linear, "layer_norm_weight", None)
+    if weight is None:
+        return x
+    if config.layernorm_zero_centered_gamma:
+        weight = weight + 1
+    return F.rms_norm(x, x.shape[-1:], weight, config.layernorm_epsilon)
 
 
 def returns_latents() -> bool:
