@@ -8,6 +8,12 @@ from __future__ import annotations
 from megatron_prefix.layout import LatentShape, ModelShape
 
 
+def latent_expansion(shape: ModelShape, latent: LatentShape) -> int:
+    """Numbers of a token that its latents are expanded into, for all heads."""
+    size = shape.kv_channels - latent.shared_channels + latent.value_channels
+    return shape.num_attention_heads * size
+
+
 def latent_parameters(
     shape: ModelShape, latent: LatentShape, *, tensor: int, whole_down: bool
 ) -> int:
@@ -18,10 +24,11 @@ def latent_parameters(
         whole_down: whether every rank has the down projections whole, as with Transformer Engine.
     """
     h, heads = shape.hidden_size, shape.num_attention_heads // tensor
-    expanded = shape.kv_channels - latent.shared_channels + latent.value_channels
     down = (latent.rank + latent.shared_channels + latent.query_rank) * h
     queries = (latent.query_rank or h) * heads * shape.kv_channels
-    others = latent.rank * heads * expanded + heads * latent.value_channels * h
+    others = (
+        latent.rank * latent_expansion(shape, latent) // tensor + heads * latent.value_channels * h
+    )
     return (down if whole_down else down // tensor) + queries + others
 
 

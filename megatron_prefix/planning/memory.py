@@ -21,7 +21,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_prefix.layout.cost import LatentShape, ModelShape
-from megatron_prefix.planning.latent_memory import latent_kept, latent_parameters
+from megatron_prefix.planning.latent_memory import (
+    latent_expansion,
+    latent_kept,
+    latent_parameters,
+)
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -373,6 +377,8 @@ class MemoryModel:
         # gone by then.
         heads = (rows * self._q + tokens * 2 * self._kv) // tp * (self.wide + b)
         attention = row + heads + rows * self._q // tp * b - self._of_mlp(layer, rows, ranks)
+        if s.latent is not None:  # the gradient of what keys and values are split from
+            attention += tokens * latent_expansion(s, s.latent) // tp * b
         # Copied keys and values, the gradients of both, and those of one sorted by their rows.
         attention += copies * self._kv // tp * (2 * b + 3 * self.wide)
         return max(mlp, attention)

@@ -85,7 +85,7 @@ CASES: list[tuple[str, str, int, tuple[int, list[int]], dict[str, Any]]] = [
         {**LATENT, "q_lora_rank": None, "qk_layernorm": False},
     ),
     ("bfloat16", "none", 64, (300, [256, 128]), {**LATENT, "qk_layernorm": False}),
-    ("bfloat16", "full", 64, (300, [256, 128]), LATENT),
+    ("float32", "full", 64, (300, [256, 128]), LATENT),
 ]
 
 
