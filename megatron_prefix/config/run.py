@@ -73,7 +73,18 @@ class RunConfig:
 
     def _faults_of_sampling(self) -> Iterator[str]:
         rollouts, model = self.rollouts, self.model
+        if self.output.keep_best and self.evaluation is None:
+            yield (
+                "output.keep_best: true, but there is no evaluation by which a checkpoint is the "
+                "best; add the section evaluation, or remove it"
+            )
         if self.evaluation is not None:
+            if rollouts.agent is not None and self.evaluation.responses_per_prompt > 1:
+                yield (
+                    "evaluation.responses_per_prompt: "
+                    f"{self.evaluation.responses_per_prompt} is not supported with "
+                    "rollouts.agent; set it to 1"
+                )
             for name in ("reward", "max_response_length"):
                 is_given = name == "reward" and rollouts.agent is not None
                 if getattr(rollouts, name) is None and not is_given:

@@ -44,6 +44,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
     own_rows: np.ndarray
     """[T] int64: position in the packed row of each token; -1 on padding that context parallelism
     has moved."""
+    multiplicity: Tensor | None = None
+    """[T] int64: sequences that run through each token, 0 on padding; None: it is not trained."""
     shards: ContextShards | None = None
     """How the row is distributed over context-parallel ranks; None: all of it is here."""
     last_layer: PrefixPackedSeqParams | None = None
@@ -140,6 +142,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             attention=attention,
             position_ids=tensors.position_ids,
             own_rows=row.rows,
+            multiplicity=tensors.multiplicity,
             shards=row.shards,
         )
         last = tensors.last_stages

@@ -79,6 +79,8 @@ class ModelRow(Generic[Array]):
     """[C] int64; 0 on padding."""
     position_ids: Array
     """[C] int64, counted along each sequence; 0 on padding."""
+    multiplicity: Array
+    """[C] int64: sequences that run through each position; 0 on padding."""
     stages: RowStages[Array]
     last_stages: RowStages[Array] | None
     """Of the model's last layer, where it computes the output of some rows only."""
@@ -115,6 +117,7 @@ class RankRow:
             model=ModelRow(
                 input_ids=own_values(layout.input_ids, rows),
                 position_ids=own_values(layout.position_ids, rows),
+                multiplicity=own_values(layout.multiplicity, rows),
                 stages=stages,
                 last_stages=last_stages,
             ),

@@ -95,3 +95,29 @@ def residual_through(layer: Any, change: Callable[[Tensor], Tensor]) -> Iterator
             del layer.__dict__["self_attn_bda"]
         else:
             layer.__dict__["self_attn_bda"] = before
+
+
+@contextlib.contextmanager
+def routing_followed_by(router: Any, action: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within the block, an action gets the routing map wherever a router counts its tokens.
+
+    Megatron counts where gradients are enabled, so that what is computed again counts once.
+
+    Args:
+        router: a Megatron `TopKRouter`, whose `routing` puts out probabilities and the map.
+        action: gets the map [rows, experts] of booleans.
+    """
+    routing = router.routing
+
+    def routing_then(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        probs, routing_map = routing(*args, **kwargs)
+        if torch.is_grad_enabled():
+            action(routing_map)
+        return probs, routing_map
+
+    # An instance attribute comes before the class's method.
+    router.__dict__["routing"] = routing_then
+    try:
+        yield
+    finally:
+        del router.__dict__["routing"]

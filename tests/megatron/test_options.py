@@ -161,10 +161,15 @@ def test_what_stays_exact_is_not_refused(options: dict[str, Any]) -> None:
     refuse_unsupported(_config(**options))
 
 
-def test_an_expert_bias_at_megatrons_default_rate_is_refused_with_the_rate() -> None:
-    message = _refusal(**EXPERTS, moe_router_enable_expert_bias=True)
-    assert "moe_router_bias_update_rate=0.001" in message
-    assert "Set moe_router_bias_update_rate to 0.0" in message
+def test_an_expert_bias_that_moves_is_refused_with_experts_that_run_again() -> None:
+    moves = {**EXPERTS, "moe_router_enable_expert_bias": True}
+    refuse_unsupported(_config(**moves))
+    selective = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]}
+    for recompute in (selective, {"moe_layer_recompute": True}):
+        message = _refusal(**moves, **recompute)
+        assert message.startswith("moe_router_enable_expert_bias=True with")
+        assert "moe_router_bias_update_rate=0.001" in message
+        refuse_unsupported(_config(**moves, **recompute, moe_router_bias_update_rate=0.0))
 
 
 def test_a_field_without_a_row_is_named_with_what_to_do() -> None:

@@ -105,6 +105,45 @@ def test_experts_on_ranks(tool: ModuleType, tensor: int, expert: int, data: int)
     _assert_exact(tool, report)
 
 
+@pytest.mark.parametrize("rate", [0.0, 1e-3], ids=["frozen", "moving"])
+@pytest.mark.parametrize(
+    ("parallel", "data", "recompute"),
+    [
+        ({}, 1, "none"),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1, "none"),
+        ({"context_parallel_size": 2, "expert_model_parallel_size": 2}, 1, "full"),
+        ({"expert_model_parallel_size": 2}, 2, "none"),
+    ],
+)
+def test_experts_that_a_bias_chooses(
+    tool: ModuleType, parallel: dict[str, int], data: int, recompute: str, rate: float
+) -> None:
+    """Groups of experts, scaled scores and a shared expert, as DeepSeek-V3 has them; by a bias that
+    stays as it is, and by one that follows the counts of three steps."""
+    report = tool.verify(
+        model=_model(
+            tool,
+            num_moe_experts=8,
+            moe_router_topk=2,
+            moe_ffn_hidden_size=24,
+            moe_shared_expert_intermediate_size=16,
+            moe_router_score_function="sigmoid",
+            moe_router_num_groups=4,
+            moe_router_group_topk=2,
+            moe_router_topk_scaling_factor=2.5,
+            moe_router_enable_expert_bias=True,
+            moe_router_bias_update_rate=rate,
+        ),
+        shapes=[*SHAPES, {"system": 7, "prefix": 3, "responses": [4, 9]}] * 2,
+        parallel=ParallelConfig(**parallel),
+        data_parallel_size=data,
+        recompute=recompute,
+        optimizer_steps=3,
+        packing=ALWAYS,
+    )
+    _assert_exact(tool, report)
+
+
 NO_PENALTY = {"kl_coefficient": 0.0, "entropy_coefficient": 0.0}
 
 

@@ -130,6 +130,8 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
 
         accumulate_gradients(chunks, minibatch.batches, case.objective)
         result["gradients"] = full_gradients(chunks)
+        # That was no step: expert biases, which move with the gradients, go back.
+        load_full_parameters(chunks, initial)
         for _ in range(max(1, training.steps)):
             step = train_step(chunks, optimizer, scheduler, minibatch.batches, case.objective)
             result["losses"].append(loss_of(step.metrics))

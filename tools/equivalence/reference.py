@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 
 from equivalence.case import (
     LEARNING_RATE,
@@ -125,6 +126,7 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
             optimizer.zero_grad()
             found: list[list[np.ndarray]] | None = [[] for _ in case.groups] if step == 0 else None
             result["losses"].append(reference_loss(model, case, found))
+            _move_expert_biases(model)
             if step == 0:
                 result["logprobs"] = found
                 for parameter in model.parameters():
@@ -146,6 +148,24 @@ def _disturb(model: torch.nn.Module, seed: int) -> None:
             if parameter.dim() == 1:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(0.2 * noise.to(parameter.dtype))
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                noise = torch.randn(buffer.shape, generator=generator, dtype=torch.float64)
+                buffer.add_(0.2 * noise.to(buffer.dtype))
+
+
+@torch.no_grad()
+def _move_expert_biases(model: torch.nn.Module) -> None:
+    """Towards experts that got fewer tokens than the mean (DeepSeek-V3, arXiv 2412.19437, 2.1.2).
+
+    Megatron's routers have counted the tokens of all sequences since the last step.
+    """
+    for router in model.modules():
+        if isinstance(router, TopKRouter) and router.enable_expert_bias:
+            counts = router.local_tokens_per_expert
+            rate = router.config.moe_router_bias_update_rate
+            router.expert_bias += (counts.mean() - counts).sign() * rate
+            counts.zero_()
 
 
 def _computed(case: Case) -> set[tuple[int, int]]:
