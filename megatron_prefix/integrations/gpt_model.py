@@ -198,6 +198,7 @@ class _Sharing:
                 num_key_heads=max(1, config.num_query_groups // ranks),
                 head_dim=config.kv_channels,
                 deterministic=setup.deterministic,
+                windows=setup.window is not None,
             )
             self.setup = setup
         return self.setup

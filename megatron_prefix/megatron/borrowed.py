@@ -16,13 +16,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 
-class _OneRank:
+class OneRank:
     """Stands in for a process group of this rank alone."""
 
     def size(self) -> int:
+        """Ranks of the group."""
         return 1
 
     def rank(self) -> int:
+        """Of this process in it."""
         return 0
 
 
@@ -50,7 +52,7 @@ def row_as_one_sequence(
     on_device = params.cu_seqlens_q, params.cu_seqlens_kv
     if groups.cp.size() > 1:
         alone = copy.copy(groups)
-        alone.cp = _OneRank()
+        alone.cp = OneRank()
         setattr(attention, name, alone)
     if not attention.config.apply_rope_fusion:
         params.cu_seqlens_q, params.cu_seqlens_kv = (

@@ -14,6 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_prefix.attention.windows import model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layout import ModelShape
@@ -88,6 +89,8 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         kv_channels=config.kv_channels,
         vocab_size=model.vocab_size,
         gated_linear_unit=config.gated_linear_unit,
+        windowed_layers=windowed_layers(config),
+        window=model_window(config) or 0,
         **experts,
     )
 

@@ -239,7 +239,7 @@ REFUSED: dict[str, Any] = {
     "hidden_dropout": 0.1,
     "multi_latent_attention": True,
     "mtp_num_layers": 1,
-    "window_size": [4, 0],
+    "window_size": [4, 4],
     "mrope_section": [2, 1, 1],
 }
 REFUSED_WITH_EXPERTS: dict[str, Any] = {
