@@ -20,7 +20,8 @@ from torch import Tensor
 from megatron_prefix.attention.kernels import CallOptions, Kernel, MergedAttention
 from megatron_prefix.attention.merge import merge_
 from megatron_prefix.attention.sinks import merge_sink, sink_gradient
-from megatron_prefix.layout import AttentionStage, Copies
+from megatron_prefix.layout import AttentionStage
+from megatron_prefix.layout.stages import Copies
 
 
 @dataclass(frozen=True)

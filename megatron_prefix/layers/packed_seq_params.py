@@ -99,7 +99,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
                     f"mrope_positions {mrope_positions.shape}: expected (3, {layout.num_tokens}), "
                     "time, height and width of each token of the row"
                 )
-            params._take_mrope_positions(mrope_positions)
+            params.set_mrope_positions(params.own(mrope_positions.T).T.contiguous())
         return params
 
     @classmethod
@@ -156,11 +156,11 @@ class PrefixPackedSeqParams(PackedSeqParams):
             )
         return params
 
-    def _take_mrope_positions(self, positions: np.ndarray) -> None:
-        own = self.own(positions.T).T.contiguous()
+    def set_mrope_positions(self, positions: Tensor) -> None:
+        """Give a model with mRoPE the time, height and width of this rank's tokens, [3, T]."""
         for params in (self, self.last_layer):
             if params is not None:
-                params.mrope_position_ids = own
+                params.mrope_position_ids = positions
                 if self.shards is not None:
                     # Otherwise Megatron's embedding takes a slice of what is this rank's already.
                     params.cp_group = OneRank()

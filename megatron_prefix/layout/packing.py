@@ -128,8 +128,8 @@ class PackedLayout:
                 token = int(differs.argmax())
                 raise ValueError(
                     f"sequences {writers[positions[token]]} and {i} share token {token}, but have "
-                    "different values for it; only what is equal can be shared: build the tree so "
-                    "that they part before it"
+                    "different values for it; only what is equal can be shared: build the tree "
+                    "with keys of the tokens that differ there"
                 )
             row[..., positions] = of_inputs
             writers[positions] = i

@@ -122,10 +122,10 @@ def transformer_config(
         raise ConfigError(f"model.transformer: {error}") from error
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"model.transformer: Megatron-Core refuses it: {error}") from error
-    if config.mrope_section is not None:
+    if (model.position_embedding_type == "mrope") != (config.mrope_section is not None):
         raise ConfigError(
-            f"model.transformer: mrope_section={config.mrope_section} is for multimodal models, "
-            "whose rollouts a run does not read yet; set it to null"
+            f"model.transformer: mrope_section={config.mrope_section} does not go with "
+            f"model.position_embedding_type: {model.position_embedding_type}; give both or neither"
         )
     if config.window_size and training.share_across_microbatches:
         raise ConfigError(
@@ -197,7 +197,7 @@ def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:
         refuse("num_query_groups", f"does not divide by tensor_model_parallel_size: {tensor}")
     if config.ffn_hidden_size % tensor:
         refuse("ffn_hidden_size", f"does not divide by tensor_model_parallel_size: {tensor}")
-    if model.position_embedding_type in ("rope", "yarn"):
+    if model.position_embedding_type in ("rope", "mrope", "yarn"):
         key, what = "kv_channels", "(the size of a head)"
         if config.multi_latent_attention:
             key, what = "qk_pos_emb_head_dim", "(the part of a head that has positions)"

@@ -379,8 +379,9 @@ class MemoryModel:
         attention = row + heads + rows * self._q // tp * b - self._of_mlp(layer, rows, ranks)
         if s.latent is not None:  # the gradient of what keys and values are split from
             attention += tokens * latent_expansion(s, s.latent) // tp * b
-        # Copied keys and values, the gradients of both, and those of one sorted by their rows.
-        attention += copies * self._kv // tp * (2 * b + 3 * self.wide)
+        # Copied keys and values, the gradients of both, and those of one sorted by their rows; on
+        # the CPU the kernel copies all four once more in its blocks.
+        attention += copies * self._kv // tp * (2 * b + (3 if self.fused else 6) * self.wide)
         return max(mlp, attention)
 
     @property

@@ -41,8 +41,9 @@ SECTION = [1, 2, 1]  # of the 4 frequencies of heads of 8
 
 
 def build(parallel: ParallelConfig, *, shared_prefixes: bool, num_layers: int = 2) -> GPTModel:
-    config = transformer_config(model_config({"num_layers": num_layers}), parallel, TRAINING)
-    config.mrope_section = list(SECTION)
+    options = {"num_layers": num_layers, "mrope_section": list(SECTION)}
+    model = model_config(options, position_embedding_type="mrope")
+    config = transformer_config(model, parallel, TRAINING)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     return GPTModel(
         config,
@@ -218,6 +219,9 @@ def test_positions_of_another_row_are_refused() -> None:
 def test_what_would_merge_images_or_has_no_positions_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model.transformer: mrope_section=\[1, 2, 1\]"):
         transformer_config(model_config({"mrope_section": SECTION}), ParallelConfig(), TRAINING)
+    without_sections = model_config(position_embedding_type="mrope")
+    with pytest.raises(ConfigError, match="mrope_section=None does not go with"):
+        transformer_config(without_sections, ParallelConfig(), TRAINING)
     with single_process():
         model = build(ParallelConfig(), shared_prefixes=False)
         with pytest.raises(ValueError, match="position_embedding_type='mrope': images"):

@@ -209,8 +209,8 @@ def test_a_series_holds_its_root_and_a_row_at_a_time(
     ("dtype", "recompute", "transformer"),
     [
         ("float32", "none", {"ffn_hidden_size": 64}),
-        ("bfloat16", "full", {"num_query_groups": 2}),
-        ("float32", "full", {"window_attn_skip_freq": 2}),
+        ("float32", "full", {"ffn_hidden_size": 64, "num_query_groups": 4}),
+        ("bfloat16", "full", {"ffn_hidden_size": 64}),
     ],
 )
 def test_layers_with_a_window_hold_copies_of_keys(

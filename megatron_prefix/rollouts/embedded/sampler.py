@@ -30,9 +30,13 @@ class SampledResponse:
     """One for each token: at the sampling temperature (at 1 where that is 0), before top-p."""
 
 
-def _refuse_windows_and_sinks(config: TransformerConfig) -> None:
-    """Attention to cached keys has neither."""
-    for name, without in (("window_size", None), ("softmax_type", "vanilla")):
+def _refuse_unsupported(config: TransformerConfig) -> None:
+    """Attention to cached keys has no windows and no sinks, and requests have no images."""
+    for name, without in (
+        ("window_size", None),
+        ("softmax_type", "vanilla"),
+        ("mrope_section", None),
+    ):
         value = option(config, name)
         if value not in (None, without):
             raise ValueError(
@@ -68,9 +72,9 @@ class Sampler:
                 None takes all at once.
 
         Raises:
-            ValueError: the model has sliding windows or attention sinks.
+            ValueError: the model has sliding windows, attention sinks or mRoPE.
         """
-        _refuse_windows_and_sinks(chunks.config)
+        _refuse_unsupported(chunks.config)
         self._chunks = chunks
         self._device = device
         self._setup = AttentionSetup.of(chunks.config, device, kernel=kernel)
