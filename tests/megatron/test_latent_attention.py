@@ -19,6 +19,7 @@ from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layers.built_model import share_in_layers
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PrefixTree, pack
+from megatron_prefix.megatron.latent_attention import normalised
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
 from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.transformer_config import transformer_config
@@ -37,6 +38,7 @@ from tests.megatron.models import (
     relative_error,
     single_process,
 )
+from tests.megatron.stub_transformer_engine import StubTELayerNormColumnParallelLinear
 
 SHAPES = [(9, [4, 6, 1]), (1, [5, 1]), (12, [3]), (30, [1, 17, 2])]
 YARN = YarnConfig(
@@ -117,6 +119,27 @@ def test_a_model_that_is_built_already_shares_prefixes() -> None:
         share_in_layers(built, built.config)
         tree = random_groups(np.random.default_rng(), SHAPES)
         assert_equal_training(reference, built, tree, 1e-11)
+
+
+def test_a_norm_that_the_projection_holds_is_taken_out_of_it() -> None:
+    """STUB: stands in for Transformer Engine's projection with a norm in front of it."""
+    with single_process():
+        config = transformer_config(MODELS["plain"], ParallelConfig(), TRAINING)
+        linear = StubTELayerNormColumnParallelLinear(
+            14,
+            6,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+        )
+        torch.nn.init.normal_(linear.layer_norm_weight)
+        x = torch.randn(5, 14, dtype=torch.float64)
+        expected, _ = linear(x)
+    found = torch.nn.functional.linear(normalised(linear, x, config), linear.weight)
+    assert relative_error(found, expected) <= 1e-14
 
 
 class _Whole(torch.nn.Module):
