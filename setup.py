@@ -27,6 +27,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_prefix", "megatron_prefix.*"]),
+    entry_points={"console_scripts": ["megatron-prefix = megatron_prefix.__main__:main"]},
     install_requires=[
         "torch>=2.6",
         # An installer takes the newest that supports the Python: 0.19 from 3.12 on, else 0.16.
@@ -39,6 +40,8 @@ setup(
     extras_require={
         "train": TRAINING,
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
         "rollouts": ROLLOUTS,
         "hf": HUGGING_FACE,
         "dev": [
@@ -54,6 +57,11 @@ setup(
             # What the fused merge is written in; for its test under Triton's interpreter.
             f"triton; {TRITON}",
             "pyroute2",
+            # The metrics of examples/glue; scipy comes with it.
+            "scikit-learn",
+            "wandb",
+            # MLflow without its server.
+            "mlflow-skinny",
         ],
     },
 )

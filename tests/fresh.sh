@@ -101,6 +101,7 @@ test_quickstart() {
 test_bare() {
     fresh bare ""
     check "import" venv/bin/python -c "import megatron_prefix"
+    check "the command" venv/bin/megatron-prefix plan --help
     check "add it to a model, 1 process" venv/bin/python examples/add_to_a_model.py
     check "add it to a model, 2 processes" \
         venv/bin/torchrun --standalone --nproc-per-node 2 examples/add_to_a_model.py

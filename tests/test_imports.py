@@ -25,6 +25,7 @@ ORDER = [
     {"rollouts"},
     {"training"},
     {"integrations"},
+    {"__main__"},
 ]
 """Each imports what stands before it; no two on one line import each other."""
 

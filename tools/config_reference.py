@@ -10,20 +10,23 @@ docstring below each field. Text above the marker in the README is kept as it is
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import inspect
-import json
 import sys
-import textwrap
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_prefix.config import RunConfig
+from megatron_prefix.config.reference import (
+    dataclass_of,
+    default_text,
+    field_docstrings,
+    is_required,
+    sections,
+)
 from megatron_prefix.config.wording import described
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -61,40 +64,6 @@ def with_reference(text: str) -> str:
     return f"{intro}{MARKER}\n\n{tables}\n"
 
 
-def sections(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
-    """The dotted key and the dataclass of every section, in the order of their fields."""
-    for field in dataclasses.fields(cls):
-        section = _dataclass_of(typing.get_type_hints(cls)[field.name])
-        if section is not None:
-            name = f"{path}{field.name}"
-            yield name, section
-            yield from sections(section, f"{name}.")
-
-
-def field_docstrings(cls: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass, on one line.
-
-    Raises:
-        ValueError: a field has none.
-    """
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(definition, ast.ClassDef)
-    found: dict[str, str] = {}
-    for statement, following in zip(definition.body, definition.body[1:], strict=False):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-            and isinstance(following.value.value, str)
-        ):
-            found[statement.target.id] = " ".join(following.value.value.split())
-    for field in dataclasses.fields(cls):
-        if field.name not in found:
-            raise ValueError(f"{cls.__name__}.{field.name}: there is no docstring below the field")
-    return found
-
-
 def _table(name: str, cls: type) -> str:
     docstrings = field_docstrings(cls)
     annotations = typing.get_type_hints(cls)
@@ -116,31 +85,17 @@ def _table(name: str, cls: type) -> str:
 
 
 def _type(annotation: Any, path: str) -> str:
-    section = _dataclass_of(annotation)
+    section = dataclass_of(annotation)
     if section is None:
         return described(annotation).replace("bool (true or false)", "bool")
     return f"section, see [`{path}`](#{path.replace('.', '')})"
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        return _value(field.default)
-    if field.default_factory is dataclasses.MISSING:
+    if is_required(field):
         return "required"
-    value = field.default_factory()
-    return "its defaults" if dataclasses.is_dataclass(value) else _value(value)
-
-
-def _value(value: Any) -> str:
-    return f"`{json.dumps(value, default=str)}`"
-
-
-def _dataclass_of(annotation: Any) -> type | None:
-    """The dataclass of a section's annotation, `X` or `X | None`."""
-    for member in (annotation, *typing.get_args(annotation)):
-        if isinstance(member, type) and dataclasses.is_dataclass(member):
-            return member
-    return None
+    text = default_text(field)
+    return "its defaults" if text is None else f"`{text}`"
 
 
 if __name__ == "__main__":

@@ -71,6 +71,8 @@ class CheckpointFolder:
         self.writer = writer
         self.directory = directory
         self.keep = keep
+        self.bests: list[int] = []
+        """Steps that were the best at their time; the last of them that is complete stays."""
         self._unfinished: _Unfinished | None = None
 
     def reference_path(self, step: int) -> Path | None:
@@ -188,8 +190,11 @@ class CheckpointFolder:
         with _failing_together(unfinished):
             if dist.get_rank() == 0:
                 files.complete(unfinished.partial, unfinished.path, unfinished.state)
-                for old in self.steps()[: -self.keep]:
-                    files.remove(self.path(old))
+                steps = self.steps()
+                best = max({*steps} & {*self.bests}, default=None)
+                for old in steps[: -self.keep]:
+                    if old != best:
+                        files.remove(self.path(old))
         return True
 
     def finish(self) -> None:

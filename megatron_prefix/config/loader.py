@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
+from megatron_prefix.config.reference import is_required
 from megatron_prefix.config.wording import (
     join,
     located,
@@ -116,9 +117,7 @@ def load_dataclass(cls: type[Config], mapping: Mapping[str, Any], *, path: str =
         for key in mapping
         if key not in fields
     ]
-    missing = [
-        name for name, field in fields.items() if _is_required(field) and name not in mapping
-    ]
+    missing = [name for name, field in fields.items() if is_required(field) and name not in mapping]
     if missing:
         keys = ", ".join(join(path, name) for name in missing)
         faults.append(f"{keys}: required, but not set")
@@ -357,10 +356,6 @@ def _convert_dict(annotation: Any, value: Any, path: str) -> dict[str, Any]:
     member = get_args(annotation)[1]
     items = {key: (member, item, join(path, key)) for key, item in value.items()}
     return _convert_all(items, faults)
-
-
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _plain(value: Any) -> Any:

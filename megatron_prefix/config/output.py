@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_prefix.config.bounds import below, refuse
+from megatron_prefix.config.trackers import MlflowConfig, WandbConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,8 @@ class OutputConfig:
     """What a run leaves behind."""
 
     directory: Path
-    """Folder of the run: `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `reward.png`."""
+    """Folder of the run: `metrics.jsonl`, `samples.jsonl`, `tensorboard/`, `checkpoints/`,
+    `reward.png`."""
     save_every: int = 0
     """Steps between checkpoints; 0: a checkpoint after the last step only."""
     save_in_background: bool = True
@@ -27,6 +29,9 @@ class OutputConfig:
     """Write a checkpoint after the last step."""
     keep: int = 2
     """Checkpoints that are kept; older checkpoints are removed."""
+    keep_best: bool = False
+    """Write a checkpoint after each evaluation that is better than all before it (`eval`), and keep
+    the best one beside the newest `keep`."""
     load: Path | None = None
     """Weights to start from: a checkpoint, or a folder whose newest checkpoint is taken. It is a
     run's, Megatron-LM's, or converted by `tools/convert_checkpoint.py`; null: random weights."""
@@ -35,6 +40,16 @@ class OutputConfig:
     renames the folder of earlier checkpoints to `checkpoints.1`, `.2`, ..."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    samples: int = 3
+    """Responses that are shown on the terminal, in TensorBoard and in `samples.jsonl` at a time,
+    from the highest reward to the lowest; 0: none."""
+    samples_every: int = 10
+    """Steps between samples of training; those of the first step are shown too. Samples of each
+    evaluation are shown whatever this is. 0: no samples of training."""
+    wandb: WandbConfig | None = None
+    """Weights & Biases gets metrics and samples, too, by its package `wandb`; null: it does not."""
+    mlflow: MlflowConfig | None = None
+    """MLflow gets metrics and samples, too, by its package `mlflow`; null: it does not."""
     plot: bool = True
     """Draw `reward.png` at the end of the run."""
 
@@ -42,5 +57,5 @@ class OutputConfig:
         refuse(self._faults())
 
     def _faults(self) -> Iterator[str]:
-        yield from below(self, 0, "save_every")
+        yield from below(self, 0, "save_every", "samples", "samples_every")
         yield from below(self, 1, "keep")

@@ -122,10 +122,15 @@ class RolloutsConfig:
 class EvaluationConfig:
     """Sampling on prompts that are never trained on."""
 
-    paths: tuple[Path, ...]
-    """JSONL or Parquet files of prompts with answers."""
+    paths: tuple[Path, ...] | dict[str, tuple[Path, ...]]
+    """JSONL or Parquet files of prompts with answers. Several data sets are a mapping of their
+    names to their files; each is reported by itself, too."""
     num_prompts: int
-    """Number of prompts, from the beginning of the files."""
+    """Number of prompts, from the beginning of the files; with several data sets, of each."""
+    responses_per_prompt: int = 1
+    """Responses to each prompt. With more than 1, pass@k is reported: the chance that of k
+    responses at least one is right, which is one with a reward of at least 1. It needs a
+    temperature above 0. Not with `rollouts.agent`."""
     every: int = 0
     """Steps between evaluations; 0: before the first and after the last step only."""
     temperature: float = 0.0
@@ -135,7 +140,21 @@ class EvaluationConfig:
         refuse(self._faults())
 
     def _faults(self) -> Iterator[str]:
+        none = "none given; name at least one JSONL or Parquet file"
         if not self.paths:
-            yield "paths: none given; name at least one JSONL or Parquet file"
-        yield from below(self, 1, "num_prompts")
+            yield f"paths: {none}"
+        for name, paths in self.data_sets.items():
+            if self.paths and not paths:
+                yield f"paths.{name}: {none}"
+        yield from below(self, 1, "num_prompts", "responses_per_prompt")
         yield from below(self, 0, "every", "temperature")
+        if self.responses_per_prompt > 1 and self.temperature == 0:
+            yield (
+                f"responses_per_prompt: {self.responses_per_prompt} with temperature: 0, which "
+                "makes them all the same; set a temperature, such as 1.0"
+            )
+
+    @property
+    def data_sets(self) -> dict[str, tuple[Path, ...]]:
+        """The files by the name of their data set, which is empty where there is only one."""
+        return self.paths if isinstance(self.paths, dict) else {"": self.paths}

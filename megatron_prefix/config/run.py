@@ -42,6 +42,11 @@ class RunConfig:
                 "at the temperature that was sampled with: set them equal"
             )
         yield from (f"objective.{fault}" for fault in unused_options(self.objective))
+        if self.model.position_embedding_type == "mrope":
+            yield (
+                "model.position_embedding_type: mrope is for models that see images, which a run "
+                "does not read yet; choose another one"
+            )
         yield from self._faults_of_sampling()
         yield from self._faults_of_rewards()
         yield from faults_of_layout(self.training, self.parallel)
@@ -68,7 +73,18 @@ class RunConfig:
 
     def _faults_of_sampling(self) -> Iterator[str]:
         rollouts, model = self.rollouts, self.model
+        if self.output.keep_best and self.evaluation is None:
+            yield (
+                "output.keep_best: true, but there is no evaluation by which a checkpoint is the "
+                "best; add the section evaluation, or remove it"
+            )
         if self.evaluation is not None:
+            if rollouts.agent is not None and self.evaluation.responses_per_prompt > 1:
+                yield (
+                    "evaluation.responses_per_prompt: "
+                    f"{self.evaluation.responses_per_prompt} is not supported with "
+                    "rollouts.agent; set it to 1"
+                )
             for name in ("reward", "max_response_length"):
                 is_given = name == "reward" and rollouts.agent is not None
                 if getattr(rollouts, name) is None and not is_given:

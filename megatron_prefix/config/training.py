@@ -67,6 +67,9 @@ class TrainingConfig:
     it is not chosen, and refused if it is named. With Transformer Engine,
     `NVTE_ALLOW_NONDETERMINISTIC_ALGO=0` has to be in the environment. On the CPU the bits are the
     same in any case."""
+    peak_tflops: float | None = None
+    """TFLOP/s that one GPU reaches at most in `dtype`, such as 989 for an H100 in bfloat16; with
+    it, steps report the model FLOPs utilisation `mfu`. null: they do not."""
     timeout_minutes: float = 10.0
     """Minutes after which a collective that waits ends the run with an error; 14400 (10 days) at
     most."""
@@ -93,6 +96,8 @@ class TrainingConfig:
             "optimizer_steps_per_rollout",
             "epochs_per_rollout",
         )
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            yield f"peak_tflops: {self.peak_tflops} must be above 0"
         if not self.timeout_minutes > 0:
             yield f"timeout_minutes: {self.timeout_minutes} must be above 0"
         elif self.timeout_minutes > _MAX_TIMEOUT_MINUTES:

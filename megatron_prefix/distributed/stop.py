@@ -1,8 +1,9 @@
 """Signals that ask a run to stop: noticed at once, acted upon between two optimizer steps.
 
 Slurm sends SIGTERM when it takes a node back, and SIGUSR1 (or what `--signal` says) ahead of a time
-limit; torchrun passes SIGTERM on to its workers. A rank waits for most of its time in collectives,
-during which Python runs no signal handler, so a thread reads the signals from a socket.
+limit. Ctrl-C is SIGINT. torchrun passes SIGTERM and SIGINT on to its workers. A rank waits for most
+of its time in collectives, during which Python runs no signal handler, so a thread reads the
+signals from a socket.
 """
 
 from __future__ import annotations
@@ -11,18 +12,27 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+_SAME_REQUEST_S = 2.0
+"""A second SIGINT within this time is the first once more: the terminal has sent it to the whole
+process group, and a launcher passes it on."""
 
 
 class StopRequest:
-    """Whether this process was asked to stop, within a `with` block of the main thread."""
+    """Whether this process was asked to stop, within a `with` block of the main thread.
+
+    Whoever presses Ctrl-C again does not want to wait: a later SIGINT is a KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         """The first signal; None while there was none."""
+        self._interrupted: float | None = None
         self._on_request: Callable[[], None] = lambda: None
 
     def when_made(self, call: Callable[[], None]) -> None:
@@ -57,8 +67,14 @@ class StopRequest:
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         self._sender.close()  # ends the thread
 
-    def _handle(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self._note(number)
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted is None:
+                self._interrupted = now
+            elif now - self._interrupted > _SAME_REQUEST_S:
+                signal.default_int_handler(number, frame)
 
     def _note(self, number: int) -> None:
         if self.signal is None:

@@ -24,7 +24,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_prefix.attention.row_attention import AttentionSetup, attention_dtype
+from megatron_prefix.attention.row_attention import AttentionSetup, attention_dtype, head_dim
 from megatron_prefix.attention.self_check import check_kernel
 from megatron_prefix.device_copy import copy_to_device
 from megatron_prefix.integrations.counting import TokenCounter
@@ -197,8 +197,9 @@ class _Sharing:
                 dtype=attention_dtype(config),
                 num_heads=config.num_attention_heads // ranks,
                 num_key_heads=max(1, config.num_query_groups // ranks),
-                head_dim=config.kv_channels,
+                head_dim=head_dim(config),
                 deterministic=setup.deterministic,
+                windows=setup.window is not None,
             )
             self.setup = setup
         return self.setup

@@ -21,6 +21,7 @@ from megatron_prefix.layout import (
     own_values,
     rank_row,
 )
+from megatron_prefix.megatron.borrowed import OneRank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,9 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """The core attention of every layer: for a packed row a `RowAttention`, with its kernel."""
     position_ids: Tensor
     """[T] int64: each token's position in its own sequence."""
+    mrope_position_ids: Tensor | None = None
+    """[3, T] int64: time, height and width of each token, for a model with mRoPE; None: any other
+    model."""
     own_rows: np.ndarray
     """[T] int64: position in the packed row of each token; -1 on padding that context parallelism
     has moved."""
@@ -61,6 +65,9 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """How the row is distributed over context-parallel ranks; None: all of it is here."""
     last_layer: PrefixPackedSeqParams | None = None
     """Params of the model's last layer, where it computes the output of some rows only."""
+    routes: Tensor | None = None
+    """[T, layers with experts, topk] int64: the experts that each token is sent to; [N, ...] in
+    params of a trimmed last layer. None: the routers choose."""
     query_rows: Tensor | None = None
     """[N] int64 ascending, in params of a trimmed last layer: the rows that attend."""
     query_rows_host: np.ndarray | None = None
@@ -74,7 +81,9 @@ class PrefixPackedSeqParams(PackedSeqParams):
         *,
         needed: np.ndarray | None = None,
         multiple: int = 1,
+        mrope_positions: np.ndarray | None = None,
         router_losses: RouterLossScale | None = None,
+        routes: np.ndarray | None = None,
     ) -> PrefixPackedSeqParams:
         """Params of a packed layout, or of this rank's part of it, with tensors on the device.
 
@@ -89,7 +98,9 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 puts out `output_rows` only. None: the model's output has all T rows.
             multiple: the number of output rows is a multiple of this: the tensor-parallel size,
                 under sequence parallelism.
+            mrope_positions: [3, T] of the whole row, from `layout.scatter`, for a model with mRoPE.
             router_losses: see the field.
+            routes: [T, layers, topk] of the whole row, from `routes_of_row`, to replay.
 
         Raises:
             ValueError: the row does not divide by the group's size.
@@ -101,9 +112,20 @@ class PrefixPackedSeqParams(PackedSeqParams):
             comm_types=setup.comm_types,
             needed=needed,
             multiple=multiple,
+            window=setup.window,
         )
         tensors = record_to_device(row.model, setup.device)
-        return cls.from_row(row, tensors, setup, router_losses=router_losses)
+        params = cls.from_row(row, tensors, setup, router_losses=router_losses)
+        if mrope_positions is not None:
+            if mrope_positions.shape != (3, layout.num_tokens):
+                raise ValueError(
+                    f"mrope_positions {mrope_positions.shape}: expected (3, {layout.num_tokens}), "
+                    "time, height and width of each token of the row"
+                )
+            params.set_mrope_positions(params.own(mrope_positions.T).T.contiguous())
+        if routes is not None:
+            params.set_routes(routes)
+        return params
 
     @classmethod
     def from_row(
@@ -134,6 +156,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             kernel=setup.kernel,
             deterministic=setup.deterministic,
             exchange=exchange,
+            window=setup.window,
             root=root,
             keeps_root=keeps_root,
         )
@@ -160,6 +183,30 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 query_rows_host=row.output_rows,
             )
         return params
+
+    def set_mrope_positions(self, positions: Tensor) -> None:
+        """Give a model with mRoPE the time, height and width of this rank's tokens, [3, T]."""
+        for params in (self, self.last_layer):
+            if params is not None:
+                params.mrope_position_ids = positions
+                if self.shards is not None:
+                    # Otherwise Megatron's embedding takes a slice of what is this rank's already.
+                    params.cp_group = OneRank()
+
+    def set_routes(self, routes: np.ndarray) -> None:
+        """Give every layer with experts the routes of the whole row, [tokens, layers, topk]."""
+        own = own_values(routes, self.own_rows)
+        own[self.own_rows < 0] = np.arange(routes.shape[-1])
+        (self.routes,) = copy_to_device([own], self.position_ids.device)
+        if self.last_layer is not None:
+            self.last_layer.routes = self.routes[self.last_layer.query_rows]
+
+    @property
+    def model_position_ids(self) -> Tensor:
+        """What the model takes as `position_ids`: [1, T], or [3, 1, T] with mRoPE."""
+        if self.mrope_position_ids is not None:
+            return self.mrope_position_ids[:, None]
+        return self.position_ids[None]
 
     @property
     def output_rows(self) -> np.ndarray:

@@ -20,9 +20,14 @@ import numpy as np
 
 from megatron_prefix.layout.packing import PackedLayout
 from megatron_prefix.layout.sharding import ContextShards
-from megatron_prefix.layout.stages import Array, AttentionStage, GatheredStages
+from megatron_prefix.layout.stages import (
+    Array,
+    AttentionStage,
+    GatheredStages,
+    WindowedStages,
+)
 
-CommType = Literal["all_gather", "p2p", "a2a"]
+CommType = Literal["all_gather", "p2p", "a2a", "latent_gather"]
 
 COMM_TYPES: tuple[CommType, ...] = get_args(CommType)
 
@@ -54,6 +59,9 @@ class RowStages(Generic[Array]):
     ring: tuple[tuple[AttentionStage[Array], ...], ...] | None = None
     """By the rank whose shard the stages attend to, keys counted from the shard's beginning."""
     whole_row: WholeRow[Array] | None = None
+    windowed: WindowedStages[Array] | None = None
+    """In place of all of these in layers with a sliding window; None: there are no such layers, or
+    the window hides nothing."""
     root: AttentionStage[Array] | None = None
     """Against the keys of a root that an earlier row has run; None: the row has its roots."""
 

@@ -19,13 +19,15 @@ from torch import Tensor
 from megatron_prefix.megatron.auxiliary_losses import AuxiliaryLoss
 
 
-class _OneRank:
+class OneRank:
     """Stands in for a process group of this rank alone."""
 
     def size(self) -> int:
+        """Ranks of the group."""
         return 1
 
     def rank(self) -> int:
+        """Of this process in it."""
         return 0
 
 
@@ -53,7 +55,7 @@ def row_as_one_sequence(
     on_device = params.cu_seqlens_q, params.cu_seqlens_kv
     if groups.cp.size() > 1:
         alone = copy.copy(groups)
-        alone.cp = _OneRank()
+        alone.cp = OneRank()
         setattr(attention, name, alone)
     if not attention.config.apply_rope_fusion:
         params.cu_seqlens_q, params.cu_seqlens_kv = (
@@ -128,6 +130,35 @@ def routing_followed_by(
         return probs, routing_map
 
     return _lent(router, "routing", routing_then)
+
+
+class _GivenRoutes:
+    """Stands in for Megatron's `RouterReplay`: the experts are given, whatever the scores."""
+
+    def __init__(self, experts: Tensor) -> None:
+        self.experts = experts
+
+    def get_replay_topk(self, scores: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The scores of the given experts, and these."""
+        return scores.gather(1, self.experts), self.experts
+
+
+def routed_as(router: Any, experts: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Within the block, a router sends its rows to given experts.
+
+    Args:
+        router: a Megatron `TopKRouter`, which asks its `router_replay`, where it has one, for the
+            experts of each row.
+        experts: [rows, topk] int64.
+
+    Raises:
+        ValueError: the release's router has no such attribute.
+    """
+    if not hasattr(router, "router_replay"):
+        raise ValueError(
+            "routes: the routers of this megatron-core cannot be given any; install 0.16 or newer"
+        )
+    return _lent(router, "router_replay", _GivenRoutes(experts))
 
 
 def z_loss_by(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_prefix.config import RunConfig
 from megatron_prefix.distributed.rank_results import rank_0_alone
@@ -20,7 +22,7 @@ from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.hf.engine import HuggingFaceEngine
 from megatron_prefix.rollouts.hf.export import weights_exporter
 from megatron_prefix.rollouts.hf.folders import PolicyFolders, generation_settings
-from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream, take_first
+from megatron_prefix.rollouts.prompts import Prompt, PromptSource, prompt_stream, take_first
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.rewards import RewardFunction, WeightedReward, load_reward
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
@@ -46,14 +48,10 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
     tokenizer = _tokenizer(config)
     reward = None if rollouts.reward is None else _reward(config, tokenizer)
     if rollouts.engine == "file":
-        return FileEngine(
-            rollouts.paths,
-            vocab_size=config.model.vocab_size,
-            max_positions=config.model.max_sequence_length,
-            group_size=rollouts.group_size,
-            forms=_forms(config, tokenizer),
-            reward=reward,
-            reward_weights=config.objective.reward_weights,
+        return _file_engine(
+            config,
+            tokenizer,
+            reward,
             reads=runtime.is_main,
             run_alone=functools.partial(rank_0_alone, errors=ENGINE_ERRORS),
             epochs=rollouts.epochs,
@@ -105,11 +103,15 @@ def build_evaluator(
         return None
     tokenizer = _tokenizer(config)
     options = _options(config, tokenizer, temperature=evaluation.temperature)
-    prompts = take_first(
-        _prompts(config, tokenizer, for_evaluation=True),
-        evaluation.num_prompts,
-        names=", ".join(str(path) for path in evaluation.paths),
-    )
+    prompts: list[Prompt] = []
+    data_sets: list[str] = []
+    for name, paths in evaluation.data_sets.items():
+        prompts += take_first(
+            _prompts(config, tokenizer, once=paths),
+            evaluation.num_prompts,
+            names=", ".join(map(str, paths)),
+        )
+        data_sets += [name] * evaluation.num_prompts if name else []
     sampler = _sampler(config, chunks, runtime)
     if config.rollouts.agent is not None:
         with needed_by("rollouts.agent", extra="rollouts"):
@@ -117,14 +119,33 @@ def build_evaluator(
             from megatron_prefix.rollouts.server.build import build_agent_loop
         assert tokenizer is not None
         loop = build_agent_loop(config, options, tokenizer) if runtime.is_main else None
-        return AgentEvaluator(sampler, loop, prompts, options=options, seed=config.training.seed)
+        return AgentEvaluator(
+            sampler,
+            loop,
+            prompts,
+            options=options,
+            seed=config.training.seed,
+            data_sets=data_sets,
+        )
     return Evaluator(
         sampler,
         prompts,
         options=options,
         reward=_reward(config, tokenizer),
         seed=config.training.seed,
+        responses_per_prompt=evaluation.responses_per_prompt,
+        data_sets=data_sets,
     )
+
+
+def build_text_reader(config: RunConfig) -> Callable[[Sequence[int]], str]:
+    """Writes tokens as text, special tokens included; ids where the run has no tokenizer.
+
+    Raises:
+        ValueError: a tokenizer that is not there.
+    """
+    tokenizer = _tokenizer(config)
+    return tokenizer.decode if tokenizer is not None else lambda tokens: " ".join(map(str, tokens))
 
 
 def _tokenizer(config: RunConfig) -> TextTokenizer | None:
@@ -174,16 +195,52 @@ def _reward(config: RunConfig, tokenizer: TextTokenizer | None) -> RewardFunctio
     )
 
 
+def groups_of_files(config: RunConfig) -> FileEngine:
+    """The groups of `rollouts.paths`, once and in order, for a process that reads them alone.
+
+    Raises:
+        ValueError: see `build_engine`.
+    """
+    tokenizer = _tokenizer(config)
+    reward = None if config.rollouts.reward is None else _reward(config, tokenizer)
+    return _file_engine(config, tokenizer, reward, epochs=1)
+
+
+def _file_engine(
+    config: RunConfig,
+    tokenizer: TextTokenizer | None,
+    reward: RewardFunction | None,
+    **reading: Any,
+) -> FileEngine:
+    """The engine that reads groups; `reading` says who reads, and how often (see `FileEngine`)."""
+    return FileEngine(
+        config.rollouts.paths,
+        vocab_size=config.model.vocab_size,
+        max_positions=config.model.max_sequence_length,
+        group_size=config.rollouts.group_size,
+        forms=_forms(config, tokenizer),
+        reward=reward,
+        reward_weights=config.objective.reward_weights,
+        **reading,
+    )
+
+
+def prompts_of_files(config: RunConfig) -> PromptSource:
+    """The prompts of `rollouts.paths`, once and in order.
+
+    Raises:
+        ValueError: see `build_engine`.
+    """
+    return _prompts(config, _tokenizer(config), once=config.rollouts.paths)
+
+
 def _prompts(
-    config: RunConfig, tokenizer: TextTokenizer | None, *, for_evaluation: bool = False
+    config: RunConfig, tokenizer: TextTokenizer | None, *, once: Sequence[Path] | None = None
 ) -> PromptSource:
-    """The prompts to train on, or those to evaluate on: once and in order."""
+    """The prompts to train on, or those of the files `once`, in order."""
     rollouts = config.rollouts
     assert rollouts.max_response_length is not None
-    paths, epochs = rollouts.paths, rollouts.epochs
-    if for_evaluation:
-        assert config.evaluation is not None
-        paths, epochs = config.evaluation.paths, 1
+    paths, epochs = (rollouts.paths, rollouts.epochs) if once is None else (once, 1)
     vocab_size = config.model.vocab_size
     max_prompt_length = config.model.max_sequence_length - rollouts.max_response_length
     if rollouts.text is None or tokenizer is None:
@@ -196,7 +253,7 @@ def _prompts(
         rollouts.text,
         vocab_size=vocab_size,
         max_prompt_length=max_prompt_length,
-        shuffle=rollouts.text.shuffle and not for_evaluation,
+        shuffle=rollouts.text.shuffle and once is None,
         seed=config.training.seed,
         epochs=epochs,
     )

@@ -6,11 +6,12 @@ been checked: a wrong key is answered at once.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,26 @@ from megatron_prefix.config.loader import ConfigError, load_dataclass, read_valu
 from megatron_prefix.megatron.transformer_keys import faults_of_transformer
 from megatron_prefix.packages import MissingPackageError
 from megatron_prefix.training.errors import report_error
+from megatron_prefix.training.help import USAGE, help_text
 from megatron_prefix.training.imports import import_megatron
 from megatron_prefix.training.requirements import missing_packages
 from megatron_prefix.training.surroundings import faults_of_surroundings
 
-_USAGE = "torchrun --nproc-per-node N -m megatron_prefix.training run.yaml [section.key=value ...]"
+_CHECK = "--check"
+_YAML = (".yaml", ".yml")
+_INTERRUPTED = 128 + signal.SIGINT
+"""Exit status, as shells have it."""
 
 
 def main() -> int:
     """Command line.
 
     Returns:
-        0: done, or stopped and saved because of SIGTERM or SIGUSR1; 1: an error, or other ranks
-        were lost; 2: a wrong configuration.
+        0: done or checked, or stopped and saved because of a signal (`distributed.stop`); 1: an
+        error, or other ranks were lost; 2: a wrong configuration; 130: interrupted.
     """
     rank = int(os.environ.get("RANK", "0"))
-    source = None
+    source: Path | None = None
     try:
         args = _arguments(sys.argv[1:], rank)
         if args is None:
@@ -53,7 +58,11 @@ def main() -> int:
     except MissingPackageError as error:
         report_error([str(error)], rank)
         return 2
-    return launch.run(config, rank)
+    try:
+        return launch.run(config, rank, only_checks=args.checks)
+    except KeyboardInterrupt:
+        report_error(["interrupted (Ctrl-C); steps behind the newest checkpoint are lost"], rank)
+        return _INTERRUPTED
 
 
 def _load(path: Path, overrides: Sequence[str], rank: int) -> RunConfig:
@@ -104,44 +113,42 @@ def _log_to_stderr(rank: int) -> None:
     logging.getLogger("megatron").setLevel(logging.WARNING)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]  (argparse's ends the process)
-        raise ConfigError(f"{message}; usage: {_USAGE}")
+@dataclass(frozen=True, kw_only=True)
+class _Arguments:
+    """What was asked for on the command line."""
+
+    config: Path
+    """The run's file."""
+    overrides: tuple[str, ...]
+    """section.key=value"""
+    checks: bool
+    """Whether the run is only checked."""
 
 
-def _arguments(words: Sequence[str], rank: int) -> argparse.Namespace | None:
+def _arguments(words: Sequence[str], rank: int) -> _Arguments | None:
     """The parsed arguments; None where help was asked for, and given by rank 0.
 
     Raises:
         ConfigError: they are wrong.
     """
-    parser = _Parser(
-        usage=_USAGE,
-        description="Train as a YAML file says; overrides replace or add single keys of it. "
-        "Without torchrun it is one process.",
-        add_help=False,
-    )
-    parser.add_argument("config", type=Path, metavar="run.yaml", help="the run's configuration")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="section.key=value",
-        help="for example optimizer.lr=1e-5",
-    )
     if {"-h", "--help"} & set(words):
+        names = [word for word in words if not word.startswith("-") and "=" not in word]
+        text = help_text(next((name for name in names if Path(name).suffix not in _YAML), None))
         if rank == 0:
-            print(parser.format_help(), end="")
+            print(text, end="")
         return None
     for index, word in enumerate(words):
-        if word.startswith("-"):
+        if word.startswith("-") and word != _CHECK:
             name, equals, value = word.lstrip("-").partition("=")
             if not equals:
                 value = next(iter(words[index + 1 :]), "value")
             raise ConfigError(
                 f"{word}: options are keys of the configuration, without dashes: {name}={value}"
             )
-    return parser.parse_args(words)
+    values = [word for word in words if word != _CHECK]
+    if not values:
+        raise ConfigError(f"the following arguments are required: run.yaml; usage: {USAGE}")
+    return _Arguments(config=Path(values[0]), overrides=tuple(values[1:]), checks=_CHECK in words)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from megatron_prefix.distributed.runtime import Runtime, runtime_of_run
 from megatron_prefix.distributed.stop import StopRequest
 from megatron_prefix.megatron.known_messages import hide_messages_about_gpus
 from megatron_prefix.model.transformer_config import transformer_config
+from megatron_prefix.training.checking import check_run
 from megatron_prefix.training.errors import report_error
 from megatron_prefix.training.trainer import Trainer
 
@@ -54,13 +55,13 @@ def _check_gpu(local_rank: int) -> None:
         )
 
 
-def run(config: RunConfig, rank: int) -> int:
-    """Train; the exit status of `megatron_prefix.training`."""
+def run(config: RunConfig, rank: int, *, only_checks: bool = False) -> int:
+    """Train, or only check that it can be done; the exit status of `megatron_prefix.training`."""
     with StopRequest() as stop:
-        return _run(config, stop, rank)
+        return _run(config, stop, rank, only_checks=only_checks)
 
 
-def _run(config: RunConfig, stop: StopRequest, rank: int) -> int:
+def _run(config: RunConfig, stop: StopRequest, rank: int, *, only_checks: bool) -> int:
     with runtime_of_run(config) as place:
         place.liveness.end_with_others(
             lambda lost: _end(place, lost, "another rank found it; here nothing has failed yet")
@@ -69,7 +70,11 @@ def _run(config: RunConfig, stop: StopRequest, rank: int) -> int:
         is_over = threading.Event()
         stop.when_made(lambda: _end_if_others_are_lost(place, stop, is_over))
         try:
-            Trainer(config, place, stop=stop).run()
+            if only_checks:
+                stop.release()  # there is nothing to save
+                check_run(config, place)
+            else:
+                Trainer(config, place, stop=stop).run()
         except (ValueError, OSError) as error:
             is_over.set()
             stop.release()  # whoever waits below may be ended

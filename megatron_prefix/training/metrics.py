@@ -9,7 +9,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_prefix.packages import needed_by
 
@@ -25,15 +25,8 @@ class MetricsLog:
             resume_after: lines of later steps are dropped; 0 starts anew.
             tensorboard: also write TensorBoard events (needs the `train` extra).
         """
-        directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
-        kept = []
-        if resume_after:
-            kept = [row for row in read_metrics(self.path) if row["step"] <= resume_after]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = open_lines(self.path, resume_after=resume_after)
         self._tensorboard = None
         if tensorboard:
             with needed_by("output.tensorboard: true", extra="train"):
@@ -55,6 +48,12 @@ class MetricsLog:
                 if isinstance(value, (int, float)) and name != "step":
                     self._tensorboard.add_scalar(name, value, step)
 
+    def write_text(self, name: str, text: str, step: int) -> None:
+        """Show a text, in Markdown, in TensorBoard if it is written at all."""
+        if self._tensorboard is not None:
+            whole = text.encode("utf-8", "backslashreplace").decode("utf-8")
+            self._tensorboard.add_text(name, whole, step)
+
     def close(self) -> None:
         """Flush and close both files."""
         self._file.close()
@@ -62,12 +61,32 @@ class MetricsLog:
             self._tensorboard.close()
 
 
+def open_lines(path: Path, *, resume_after: int) -> TextIO:
+    """A JSONL file with a `step` in each line, opened to append to.
+
+    Args:
+        path: in a folder that is made.
+        resume_after: lines of later steps are dropped; 0 starts anew.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if resume_after:
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_after]
+    temporary = path.with_suffix(".tmp")
+    # A lone surrogate, which an answer may hold, is written as JSON escapes it.
+    how = {"encoding": "utf-8", "errors": "backslashreplace"}
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    temporary.write_text(text, **how)
+    os.replace(temporary, path)
+    return path.open("a", **how)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut off by a kill is dropped."""
+    """The rows of such a file; a last line cut off by a kill is dropped."""
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))

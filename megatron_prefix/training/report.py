@@ -44,6 +44,16 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def say_above_bar(text: str) -> None:
+    """Write lines for the user while `progress` shows a bar, if it does."""
+    if not sys.stderr.isatty():
+        say(text)
+        return
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
 def count_parameters(chunks: ModelChunks) -> int:
     """Parameters of the whole model, each counted once. Collective over all ranks."""
     own = {shard.key: math.prod(shard.global_shape) for shard in parameter_shards(chunks)}
@@ -53,26 +63,41 @@ def count_parameters(chunks: ModelChunks) -> int:
 
 
 def report_start(
-    config: RunConfig, runtime: Runtime, chunks: ModelChunks, *, weights: str, step: int
+    config: RunConfig,
+    runtime: Runtime,
+    chunks: ModelChunks,
+    *,
+    weights: str,
+    step: int,
+    writes: bool = True,
 ) -> None:
     """Say what a run is, and write its effective configuration. Collective over all ranks.
 
     Args:
         weights: where they are from.
         step: steps that have been done before.
+        writes: False: the configuration is not written.
     """
     parameters = count_parameters(chunks)
     if not runtime.is_main:
         return
     for line in _start_lines(config, runtime, parameters=parameters, weights=weights, step=step):
         say(line)
+    if not writes:
+        return
     directory = config.output.directory
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_NAME).write_text(dump_yaml(config), encoding="utf-8")
 
 
 def report_end(
-    config: RunConfig, checkpoints: CheckpointFolder, *, began: int, step: int, why: str
+    config: RunConfig,
+    checkpoints: CheckpointFolder,
+    *,
+    began: int,
+    step: int,
+    why: str,
+    best: tuple[int, float] | None = None,
 ) -> None:
     """Say what a run has done, and what comes next. For rank 0.
 
@@ -80,6 +105,7 @@ def report_end(
         began: steps that had been done before it.
         step: steps that are done now.
         why: why it ended before its last step; empty where it did not.
+        best: step and score of the best evaluation.
     """
     steps = config.training.steps
     if began >= steps:
@@ -90,6 +116,10 @@ def report_end(
         return
     newest = max(checkpoints.steps(), default=None)
     saved = newest is not None and newest > began
+    if best is not None:
+        at, score = best
+        where = f" ({checkpoints.path(at)})" if at in checkpoints.steps() else ""
+        say(f"best: eval {score:.3f} after step {at}{where}")
     say(f"saved: {checkpoints.path(newest) if saved else 'no checkpoint of these steps'}")
     if step < steps:
         say(f"ended after step {step} of {steps}: {why}")

@@ -39,9 +39,15 @@ def _needs(config: RunConfig) -> Iterator[_Need]:
         yield _Need(what="output.tensorboard: true", extra="train", packages=("tensorboard",))
     if output.plot:
         yield _Need(what="output.plot: true", extra="train", packages=("matplotlib",))
-    if output.save_every or output.save_last or config.objective.kl_coefficient > 0:
+    for name in ("wandb", "mlflow"):
+        if getattr(output, name) is not None:
+            yield _Need(what=f"output.{name}", extra=name, packages=(name,))
+    saves = output.save_every or output.save_last or output.keep_best
+    if saves or config.objective.kl_coefficient > 0:
         yield _Need(what="writing a checkpoint", extra="train", packages=("psutil",))
-    paths = rollouts.paths + (() if config.evaluation is None else config.evaluation.paths)
+    paths = list(rollouts.paths)
+    if config.evaluation is not None:
+        paths += [path for found in config.evaluation.data_sets.values() for path in found]
     if any(path.suffix == ".parquet" for path in paths):
         yield _Need(what="reading Parquet", extra="train", packages=("pyarrow",))
     engine = f"rollouts.engine: {rollouts.engine}"

@@ -35,7 +35,8 @@ def _faults_of_rollouts(config: RunConfig) -> Iterator[str]:
     rollouts, evaluation = config.rollouts, config.evaluation
     keys = {"rollouts.paths": rollouts.paths}
     if evaluation is not None:
-        keys["evaluation.paths"] = evaluation.paths
+        for name, paths in evaluation.data_sets.items():
+            keys[f"evaluation.paths.{name}" if name else "evaluation.paths"] = paths
     for key, paths in keys.items():
         for path in paths:
             if fault := fault_of_path(path):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_prefix.attention.comm_types import model_comm_types
 from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.attention.windows import model_window
 from megatron_prefix.checkpoints.folder import CheckpointFolder
 from megatron_prefix.checkpoints.initial_weights import check_initial_weights
 from megatron_prefix.checkpoints.weights import load_weights
@@ -23,11 +25,11 @@ from megatron_prefix.distributed.rank_results import on_rank_0, raise_together, 
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.distributed.stop import StopRequest
 from megatron_prefix.model.build import build_model_chunks, model_shape
-from megatron_prefix.rollouts.build import build_engine, build_evaluator
+from megatron_prefix.rollouts.build import build_engine, build_evaluator, build_text_reader
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
 from megatron_prefix.training.kernel_check import check_kernel_of_run
-from megatron_prefix.training.metrics import MetricsLog, plot_reward, read_metrics
+from megatron_prefix.training.metrics import plot_reward, read_metrics
 from megatron_prefix.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -36,6 +38,7 @@ from megatron_prefix.training.optimizer import (
 )
 from megatron_prefix.training.report import progress, report_end, report_start
 from megatron_prefix.training.resampling import Resampling
+from megatron_prefix.training.run_log import RunLog
 from megatron_prefix.training.token_advantages import with_token_advantages
 from megatron_prefix.training.update import PolicyUpdate, ReferencePolicy
 from megatron_prefix.training.waiting import read_waiting, write_waiting
@@ -49,12 +52,19 @@ class Trainer:
     """One run, on this process."""
 
     def __init__(
-        self, config: RunConfig, runtime: Runtime, *, stop: StopRequest | None = None
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        *,
+        stop: StopRequest | None = None,
+        writes: bool = True,
     ) -> None:
         """Build everything and load the latest checkpoint.
 
         Args:
             stop: when it is made on any rank, `run` saves and returns.
+            writes: False where the run is only checked: nothing in its folder is written, renamed
+                or removed, and `run` is not called.
         """
         self.config = config
         self._stop = stop
@@ -90,6 +100,7 @@ class Trainer:
                 deterministic=config.training.deterministic,
                 context_parallel_group=runtime.context_parallel_group,
                 comm_types=model_comm_types(self.chunks.config),
+                window=model_window(self.chunks.config),
             ),
         )
         with raise_together():
@@ -107,28 +118,32 @@ class Trainer:
             keep=config.output.keep,
             writer=config.output.checkpoint_writer,
         )
+        self._log: RunLog | None = None
+        """On rank 0, while it runs."""
         self.step = 0
-        self._weights = "random weights"
+        self.weights = "random weights"
         """Where they are from, in words."""
+        self.best: tuple[int, float] | None = None
+        """Step and `eval` of the best evaluation so far."""
         self.stopped = False
         """Whether `run` has returned because it was asked to."""
         self._batch: RolloutBatch | None = None
         """Rollouts that are not trained on yet, on rank 0."""
         self._summary: RolloutSummary | None = None
         """Of these rollouts, on every rank."""
-        self._restore()
+        self._restore(writes=writes)
 
-    def _restore(self) -> None:
+    def _restore(self, *, writes: bool) -> None:
         """Weights to start from, the reference policy, then the latest checkpoint."""
         output = self.config.output
-        if output.resume:
+        if output.resume and writes:
             self.checkpoints.begin()
         resuming = output.resume and self.checkpoints.latest_step() is not None
         if output.load is not None and not resuming:
             check_initial_weights(output.load, self.config.model, self.chunks)
             load_weights(output.load, self.chunks, self.optimizer)
-            self._weights = f"weights of {output.load}"
-        if not resuming:
+            self.weights = f"weights of {output.load}"
+        if not resuming and writes:
             self.checkpoints.set_aside()
         if self.config.objective.kl_coefficient > 0:
             if resuming:
@@ -141,7 +156,7 @@ class Trainer:
                         "in another output.directory"
                     )
                 load_weights(path, self.chunks, self.optimizer)
-            else:
+            elif writes:
                 self.checkpoints.save_reference(self.chunks, step=0)
             self.update.reference = ReferencePolicy(self.chunks)
         if resuming:
@@ -158,10 +173,12 @@ class Trainer:
                 settings = settings_in_use(settings, self.optimizer, self.scheduler)
                 self.config = dataclasses.replace(self.config, optimizer=settings)
             self.step = state["step"]
+            if state.get("best") is not None:
+                self._take_as_best(*state["best"])
             warn_of_ended_schedule(self.scheduler, self._steps_behind(self.step))
-            self._weights = f"resumed after step {self.step} ({self.checkpoints.path(self.step)})"
+            self.weights = f"resumed after step {self.step} ({self.checkpoints.path(self.step)})"
             if output.load is not None:
-                self._weights += f", output.load: {output.load} is not used"
+                self.weights += f", output.load: {output.load} is not used"
             self._take_waiting(state)
             with raise_together():
                 self.engine.load_state_dict(state["engine"])
@@ -189,19 +206,19 @@ class Trainer:
         """
         config, output = self.config, self.config.output
         began, why = self.step, ""
-        report_start(config, self.runtime, self.chunks, weights=self._weights, step=began)
-        log = None
-        if self.runtime.is_main:
-            log = MetricsLog(
-                output.directory, resume_after=self.step, tensorboard=output.tensorboard
-            )
+        report_start(config, self.runtime, self.chunks, weights=self.weights, step=began)
+        with raise_together(name_rank=False):
+            if self.runtime.is_main:
+                read = build_text_reader(config)
+                self._log = RunLog(config, resume_after=self.step, read=read)
         metrics: dict[str, Any] = {}
         saved_step = self.step
+        has_failed = True
         try:
             with self._progress() as advance:
                 if self.evaluator is not None and self.step == 0:
                     metrics = self._evaluate()
-                    self._log(log, 0, metrics)
+                    self._write(metrics)
                 while self.step < config.training.steps:
                     if self._is_to_stop():
                         break
@@ -214,10 +231,11 @@ class Trainer:
                     self.step += 1
                     if self._evaluates_now():
                         metrics |= self._evaluate()
-                    self._log(log, self.step, metrics)
+                    self._write(metrics)
                     advance(self.step, metrics)
                     self._refresh_reference()
-                    if output.save_every and self.step % output.save_every == 0:
+                    is_time = output.save_every and self.step % output.save_every == 0
+                    if is_time or self.checkpoints.bests[-1:] == [self.step]:
                         self._save(background=output.save_in_background)
                         saved_step = self.step
             if saved_step != self.step and (output.save_last or self.stopped):
@@ -225,12 +243,13 @@ class Trainer:
             self.checkpoints.finish()
             if self.stopped:
                 self._keep_waiting()
+            has_failed = False
         except BaseException:
             self.checkpoints.abandon()
             raise
         finally:
-            if log is not None:
-                log.close()
+            if self._log is not None:
+                self._log.close(failed=has_failed)
             self.engine.close()
         # No rank is gone before all have closed what they hold.
         dist.barrier()
@@ -240,7 +259,9 @@ class Trainer:
             )
         if self.runtime.is_main:
             why = "it was asked to stop; start the run again to go on" if self.stopped else why
-            report_end(config, self.checkpoints, began=began, step=self.step, why=why)
+            report_end(
+                config, self.checkpoints, began=began, step=self.step, why=why, best=self.best
+            )
         return metrics
 
     def _is_to_stop(self) -> bool:
@@ -284,13 +305,14 @@ class Trainer:
 
     def _make_rollouts(self) -> bool:
         """Have the next rollout batch made; whether there is one. Collective."""
-        batch = self._sample()
-        if self._resampling is not None:
-            try:
-                batch = self._resampling.fill(batch, self._sample)
-            except ValueError:
-                self.checkpoints.finish()
-                raise
+        with self.update.phases.measured("rollout"):
+            batch = self._sample()
+            if self._resampling is not None:
+                try:
+                    batch = self._resampling.fill(batch, self._sample)
+                except ValueError:
+                    self.checkpoints.finish()
+                    raise
         self._batch = batch
         self._summary = on_rank_0(lambda: None if batch is None else batch.summary())
         return self._summary is not None
@@ -312,6 +334,8 @@ class Trainer:
     def _update(self) -> dict[str, Any]:
         """Train on the rollout batch that was made. Collective."""
         assert self._summary is not None
+        if self._log is not None and self._batch is not None:
+            self._log.training_samples(self.step + 1, self._batch)
         try:
             metrics = self.update.train_on(self._batch, self._summary, step=self.step + 1)
         except ValueError:
@@ -332,8 +356,19 @@ class Trainer:
         """Metrics of the policy on prompts that it is not trained on. Collective."""
         assert self.evaluator is not None
         with self._failing_together():
+            started = time.perf_counter()
             score = self.evaluator.evaluate()
-        return {"eval": score, **self.evaluator.metrics()}
+            seconds = time.perf_counter() - started
+        if self._log is not None and self.evaluator.batch is not None:
+            self._log.evaluation_samples(self.step, self.evaluator.batch)
+        if self.best is None or score > self.best[1]:
+            self._take_as_best(self.step, score)
+        return {"eval": score, "eval_seconds": seconds, **self.evaluator.metrics()}
+
+    def _take_as_best(self, step: int, score: float) -> None:
+        self.best = (step, score)
+        if self.config.output.keep_best:
+            self.checkpoints.bests.append(step)
 
     def _evaluates_now(self) -> bool:
         if self.evaluator is None:
@@ -341,23 +376,25 @@ class Trainer:
         every = self.config.evaluation.every
         return self.step == self.config.training.steps or bool(every and self.step % every == 0)
 
-    def _log(self, log: MetricsLog | None, step: int, metrics: dict[str, Any]) -> None:
-        if log is not None:
-            log.write(step, metrics)
+    def _write(self, metrics: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.metrics(self.step, metrics)
 
     def _save(self, *, background: bool) -> None:
-        self.checkpoints.save(
-            self.step,
-            self.chunks,
-            self.optimizer,
-            self.scheduler,
-            state={
-                "step": self.step,
-                "engine": self.engine.state_dict(),
-                "config": config_summary(self.config),
-            },
-            background=background,
-        )
+        with self.update.phases.measured("save"):
+            self.checkpoints.save(
+                self.step,
+                self.chunks,
+                self.optimizer,
+                self.scheduler,
+                state={
+                    "step": self.step,
+                    "engine": self.engine.state_dict(),
+                    "best": self.best,
+                    "config": config_summary(self.config),
+                },
+                background=background,
+            )
 
     def _progress(self) -> contextlib.AbstractContextManager[Callable[..., None]]:
         """Shows each step on rank 0; elsewhere nothing."""

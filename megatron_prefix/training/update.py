@@ -22,9 +22,10 @@ from megatron_prefix.layout import Packing
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.objective import ObjectiveConfig, PolicyMetrics
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
-from megatron_prefix.training.batch_statistics import BatchStatistics, TeachingWatch
+from megatron_prefix.training.batch_statistics import BatchStatistics, TeachingWatch, reward_spread
 from megatron_prefix.training.kl_reward import put_kl_into_advantages
 from megatron_prefix.training.minibatch import Minibatch
+from megatron_prefix.training.phases import Phases
 from megatron_prefix.training.shares import Distribution
 from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
 from megatron_prefix.training.step_plan import StepPlan, plan_rollouts
@@ -95,6 +96,8 @@ class PolicyUpdate:
         self._chunks = chunks
         self._optimizer, self._scheduler = optimizer, scheduler
         self.packing, self.attention = packing, attention
+        self.phases = Phases()
+        """Where the time goes; what runs beside the update may be measured too."""
         self._watch = TeachingWatch()
         self._distribution = Distribution(runtime.data_parallel_rank, runtime.device)
 
@@ -163,15 +166,18 @@ class PolicyUpdate:
                 "the trainer's own with them; have the rollouts bring them, or remove "
                 "objective.correction"
             )
-        minibatches = self.minibatches(batch, summary, step=step)
+        with self.phases.measured("plan"):
+            minibatches = self.minibatches(batch, summary, step=step)
         objective = self._objective.at_step(step)
-        self._prepare(minibatches, summary, objective)
+        with self.phases.measured("logprob"):
+            passes = self._prepare(minibatches, summary, objective)
         reports: list[PolicyMetrics] = []
         grad_norms = []
         for minibatch in [*minibatches] * self._training.epochs_per_rollout:
-            result = train_step(
-                self._chunks, self._optimizer, self._scheduler, minibatch.batches, objective
-            )
+            with self.phases.measured("optimizer"):
+                result = train_step(
+                    self._chunks, self._optimizer, self._scheduler, minibatch.batches, objective
+                )
             # The same on every rank, and before anything of this step can be saved.
             if not math.isfinite(result.grad_norm):
                 raise ValueError(
@@ -187,6 +193,7 @@ class PolicyUpdate:
             self._watch.see(statistics, step=step)
         return {
             "reward": float(summary.rewards.mean()),
+            **reward_spread(summary),
             **{f"reward/{n}": float(values.mean()) for n, values in summary.named_rewards.items()},
             "response_length": float(summary.response_lengths.mean()),
             **statistics.metrics(),
@@ -194,21 +201,26 @@ class PolicyUpdate:
             "kl_coefficient": objective.kl_coefficient,
             "grad_norm": sum(grad_norms) / len(grad_norms),
             "lr": result.lr,  # of the last optimizer step
-            **self._work_metrics(minibatches, started),
+            **self._work_metrics(minibatches, started, forward_passes=passes),
+            **self.phases.take(),
         }
 
     def _prepare(
         self, minibatches: Sequence[Minibatch], summary: RolloutSummary, objective: ObjectiveConfig
-    ) -> None:
-        """Compute what the objective compares the policy with. Collective."""
+    ) -> int:
+        """Compute what the objective compares the policy with, and say in how many forward passes
+        over the rollout batch. Collective."""
+        passes = 0
         corrects = objective.correction is not None
         # With a single optimizer step the old policy is the current one.
         needs_old = len(minibatches) * self._training.epochs_per_rollout > 1
         needs_old = needs_old or objective.kl_in == "reward"
         if needs_old and (corrects or not summary.has_old_logprobs):
+            passes += 1
             for minibatch in minibatches:
                 self._fill(minibatch, "recomputed_logprobs" if corrects else "old_logprobs")
         if self.reference is not None:
+            passes += 1
             with self.reference.in_place():
                 for minibatch in minibatches:
                     self._fill(minibatch, "reference_logprobs")
@@ -220,6 +232,7 @@ class PolicyUpdate:
                 device=self._runtime.device,
                 contributes=self._runtime.reports_metrics,
             )
+        return passes
 
     def _fill(self, minibatch: Minibatch, name: str) -> None:
         """Compute a kind of log-probabilities of every microbatch (on the last stage)."""
@@ -236,8 +249,16 @@ class PolicyUpdate:
             del means["entropy"]
         return means
 
-    def _work_metrics(self, minibatches: Sequence[Minibatch], started: float) -> dict[str, float]:
-        """What all ranks have computed, and how fast."""
+    def _work_metrics(
+        self, minibatches: Sequence[Minibatch], started: float, *, forward_passes: int
+    ) -> dict[str, float]:
+        """What all ranks have computed, and how fast.
+
+        Args:
+            minibatches: of the rollout batch.
+            started: when this process began with it.
+            forward_passes: over the batch, beside those that were trained on.
+        """
         own = torch.tensor(
             [
                 sum(minibatch.packed_tokens for minibatch in minibatches),
@@ -253,6 +274,11 @@ class PolicyUpdate:
         seconds = time.perf_counter() - started
         ungrouped = sum(minibatch.step.ungrouped_tokens for minibatch in minibatches)
         ungrouped_flops = sum(minibatch.step.ungrouped_flops for minibatch in minibatches)
+        # Backward has twice the matrix products of forward; what is recomputed does not count.
+        passes = 3 * self._training.epochs_per_rollout + forward_passes
+        ranks = self._runtime.world_size
+        tflops_per_second = passes * flops / 1e12 / seconds / ranks
+        peak = self._training.peak_tflops
         return {
             "tokens_computed": packed,
             "tokens_ungrouped": ungrouped,
@@ -260,6 +286,9 @@ class PolicyUpdate:
             "train_seconds": seconds,
             "tokens_per_second": packed / seconds,
             "ungrouped_tokens_per_second": ungrouped / seconds,
+            "tokens_per_second_per_gpu": packed / seconds / ranks,
+            "tflops_per_second_per_gpu": tflops_per_second,
+            **({} if peak is None else {"mfu": tflops_per_second / peak}),
         }
 
 

@@ -73,7 +73,6 @@ def test_what_megatron_adds_to_an_error_while_it_builds_is_left_away() -> None:
 VALUES: dict[str, Any] = {
     "cuda_graph_impl": "local",
     "transformer_impl": "inference_optimized",
-    "softmax_type": "learnable",
     "gtp_weight_remat_size": 2,
     "expert_gtp_weight_remat_size": 2,
     "mlp_chunks_for_training": 2,
@@ -112,6 +111,8 @@ COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_flex_dispatcher_backend": "hybridep",
         },
     ),
+    "a window without a limit": ("window_size", {"window_size": (-1, 0)}),
+    "a window that is not causal": ("window_size", {"window_size": (4, 4)}),
     "fused rotary embedding and YaRN": (
         "apply_rope_fusion",
         {"apply_rope_fusion": True, "yarn_rotary_scaling_factor": 4.0},

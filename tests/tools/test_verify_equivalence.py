@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -13,8 +14,10 @@ import pytest
 
 from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.config.loader import load_dataclass
+from megatron_prefix.megatron.options.attention import params_have_cp_group
 from megatron_prefix.megatron.releases import has_global_auxiliary_loss
 from tests import fork_server
+from tests.megatron.models import HAS_WINDOWS
 
 # One-token prompts and responses, a group of one, very unequal responses.
 SHAPES = [
@@ -243,6 +246,89 @@ def test_four_context_parallel_ranks_with_three_levels_of_sharing(tool: ModuleTy
         model=tool.with_comm_types(_model(tool), ["all_gather", "p2p"]),
         shapes=SHAPES_OF_RANKS,
         parallel=ParallelConfig(context_parallel_size=4),
+        packing={**ALWAYS, "sharing": "everything"},
+    )
+    _assert_exact(tool, report)
+
+
+EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+
+
+@pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14, which refuses windows and sinks")
+@pytest.mark.parametrize(
+    ("keys", "transformer", "parallel", "recompute"),
+    [
+        pytest.param(
+            5,
+            {},
+            ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2),
+            "full",
+            id="context and tensor parallelism, recompute",
+        ),
+        pytest.param(
+            64,
+            {},
+            ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+            "none",
+            id="interleaved pipeline",
+        ),
+        pytest.param(
+            5,
+            EXPERTS,
+            ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2),
+            "none",
+            id="context and expert parallelism",
+        ),
+    ],
+)
+def test_sliding_windows_on_every_other_layer_with_learnable_sinks(
+    tool: ModuleType,
+    keys: int,
+    transformer: dict[str, Any],
+    parallel: ParallelConfig,
+    recompute: str,
+) -> None:
+    model = _model(
+        tool,
+        window_size=[keys - 1, 0],
+        window_attn_skip_freq=2,
+        softmax_type="learnable",
+        **transformer,
+    )
+    report = tool.verify(
+        model=tool.with_comm_types(model, ["a2a", "a2a", "p2p", "p2p"]),
+        shapes=SHAPES_OF_RANKS,
+        parallel=parallel,
+        recompute=recompute,
+        packing={**ALWAYS, "sharing": "everything"},
+        optimizer_steps=2,
+    )
+    _assert_exact(tool, report)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+        ),
+        pytest.param(
+            ParallelConfig(context_parallel_size=2),
+            marks=pytest.mark.skipif(
+                not params_have_cp_group(), reason="megatron-core 0.14 and 0.15 refuse it"
+            ),
+        ),
+    ],
+    ids=["tensor parallelism and an interleaved pipeline", "context parallelism"],
+)
+def test_mrope(tool: ModuleType, parallel: ParallelConfig) -> None:
+    model = _model(tool, num_attention_heads=4, num_query_groups=2, mrope_section=[1, 2, 1])
+    report = tool.verify(
+        model=dataclasses.replace(model, position_embedding_type="mrope"),
+        shapes=SHAPES_OF_RANKS,
+        parallel=parallel,
         packing={**ALWAYS, "sharing": "everything"},
     )
     _assert_exact(tool, report)

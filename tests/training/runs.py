@@ -102,14 +102,14 @@ def write_config(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def run_command(config: Path) -> tuple[int, str]:
+def run_command(config: Path, *words: str) -> tuple[int, str]:
     """The entry point in this process: its exit status and what it wrote to stderr.
 
     Rank 0's report is not waited for: nobody ends these processes when it has come.
     """
     with (
         contextlib.redirect_stderr(io.StringIO()) as stderr,
-        mock.patch.object(sys, "argv", ["training", str(config)]),
+        mock.patch.object(sys, "argv", ["training", str(config), *words]),
         mock.patch.object(errors, "GRACE_S", 0.0),
     ):
         status = command.main()
@@ -148,6 +148,11 @@ def torchrun(
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics without what two runs of the same data never agree in."""
+    return {name: value for name, value in row.items() if "second" not in name and name != "mfu"}
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 
 from megatron_prefix.config import RunConfig
 from megatron_prefix.config.loader import load_dataclass
+from megatron_prefix.config.output import OutputConfig
 from megatron_prefix.megatron.known_messages import hide_known_messages
 from megatron_prefix.training.requirements import missing_packages
 from megatron_prefix.training.surroundings import faults_of_surroundings
@@ -50,12 +53,42 @@ def config(tmp_path: Path) -> Path:
     return write_config(tmp_path / "run.yaml", values)
 
 
-def test_help_is_short_and_imports_neither_torch_nor_megatron() -> None:
+def test_help_names_every_section_on_a_screen_and_imports_neither_torch_nor_megatron() -> None:
     done = _command("--help")
     assert done.returncode == 0 and done.stderr == ""
     *lines, imported = done.stdout.splitlines()
     assert imported == "imported: []"
-    assert len(lines) < 10 and "section.key=value" in done.stdout
+    assert len(lines) < 30 and max(map(len, lines)) <= 100 and "section.key=value" in done.stdout
+    text = done.stdout
+    for field in dataclasses.fields(RunConfig):
+        assert re.search(rf"^  [* ] {field.name} +[A-Z].*\.$", text, re.MULTILINE), field.name
+    required = re.findall(r"^  \* (\w+)", text, re.MULTILINE)
+    assert required == ["model", "training", "rollouts", "output"]
+    assert "--check" in text and "Ctrl-C" in text
+
+
+def test_help_of_a_section_and_of_a_key_says_type_default_and_meaning() -> None:
+    section, key, nested = (
+        _command("--help", name).stdout for name in ("output", "optimizer.lr", "rollouts.server")
+    )
+    for field in dataclasses.fields(OutputConfig):
+        assert f"\noutput.{field.name}: " in section
+    assert "\noutput.directory: path, must be set\n    Folder of the run" in section
+    assert "\noutput.keep: int, default 2\n    Checkpoints that are kept" in section
+    assert key.startswith("optimizer.lr: float, default ") and key.count("\n    ") == 1
+    assert nested.startswith("rollouts.server: ") and "\nrollouts.server.url: " in nested
+    for text in (section, key, nested):
+        assert text.endswith("imported: []\n")
+
+
+def test_help_of_what_is_no_key_names_the_sections() -> None:
+    done = _command("--help", "optimiser.lr")
+    assert done.returncode == 2 and done.stdout == "imported: []\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "error: --help optimiser.lr: there is no such section or key; sections: "
+    )
+    assert "optimizer" in line
 
 
 def test_a_misspelt_key_is_answered_within_a_second(config: Path) -> None:

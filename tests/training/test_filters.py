@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,6 +102,62 @@ def test_a_warning_says_when_three_batches_in_a_row_teach_nothing(
     assert "equal rewards" in said[0]
 
 
+def _cut_off(record: dict[str, Any]) -> None:
+    record |= {"finished": [False] * 4, "rewards": [0.0] * 4}
+
+
+def _masked(record: dict[str, Any]) -> None:
+    record["finished"] = [False] * 4
+
+
+def _identical(record: dict[str, Any]) -> None:
+    record |= {"responses": record["responses"][:1] * 4, "rewards": [1.0] * 4}
+
+
+def _identical_by_a_fickle_reward(record: dict[str, Any]) -> None:
+    record["responses"] = record["responses"][:1] * 4
+
+
+def _alone(record: dict[str, Any]) -> None:
+    record |= {"responses": record["responses"][:1], "rewards": [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("change", "objective", "cause"),
+    [
+        (_cut_off, {}, "most responses are cut off at the limit of length"),
+        (_masked, {"overlong": {"kind": "mask"}}, "most responses are cut off at the limit of"),
+        (_identical, {}, "most responses repeat another one of their group"),
+        (_identical_by_a_fickle_reward, {}, "most responses repeat another one of their group"),
+        (_alone, {}, "each group is a single response, which nothing is compared with: raise "),
+    ],
+)
+def test_the_third_batch_that_teaches_nothing_is_told_with_its_likely_cause(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[dict[str, Any]], None],
+    objective: dict[str, Any],
+    cause: str,
+) -> None:
+    records = good_records(6)
+    for record in records:
+        change(record)
+    values = run_values(
+        tmp_path / "out",
+        records=write_records(tmp_path / "records.jsonl", records),
+        training={"steps": 3},
+        objective=objective,
+        output={"save_last": False},
+    )
+    with caplog.at_level(logging.WARNING, "megatron_prefix"), trainer(values) as run:
+        run.run()
+    (said,) = [r.getMessage() for r in caplog.records if "has an advantage" in r.getMessage()]
+    assert said.startswith("steps 1 to 3: no response has an advantage that trains the policy")
+    assert cause in said
+    for row in read_rows(tmp_path / "out"):
+        assert row["grad_norm"] < 1e-6
+
+
 def test_metrics_count_unfinished_repeated_and_masked_responses(tmp_path: Path) -> None:
     first, second = good_records(2)
     first["responses"] = [[5, 6], [5, 6], [5, 7], [5, 6]]
@@ -115,6 +173,10 @@ def test_metrics_count_unfinished_repeated_and_masked_responses(tmp_path: Path) 
     )
     _train(values)
     (row,) = read_rows(tmp_path / "out")
+    assert (row["reward_min"], row["reward_max"]) == (0.0, 1.0)
+    # Both groups have 1, 0, 0.5 and 0.25.
+    assert row["reward_std"] == pytest.approx(np.std([1.0, 0.0, 0.5, 0.25]))
+    assert row["reward_group_std"] == pytest.approx(row["reward_std"])
     assert row["repeated_fraction"] == 2 / 8
     assert row["unfinished_fraction"] == row["overlong_fraction"] == 3 / 8
     assert row["skipped_fraction"] == 3 / 8

@@ -150,7 +150,7 @@ def _wait_for_an_instant(job: Job, kill: int, chance: random.Random) -> None:
             return
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_run_that_one_rank_is_asked_to_stop_saves_ends_well_and_continues_bit_for_bit(
     number: signal.Signals, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from equivalence.case import (
     LEARNING_RATE,
     WEIGHT_DECAY,
     Case,
+    mrope_positions,
     trained_tokens,
     with_old_logprobs,
 )
@@ -33,7 +34,10 @@ def sequence_logprobs(model: torch.nn.Module, case: Case, group: RolloutGroup, i
     inputs = tokens[:-1][None]
     length = inputs.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
-    logits = model(inputs, torch.arange(length)[None], causal)[0, len(group.prompt) - 1 :]
+    positions = torch.arange(length)[None]
+    if case.model.position_embedding_type == "mrope":
+        positions = torch.tensor(mrope_positions(length))[:, None]
+    logits = model(inputs, positions, causal)[0, len(group.prompt) - 1 :]
     logits = logits[:, : case.model.vocab_size]
     if logits.dtype == torch.bfloat16:
         logits = logits.to(torch.float32)

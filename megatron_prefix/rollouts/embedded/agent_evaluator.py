@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_prefix.distributed.rank_results import on_rank_0
+from megatron_prefix.distributed.rank_results import on_rank_0, rank_0_alone
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.evaluator import STEP, EvaluationResult
 from megatron_prefix.rollouts.embedded.sampler import SampledResponse, Sampler
 from megatron_prefix.rollouts.engine import ENGINE_ERRORS
 from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.server.agent import AgentLoop, Play
 from megatron_prefix.rollouts.server.answers import Sample
 from megatron_prefix.rollouts.server.asking import Tally, Wanted
@@ -28,6 +29,8 @@ class AgentEvaluator:
 
     last: EvaluationResult | None = None
     """What the last `evaluate` found."""
+    batch: RolloutBatch | None = None
+    """The dialogues of the last `evaluate`, on rank 0."""
 
     def __init__(
         self,
@@ -37,6 +40,7 @@ class AgentEvaluator:
         *,
         options: SamplingOptions,
         seed: int,
+        data_sets: Sequence[str] = (),
     ) -> None:
         """Nothing is sampled yet.
 
@@ -46,6 +50,7 @@ class AgentEvaluator:
             prompts: at least one, each of a chat.
             options: of the sampling of a turn.
             seed: of the sampling; all evaluations draw the same random numbers.
+            data_sets: for each prompt the name of its data set; empty where they are of one.
         """
         assert prompts
         self._sampler = sampler
@@ -53,6 +58,7 @@ class AgentEvaluator:
         self._prompts = prompts
         self._options = options
         self._seed = seed
+        self._data_sets = tuple(data_sets)
         self._metrics: dict[str, float] = {}
 
     def evaluate(self) -> float:
@@ -61,7 +67,7 @@ class AgentEvaluator:
         Raises:
             ServerError: a prompt that is no chat.
         """
-        dialogues = _Dialogues(self._loop, self._prompts)
+        dialogues = _Dialogues(self._loop, self._prompts, self._data_sets)
         sampled: list[list[SampledResponse]] | None = None
         turn = 0
         while True:
@@ -74,6 +80,7 @@ class AgentEvaluator:
             )
             turn += 1
         self.last, self._metrics = on_rank_0(dialogues.result)
+        self.batch = rank_0_alone(dialogues.batch)
         return self.last.mean
 
     def metrics(self) -> dict[str, float]:
@@ -84,8 +91,11 @@ class AgentEvaluator:
 class _Dialogues:
     """The dialogues of one evaluation, on rank 0."""
 
-    def __init__(self, loop: AgentLoop | None, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self, loop: AgentLoop | None, prompts: Sequence[Prompt], data_sets: tuple[str, ...]
+    ) -> None:
         self._tally = Tally()
+        self._prompts, self._data_sets = prompts, data_sets
         self._responses: list[list[Sample]] = []
         self._play: Play | None = None
         if loop is not None:
@@ -112,6 +122,22 @@ class _Dialogues:
             return None
         return [turn.prompt.tokens for turn in turns]
 
+    def batch(self) -> RolloutBatch | None:
+        """The dialogues that have ended; None where none has."""
+        groups = [
+            RolloutGroup(
+                prompt=prompt.tokens,
+                responses=tuple(sample.tokens for sample in samples),
+                rewards=tuple(sum(sample.turn_rewards or ()) for sample in samples),
+                finished=tuple(sample.finished for sample in samples),
+                answer=prompt.answer,
+                source=prompt.source,
+            )
+            for prompt, samples in zip(self._prompts, self._responses, strict=True)
+            if samples
+        ]
+        return RolloutBatch.from_groups(groups) if groups else None
+
     def result(self) -> tuple[EvaluationResult, dict[str, float]]:
         """The rewards, and metrics."""
         rewards = [
@@ -123,7 +149,8 @@ class _Dialogues:
             "eval_turns": self._tally.turns / max(1, ended),
             "eval_environment_failures": float(self._tally.environment_failures),
         }
-        return EvaluationResult(rewards=tuple(rewards)), metrics
+        found = EvaluationResult(rewards=tuple(rewards), data_sets=self._data_sets)
+        return found, {**found.metrics(), **metrics}
 
 
 def _sample(response: SampledResponse, options: SamplingOptions) -> Sample:

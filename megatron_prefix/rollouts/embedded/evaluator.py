@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_prefix.distributed.rank_results import on_rank_0
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
@@ -22,7 +26,10 @@ class EvaluationResult:
     """The rewards of one evaluation."""
 
     rewards: tuple[float, ...]
-    """One for each prompt."""
+    """One for each response, prompt by prompt."""
+    responses_per_prompt: int = 1
+    data_sets: tuple[str, ...] = ()
+    """For each prompt the name of its data set; empty where prompts are of one."""
 
     @property
     def mean(self) -> float:
@@ -32,22 +39,58 @@ class EvaluationResult:
     @property
     def num_prompts(self) -> int:
         """Prompts that were evaluated on."""
-        return len(self.rewards)
+        return len(self.rewards) // self.responses_per_prompt
 
     @property
     def num_correct(self) -> int:
         """Responses whose reward is at least 1, for rewards that say right or wrong."""
         return sum(reward >= 1 for reward in self.rewards)
 
+    def metrics(self) -> dict[str, float]:
+        """The mean reward of each data set, and pass@k of all prompts and of each data set."""
+        rewards = np.array(self.rewards).reshape(self.num_prompts, self.responses_per_prompt)
+        names = np.array(self.data_sets)
+        parts = {"": rewards}
+        parts |= {f"/{name}": rewards[names == name] for name in dict.fromkeys(self.data_sets)}
+        found = {f"eval{end}": float(part.mean()) for end, part in parts.items() if end}
+        for k in _counts(self.responses_per_prompt):
+            for end, part in parts.items():
+                found[f"eval_pass_at_{k}{end}"] = pass_at_k(part >= 1, k)
+        return found
+
+
+def pass_at_k(correct: NDArray[np.bool_], k: int) -> float:
+    """The chance that of k responses to a prompt at least one is right; mean over prompts.
+
+    Without bias, from n >= k responses of which c are right: 1 - C(n - c, k) / C(n, k) (Chen et
+    al., arXiv 2107.03374, equation 1).
+
+    Args:
+        correct: [prompts, n]
+        k: at most n.
+    """
+    n = correct.shape[1]
+    wrong = n - correct.sum(axis=1)
+    return float(np.mean([1 - math.comb(int(w), k) / math.comb(n, k) for w in wrong]))
+
+
+def _counts(responses: int) -> list[int]:
+    """The k of pass@k: powers of two and all responses; none where there is one response."""
+    if responses == 1:
+        return []
+    return sorted({2**i for i in range(responses.bit_length()) if 2**i <= responses} | {responses})
+
 
 class Evaluator:
-    """Samples one response to each of a fixed list of prompts and averages their rewards.
+    """Samples responses to each of a fixed list of prompts and averages their rewards.
 
     Nothing of the training changes by it, its random state and its place in the data included.
     """
 
     last: EvaluationResult | None = None
     """What the last `evaluate` found."""
+    batch: RolloutBatch | None = None
+    """The responses of the last `evaluate`, on rank 0."""
 
     def __init__(
         self,
@@ -57,6 +100,8 @@ class Evaluator:
         options: SamplingOptions,
         reward: RewardFunction,
         seed: int,
+        responses_per_prompt: int = 1,
+        data_sets: Sequence[str] = (),
     ) -> None:
         """Nothing is sampled yet.
 
@@ -66,13 +111,17 @@ class Evaluator:
             options: of the sampling.
             reward: of each response.
             seed: of the sampling; all evaluations draw the same random numbers.
+            responses_per_prompt: as many.
+            data_sets: for each prompt the name of its data set; empty where they are of one.
         """
-        assert prompts
+        assert prompts and len(data_sets) in (0, len(prompts))
         self._sampler = sampler
         self._prompts = prompts
         self._options = options
         self._reward = reward
         self._seed = seed
+        self._responses_per_prompt = responses_per_prompt
+        self._data_sets = tuple(data_sets)
 
     def evaluate(self) -> float:
         """The mean reward of the model as it is now, the same on every rank. Collective.
@@ -80,23 +129,26 @@ class Evaluator:
         Raises:
             ValueError: a reward could not be computed, naming the prompt's source.
         """
-        batch = sample_rollouts(
+        self.batch = sample_rollouts(
             self._sampler,
             self._prompts,
             self._options,
-            group_size=1,
+            group_size=self._responses_per_prompt,
             reward=self._reward,
             seed=self._seed,
             step=STEP,
         )
-        self.last = on_rank_0(lambda: _result(batch))
+        self.last = on_rank_0(self._result)
         return self.last.mean
 
     def metrics(self) -> dict[str, float]:
-        """Nothing beside the mean reward."""
-        return {}
+        """What there is beside the mean reward of the last `evaluate`."""
+        return {} if self.last is None else self.last.metrics()
 
-
-def _result(batch: RolloutBatch | None) -> EvaluationResult:
-    assert batch is not None
-    return EvaluationResult(rewards=tuple(batch.rewards.tolist()))
+    def _result(self) -> EvaluationResult:
+        assert self.batch is not None
+        return EvaluationResult(
+            rewards=tuple(self.batch.rewards.tolist()),
+            responses_per_prompt=self._responses_per_prompt,
+            data_sets=self._data_sets,
+        )
