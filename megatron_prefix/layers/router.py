@@ -64,6 +64,15 @@ def router_of(layer: Any) -> TopKRouter | None:
     return next((m for m in layer.mlp.modules() if isinstance(m, TopKRouter)), None)
 
 
+def own_rows(values: Tensor, config: Any) -> Tensor:
+    """[T, ...] of a row's tokens -> of those that a router gets: under sequence parallelism the
+    part of this tensor-parallel rank."""
+    if not config.sequence_parallel:
+        return values
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    return values.tensor_split(size)[parallel_state.get_tensor_model_parallel_rank()]
+
+
 @contextlib.contextmanager
 def counting_by_multiplicity(layer: Any, params: PrefixPackedSeqParams) -> Iterator[None]:
     """Within the block, the layer's router counts the rows of a batch by their multiplicity.
@@ -78,12 +87,10 @@ def counting_by_multiplicity(layer: Any, params: PrefixPackedSeqParams) -> Itera
     assert params.multiplicity is not None and params.query_rows is None
     config, router, multiplicity = layer.config, router_of(layer), params.multiplicity
     assert router is not None
-    if config.sequence_parallel:
-        multiplicity = multiplicity.tensor_split(
-            parallel_state.get_tensor_model_parallel_world_size()
-        )[parallel_state.get_tensor_model_parallel_rank()]
     weighted = _WeightedRouter(
-        router=router, multiplicity=multiplicity[:, None], scale=params.router_losses
+        router=router,
+        multiplicity=own_rows(multiplicity, config)[:, None],
+        scale=params.router_losses,
     )
     with contextlib.ExitStack() as lent:
         if _bias_moves(config):

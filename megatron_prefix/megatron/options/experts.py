@@ -159,8 +159,8 @@ OPTIONS: list[Option] = [
     Option(
         name="moe_router_enable_expert_bias",
         kind="used",
-        why="a bias is a constant of the choice of experts; what moves it are counts, and "
-        + _BY_SEQUENCE,
+        why="a bias is a constant of the choice of experts; a token moves it once for each of its "
+        "sequences",
         check=_expert_bias,
     ),
     *used("moe_router_bias_update_rate", why="see moe_router_enable_expert_bias"),
