@@ -124,12 +124,6 @@ def transformer_config(
             f"model.transformer: mrope_section={config.mrope_section} does not go with "
             f"model.position_embedding_type: {model.position_embedding_type}; give both or neither"
         )
-    if config.window_size and training.share_across_microbatches:
-        raise ConfigError(
-            f"training.share_across_microbatches: true with model.transformer.window_size: "
-            f"{config.window_size} is not supported yet (a row of responses would need the last "
-            "keys of its prompt from an earlier row); set share_across_microbatches: false"
-        )
     _check_sizes(model, config)
     if config.pipeline_model_parallel_size > 1:
         layers, stages = (
