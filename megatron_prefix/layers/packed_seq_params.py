@@ -24,6 +24,19 @@ from megatron_prefix.layout import (
 from megatron_prefix.megatron.borrowed import OneRank
 
 
+@dataclass(frozen=True, kw_only=True)
+class RouterLossScale:
+    """What losses of routers are divided by and multiplied by; they are means over tokens."""
+
+    num_tokens: int
+    """Of all sequences of the microbatch, on all ranks that hold a part of it: a token counts once
+    for each of its sequences."""
+    factor: float
+    """Of the mean. With Megatron's division by the number of microbatches, and its mean over
+    data-parallel ranks, it is 1; where gradients are only added up, 1 / (microbatches of a rank
+    * data-parallel ranks)."""
+
+
 @dataclass(kw_only=True)
 class PrefixPackedSeqParams(PackedSeqParams):
     """`PackedSeqParams` of one packed row in which prefixes are shared.
@@ -46,6 +59,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
     has moved."""
     multiplicity: Tensor | None = None
     """[T] int64: sequences that run through each token, 0 on padding; None: it is not trained."""
+    router_losses: RouterLossScale | None = None
+    """Needed to train a model whose routers have losses of their own."""
     shards: ContextShards | None = None
     """How the row is distributed over context-parallel ranks; None: all of it is here."""
     last_layer: PrefixPackedSeqParams | None = None
@@ -64,6 +79,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
         needed: np.ndarray | None = None,
         multiple: int = 1,
         mrope_positions: np.ndarray | None = None,
+        router_losses: RouterLossScale | None = None,
     ) -> PrefixPackedSeqParams:
         """Params of a packed layout, or of this rank's part of it, with tensors on the device.
 
@@ -79,6 +95,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             multiple: the number of output rows is a multiple of this: the tensor-parallel size,
                 under sequence parallelism.
             mrope_positions: [3, T] of the whole row, from `layout.scatter`, for a model with mRoPE.
+            router_losses: see the field.
 
         Raises:
             ValueError: the row does not divide by the group's size.
@@ -92,7 +109,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
             multiple=multiple,
             window=setup.window,
         )
-        params = cls.from_row(row, record_to_device(row.model, setup.device), setup)
+        tensors = record_to_device(row.model, setup.device)
+        params = cls.from_row(row, tensors, setup, router_losses=router_losses)
         if mrope_positions is not None:
             if mrope_positions.shape != (3, layout.num_tokens):
                 raise ValueError(
@@ -111,6 +129,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
         *,
         root: RootKeys | None = None,
         keeps_root: bool = False,
+        router_losses: RouterLossScale | None = None,
     ) -> PrefixPackedSeqParams:
         """Params of a rank's row.
 
@@ -120,6 +139,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             setup: of the model.
             root: of the series that the row belongs to, if it does.
             keeps_root: whether it is the series' first row.
+            router_losses: see the field.
         """
         exchange = None
         if row.shards is not None:
@@ -143,6 +163,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             position_ids=tensors.position_ids,
             own_rows=row.rows,
             multiplicity=tensors.multiplicity,
+            router_losses=router_losses,
             shards=row.shards,
         )
         last = tensors.last_stages

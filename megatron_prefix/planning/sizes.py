@@ -23,8 +23,9 @@ def memory_model(
     """What memory depends on; on the GPU, Megatron's fused operations are taken to be there."""
     fused = training.device != "cpu"
     rotary = model.position_embedding_type in ("rope", "mrope", "yarn")
+    shape = model_shape(model, config)
     return MemoryModel(
-        shape=model_shape(model, config),
+        shape=shape,
         moe_layers=moe_layers(config),
         padded_vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
         tied_embeddings=model.share_embeddings_and_output_weights,
@@ -40,7 +41,7 @@ def memory_model(
         fused=fused,
         dtype=training.dtype,
         recompute=training.recompute,
-        trim_last_layer=training.trim_last_layer,
+        trim_last_layer=training.trim_last_layer and not shape.whole_last_layer,
         head_chunk_tokens=training.log_prob_chunk_tokens,
     )
 
