@@ -41,15 +41,8 @@ def rank_row(
         window: of the model's layers with a sliding window, see `Rectangles`; None: it has none.
 
     Raises:
-        ValueError: the row's length does not divide by the number of ranks, or its root ran in an
-            earlier row and the model has a window.
+        ValueError: the row's length does not divide by the number of ranks.
     """
-    if window is not None and layout.root_stage is not None:
-        raise ValueError(
-            "share_across_microbatches: true cannot be combined with window_size yet (a row of "
-            "responses would need the last keys of its prompt from an earlier row); set "
-            "share_across_microbatches: false"
-        )
     if num_ranks == 1:
         shards, rows = None, np.arange(layout.num_tokens)
         stages = RowStages(

@@ -107,9 +107,11 @@ class WindowedStages(Generic[Array]):
     """The attention of a layer with a sliding window, see `windows.py`."""
 
     stage: AttentionStage[Array]
-    """All queries, against the keys of the row and, behind them, those received."""
+    """All queries, against the keys of the row and, behind them, those from elsewhere."""
     halo: HaloRows[Array] | None
-    """None: no rank needs a row of another one."""
+    """Of other ranks; None: no rank needs a row of another one."""
+    root_rows: int
+    """So many of the last keys of a root that an earlier row has run."""
 
 
 def attention_stage(
