@@ -251,11 +251,10 @@ class Trainer:
             self.engine.close()
         # No rank is gone before all have closed what they hold.
         dist.barrier()
-        if self.runtime.is_main and output.plot and not self.stopped:
-            plot_reward(
-                read_metrics(output.directory / "metrics.jsonl"), output.directory / "reward.png"
-            )
         if self.runtime.is_main:
+            if output.plot and not self.stopped:
+                folder = output.directory
+                plot_reward(read_metrics(folder / "metrics.jsonl"), folder / "reward.png")
             why = "it was asked to stop; start the run again to go on" if self.stopped else why
             report_end(
                 config, self.checkpoints, began=began, step=self.step, why=why, best=self.best
