@@ -153,7 +153,7 @@ class WandbRun:
         # Its own count of steps takes no number twice; a run that was killed repeats some.
         self._run.define_metric("*", step_metric="step")
         self.id = self._run.id
-        self.where = self._run.url or self._run.settings.sync_dir
+        self.where = self._run.url if section.mode == "online" else self._run.settings.sync_dir
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Take a step's metrics."""
