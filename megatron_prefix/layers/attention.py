@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 from typing import Any, Literal
 
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from megatron_prefix.attention.comm_types import layer_comm_type
 from megatron_prefix.attention.row_attention import AttentionLayer
+from megatron_prefix.attention.windows import layer_window
 from megatron_prefix.layers.last_layer import query_key_value
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.borrowed import row_as_one_sequence
 from megatron_prefix.megatron.options import refuse_unsupported
+from megatron_prefix.megatron.releases import option
 
 RopeTable = Literal["by position", "by token"]
 """What the rows of a model's RoPE table are: positions from 0, as GPTModel makes it, or the tokens
@@ -99,8 +102,10 @@ class _PrefixSelfAttention:
         return query, key, value, *gate
 
     def _table_of_row(self, table: Tensor, params: PrefixPackedSeqParams) -> Tensor:
-        """[positions or T, ...] -> [T, ...] the row of each token."""
+        """[positions or T, ...] -> [T, ...] the row of each token, as mRoPE's table has it."""
         num_tokens = len(params.position_ids)
+        if params.mrope_position_ids is not None:
+            return table
         if self.prefix_rope_table == "by token":
             if len(table) != num_tokens:
                 raise ValueError(
@@ -138,6 +143,7 @@ class _PrefixCoreAttention:
         self.prefix_only = prefix_only
         number = kwargs["layer_number"] if "layer_number" in kwargs else args[1]
         self.prefix_layer = _attention_layer(config, number, kwargs.get("softmax_scale"))
+        _require_sink(self, config)
 
     def forward(
         self,
@@ -173,7 +179,11 @@ class _PrefixCoreAttention:
                 "attention_bias cannot be combined with shared prefixes: leave it None for batches "
                 "that carry PrefixPackedSeqParams"
             )
-        out = packed_seq_params.attention(query, key, value, self.prefix_layer)
+        layer = self.prefix_layer
+        sink = getattr(self, "softmax_offset", None)
+        if sink is not None:
+            layer = dataclasses.replace(layer, sink=sink)
+        out = packed_seq_params.attention(query, key, value, layer)
         return out.reshape(out.shape[0], -1)
 
 
@@ -182,7 +192,19 @@ def _attention_layer(config: Any, number: int, scale: float | None) -> Attention
         number=number,
         scale=1.0 / math.sqrt(config.kv_channels) if scale is None else scale,
         comm_type=layer_comm_type(config, number),
+        window=layer_window(config, number),
     )
+
+
+def _require_sink(core_attention: Any, config: Any) -> None:
+    """Raise a ValueError where the config asks for a sink that the core attention does not hold."""
+    kind = option(config, "softmax_type")
+    if kind not in (None, "vanilla") and getattr(core_attention, "softmax_offset", None) is None:
+        raise ValueError(
+            f"softmax_type={kind!r}: {type(core_attention).__name__} has no softmax_offset. Use "
+            "Megatron's local layer spec or Transformer Engine 2.8 or newer, or set softmax_type "
+            "to 'vanilla'"
+        )
 
 
 def takes_shared_prefixes(core_attention: Any) -> bool:
@@ -225,3 +247,4 @@ def share_in_self_attention(attention: Any, *, rope_table: RopeTable | None = No
     core.config = config
     core.prefix_only = False
     core.prefix_layer = _attention_layer(config, attention.layer_number, config.softmax_scale)
+    _require_sink(core, config)

@@ -34,6 +34,7 @@ def share_in_layers(model: nn.Module, config: Any, *, rope_table: RopeTable | No
         ValueError: an option or a layer that cannot share prefixes, by name.
     """
     refuse_unsupported(config)
+    refuse_mrope(model)
     layers = list(model.modules())
     for layer in layers:
         if isinstance(layer, RECURRENT_LAYERS):
@@ -50,3 +51,18 @@ def share_in_layers(model: nn.Module, config: Any, *, rope_table: RopeTable | No
         if isinstance(layer, TransformerLayer):
             layer.__class__ = prefix_transformer_layer(type(layer))
             share_in_self_attention(layer.self_attention, rope_table=rope_table)
+
+
+def refuse_mrope(model: nn.Module) -> None:
+    """Raise a ValueError if the prefixes of this model's rows are not found by tokens alone.
+
+    Args:
+        model: a GPTModel, or a module around one.
+    """
+    for module in model.modules():
+        if getattr(module, "position_embedding_type", None) == "mrope":
+            raise ValueError(
+                "position_embedding_type='mrope': images that have the same placeholder tokens "
+                "would be taken for one image. Run this model without shared prefixes, or pack its "
+                "rows yourself, with PrefixPackedSeqParams.from_layout(mrope_positions=...)"
+            )

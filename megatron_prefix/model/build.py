@@ -11,8 +11,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_prefix.attention.windows import model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layout import ModelShape
@@ -87,6 +89,8 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         kv_channels=config.kv_channels,
         vocab_size=model.vocab_size,
         gated_linear_unit=config.gated_linear_unit,
+        windowed_layers=windowed_layers(config),
+        window=model_window(config) or 0,
         **experts,
     )
 
@@ -125,6 +129,11 @@ class ModelChunks:
             for prefix, chunk in zip(prefixes, self.bare, strict=True)
             for name, parameter in chunk.named_parameters()
         ]
+
+    def expert_biases(self) -> list[torch.Tensor]:
+        """The biases by which routers choose experts: weights too, though they are buffers."""
+        routers = (m for chunk in self.bare for m in chunk.modules() if isinstance(m, TopKRouter))
+        return [router.expert_bias for router in routers if router.expert_bias is not None]
 
 
 def build_model_chunks(

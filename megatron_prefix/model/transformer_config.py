@@ -119,6 +119,17 @@ def transformer_config(
         raise ConfigError(f"model.transformer: {error}") from error
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"model.transformer: Megatron-Core refuses it: {error}") from error
+    if (model.position_embedding_type == "mrope") != (config.mrope_section is not None):
+        raise ConfigError(
+            f"model.transformer: mrope_section={config.mrope_section} does not go with "
+            f"model.position_embedding_type: {model.position_embedding_type}; give both or neither"
+        )
+    if config.window_size and training.share_across_microbatches:
+        raise ConfigError(
+            f"training.share_across_microbatches: true with model.transformer.window_size: "
+            f"{config.window_size} is not supported yet (a row of responses would need the last "
+            "keys of its prompt from an earlier row); set share_across_microbatches: false"
+        )
     _check_sizes(model, config)
     if config.pipeline_model_parallel_size > 1:
         layers, stages = (
@@ -154,7 +165,7 @@ def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:
         refuse("num_query_groups", f"does not divide by tensor_model_parallel_size: {tensor}")
     if config.ffn_hidden_size % tensor:
         refuse("ffn_hidden_size", f"does not divide by tensor_model_parallel_size: {tensor}")
-    if model.position_embedding_type in ("rope", "yarn"):
+    if model.position_embedding_type in ("rope", "mrope", "yarn"):
         rotated = int(config.kv_channels * model.rotary_percent)
         if rotated < 2 or rotated % 2:
             refuse(

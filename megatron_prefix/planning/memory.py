@@ -220,6 +220,8 @@ class MemoryModel:
         last: bool,
         travelling: int = 0,
         root_tokens: int = 0,
+        halo_tokens: int = 0,
+        window_copies: int = 0,
     ) -> int:
         """The most that exists at once beside what is kept, while a microbatch runs.
 
@@ -234,6 +236,8 @@ class MemoryModel:
             last: whether the chunk has the output layer.
             travelling: tokens whose keys and values come from other context-parallel ranks.
             root_tokens: of a root that an earlier row has run, which the row attends to.
+            halo_tokens: the same as `travelling` in layers with a sliding window.
+            window_copies: rows of keys that such a layer copies side by side.
         """
         candidates = [0]
         s, b = self.shape, self.element
@@ -254,10 +258,13 @@ class MemoryModel:
             if self.recompute == "full":
                 again = self._all_of_layer(layer, tokens, labels, ranks)
             # Gathered, in the order of the stages, and the gradients of both.
-            gathered = travelling * 2 * self._kv // ranks.tensor * 2 * (b + self.wide)
+            windowed = any(s.windowed_layers[layer : layer + 1])
+            width = 2 * self._kv // ranks.tensor
+            gathered = (halo_tokens if windowed else travelling) * width * 2 * (b + self.wide)
             # The row's share of the gradients of the root's keys and values.
-            gathered += root_tokens * 2 * self._kv // ranks.tensor * b
-            backward = self._layer_backward(layer, tokens, labels, ranks)
+            gathered += root_tokens * width * b
+            copies = window_copies if windowed else 0
+            backward = self._layer_backward(layer, tokens, labels, ranks, copies)
             candidates.append(again - gone + gathered + backward)
             gone += self.kept_by_layer(layer, tokens, labels, ranks)
         return max(candidates)
@@ -312,8 +319,13 @@ class MemoryModel:
         routing = s.num_experts * (b + 1) + k * (2 * _INDEX + self.wide + b)
         return experts + tokens * shared + tokens // ranks.sequence * routing
 
-    def _layer_backward(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
-        """The most that exists at once in a layer's backward, beside all of its activations."""
+    def _layer_backward(
+        self, layer: int, tokens: int, labels: int, ranks: RankSizes, copies: int
+    ) -> int:
+        """The most that exists at once in a layer's backward, beside all of its activations.
+
+        `copies`: rows of keys that its attention copies.
+        """
         s, b, tp = self.shape, self.element, ranks.tensor
         rows = self._rows(layer, tokens, labels, ranks)
         row = rows // ranks.sequence * s.hidden_size * b
@@ -332,6 +344,9 @@ class MemoryModel:
         # gone by then.
         heads = (rows * self._q + tokens * 2 * self._kv) // tp * (self.wide + b)
         attention = row + heads + rows * self._q // tp * b - self._of_mlp(layer, rows, ranks)
+        # Copied keys and values, the gradients of both, and those of one sorted by their rows; on
+        # the CPU the kernel copies all four once more in its blocks.
+        attention += copies * self._kv // tp * (2 * b + (3 if self.fused else 6) * self.wide)
         return max(mlp, attention)
 
     @property

@@ -7,6 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.attention.kernels import Kernel, select_kernel
 from megatron_prefix.attention.self_check import check_kernel
+from megatron_prefix.attention.windows import model_window
 from megatron_prefix.config import TrainingConfig
 from megatron_prefix.distributed.rank_results import raise_together
 from megatron_prefix.model.transformer_config import DTYPES
@@ -26,6 +27,7 @@ def check_kernel_of_run(
         "dtype": DTYPES[training.dtype],
         "head_dim": model.kv_channels,
         "deterministic": training.deterministic,
+        "windows": model_window(model) is not None,
     }
     tensor_size = model.tensor_model_parallel_size
     with raise_together():

@@ -27,6 +27,7 @@ from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.distributed import run_distributed
 from tests.megatron.models import (
+    HAS_WINDOWS,
     HAS_YARN,
     TRAINING,
     model_config,
@@ -50,6 +51,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "no positions": {"position_embedding_type": "none"},
     "multi-query": {"transformer": {"num_query_groups": 1}},
 }
+if HAS_WINDOWS:
+    MODELS["windows and learnable sinks"] = {
+        "transformer": {
+            "window_size": [5, 0],
+            "window_attn_skip_freq": 2,
+            "softmax_type": "learnable",
+        }
+    }
 YARN = {
     "position_embedding_type": "yarn",
     "yarn": YarnConfig(rotary_scaling_factor=4.0, original_max_position_embeddings=16),

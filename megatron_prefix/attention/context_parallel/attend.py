@@ -8,12 +8,20 @@ from megatron_prefix.attention.context_parallel.gathered import GatheredAttentio
 from megatron_prefix.attention.context_parallel.heads import attend_by_heads
 from megatron_prefix.attention.context_parallel.layer import RankLayer
 from megatron_prefix.attention.context_parallel.ring import RingAttention
+from megatron_prefix.attention.context_parallel.windowed import WindowedAttention
 from megatron_prefix.attention.function import checked_inputs
 from megatron_prefix.layout import CommType
 
 
 def attend_across_ranks(
-    q: Tensor, k: Tensor, v: Tensor, layer: RankLayer, comm_type: CommType
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: RankLayer,
+    comm_type: CommType,
+    *,
+    windowed: bool = False,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Attention of this rank's queries. Collective over the group, backward too.
 
@@ -21,6 +29,10 @@ def attend_across_ranks(
         q: [N, H, D]; k and v: [C, Hk, D].
         layer: its stages are those of `comm_type`, if not of all kinds.
         comm_type: the kind of communication.
+        windowed: within the sliding window that the row was planned for: only halos travel then,
+            whatever the kind.
+        sink: [H] see `prefix_attention`. Its gradient is that of this rank's queries (with `a2a`,
+            of all queries for this rank's heads): to be summed over the ranks.
 
     Returns:
         [N, H, D] in q's dtype.
@@ -31,6 +43,8 @@ def attend_across_ranks(
     """
     q, k, v = checked_inputs(q, k, v, layer.stages)
     stages = layer.stages
+    if windowed and stages.windowed is not None:
+        return WindowedAttention.apply(q, k, v, sink, layer)
     planned = {"all_gather": stages.gathered, "p2p": stages.ring, "a2a": stages.whole_row}
     if planned[comm_type] is None:
         kinds = ", ".join(kind for kind, found in planned.items() if found is not None)
@@ -39,6 +53,6 @@ def attend_across_ranks(
             "only; give the batch's AttentionSetup the comm_types of all layers"
         )
     if comm_type == "a2a":
-        return attend_by_heads(q, k, v, layer)
+        return attend_by_heads(q, k, v, sink, layer)
     function = {"all_gather": GatheredAttention, "p2p": RingAttention}[comm_type]
-    return function.apply(q, k, v, layer)
+    return function.apply(q, k, v, sink, layer)
