@@ -224,7 +224,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = _parse(text)
     except ConfigError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+        raise ConfigError(
+            f"override {override!r}: the value is not YAML: {error}; text that begins with * or & "
+            "needs quotes"
+        ) from error
     section = values
     for depth, key in enumerate(keys[:-1], start=1):
         # A section may be absent or null in the file.
