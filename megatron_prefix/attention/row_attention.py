@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_prefix.attention.comm_types import model_comm_types
 from megatron_prefix.attention.context_parallel import attend_across_ranks
+from megatron_prefix.attention.context_parallel.latents import LatentKeys
 from megatron_prefix.attention.context_parallel.layer import RankLayer
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.attention.function import prefix_attention
@@ -93,6 +94,16 @@ def attention_dtype(config: Any) -> torch.dtype:
     return config.params_dtype
 
 
+def head_dim(config: Any) -> int:
+    """The size of the heads that a kernel is given in a model with Megatron's config `config`.
+
+    Values of multi-latent attention are padded to the size of its keys.
+    """
+    if config.multi_latent_attention:
+        return config.qk_head_dim + config.qk_pos_emb_head_dim
+    return config.kv_channels
+
+
 def kernel_of_model(
     config: Any, device: torch.device, name: str | None, *, deterministic: bool = False
 ) -> Kernel:
@@ -101,7 +112,7 @@ def kernel_of_model(
         name,
         device=device,
         dtype=attention_dtype(config),
-        head_dim=config.kv_channels,
+        head_dim=head_dim(config),
         deterministic=deterministic,
         windows=model_window(config) is not None,
     )
@@ -121,6 +132,8 @@ class AttentionLayer:
     """Keys before its own that a query sees; None: all. The model's window, or none."""
     sink: Tensor | None = None
     """[H] the score of one more key of each query head, whose value is zero; None: no such key."""
+    latents: LatentKeys | None = None
+    """What keys and values are expanded from, where they can travel as latents."""
 
 
 class CoreAttention(Protocol):
@@ -195,4 +208,5 @@ class RowAttention:
             layer.comm_type,
             windowed=layer.window is not None,
             sink=layer.sink,
+            latents=layer.latents,
         )

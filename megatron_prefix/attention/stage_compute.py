@@ -159,13 +159,23 @@ def sum_of_copies(values: Tensor, copies: Copies[Tensor]) -> Tensor:
 
 
 def save_for_backward(
-    ctx: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink: Tensor | None
+    ctx: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sink: Tensor | None,
+    *others: Tensor,
 ) -> Tensor:
-    """Merge the sink, keep what every backward reads, and return out in q's dtype."""
+    """Merge the sink, keep what every backward reads, and return out in q's dtype.
+
+    `others` are kept as the last saved tensors.
+    """
     if sink is not None:
         out, lse = merge_sink(out, lse, sink)
     out = out.to(q.dtype)
-    ctx.save_for_backward(q, k, v, out, lse, sink)
+    ctx.save_for_backward(q, k, v, out, lse, sink, *others)
     return out
 
 
@@ -173,7 +183,7 @@ def saved_for_backward(
     ctx: Any, dout: Tensor
 ) -> tuple[MergedAttention, Tensor, Tensor, Tensor | None]:
     """What was kept, k and v, and the gradient of the sink from this rank's queries."""
-    q, k, v, out, lse, sink = ctx.saved_tensors
+    q, k, v, out, lse, sink, *_ = ctx.saved_tensors
     merged = MergedAttention(dout=dout.contiguous(), q=q, out=out, lse=lse)
     return merged, k, v, None if sink is None else sink_gradient(merged, sink)
 

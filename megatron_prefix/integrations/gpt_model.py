@@ -24,12 +24,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_prefix.attention.row_attention import AttentionSetup, attention_dtype
+from megatron_prefix.attention.row_attention import AttentionSetup, attention_dtype, head_dim
 from megatron_prefix.attention.self_check import check_kernel
 from megatron_prefix.device_copy import copy_to_device
 from megatron_prefix.integrations.counting import TokenCounter
 from megatron_prefix.integrations.expansion import Expansion, expand
 from megatron_prefix.integrations.packed_row import PackedRow
+from megatron_prefix.integrations.router_losses import router_loss_scale
 from megatron_prefix.integrations.scored_rows import ScoredRows
 from megatron_prefix.integrations.shared_row import SharedRow
 from megatron_prefix.layers.attention import RopeTable
@@ -196,7 +197,7 @@ class _Sharing:
                 dtype=attention_dtype(config),
                 num_heads=config.num_attention_heads // ranks,
                 num_key_heads=max(1, config.num_query_groups // ranks),
-                head_dim=config.kv_channels,
+                head_dim=head_dim(config),
                 deterministic=setup.deterministic,
                 windows=setup.window is not None,
             )
@@ -244,6 +245,7 @@ class _SharesPrefixes:
             sharing.setup_on(given["input_ids"].device),
             needed=needed,
             multiple=sharing.pad_to_multiple,
+            router_losses=router_loss_scale(row, sharing.config),
         )
         run = functools.partial(
             super().forward,

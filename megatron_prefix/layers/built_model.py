@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
@@ -40,12 +41,12 @@ def share_in_layers(model: nn.Module, config: Any, *, rope_table: RopeTable | No
         if isinstance(layer, RECURRENT_LAYERS):
             refuse_recurrent_layer(type(layer))
         if isinstance(layer, TransformerLayer) and not isinstance(
-            layer.self_attention, SelfAttention
+            layer.self_attention, (SelfAttention, MLASelfAttention)
         ):
             raise ValueError(
                 f"layer {layer.layer_number} has {type(layer.self_attention).__name__} for its "
                 "self attention, which cannot share prefixes. Use a model whose layers all have "
-                "Megatron's SelfAttention"
+                "Megatron's SelfAttention or MLASelfAttention"
             )
     for layer in layers:
         if isinstance(layer, TransformerLayer):

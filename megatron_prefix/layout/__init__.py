@@ -6,6 +6,7 @@ parallelism distributes the row (`shard_layout`) and plans this rank's part of i
 """
 
 from megatron_prefix.layout.cost import (
+    LatentShape,
     ModelShape,
     activation_tokens,
     masked_labels,
@@ -22,6 +23,7 @@ from megatron_prefix.layout.planner import (
     rows_of,
 )
 from megatron_prefix.layout.rank_row import rank_row
+from megatron_prefix.layout.routes import route_keys, routes_of_row
 from megatron_prefix.layout.rows import (
     COMM_TYPES,
     CommType,
@@ -48,6 +50,7 @@ __all__ = [
     "GroupSlice",
     "MicrobatchPlan",
     "ModelRow",
+    "LatentShape",
     "ModelShape",
     "PackedLayout",
     "Packing",
@@ -65,6 +68,8 @@ __all__ = [
     "pack",
     "plan_microbatches",
     "rank_row",
+    "route_keys",
+    "routes_of_row",
     "rows_of",
     "rows_to_keep",
     "shard_layout",

@@ -25,6 +25,20 @@ Count = TypeVar("Count", int, np.ndarray)
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentShape:
+    """The sizes of multi-latent attention beside those of its heads."""
+
+    query_rank: int
+    """Of compressed queries; 0: they are not compressed."""
+    rank: int
+    """Of the latents that keys and values are expanded from."""
+    shared_channels: int
+    """Channels of a key that all heads share, which are not expanded."""
+    value_channels: int
+    """Size of a value's head."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """The sizes of a decoder that its FLOPs depend on.
 
@@ -39,7 +53,7 @@ class ModelShape:
     num_query_groups: int
     """Key/value heads."""
     kv_channels: int
-    """Size of one head."""
+    """Size of one head; with `latent` of queries and keys."""
     vocab_size: int
     gated_linear_unit: bool
     """Three matrix products in the MLP, else two."""
@@ -54,6 +68,10 @@ class ModelShape:
     """[num_layers] whether each has a sliding window; (): none has."""
     window: int = 0
     """Keys before its own that a query sees in these layers."""
+    latent: LatentShape | None = None
+    """Of multi-latent attention, which every layer then has."""
+    whole_last_layer: bool = False
+    """The last layer's experts collect statistics of all tokens, so it is never trimmed."""
 
     def __post_init__(self) -> None:
         positive: tuple[str, ...] = (
@@ -82,12 +100,38 @@ class ModelShape:
             )
         assert len(self.windowed_layers) in (0, self.num_layers) and self.window >= 0
 
+    @property
+    def value_channels(self) -> int:
+        """Size of a value's head."""
+        return self.kv_channels if self.latent is None else self.latent.value_channels
+
+    @property
+    def query_weights(self) -> int:
+        """Weights of a layer that make queries."""
+        width = self.num_attention_heads * self.kv_channels
+        if self.latent is None or not self.latent.query_rank:
+            return self.hidden_size * width
+        return self.latent.query_rank * (self.hidden_size + width)
+
+    @property
+    def key_weights(self) -> int:
+        """Weights of a layer that make keys and values."""
+        if self.latent is None:
+            return 2 * self.hidden_size * self.num_query_groups * self.kv_channels
+        shared = self.latent.shared_channels
+        expanded = self.kv_channels - shared + self.latent.value_channels
+        down = self.hidden_size * (self.latent.rank + shared)
+        return down + self.latent.rank * self.num_attention_heads * expanded
+
+    @property
+    def projection_weights(self) -> int:
+        """Weights of a layer's projection of the attention's output."""
+        return self.num_attention_heads * self.value_channels * self.hidden_size
+
     def linear_flops_per_token(self) -> int:
         """QKV, attention projection, MLP, experts and router of all layers, for one token."""
         h = self.hidden_size
-        heads_out = self.num_attention_heads + 2 * self.num_query_groups
-        qkv = 2 * h * heads_out * self.kv_channels
-        projection = 2 * self.num_attention_heads * self.kv_channels * h
+        attention = 2 * (self.query_weights + self.key_weights + self.projection_weights)
         matmuls = 3 if self.gated_linear_unit else 2
         dense = matmuls * 2 * h * self.ffn_hidden_size
         expert_width = (
@@ -96,11 +140,7 @@ class ModelShape:
         )
         moe = matmuls * 2 * h * expert_width + 2 * h * self.num_experts
         num_dense_layers = self.num_layers - self.num_moe_layers
-        return (
-            self.num_layers * (qkv + projection)
-            + num_dense_layers * dense
-            + self.num_moe_layers * moe
-        )
+        return self.num_layers * attention + num_dense_layers * dense + self.num_moe_layers * moe
 
     def attention_flops_per_pair(self, *, windowed: bool = False) -> int:
         """QK^T and PV of all heads, for one query that sees one key.
@@ -110,7 +150,7 @@ class ModelShape:
         """
         num_windowed = sum(self.windowed_layers)
         layers = num_windowed if windowed else self.num_layers - num_windowed
-        return layers * 4 * self.num_attention_heads * self.kv_channels
+        return layers * 2 * self.num_attention_heads * (self.kv_channels + self.value_channels)
 
     def windowed_pairs(self, queries: Count, keys_before: Count | int) -> Count:
         """The same as `attention_pairs_of` in the layers with a sliding window, 0 without them."""
@@ -159,8 +199,10 @@ class ModelShape:
         last = dataclasses.replace(
             self, num_layers=1, num_moe_layers=min(self.num_moe_layers, 1), windowed_layers=()
         )
-        keys_and_values = 4 * self.hidden_size * self.num_query_groups * self.kv_channels
-        return last.linear_flops_per_token() - keys_and_values, last.attention_flops_per_pair()
+        weights = self.key_weights
+        if self.latent is not None:  # whose queries are all expanded
+            weights += self.query_weights
+        return last.linear_flops_per_token() - 2 * weights, last.attention_flops_per_pair()
 
     def node_flops(
         self,

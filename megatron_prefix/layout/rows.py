@@ -27,7 +27,7 @@ from megatron_prefix.layout.stages import (
     WindowedStages,
 )
 
-CommType = Literal["all_gather", "p2p", "a2a"]
+CommType = Literal["all_gather", "p2p", "a2a", "latent_gather"]
 
 COMM_TYPES: tuple[CommType, ...] = get_args(CommType)
 

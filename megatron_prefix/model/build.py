@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -14,10 +14,14 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_prefix.attention.row_attention import head_dim
 from megatron_prefix.attention.windows import model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
-from megatron_prefix.layout import ModelShape
+from megatron_prefix.layers.router import has_statistics
+from megatron_prefix.layout import LatentShape, ModelShape
+from megatron_prefix.megatron.latent_attention import complete_local_spec
+from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.releases import have_transformer_engine
 from megatron_prefix.model.head import LogProbHead
 from megatron_prefix.model.transformer_config import transformer_config
@@ -45,6 +49,8 @@ def build_gpt_model(
     )
     if shared_prefixes:
         spec = prefix_grouped(spec)
+    elif config.multi_latent_attention:
+        complete_local_spec(spec)
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -54,7 +60,10 @@ def build_gpt_model(
         post_process=post_process,
         parallel_output=True,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
+        # Multi-latent attention rotates by itself.
+        position_embedding_type=(
+            "rope" if config.multi_latent_attention else model.position_embedding_type
+        ),
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
@@ -71,7 +80,7 @@ class HasVocabulary(Protocol):
 
 def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
     """The sizes that the cost model counts FLOPs by."""
-    experts: dict[str, int] = {}
+    experts: dict[str, Any] = {}
     if config.num_moe_experts is not None:
         experts = {
             "num_moe_layers": sum(moe_layers(config)),
@@ -79,6 +88,7 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
             "num_experts_per_token": config.moe_router_topk,
             "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
             "moe_shared_expert_ffn_hidden_size": config.moe_shared_expert_intermediate_size or 0,
+            "whole_last_layer": moe_layers(config)[-1] and has_statistics(config),
         }
     return ModelShape(
         num_layers=config.num_layers,
@@ -86,23 +96,25 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         ffn_hidden_size=config.ffn_hidden_size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups,
-        kv_channels=config.kv_channels,
+        kv_channels=head_dim(config),
         vocab_size=model.vocab_size,
         gated_linear_unit=config.gated_linear_unit,
         windowed_layers=windowed_layers(config),
         window=model_window(config) or 0,
+        latent=_latent_shape(config),
         **experts,
     )
 
 
-def moe_layers(config: TransformerConfig) -> tuple[bool, ...]:
-    """[num_layers] whether each layer has experts."""
-    frequency = config.moe_layer_freq
-    if config.num_moe_experts is None:
-        return (False,) * config.num_layers
-    if isinstance(frequency, int):
-        return tuple(layer % frequency == 0 for layer in range(config.num_layers))
-    return tuple(bool(entry) for entry in frequency)
+def _latent_shape(config: TransformerConfig) -> LatentShape | None:
+    if not config.multi_latent_attention:
+        return None
+    return LatentShape(
+        query_rank=config.q_lora_rank or 0,
+        rank=config.kv_lora_rank,
+        shared_channels=config.qk_pos_emb_head_dim,
+        value_channels=config.v_head_dim,
+    )
 
 
 def use_transformer_engine(config: TransformerConfig) -> bool:

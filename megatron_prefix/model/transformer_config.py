@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.config.bounds import refuse
@@ -108,8 +108,11 @@ def transformer_config(
     elif training.recompute == "selective":
         options.update(recompute_granularity="selective", recompute_modules=["core_attn"])
     try:
-        config = TransformerConfig(**options)
-        if model.yarn is not None:
+        if model.transformer.get("multi_latent_attention"):
+            config = MLATransformerConfig(**options, **_latent_rotary(model))
+        else:
+            config = TransformerConfig(**options)
+        if model.yarn is not None and not config.multi_latent_attention:
             # Megatron reads these off the config, but does not declare them.
             for name, value in dataclasses.asdict(model.yarn).items():
                 setattr(config, f"yarn_{name}", value)
@@ -149,6 +152,35 @@ def transformer_config(
     return config
 
 
+def _latent_rotary(model: ModelConfig) -> dict[str, Any]:
+    """Of multi-latent attention, whose rotary embedding is its own: the model's, in its fields."""
+    if model.position_embedding_type not in ("rope", "yarn"):
+        raise ValueError(
+            f"model.position_embedding_type: {model.position_embedding_type} with "
+            "multi_latent_attention, which has rope or yarn"
+        )
+    if model.rope_scaling:
+        raise ValueError(
+            "model.rope_scaling: true with multi_latent_attention, which has no such scaling; set "
+            "it to false"
+        )
+    common = {
+        "rope_type": model.position_embedding_type,
+        "rotary_base": model.rotary_base,
+        "rotary_percent": model.rotary_percent,
+    }
+    if model.yarn is None:
+        # Megatron multiplies the scores by YaRN's factor for plain rotary embedding as well.
+        return {**common, "rotary_scaling_factor": 1.0}
+    yarn = dataclasses.asdict(model.yarn)
+    if not yarn.pop("correction_range_round_to_int"):
+        raise ValueError(
+            "model.yarn.correction_range_round_to_int: false with multi_latent_attention, which "
+            "rounds; set it to true"
+        )
+    return {**common, **yarn}
+
+
 def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:
     """What Megatron would only find, by an assertion, when it builds the layers."""
     tensor = config.tensor_model_parallel_size
@@ -166,11 +198,14 @@ def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:
     if config.ffn_hidden_size % tensor:
         refuse("ffn_hidden_size", f"does not divide by tensor_model_parallel_size: {tensor}")
     if model.position_embedding_type in ("rope", "mrope", "yarn"):
-        rotated = int(config.kv_channels * model.rotary_percent)
+        key, what = "kv_channels", "(the size of a head)"
+        if config.multi_latent_attention:
+            key, what = "qk_pos_emb_head_dim", "(the part of a head that has positions)"
+        rotated = int(getattr(config, key) * model.rotary_percent)
         if rotated < 2 or rotated % 2:
             refuse(
-                "kv_channels",
-                f"(the size of a head) times rotary_percent: {model.rotary_percent} gives "
+                key,
+                f"{what} times rotary_percent: {model.rotary_percent} gives "
                 f"{rotated} rotated channels; it must be an even number of at least 2",
             )
     if config.normalization not in ("LayerNorm", "RMSNorm"):

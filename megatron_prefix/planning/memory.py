@@ -20,7 +20,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prefix.layout.cost import ModelShape
+from megatron_prefix.layout.cost import LatentShape, ModelShape
+from megatron_prefix.planning.latent_memory import (
+    latent_expansion,
+    latent_kept,
+    latent_parameters,
+)
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -124,10 +129,15 @@ class MemoryModel:
         s, tp = self.shape, ranks.tensor
         h, q, kv = s.hidden_size, self._q, self._kv
         biases = self.linear_bias
-        dense = (q + 2 * kv) // tp * h + q // tp * h
-        dense += (q + 2 * kv) // tp * (self.qkv_bias or biases) + h * biases
         norm = 1 if self.rms_norm else 2
-        dense += 2 * norm * h + 2 * norm * s.kv_channels * self.qk_norm
+        if s.latent is None:
+            dense = (q + 2 * kv) // tp * h + q // tp * h
+            dense += (q + 2 * kv) // tp * (self.qkv_bias or biases)
+            normed = 2 * s.kv_channels
+        else:
+            dense = latent_parameters(s, s.latent, tensor=tp, whole_down=self.fused)
+            normed = s.latent.query_rank + s.latent.rank
+        dense += h * biases + 2 * norm * h + norm * normed * self.qk_norm
         first = 2 if s.gated_linear_unit else 1
         if not self.moe_layers[layer]:
             f = s.ffn_hidden_size // tp
@@ -281,6 +291,9 @@ class MemoryModel:
         rows = self._rows(layer, tokens, labels, ranks)
         # Both norms, and the first products' inputs.
         kept = (tokens + rows) // ranks.sequence * (self._norm + h * b)
+        if s.latent is not None:
+            kept += self._of_latent_attention(s.latent, tokens, rows, ranks)
+            return kept + self._of_mlp(layer, rows, ranks)
         if rows == tokens or self.fused:
             kept += tokens * (q + 2 * kv) * b  # the first product's output: values are a view of it
             own_queries = rows < tokens
@@ -303,6 +316,26 @@ class MemoryModel:
         if self.recompute == "none":
             kept += rows * s.num_attention_heads // tp * self.wide  # the log-sum-exp
         return kept + self._of_mlp(layer, rows, ranks)
+
+    def _of_latent_attention(
+        self, latent: LatentShape, tokens: int, rows: int, ranks: RankSizes
+    ) -> int:
+        kept = latent_kept(
+            self.shape,
+            latent,
+            tokens=tokens,
+            rows=rows,
+            tensor=ranks.tensor,
+            sequence=ranks.sequence,
+            element=self.element,
+            core_attention=self.recompute == "none",
+        )
+        if self.qk_norm:
+            norms = self._norm_of(latent.query_rank) * (latent.query_rank > 0)
+            kept += tokens // ranks.sequence * (norms + self._norm_of(latent.rank))
+        if self.recompute == "none":
+            kept += rows * self.shape.num_attention_heads // ranks.tensor * self.wide
+        return kept
 
     def _of_mlp(self, layer: int, tokens: int, ranks: RankSizes) -> int:
         s, b = self.shape, self.element
@@ -344,6 +377,8 @@ class MemoryModel:
         # gone by then.
         heads = (rows * self._q + tokens * 2 * self._kv) // tp * (self.wide + b)
         attention = row + heads + rows * self._q // tp * b - self._of_mlp(layer, rows, ranks)
+        if s.latent is not None:  # the gradient of what keys and values are split from
+            attention += tokens * latent_expansion(s, s.latent) // tp * b
         # Copied keys and values, the gradients of both, and those of one sorted by their rows; on
         # the CPU the kernel copies all four once more in its blocks.
         attention += copies * self._kv // tp * (2 * b + (3 if self.fused else 6) * self.wide)
@@ -351,13 +386,15 @@ class MemoryModel:
 
     @property
     def _norm(self) -> int:
-        """Bytes per token that a norm over the hidden size keeps, beside its output."""
-        h = self.shape.hidden_size
+        return self._norm_of(self.shape.hidden_size)
+
+    def _norm_of(self, width: int) -> int:
+        """Bytes per token that a norm over a width keeps, beside its output."""
         if self.fused:
-            return h * self.element + (4 if self.rms_norm else 8)
+            return width * self.element + (4 if self.rms_norm else 8)
         if self.rms_norm:
-            return 2 * h * self.wide + self.wide
-        return h * self.element + 2 * self.wide
+            return 2 * width * self.wide + self.wide
+        return width * self.element + 2 * self.wide
 
     @property
     def _norm_keeps_input(self) -> bool:

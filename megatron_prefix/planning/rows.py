@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -12,14 +11,13 @@ from megatron_prefix.layout.cost import attention_pairs, trained_labels
 from megatron_prefix.layout.dispatch import shard_layout
 from megatron_prefix.layout.packing import PackedLayout, pack
 from megatron_prefix.layout.planner import GroupSlice, rows_of
+from megatron_prefix.layout.rows import CommType
 from megatron_prefix.layout.shard_stages import RankStages
 from megatron_prefix.layout.sharding import ContextShards
 from megatron_prefix.layout.step_packing import Packing
 from megatron_prefix.layout.tree import PrefixTree
 from megatron_prefix.layout.windows import RankRows, positions_asked_for
 from megatron_prefix.planning.memory import MemoryModel, RankSizes
-
-CommType = Literal["all_gather", "p2p", "a2a"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +262,9 @@ def _received_per_layer(setup: StepSetup, tokens_per_rank: int, shard_tokens: li
     memory, size = setup.memory, setup.ranks.context
     shape, b, wide = memory.shape, memory.element, memory.wide
     key_width = _key_width(setup)
+    if setup.comm_type == "latent_gather":
+        assert shape.latent is not None
+        key_width = shape.latent.rank + shape.latent.shared_channels
     if setup.comm_type == "a2a":
         query_width = shape.num_attention_heads * shape.kv_channels // setup.ranks.tensor
         once = tokens_per_rank * (2 * query_width + key_width) * (size - 1) // size * b

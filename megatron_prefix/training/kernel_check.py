@@ -6,6 +6,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.attention.kernels import Kernel, select_kernel
+from megatron_prefix.attention.row_attention import head_dim
 from megatron_prefix.attention.self_check import check_kernel
 from megatron_prefix.attention.windows import model_window
 from megatron_prefix.config import TrainingConfig
@@ -25,7 +26,7 @@ def check_kernel_of_run(
     inputs = {
         "device": device,
         "dtype": DTYPES[training.dtype],
-        "head_dim": model.kv_channels,
+        "head_dim": head_dim(model),
         "deterministic": training.deterministic,
         "windows": model_window(model) is not None,
     }

@@ -41,6 +41,17 @@ BASE: dict[str, Any] = {
     "ffn_hidden_size": 48,
     "gated_linear_unit": True,
 }
+LATENT: dict[str, Any] = {
+    "num_query_groups": None,
+    "multi_latent_attention": True,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 14,
+    "qk_head_dim": 10,
+    "qk_pos_emb_head_dim": 6,
+    "v_head_dim": 12,
+    "qk_layernorm": True,
+}
+"""Changes of `BASE` for multi-latent attention."""
 
 
 def model_config(transformer: dict[str, Any] | None = None, **options: Any) -> ModelConfig:

@@ -37,15 +37,27 @@ from megatron_prefix.training.series import BatchSeries
 from megatron_prefix.training.step import accumulate_gradients
 from tests.distributed import run_distributed
 from tests.megatron.models import HAS_WINDOWS, ON_CPU, TRAINING, model_config, single_process
+from tests.megatron.models import LATENT as SMALL_LATENT
 from tests.planning.measured_memory import group_batch, kept_bytes, peak_bytes
 
 # A few bytes per token are left out: most of what is kept where full recompute keeps little.
 KEPT_TOLERANCE = {"none": 0.005, "selective": 0.005, "full": 0.06}
 PEAK_TOLERANCE = 0.1
+LATENT = {
+    **SMALL_LATENT,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_head_dim": 32,
+    "qk_pos_emb_head_dim": 16,
+    "v_head_dim": 24,
+}
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 96}
 PLAIN_MLP = {"normalization": "LayerNorm", "gated_linear_unit": False, "add_bias_linear": True}
 
-RECEIVED: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in COMM_TYPES}
+RECEIVED: dict[str, dict[str, Any]] = {
+    kind: {"kind": kind, **(LATENT if kind == "latent_gather" else {})} for kind in COMM_TYPES
+}
+RECEIVED["expanded latents"] = {"kind": "p2p", **LATENT}
 if HAS_WINDOWS:
     RECEIVED["a window"] = {"kind": "p2p", "window_size": [30, 0]}
     RECEIVED["a window that hides nothing"] = {"kind": "p2p", "window_size": [1000, 0]}
@@ -64,6 +76,16 @@ CASES: list[tuple[str, str, int, tuple[int, list[int]], dict[str, Any]]] = [
         (300, [256, 128]),
         {**EXPERTS, "moe_shared_expert_intermediate_size": 64, "moe_layer_freq": [0, 1, 1]},
     ),
+    ("float32", "none", 64, (300, [256, 128]), LATENT),
+    (
+        "float32",
+        "selective",
+        64,
+        (300, [256, 128]),
+        {**LATENT, "q_lora_rank": None, "qk_layernorm": False},
+    ),
+    ("bfloat16", "none", 64, (300, [256, 128]), {**LATENT, "qk_layernorm": False}),
+    ("float32", "full", 64, (300, [256, 128]), LATENT),
 ]
 
 

@@ -20,7 +20,7 @@ from megatron_prefix.model.full_tensors import (
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.sampler import SampledResponse
 from tests.distributed import run_distributed
-from tests.megatron.models import HAS_WINDOWS, TRAINING, model_config, single_process
+from tests.megatron.models import HAS_WINDOWS, LATENT, TRAINING, model_config, single_process
 from tests.rollouts.sampling import (
     PADDED_VOCABULARY,
     greedy_response,
@@ -32,6 +32,7 @@ from tests.rollouts.sampling import (
 )
 
 MODELS: dict[str, dict[str, Any]] = {
+    "multi-latent": {"transformer": LATENT},
     "rope": {"transformer": {"qk_layernorm": True, "add_qkv_bias": True}},
     "learned absolute positions": {"position_embedding_type": "learned_absolute"},
     "no positions, tied embeddings": {

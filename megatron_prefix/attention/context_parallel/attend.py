@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_prefix.attention.context_parallel.gathered import GatheredAttention
 from megatron_prefix.attention.context_parallel.heads import attend_by_heads
+from megatron_prefix.attention.context_parallel.latents import LatentAttention, LatentKeys
 from megatron_prefix.attention.context_parallel.layer import RankLayer
 from megatron_prefix.attention.context_parallel.ring import RingAttention
 from megatron_prefix.attention.context_parallel.windowed import WindowedAttention
@@ -22,6 +23,7 @@ def attend_across_ranks(
     *,
     windowed: bool = False,
     sink: Tensor | None = None,
+    latents: LatentKeys | None = None,
 ) -> Tensor:
     """Attention of this rank's queries. Collective over the group, backward too.
 
@@ -33,6 +35,8 @@ def attend_across_ranks(
             whatever the kind.
         sink: [H] see `prefix_attention`. Its gradient is that of this rank's queries (with `a2a`,
             of all queries for this rank's heads): to be summed over the ranks.
+        latents: what k and v were expanded from, for `latent_gather`; without them that is
+            `all_gather`.
 
     Returns:
         [N, H, D] in q's dtype.
@@ -45,7 +49,12 @@ def attend_across_ranks(
     stages = layer.stages
     if windowed and stages.windowed is not None:
         return WindowedAttention.apply(q, k, v, sink, layer)
-    planned = {"all_gather": stages.gathered, "p2p": stages.ring, "a2a": stages.whole_row}
+    planned = {
+        "all_gather": stages.gathered,
+        "p2p": stages.ring,
+        "a2a": stages.whole_row,
+        "latent_gather": stages.gathered,
+    }
     if planned[comm_type] is None:
         kinds = ", ".join(kind for kind, found in planned.items() if found is not None)
         raise ValueError(
@@ -54,5 +63,7 @@ def attend_across_ranks(
         )
     if comm_type == "a2a":
         return attend_by_heads(q, k, v, sink, layer)
-    function = {"all_gather": GatheredAttention, "p2p": RingAttention}[comm_type]
+    if comm_type == "latent_gather" and latents is not None:
+        return LatentAttention.apply(q, k, v, sink, latents.shard, latents.weight, layer, latents)
+    function = RingAttention if comm_type == "p2p" else GatheredAttention
     return function.apply(q, k, v, sink, layer)

@@ -109,6 +109,11 @@ def _comm_type(kinds: Any, config: Any) -> Reason | None:
                 why=f"there is no kind {kind!r}",
                 instead=f"Set cp_comm_type to {', '.join(COMM_TYPES[:-1])} or {COMM_TYPES[-1]}",
             )
+        elif kind == "latent_gather" and not config.multi_latent_attention:
+            return Reason(
+                why="only multi-latent attention has latents",
+                instead="Set cp_comm_type to all_gather, p2p or a2a",
+            )
         tensor = config.tensor_model_parallel_size
         for option in ("num_attention_heads", "num_query_groups"):
             heads = getattr(config, option)
@@ -190,12 +195,6 @@ OPTIONS: list[Option] = [
         check=_comm_type,
     ),
     *refused("attention_dropout", "hidden_dropout", when=positive, why=_DROPOUT, instead=0.0),
-    *refused(
-        "multi_latent_attention",
-        when=is_set,
-        why="its own rotary modules do not take per-token positions yet",
-        instead=False,
-    ),
     *used(
         "mrope_section",
         why="GPTModel's mRoPE table has a row for each token of a packed row already",
