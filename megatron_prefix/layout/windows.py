@@ -130,7 +130,7 @@ def _stage(
         if num_queries:
             first = stop - num_queries
             before = tokens[max(start, first - window) : first]
-            above = _rows_before(layout, int(own.rows[start]), window - len(before))
+            above = rows_before(layout, int(own.rows[start]), window - len(before))
             keys += [place[above], before, tokens[first:stop]]
             q_lengths.append(num_queries)
             k_lengths.append(num_queries + len(before) + len(above))
@@ -178,14 +178,14 @@ def positions_asked_for(
         owner[held.rows[held.rows >= 0]] = rank
     asked = []
     for rank, held in enumerate(ranks):
-        above = [_rows_before(layout, int(p), window) for p in held.rows[held.bounds[:-1]]]
+        above = [rows_before(layout, int(p), window) for p in held.rows[held.bounds[:-1]]]
         needed = np.unique(np.concatenate(above))
         needed = needed[owner[needed] != rank]
         asked.append([needed[owner[needed] == sender] for sender in range(len(ranks))])
     return asked
 
 
-def _rows_before(layout: PackedLayout, position: int, count: int) -> np.ndarray:
+def rows_before(layout: PackedLayout, position: int, count: int) -> np.ndarray:
     """The last `count` positions on the path before `position`, or all there are, in order.
 
     Those of a root that is elsewhere are counted on from the row's own.

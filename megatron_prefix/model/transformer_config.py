@@ -128,6 +128,12 @@ def transformer_config(
             f"model.transformer: mrope_section={config.mrope_section} does not go with "
             f"model.position_embedding_type: {model.position_embedding_type}; give both or neither"
         )
+    if getattr(config, "experimental_attention_variant", None) is not None:
+        raise ConfigError(
+            "model.transformer.experimental_attention_variant: "
+            f"{config.experimental_attention_variant} is not built by a run yet, only in a model "
+            "of your own whose spec goes through prefix_grouped; set it to null"
+        )
     if training.share_across_microbatches and auxiliary_losses(config):
         raise ConfigError(
             f"training.share_across_microbatches: true with model.transformer.moe_aux_loss_coeff: "
