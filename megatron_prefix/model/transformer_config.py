@@ -128,11 +128,11 @@ def transformer_config(
             f"model.transformer: mrope_section={config.mrope_section} does not go with "
             f"model.position_embedding_type: {model.position_embedding_type}; give both or neither"
         )
-    if config.window_size and training.share_across_microbatches:
+    if getattr(config, "experimental_attention_variant", None) is not None:
         raise ConfigError(
-            f"training.share_across_microbatches: true with model.transformer.window_size: "
-            f"{config.window_size} is not supported yet (a row of responses would need the last "
-            "keys of its prompt from an earlier row); set share_across_microbatches: false"
+            "model.transformer.experimental_attention_variant: "
+            f"{config.experimental_attention_variant} is not built by a run yet, only in a model "
+            "of your own whose spec goes through prefix_grouped; set it to null"
         )
     if training.share_across_microbatches and auxiliary_losses(config):
         raise ConfigError(

@@ -450,6 +450,14 @@ SERIES = {**ALWAYS, "share_across_microbatches": True}
             {"optimizer_steps": 3},
             id="two data-parallel ranks and the distributed optimizer",
         ),
+        pytest.param(
+            {"window_size": [4, 0], "window_attn_skip_freq": 2, "softmax_type": "learnable"},
+            ParallelConfig(tensor_model_parallel_size=2),
+            1,
+            {"recompute": "full"},
+            id="sliding windows and sinks",
+            marks=pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14 refuses them"),
+        ),
     ],
 )
 def test_pieces_of_a_large_group_that_run_its_prompt_once(
