@@ -32,6 +32,8 @@ def write_model(folder: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=NAME, dtype=torch.float32)
     # Transformers does not save a model that it knows as quantized, even though it is not any more.
     del read.config.quantization_config
+    # GGUF holds it in single precision, where 1e-5 is 9.999999747378752e-06.
+    read.config.rms_norm_eps = float(f"{read.config.rms_norm_eps:.6g}")
     model = AutoModelForCausalLM.from_config(read.config)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)

@@ -45,6 +45,7 @@ def math_equal() -> Iterator[UserFunction]:
         ("#### 72 apples", "5 + 67 = <<5+67=72>>72.\n#### 72", 1),
         ("she has 3, then 4", 4.0, 1),
         (r"first \boxed{4}, no: \boxed{5}", "5", 1),
+        ("#### 3:4", "3:4", 1),
         ("nothing", "3", 0),
         ("", "3", 0),
         ("(" * 5000, "3", 0),

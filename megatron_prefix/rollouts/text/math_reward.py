@@ -36,7 +36,10 @@ def math_equal(prompt: str, response: str, answer: Any) -> float:
     Raises:
         ValueError: the answer is no mathematical expression.
     """
-    wanted = _read(_as_text(answer), is_answer=True)
+    text = _as_text(answer)
+    if _marked(response) == _marked(text):  # also what is no expression to sympy, such as 3:4
+        return 1.0
+    wanted = _read(text, is_answer=True)
     if not any(not isinstance(found, str) for found in wanted):
         raise ValueError(f"it compares with an expression; answer is {reprlib.repr(answer)}")
     try:
@@ -63,10 +66,12 @@ _NOT_NUMBERS = ("", "nan", "none", "null", "inf", "infinity")
 
 def _read(text: str, *, is_answer: bool) -> list[Any]:
     """Expressions, and texts of such, that a text's answer can be read as."""
-    text = text.replace("\N{MINUS SIGN}", "-")
-    if r"\boxed" not in text:
-        _, marked, final = text.rpartition("####")
-        text = final.strip() if marked else text
-        if is_answer and "$" not in text:
-            text = rf"\boxed{{{text.strip()}}}"
+    text = _marked(text).replace("\N{MINUS SIGN}", "-")
+    if is_answer and "$" not in text and r"\boxed" not in text:
+        text = rf"\boxed{{{text}}}"
     return parse(text, parsing_timeout=_SECONDS)
+
+
+def _marked(text: str) -> str:
+    r"""What follows the last `####`, unless there is a `\boxed{}`, which math-verify finds."""
+    return (text if r"\boxed" in text else text.rpartition("####")[2]).strip()
