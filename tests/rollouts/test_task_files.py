@@ -73,14 +73,13 @@ def test_no_question_of_the_unlike_file_is_asked_and_a_reader_goes_on_anywhere(t
     [
         ({"task": "chain_sums"}, r"task: chain_sums: reasoning-gym has no such .* chain_sum,"),
         ({"task": "chain_sum", "config": {"terms": 2}}, r"refuses it: TypeError: .*'terms'"),
-        ({"task": "chain_sum", "config": {"min_terms": -1}}, r"AssertionError: min_terms must be"),
         ({"task": "rearc"}, r"task: rearc: its tasks are not the same after they were written"),
         ({"task": "chain_sum", "size": 0}, r"a.gym.yaml: size: 0 must be at least 1"),
         ({"task": "chain_sum", "sede": 1}, r"a.gym.yaml: sede: unknown key; .*seed"),
         ({"task": "chain_sum", "config": {"seed": 1}}, r"config.seed: give it as seed"),
         (
             {**SUMS, "size": 10, "unlike": ["all.gym.yaml"]},
-            r"size: 10: of 100 tasks only 0 ask what the files of unlike do not",
+            r"a.gym.yaml: size: 10: of 100 tasks only 0 ask what the files of unlike do not",
         ),
     ],
 )
@@ -154,15 +153,18 @@ def test_a_response_gets_the_score_of_the_library(score, response, reward):
     assert score("", response, _entry("chain_sum", "5 + 7 =", "12")) == {"value": reward}
 
 
+RIGHT = "2 \N{MULTIPLICATION SIGN} 3"
+
+
 def test_what_a_scorer_cannot_read_is_wrong_and_what_it_cannot_score_is_an_error(score):
-    factors = _entry("prime_factorization", "Factors of 6?", "2 x 3", number=6, factors=[2, 3])
+    factors = _entry("prime_factorization", "Factors of 6?", RIGHT, number=6, factors=[2, 3])
     assert score("", "two by three", factors)["value"] == 0.0
-    assert score("", "2 x 3", factors)["value"] == 1.0
+    assert score("", RIGHT, factors)["value"] == 1.0
     with pytest.raises(CallFailed, match=r"it scores tasks of a .gym.yaml file"):
         score("", "12", "12")
     broken = _entry("prime_factorization", "Factors of 6?", "none")
     with pytest.raises(CallFailed):
-        score("", "2 x 3", broken)
+        score("", RIGHT, broken)
 
 
 def _config(folder: Path, path: Path, unseen: Path, **rollouts: Any) -> RunConfig:
