@@ -16,13 +16,20 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
 
 from megatron_prefix.layers.attention import prefix_core_attention, prefix_self_attention
 from megatron_prefix.layers.last_layer import prefix_transformer_layer
+from megatron_prefix.layers.latent_attention import prefix_latent_attention
 from megatron_prefix.layers.recurrent import refused_recurrent_layer
+from megatron_prefix.megatron.latent_attention import (
+    build_without_transformer_engine,
+    is_latent,
+    local_latent_core,
+)
 from megatron_prefix.megatron.norms import IN_PLACE_OF, use_in_blocks
 from megatron_prefix.megatron.recurrent_layers import RECURRENT_LAYERS
 from megatron_prefix.megatron.releases import have_transformer_engine
@@ -38,9 +45,9 @@ def prefix_grouped(spec: Spec) -> Spec:
             Transformer Engine, MoE, heterogeneous). It is not changed.
 
     Returns:
-        The same structure with every `SelfAttention`, its core attention and its layer replaced by
-        subclasses of themselves; everything else as it was. Torch's norms also take sequence
-        parallelism, and Apex's give way to them for RMSNorm and on the CPU.
+        The same structure with every `SelfAttention` and `MLASelfAttention`, its core attention and
+        its layer replaced by subclasses of themselves; everything else as it was. Torch's norms
+        also take sequence parallelism, and Apex's give way to them for RMSNorm and on the CPU.
 
     Raises:
         ValueError: the spec has no self attention that can share prefixes. (Recurrent layers
@@ -50,8 +57,8 @@ def prefix_grouped(spec: Spec) -> Spec:
     grouped, found = _rewrite(copy.deepcopy(spec))
     if not found:
         raise ValueError(
-            f"prefix_grouped: no SelfAttention in this spec ({spec!r:.200}). Multi-latent "
-            "attention and state-space layers cannot share prefixes; pass a GPT layer or block spec"
+            f"prefix_grouped: no self attention in this spec ({spec!r:.200}). State-space layers "
+            "cannot share prefixes; pass a GPT layer or block spec"
         )
     return grouped
 
@@ -89,6 +96,13 @@ def _rewrite_module_spec(spec: ModuleSpec) -> tuple[ModuleSpec, bool]:
         return spec, found
     if found and isinstance(module, type) and issubclass(module, TransformerLayer):
         spec.module = prefix_transformer_layer(module)
+        return spec, True
+    if is_latent(module):
+        build_without_transformer_engine()
+        submodules = spec.submodules
+        assert isinstance(submodules, MLASelfAttentionSubmodules)
+        spec.module = prefix_latent_attention(module)
+        submodules.core_attention = _prefix_core(local_latent_core(submodules.core_attention))
         return spec, True
     if isinstance(module, type) and issubclass(module, SelfAttention):
         submodules = spec.submodules

@@ -81,7 +81,7 @@ def plan_alone(lengths: Lengths, packing: Packing, repeats: int) -> dict[str, An
     from host.parts import balance
 
     from megatron_prefix.objective import ObjectiveConfig
-    from megatron_prefix.rollouts.records import RolloutSummary
+    from megatron_prefix.rollouts.summary import RolloutSummary
     from megatron_prefix.training.step_plan import plan_rollouts
 
     groups, responses = lengths.responses.shape

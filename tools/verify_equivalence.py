@@ -314,7 +314,7 @@ def main() -> int:
         training = TrainingConfig(steps=1, token_budget=1, **packing_options(args))
         refuse(faults_of_layout(training, parallel))
         require_megatron(parser)
-        check_layout(model, parallel, args.dp, args.optimizer_steps)
+        check_layout(model, parallel, args.dp, args.optimizer_steps, packing_options(args))
     except (ValueError, OSError) as error:
         print(f"verify_equivalence: {error}", file=sys.stderr)
         return 2

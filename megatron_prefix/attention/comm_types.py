@@ -1,10 +1,12 @@
 """Which kind of context-parallel communication a layer uses: Megatron's option `cp_comm_type`.
 
-all_gather   every rank gathers all shards' keys and values, while its own segments attend to
-             themselves; gathered again in backward. The default.
-p2p          shards go round a ring, one at a time: memory for two of them, more and smaller
-             attention calls.
-a2a          heads are exchanged: every rank computes its share of the heads over the whole row.
+all_gather      every rank gathers all shards' keys and values, while its own segments attend to
+                themselves; gathered again in backward. The default.
+p2p             shards go round a ring, one at a time: memory for two of them, more and smaller
+                attention calls.
+a2a             heads are exchanged: every rank computes its share of the heads over the whole row.
+latent_gather   as all_gather, but what travels are the latents of multi-latent attention, which
+                are expanded where they arrive. The default there; no kind of Megatron's.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def layer_comm_type(config: Any, layer_number: int) -> CommType:
     """
     kinds = config.cp_comm_type
     if kinds is None:
-        return "all_gather"
+        return _default(config)
     kind = (
         kinds
         if isinstance(kinds, str)
@@ -50,7 +52,11 @@ def model_comm_types(config: Any) -> tuple[CommType, ...]:
     """
     kinds = config.cp_comm_type
     if kinds is None:
-        return ("all_gather",)
+        return (_default(config),)
     if isinstance(kinds, str):
         kinds = [kinds]
     return tuple(dict.fromkeys(RUN_AS.get(kind, kind) for kind in kinds))
+
+
+def _default(config: Any) -> CommType:
+    return "latent_gather" if config.multi_latent_attention else "all_gather"

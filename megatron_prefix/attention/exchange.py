@@ -142,6 +142,22 @@ class Exchange:
         record(_bytes(tensor) - own, _bytes(received) - own)
         return received
 
+    def send_rows(
+        self, rows: Tensor, sent: Sequence[int], received: Sequence[int], record: Recorder
+    ) -> Tensor:
+        """Send the first `sent[0]` rows to rank 0, the next ones to rank 1, ..., and return the
+        `received[i]` rows that come from each rank i, in the order of the ranks."""
+        found = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(
+            found,
+            rows,
+            output_split_sizes=list(received),
+            input_split_sizes=list(sent),
+            group=self.group,
+        )
+        record(_bytes(rows), _bytes(found))
+        return found
+
     def _send_and_receive(
         self,
         sends: Sequence[tuple[int, Tensor]],

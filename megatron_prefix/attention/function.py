@@ -34,6 +34,8 @@ def prefix_attention(
     kernel: Kernel,
     deterministic: bool = False,
     root: LayerRootKeys | None = None,
+    windowed: bool = False,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Attention in which every token sees its ancestors' segments, and its own causally.
 
@@ -46,6 +48,8 @@ def prefix_attention(
         deterministic: the same inputs give the same gradients, to the bit. The kernel must have
             been selected for it.
         root: keys of a root that an earlier row has run, where the stages have one for them.
+        windowed: within the sliding window that the stages were planned for.
+        sink: [H] the score of one more key of each query head, whose value is zero; None: none.
 
     Returns:
         [N, H, D] in q's dtype. Merging, and adding up gradients of more than one stage, is done in
@@ -60,7 +64,11 @@ def prefix_attention(
     if stages.root is not None:
         assert root is not None
         root_stage = RootStage(stage=stages.root, keys=root)
-    return attend_to_row(q, k, v, stages.local, compute, root_stage)
+    of_layer = stages.local
+    if windowed and stages.windowed is not None:
+        assert root_stage is None and stages.windowed.halo is None
+        of_layer = (stages.windowed.stage,)
+    return attend_to_row(q, k, v, of_layer, compute, root_stage, sink)
 
 
 def attend_to_row(
@@ -70,9 +78,10 @@ def attend_to_row(
     stages: Sequence[AttentionStage[Tensor]],
     compute: StageCompute,
     root: RootStage | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """The same from the stages alone: the self stage of all queries, then the cross stages."""
-    return _PrefixAttention.apply(q, k, v, stages, compute, root)
+    return _PrefixAttention.apply(q, k, v, stages, compute, root, sink)
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -87,24 +96,25 @@ class _PrefixAttention(torch.autograd.Function):
         stages: Sequence[AttentionStage[Tensor]],
         compute: StageCompute,
         root: RootStage | None,
+        sink: Tensor | None,
     ) -> Tensor:
-        """Compute the self stage into the packed output, then merge the cross stages into it."""
+        """Compute the self stage into the packed output, then merge the others into it."""
         ctx.stages, ctx.compute, ctx.root = stages, compute, root
         ctx.wide = len(stages) + (root is not None) > 2
         out, lse = compute.attend(stages, q, k, v, wide=ctx.wide)
         if root is not None:
             root.merge(compute, q, out, lse)
-        return save_for_backward(ctx, q, k, v, out, lse)
+        return save_for_backward(ctx, q, k, v, out, lse, sink)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Add up the stages' shares of dq, dk and dv, in the order of the stages."""
-        merged, k, v = saved_for_backward(ctx, dout)
+        merged, k, v, d_sink = saved_for_backward(ctx, dout)
         gradients = ctx.compute.shares(ctx.stages, merged, k, v, wide=ctx.wide)
         if ctx.root is not None:
             ctx.root.add_shares(ctx.compute, merged, gradients[0])
-        return *gradients_like(gradients, (merged.q, k, v)), None, None, None
+        return *gradients_like(gradients, (merged.q, k, v)), None, None, None, d_sink
 
 
 def checked_inputs(

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from megatron_prefix.attention.comm_types import model_comm_types
 from megatron_prefix.attention.context_parallel import attend_across_ranks
+from megatron_prefix.attention.context_parallel.latents import LatentKeys
 from megatron_prefix.attention.context_parallel.layer import RankLayer
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.attention.function import prefix_attention
 from megatron_prefix.attention.kernels import Kernel, select_kernel
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.stage_compute import StageCompute
+from megatron_prefix.attention.windows import model_window
 from megatron_prefix.layout import CommType, RowStages
 
 
@@ -39,6 +41,9 @@ class AttentionSetup:
     """The ranks that each row is distributed over; None, or a group of one, for whole rows."""
     comm_types: tuple[CommType, ...] = ("all_gather",)
     """How the model's layers communicate over that group."""
+    window: int | None = None
+    """Keys before its own that a query sees in the layers with a sliding window; None: the model
+    has no such layer."""
 
     @classmethod
     def of(
@@ -66,6 +71,7 @@ class AttentionSetup:
             deterministic=deterministic,
             context_parallel_group=context_parallel_group,
             comm_types=model_comm_types(config),
+            window=model_window(config),
         )
 
     @property
@@ -88,6 +94,16 @@ def attention_dtype(config: Any) -> torch.dtype:
     return config.params_dtype
 
 
+def head_dim(config: Any) -> int:
+    """The size of the heads that a kernel is given in a model with Megatron's config `config`.
+
+    Values of multi-latent attention are padded to the size of its keys.
+    """
+    if config.multi_latent_attention:
+        return config.qk_head_dim + config.qk_pos_emb_head_dim
+    return config.kv_channels
+
+
 def kernel_of_model(
     config: Any, device: torch.device, name: str | None, *, deterministic: bool = False
 ) -> Kernel:
@@ -96,8 +112,9 @@ def kernel_of_model(
         name,
         device=device,
         dtype=attention_dtype(config),
-        head_dim=config.kv_channels,
+        head_dim=head_dim(config),
         deterministic=deterministic,
+        windows=model_window(config) is not None,
     )
 
 
@@ -111,6 +128,12 @@ class AttentionLayer:
     """Factor of q k^T before the softmax."""
     comm_type: CommType
     """Its kind of context-parallel communication."""
+    window: int | None = None
+    """Keys before its own that a query sees; None: all. The model's window, or none."""
+    sink: Tensor | None = None
+    """[H] the score of one more key of each query head, whose value is zero; None: no such key."""
+    latents: LatentKeys | None = None
+    """What keys and values are expanded from, where they can travel as latents."""
 
 
 class CoreAttention(Protocol):
@@ -138,6 +161,8 @@ class RowAttention:
     deterministic: bool
     exchange: Exchange | None
     """With the ranks that the row is distributed over; None: all of it is here."""
+    window: int | None = None
+    """That the stages of layers with a sliding window were planned for."""
     root: RootKeys | None = None
     """Of a series of rows: what its first row keeps and the later rows attend to."""
     keeps_root: bool = False
@@ -145,6 +170,12 @@ class RowAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         """See `CoreAttention`. Collective where the row is distributed."""
+        if layer.window is not None and layer.window != self.window:
+            raise ValueError(
+                f"layer {layer.number} has a sliding window of {layer.window} keys before a query, "
+                f"but the row was planned for {self.window}: give the batch's AttentionSetup the "
+                "model's window, as AttentionSetup.of does"
+            )
         if self.exchange is None:
             of_root = None
             if self.root is not None and self.keeps_root:
@@ -160,6 +191,8 @@ class RowAttention:
                 kernel=self.kernel,
                 deterministic=self.deterministic,
                 root=of_root,
+                windowed=layer.window is not None,
+                sink=layer.sink,
             )
         of_rank = RankLayer(
             number=layer.number,
@@ -167,4 +200,13 @@ class RowAttention:
             compute=StageCompute(self.kernel, layer.scale, self.deterministic),
             exchange=self.exchange,
         )
-        return attend_across_ranks(q, k, v, of_rank, layer.comm_type)
+        return attend_across_ranks(
+            q,
+            k,
+            v,
+            of_rank,
+            layer.comm_type,
+            windowed=layer.window is not None,
+            sink=layer.sink,
+            latents=layer.latents,
+        )

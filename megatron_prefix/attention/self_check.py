@@ -24,7 +24,7 @@ from megatron_prefix.attention.kernels import Kernel, MergedAttention, usable_ke
 from megatron_prefix.attention.kernels.reference import ReferenceKernel
 from megatron_prefix.attention.stage_compute import StageCompute
 from megatron_prefix.device_copy import record_to_device
-from megatron_prefix.layout import AttentionStage, PrefixTree, pack, rank_row
+from megatron_prefix.layout import AttentionStage, PackedLayout, PrefixTree, pack, rank_row
 
 
 class KernelCheckError(ValueError):
@@ -69,6 +69,7 @@ def check_kernel(
     num_key_heads: int,
     head_dim: int,
     deterministic: bool = False,
+    windows: bool = False,
 ) -> None:
     """Run a kernel on a few tiny rows, forward and backward, and compare it with `reference`.
 
@@ -80,6 +81,7 @@ def check_kernel(
         num_heads: query heads of this tensor-parallel rank; num_key_heads: key/value heads.
         head_dim: of each head.
         deterministic: ask for a deterministic backward.
+        windows: of a model that has layers with a sliding window: rows of these as well.
 
     Raises:
         KernelCheckError: the kernel raises, or is off by more than `TOLERANCES`. The message, one
@@ -89,10 +91,11 @@ def check_kernel(
         raise ValueError(f"{dtype}: kernels are checked in {', '.join(map(str, TOLERANCES))} only")
     device = torch.device(device)
     heads = _Heads(queries=num_heads, keys=num_key_heads, dim=head_dim)
+    problems = _problems() + _window_problems() if windows else _problems()
     try:
         wrong = [
             f"in {problem.name} {worst}"
-            for problem in _problems()
+            for problem in problems
             if (worst := _worst_error(problem, kernel, device, dtype, heads, deterministic))
         ]
         verdict = f"is wrong: {'; '.join(wrong)}" if wrong else None
@@ -101,7 +104,7 @@ def check_kernel(
         verdict = f"fails with {type(error).__name__}: {first_line}"
     if verdict is None:
         return
-    usable = usable_kernels(device, dtype, head_dim, deterministic=deterministic)
+    usable = usable_kernels(device, dtype, head_dim, deterministic=deterministic, windows=windows)
     others = [name for name in usable if name != kernel.name]
     raise KernelCheckError(
         f"attention kernel {kernel.name!r} {verdict}. It was compared with the reference before "
@@ -142,8 +145,8 @@ class _Problem:
 
 
 @functools.cache
-def _problems() -> tuple[_Problem, ...]:
-    """The rows, on the host."""
+def _row() -> tuple[PackedLayout, np.ndarray]:
+    """A row, and positions whose output a trimmed last layer needs."""
     # The second tree is one sequence, shared by nobody: its rectangle between those of the two
     # groups has no queries. The first group's prefix is longer than a tile of 64.
     groups = [
@@ -154,6 +157,13 @@ def _problems() -> tuple[_Problem, ...]:
     layout = pack(PrefixTree.from_groups(groups), pad_to_multiple=2)
     sequences = ((0, 2), (1, 1), (2, 9), (3, 3), (5, 1))
     needed = np.concatenate([layout.sequence_positions(i)[-last:] for i, last in sequences])
+    return layout, needed
+
+
+@functools.cache
+def _problems() -> tuple[_Problem, ...]:
+    """The rows, on the host."""
+    layout, needed = _row()
     whole = rank_row(layout, needed=needed).model
     problems = [
         _Problem(name="a whole row", stages=whole.stages.local, num_keys=layout.num_tokens),
@@ -174,6 +184,24 @@ def _problems() -> tuple[_Problem, ...]:
                 num_gathered=len(of_rank.gathered.source),
             )
         )
+    return tuple(problems)
+
+
+@functools.cache
+def _window_problems() -> tuple[_Problem, ...]:
+    """Rows of layers with a sliding window, on the host."""
+    layout, needed = _row()
+    problems = []
+    for window in (1, 6, 70):
+        row = rank_row(layout, needed=needed, window=window).model
+        for name, stages in (("a row", row.stages), ("a trimmed last layer", row.last_stages)):
+            problems.append(
+                _Problem(
+                    name=f"{name} with a window of {window} keys before a query",
+                    stages=(stages.windowed.stage,),
+                    num_keys=layout.num_tokens,
+                )
+            )
     return tuple(problems)
 
 

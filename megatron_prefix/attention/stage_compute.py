@@ -14,11 +14,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_prefix.attention.kernels import CallOptions, Kernel, MergedAttention
 from megatron_prefix.attention.merge import merge_
+from megatron_prefix.attention.sinks import merge_sink, sink_gradient
 from megatron_prefix.layout import AttentionStage
+from megatron_prefix.layout.stages import Copies
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,9 @@ class StageCompute:
         dq, *d_keys = self._backward(stage, merged, k, v)
         if wide:
             dq, *d_keys = (share.to(merged.lse.dtype) for share in (dq, *d_keys))
-        if d_keys[0].shape[0] < k.shape[0]:
+        if stage.copies is not None:
+            d_keys = [sum_of_copies(x.to(merged.lse.dtype), stage.copies) for x in d_keys]
+        elif d_keys[0].shape[0] < k.shape[0]:
             shares = d_keys
             d_keys = [x.new_zeros(x.shape, dtype=shares[0].dtype) for x in (k, v)]
             for all_keys, share in zip(d_keys, shares, strict=True):
@@ -143,19 +148,44 @@ class StageCompute:
         return CallOptions(scale=self.scale, deterministic=self.deterministic)
 
 
+def sum_of_copies(values: Tensor, copies: Copies[Tensor]) -> Tensor:
+    """[copies, ...] -> [rows, ...] the sum over the copies of each row, 0 where it has none.
+
+    Every row adds up in the order of its copies: the same bits every time, on every device.
+    """
+    return torch.segment_reduce(
+        values[copies.order], "sum", offsets=copies.bounds, axis=0, initial=0, unsafe=True
+    )
+
+
 def save_for_backward(
-    ctx: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ctx: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sink: Tensor | None,
+    *others: Tensor,
 ) -> Tensor:
-    """Keep what every backward reads; returns out in q's dtype."""
+    """Merge the sink, keep what every backward reads, and return out in q's dtype.
+
+    `others` are kept as the last saved tensors.
+    """
+    if sink is not None:
+        out, lse = merge_sink(out, lse, sink)
     out = out.to(q.dtype)
-    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.save_for_backward(q, k, v, out, lse, sink, *others)
     return out
 
 
-def saved_for_backward(ctx: Any, dout: Tensor) -> tuple[MergedAttention, Tensor, Tensor]:
-    """What was kept, and k and v."""
-    q, k, v, out, lse = ctx.saved_tensors
-    return MergedAttention(dout=dout.contiguous(), q=q, out=out, lse=lse), k, v
+def saved_for_backward(
+    ctx: Any, dout: Tensor
+) -> tuple[MergedAttention, Tensor, Tensor, Tensor | None]:
+    """What was kept, k and v, and the gradient of the sink from this rank's queries."""
+    q, k, v, out, lse, sink, *_ = ctx.saved_tensors
+    merged = MergedAttention(dout=dout.contiguous(), q=q, out=out, lse=lse)
+    return merged, k, v, None if sink is None else sink_gradient(merged, sink)
 
 
 def gradients_like(

@@ -38,8 +38,8 @@ class ModelConfig:
     """Tokens of the vocabulary, without padding."""
     max_sequence_length: int
     """Tokens of the longest prompt with its response."""
-    position_embedding_type: Literal["rope", "yarn", "learned_absolute", "none"] = "rope"
-    """How positions enter the model."""
+    position_embedding_type: Literal["rope", "mrope", "yarn", "learned_absolute", "none"] = "rope"
+    """How positions enter the model; no run has `mrope` yet, since it reads no images."""
     rotary_percent: float = 1.0
     """Fraction of each head's dimensions that is rotated."""
     rotary_base: int = 10000

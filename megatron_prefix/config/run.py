@@ -42,6 +42,11 @@ class RunConfig:
                 "at the temperature that was sampled with: set them equal"
             )
         yield from (f"objective.{fault}" for fault in unused_options(self.objective))
+        if self.model.position_embedding_type == "mrope":
+            yield (
+                "model.position_embedding_type: mrope is for models that see images, which a run "
+                "does not read yet; choose another one"
+            )
         yield from self._faults_of_sampling()
         yield from self._faults_of_rewards()
         yield from faults_of_layout(self.training, self.parallel)

@@ -24,7 +24,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_prefix.attention.row_attention import AttentionSetup, attention_dtype
+from megatron_prefix.attention.row_attention import AttentionSetup, attention_dtype, head_dim
 from megatron_prefix.attention.self_check import check_kernel
 from megatron_prefix.device_copy import copy_to_device
 from megatron_prefix.integrations.counting import TokenCounter
@@ -196,8 +196,9 @@ class _Sharing:
                 dtype=attention_dtype(config),
                 num_heads=config.num_attention_heads // ranks,
                 num_key_heads=max(1, config.num_query_groups // ranks),
-                head_dim=config.kv_channels,
+                head_dim=head_dim(config),
                 deterministic=setup.deterministic,
+                windows=setup.window is not None,
             )
             self.setup = setup
         return self.setup
@@ -206,8 +207,18 @@ class _Sharing:
 class _SharesPrefixes:
     prefix_sharing: _Sharing
 
-    def forward(self, *args: Any, scored_rows: ScoredRows | None = None, **kwargs: Any) -> Tensor:
-        """See Megatron's `GPTModel.forward`, and `log_probs_of_rows` for `scored_rows`."""
+    def forward(
+        self,
+        *args: Any,
+        scored_rows: ScoredRows | None = None,
+        token_keys: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """See Megatron's `GPTModel.forward`, and `log_probs_of_rows` for `scored_rows`.
+
+        `token_keys` [1, T] say of a packed row's tokens what their ids leave open: tokens are
+        shared where ids and keys agree.
+        """
         given = dict(zip(POSITIONAL, args, strict=False)) | kwargs
         if not _is_packed_row(given):
             if scored_rows is not None:
@@ -217,7 +228,7 @@ class _SharesPrefixes:
                 )
             return super().forward(*args, **kwargs)
         self._refuse_arguments(given)
-        row = self._read(given)
+        row = self._read(given, token_keys)
         if scored_rows is not None:
             scored_rows.refuse_rows_outside(row.num_tokens)
         sharing = self.prefix_sharing
@@ -292,7 +303,7 @@ class _SharesPrefixes:
                 "context parallelism cannot share prefixes. Set 1"
             )
 
-    def _read(self, given: Mapping[str, Any]) -> PackedRow:
+    def _read(self, given: Mapping[str, Any], keys: Tensor | None) -> PackedRow:
         """The framework's row, with labels if there are any."""
         reads_positions = self.position_embedding_type == _READS_POSITIONS
         row = PackedRow.read(
@@ -300,6 +311,7 @@ class _SharesPrefixes:
             given["packed_seq_params"],
             labels=given.get("labels"),
             position_ids=given.get("position_ids") if reads_positions else None,
+            keys=keys,
         )
         if row.position_ids is not None and not row.has_ordinary_positions():
             raise ValueError(

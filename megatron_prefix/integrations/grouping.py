@@ -31,6 +31,7 @@ def whole_groups(
     microbatch_multiple: int = 1,
     pad_to_multiple: int = 1,
     model: ModelShape = SEVEN_B,
+    prompt_keys: Sequence[Sequence[int]] | None = None,
 ) -> list[list[list[int]]]:
     """Assign sequences to microbatches so that those of one prompt run together.
 
@@ -49,30 +50,39 @@ def whole_groups(
         pad_to_multiple: as `share_prefixes` was given it, times the tensor-parallel size under
             sequence parallelism.
         model: the sizes that work is measured by.
+        prompt_keys: for each prompt a key for each of its tokens, if ids leave something open, such
+            as which image they stand for. Prompts are equal where their keys are too.
 
     Returns:
         [rank][microbatch] the indices of its sequences; none is empty, and every rank has as many.
 
     Raises:
         ValueError: fewer sequences than microbatches that all ranks need together, a sequence
-            shorter than its prompt, or a prompt without tokens.
+            shorter than its prompt, a prompt without tokens, or keys that do not fit the prompts.
     """
     if len(prompts) != len(lengths):
         raise ValueError(f"{len(prompts)} prompts for {len(lengths)} sequences: give one for each")
+    if prompt_keys is not None and [*map(len, prompt_keys)] != [*map(len, prompts)]:
+        raise ValueError("prompt_keys: give one key for each token of each prompt")
     if len(lengths) < data_parallel_size * microbatch_multiple:
         raise ValueError(
             f"{len(lengths)} sequences for data_parallel_size={data_parallel_size} and "
             f"microbatch_multiple={microbatch_multiple}: each rank needs {microbatch_multiple} or "
             "more. Give more sequences"
         )
-    groups: dict[bytes, list[int]] = {}
+    groups: dict[tuple[bytes, bytes], list[int]] = {}
     for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         if not 1 <= len(prompt) <= length:
             raise ValueError(
                 f"sequence {i} has {length} tokens and its prompt {len(prompt)}: a prompt has at "
                 "least one token, and the sequence no fewer"
             )
-        groups.setdefault(np.asarray(prompt, dtype=np.int64).tobytes(), []).append(i)
+        keys = () if prompt_keys is None else prompt_keys[i]
+        identity = (
+            np.asarray(prompt, dtype=np.int64).tobytes(),
+            np.asarray(keys, dtype=np.int64).tobytes(),
+        )
+        groups.setdefault(identity, []).append(i)
     members = list(groups.values())
     # A token more for each sequence: its last token runs too, though it predicts nothing.
     trees = [

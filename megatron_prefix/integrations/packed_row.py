@@ -30,6 +30,8 @@ class PackedRow:
     """[T] int64: the token that each row's loss is of, if the framework gives them."""
     position_ids: np.ndarray | None = None
     """[T] int64, if they are looked at."""
+    keys: np.ndarray | None = None
+    """[T] int64: what the ids of tokens leave open, see `PrefixTree.from_sequences`."""
 
     @classmethod
     def read(
@@ -39,13 +41,14 @@ class PackedRow:
         *,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> PackedRow:
         """A framework's row. The host waits for the device once.
 
         Args:
             input_ids: [1, T].
             params: with `cu_seqlens_q`, `cu_seqlens_q_padded` or both.
-            labels, position_ids: [1, T], if they are needed.
+            labels, position_ids, keys: [1, T], if they are needed.
 
         Raises:
             ValueError: shapes or cumulative lengths that do not fit, by name.
@@ -55,16 +58,18 @@ class PackedRow:
                 f"input_ids has shape {list(input_ids.shape)}: a packed row is [1, T], with its "
                 "sequences one behind the other"
             )
-        for name, given in (("labels", labels), ("position_ids", position_ids)):
+        per_token = {"labels": labels, "position_ids": position_ids, "token_keys": keys}
+        for name, given in per_token.items():
             if given is not None and given.shape != input_ids.shape:
                 raise ValueError(
                     f"{name} has shape {list(given.shape)} and input_ids "
                     f"{list(input_ids.shape)}: they must agree"
                 )
-        tokens, labels_of_rows, positions, true, padded = _to_host(
+        if keys is not None and (keys.is_floating_point() or keys.dtype == torch.bool):
+            raise ValueError(f"token_keys holds {keys.dtype}: keys are integers")
+        tokens, labels_of_rows, positions, keys_of_rows, true, padded = _to_host(
             input_ids[0],
-            None if labels is None else labels[0],
-            None if position_ids is None else position_ids[0],
+            *(None if given is None else given[0] for given in per_token.values()),
             params.cu_seqlens_q,
             params.cu_seqlens_q_padded,
         )
@@ -75,6 +80,7 @@ class PackedRow:
             lengths=lengths,
             labels=labels_of_rows,
             position_ids=positions,
+            keys=keys_of_rows,
         )
 
     @property
@@ -84,8 +90,15 @@ class PackedRow:
 
     def sequences(self) -> list[np.ndarray]:
         """The tokens of each sequence."""
+        return self._of_sequences(self.tokens)
+
+    def sequence_keys(self) -> list[np.ndarray] | None:
+        """The keys of each sequence; None where none are given."""
+        return None if self.keys is None else self._of_sequences(self.keys)
+
+    def _of_sequences(self, values: np.ndarray) -> list[np.ndarray]:
         return [
-            self.tokens[start : start + length]
+            values[start : start + length]
             for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True)
         ]
 

@@ -7,6 +7,7 @@ more, which nothing reads: it is a label only. Sequences of one token need no ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,10 @@ from megatron_prefix.layout import ModelShape, PackedLayout, PrefixTree, pack, s
 
 _BEHIND_THE_END = np.array([-1], dtype=np.int64)
 """No token of a vocabulary, and the same behind every sequence, so that equal ones stay equal."""
+
+
+def _lengthened(sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [np.concatenate([values, _BEHIND_THE_END]) for values in sequences]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,15 +42,18 @@ class SharedRow:
     def of(cls, row: PackedRow, shape: ModelShape, *, pad_to_multiple: int) -> SharedRow | None:
         """The row without repetitions; None where it has none, or none that pays.
 
-        A function of the tokens and sizes alone, so every pipeline stage finds the same.
+        A function of the tokens, keys and sizes alone, so every pipeline stage finds the same.
 
         Args:
             row: of the framework.
             shape: of the model, to decide what pays.
             pad_to_multiple: N is a multiple of this.
         """
-        sequences = [np.concatenate([tokens, _BEHIND_THE_END]) for tokens in row.sequences()]
-        tree = share_where_it_pays(PrefixTree.from_sequences(sequences), shape)
+        keys = row.sequence_keys()
+        whole = PrefixTree.from_sequences(
+            _lengthened(row.sequences()), keys=None if keys is None else _lengthened(keys)
+        )
+        tree = share_where_it_pays(whole, shape)
         if not (tree.multiplicity > 1).any():
             return None
         layout = pack(tree, pad_to_multiple=pad_to_multiple)

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
 from megatron_prefix.attention.comm_types import layer_comm_type
+from megatron_prefix.attention.context_parallel.latents import LatentKeys
 from megatron_prefix.attention.row_attention import AttentionLayer
+from megatron_prefix.attention.windows import layer_window
 from megatron_prefix.layers.last_layer import query_key_value
+from megatron_prefix.layers.latent_attention import prefix_latent_attention
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.borrowed import row_as_one_sequence
+from megatron_prefix.megatron.latent_attention import is_latent
 from megatron_prefix.megatron.options import refuse_unsupported
+from megatron_prefix.megatron.releases import option
 
 RopeTable = Literal["by position", "by token"]
 """What the rows of a model's RoPE table are: positions from 0, as GPTModel makes it, or the tokens
@@ -99,8 +106,10 @@ class _PrefixSelfAttention:
         return query, key, value, *gate
 
     def _table_of_row(self, table: Tensor, params: PrefixPackedSeqParams) -> Tensor:
-        """[positions or T, ...] -> [T, ...] the row of each token."""
+        """[positions or T, ...] -> [T, ...] the row of each token, as mRoPE's table has it."""
         num_tokens = len(params.position_ids)
+        if params.mrope_position_ids is not None:
+            return table
         if self.prefix_rope_table == "by token":
             if len(table) != num_tokens:
                 raise ValueError(
@@ -121,6 +130,9 @@ class _PrefixSelfAttention:
 class _PrefixCoreAttention:
     """Attention in stages over a packed row with shared prefixes."""
 
+    prefix_latents: LatentKeys | None = None
+    """Of the batch that runs, left here by a multi-latent self attention."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         config = kwargs["config"] if "config" in kwargs else args[0]
         refuse_unsupported(config)
@@ -138,6 +150,7 @@ class _PrefixCoreAttention:
         self.prefix_only = prefix_only
         number = kwargs["layer_number"] if "layer_number" in kwargs else args[1]
         self.prefix_layer = _attention_layer(config, number, kwargs.get("softmax_scale"))
+        _require_sink(self, config)
 
     def forward(
         self,
@@ -150,7 +163,8 @@ class _PrefixCoreAttention:
         packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """query [T or N, heads, dim], key and value [T, kv heads, dim] -> [T or N, heads * dim]."""
+        """[T or N, heads * value dim] of query [T or N, heads, dim], key [T, kv heads, dim] and
+        value [T, kv heads, value dim]."""
         if not isinstance(packed_seq_params, PrefixPackedSeqParams):
             if self.prefix_only:
                 raise ValueError(
@@ -173,7 +187,17 @@ class _PrefixCoreAttention:
                 "attention_bias cannot be combined with shared prefixes: leave it None for batches "
                 "that carry PrefixPackedSeqParams"
             )
-        out = packed_seq_params.attention(query, key, value, self.prefix_layer)
+        layer = dataclasses.replace(
+            self.prefix_layer,
+            sink=getattr(self, "softmax_offset", None),
+            latents=self.prefix_latents,
+        )
+        self.prefix_latents = None
+        size = value.shape[-1]
+        if size < query.shape[-1]:
+            # Kernels take one size of heads; multi-latent attention has smaller values.
+            value = F.pad(value, (0, query.shape[-1] - size))
+        out = packed_seq_params.attention(query, key, value, layer)[..., :size]
         return out.reshape(out.shape[0], -1)
 
 
@@ -182,7 +206,19 @@ def _attention_layer(config: Any, number: int, scale: float | None) -> Attention
         number=number,
         scale=1.0 / math.sqrt(config.kv_channels) if scale is None else scale,
         comm_type=layer_comm_type(config, number),
+        window=layer_window(config, number),
     )
+
+
+def _require_sink(core_attention: Any, config: Any) -> None:
+    """Raise a ValueError where the config asks for a sink that the core attention does not hold."""
+    kind = option(config, "softmax_type")
+    if kind not in (None, "vanilla") and getattr(core_attention, "softmax_offset", None) is None:
+        raise ValueError(
+            f"softmax_type={kind!r}: {type(core_attention).__name__} has no softmax_offset. Use "
+            "Megatron's local layer spec or Transformer Engine 2.8 or newer, or set softmax_type "
+            "to 'vanilla'"
+        )
 
 
 def takes_shared_prefixes(core_attention: Any) -> bool:
@@ -213,15 +249,21 @@ def share_in_self_attention(attention: Any, *, rope_table: RopeTable | None = No
     parallelism, which a core attention must know when it is built.
 
     Args:
-        attention: Megatron's, or a subclass.
+        attention: Megatron's self attention or multi-latent self attention, or a subclass.
         rope_table: that its model gives it; None: one of Megatron's own.
     """
-    attention.__class__ = prefix_self_attention(type(attention))
-    attention.prefix_rope_table = rope_table
     core, config = attention.core_attention, attention.config
+    scale = config.softmax_scale
+    if is_latent(type(attention)):
+        attention.__class__ = prefix_latent_attention(type(attention))
+        scale = attention.softmax_scale
+    else:
+        attention.__class__ = prefix_self_attention(type(attention))
+        attention.prefix_rope_table = rope_table
     if isinstance(core, _PrefixCoreAttention):
         return
     core.__class__ = prefix_core_attention(type(core))
     core.config = config
     core.prefix_only = False
-    core.prefix_layer = _attention_layer(config, attention.layer_number, config.softmax_scale)
+    core.prefix_layer = _attention_layer(config, attention.layer_number, scale)
+    _require_sink(core, config)

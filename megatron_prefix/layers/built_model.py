@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
@@ -34,19 +35,35 @@ def share_in_layers(model: nn.Module, config: Any, *, rope_table: RopeTable | No
         ValueError: an option or a layer that cannot share prefixes, by name.
     """
     refuse_unsupported(config)
+    refuse_mrope(model)
     layers = list(model.modules())
     for layer in layers:
         if isinstance(layer, RECURRENT_LAYERS):
             refuse_recurrent_layer(type(layer))
         if isinstance(layer, TransformerLayer) and not isinstance(
-            layer.self_attention, SelfAttention
+            layer.self_attention, (SelfAttention, MLASelfAttention)
         ):
             raise ValueError(
                 f"layer {layer.layer_number} has {type(layer.self_attention).__name__} for its "
                 "self attention, which cannot share prefixes. Use a model whose layers all have "
-                "Megatron's SelfAttention"
+                "Megatron's SelfAttention or MLASelfAttention"
             )
     for layer in layers:
         if isinstance(layer, TransformerLayer):
             layer.__class__ = prefix_transformer_layer(type(layer))
             share_in_self_attention(layer.self_attention, rope_table=rope_table)
+
+
+def refuse_mrope(model: nn.Module) -> None:
+    """Raise a ValueError if the prefixes of this model's rows are not found by tokens alone.
+
+    Args:
+        model: a GPTModel, or a module around one.
+    """
+    for module in model.modules():
+        if getattr(module, "position_embedding_type", None) == "mrope":
+            raise ValueError(
+                "position_embedding_type='mrope': images that have the same placeholder tokens "
+                "would be taken for one image. Run this model without shared prefixes, or pack its "
+                "rows yourself, with PrefixPackedSeqParams.from_layout(mrope_positions=...)"
+            )

@@ -2,7 +2,8 @@
 
 Where a batch's params have `last_layer` set, the last layer computes keys and values of all T
 tokens, but queries, attention output, projection and MLP of N rows only. Its output, hence the
-model's, is [N, 1, h], or [N/tp, 1, h] on each rank under sequence parallelism.
+model's, is [N, 1, h], or [N/tp, 1, h] on each rank under sequence parallelism. Experts that collect
+statistics of all tokens are given all T; then the layer's output is trimmed, and nothing in it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from megatron_prefix.layers.dropout import refuse_dropout
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.layers.router import collects_statistics, counting_by_multiplicity
 from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.borrowed import residual_through
 from megatron_prefix.megatron.fused_gradients import gradient_by_autograd
@@ -43,19 +45,25 @@ class _PrefixTransformerLayer:
         if shares_prefixes and self.training and not self.prefix_dropout_refused:
             refuse_dropout(self, f"layer {self.layer_number}")
             self.prefix_dropout_refused = True
-        if (
-            shares_prefixes
-            and packed_seq_params.last_layer is not None
-            and self.layer_number == self.config.num_layers
-        ):
-            packed_seq_params = packed_seq_params.last_layer
+        last_params = None
+        if shares_prefixes and self.layer_number == self.config.num_layers:
+            last_params = packed_seq_params.last_layer
+        counts = shares_prefixes and collects_statistics(self)
+        if counts:
+            context = counting_by_multiplicity(self, packed_seq_params)
+        elif last_params is not None:
+            packed_seq_params = last_params
             context = residual_through(
-                self, functools.partial(_rows, params=packed_seq_params, config=self.config)
+                self, functools.partial(_rows, params=last_params, config=self.config)
             )
         with context:
-            return super().forward(
+            output = super().forward(
                 hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
             )
+        if counts and last_params is not None:
+            hidden, *rest = output
+            output = (_rows(hidden, last_params, self.config), *rest)
+        return output
 
 
 def prefix_transformer_layer(base: type) -> type:

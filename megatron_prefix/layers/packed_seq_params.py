@@ -21,6 +21,7 @@ from megatron_prefix.layout import (
     own_values,
     rank_row,
 )
+from megatron_prefix.megatron.borrowed import OneRank
 
 
 @dataclass(kw_only=True)
@@ -37,9 +38,14 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """The core attention of every layer: for a packed row a `RowAttention`, with its kernel."""
     position_ids: Tensor
     """[T] int64: each token's position in its own sequence."""
+    mrope_position_ids: Tensor | None = None
+    """[3, T] int64: time, height and width of each token, for a model with mRoPE; None: any other
+    model."""
     own_rows: np.ndarray
     """[T] int64: position in the packed row of each token; -1 on padding that context parallelism
     has moved."""
+    multiplicity: Tensor | None = None
+    """[T] int64: sequences that run through each token, 0 on padding; None: it is not trained."""
     shards: ContextShards | None = None
     """How the row is distributed over context-parallel ranks; None: all of it is here."""
     last_layer: PrefixPackedSeqParams | None = None
@@ -57,6 +63,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
         *,
         needed: np.ndarray | None = None,
         multiple: int = 1,
+        mrope_positions: np.ndarray | None = None,
     ) -> PrefixPackedSeqParams:
         """Params of a packed layout, or of this rank's part of it, with tensors on the device.
 
@@ -71,6 +78,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 puts out `output_rows` only. None: the model's output has all T rows.
             multiple: the number of output rows is a multiple of this: the tensor-parallel size,
                 under sequence parallelism.
+            mrope_positions: [3, T] of the whole row, from `layout.scatter`, for a model with mRoPE.
 
         Raises:
             ValueError: the row does not divide by the group's size.
@@ -82,8 +90,17 @@ class PrefixPackedSeqParams(PackedSeqParams):
             comm_types=setup.comm_types,
             needed=needed,
             multiple=multiple,
+            window=setup.window,
         )
-        return cls.from_row(row, record_to_device(row.model, setup.device), setup)
+        params = cls.from_row(row, record_to_device(row.model, setup.device), setup)
+        if mrope_positions is not None:
+            if mrope_positions.shape != (3, layout.num_tokens):
+                raise ValueError(
+                    f"mrope_positions {mrope_positions.shape}: expected (3, {layout.num_tokens}), "
+                    "time, height and width of each token of the row"
+                )
+            params.set_mrope_positions(params.own(mrope_positions.T).T.contiguous())
+        return params
 
     @classmethod
     def from_row(
@@ -112,6 +129,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             kernel=setup.kernel,
             deterministic=setup.deterministic,
             exchange=exchange,
+            window=setup.window,
             root=root,
             keeps_root=keeps_root,
         )
@@ -124,6 +142,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             attention=attention,
             position_ids=tensors.position_ids,
             own_rows=row.rows,
+            multiplicity=tensors.multiplicity,
             shards=row.shards,
         )
         last = tensors.last_stages
@@ -136,6 +155,22 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 query_rows_host=row.output_rows,
             )
         return params
+
+    def set_mrope_positions(self, positions: Tensor) -> None:
+        """Give a model with mRoPE the time, height and width of this rank's tokens, [3, T]."""
+        for params in (self, self.last_layer):
+            if params is not None:
+                params.mrope_position_ids = positions
+                if self.shards is not None:
+                    # Otherwise Megatron's embedding takes a slice of what is this rank's already.
+                    params.cp_group = OneRank()
+
+    @property
+    def model_position_ids(self) -> Tensor:
+        """What the model takes as `position_ids`: [1, T], or [3, 1, T] with mRoPE."""
+        if self.mrope_position_ids is not None:
+            return self.mrope_position_ids[:, None]
+        return self.position_ids[None]
 
     @property
     def output_rows(self) -> np.ndarray:

@@ -6,6 +6,7 @@ parallelism distributes the row (`shard_layout`) and plans this rank's part of i
 """
 
 from megatron_prefix.layout.cost import (
+    LatentShape,
     ModelShape,
     activation_tokens,
     masked_labels,
@@ -48,6 +49,7 @@ __all__ = [
     "GroupSlice",
     "MicrobatchPlan",
     "ModelRow",
+    "LatentShape",
     "ModelShape",
     "PackedLayout",
     "Packing",

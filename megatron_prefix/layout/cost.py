@@ -21,6 +21,22 @@ import numpy as np
 
 from megatron_prefix.layout.tree_shape import TreeShape
 
+Count = TypeVar("Count", int, np.ndarray)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentShape:
+    """The sizes of multi-latent attention beside those of its heads."""
+
+    query_rank: int
+    """Of compressed queries; 0: they are not compressed."""
+    rank: int
+    """Of the latents that keys and values are expanded from."""
+    shared_channels: int
+    """Channels of a key that all heads share, which are not expanded."""
+    value_channels: int
+    """Size of a value's head."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -37,7 +53,7 @@ class ModelShape:
     num_query_groups: int
     """Key/value heads."""
     kv_channels: int
-    """Size of one head."""
+    """Size of one head; with `latent` of queries and keys."""
     vocab_size: int
     gated_linear_unit: bool
     """Three matrix products in the MLP, else two."""
@@ -48,6 +64,12 @@ class ModelShape:
     """Of one expert."""
     moe_shared_expert_ffn_hidden_size: int = 0
     """Of the shared expert that every token runs; 0 for none."""
+    windowed_layers: tuple[bool, ...] = ()
+    """[num_layers] whether each has a sliding window; (): none has."""
+    window: int = 0
+    """Keys before its own that a query sees in these layers."""
+    latent: LatentShape | None = None
+    """Of multi-latent attention, which every layer then has."""
 
     def __post_init__(self) -> None:
         positive: tuple[str, ...] = (
@@ -74,13 +96,40 @@ class ModelShape:
                 f"num_moe_layers={self.num_moe_layers} must be between 0 and "
                 f"num_layers={self.num_layers}"
             )
+        assert len(self.windowed_layers) in (0, self.num_layers) and self.window >= 0
+
+    @property
+    def value_channels(self) -> int:
+        """Size of a value's head."""
+        return self.kv_channels if self.latent is None else self.latent.value_channels
+
+    @property
+    def query_weights(self) -> int:
+        """Weights of a layer that make queries."""
+        width = self.num_attention_heads * self.kv_channels
+        if self.latent is None or not self.latent.query_rank:
+            return self.hidden_size * width
+        return self.latent.query_rank * (self.hidden_size + width)
+
+    @property
+    def key_weights(self) -> int:
+        """Weights of a layer that make keys and values."""
+        if self.latent is None:
+            return 2 * self.hidden_size * self.num_query_groups * self.kv_channels
+        shared = self.latent.shared_channels
+        expanded = self.kv_channels - shared + self.latent.value_channels
+        down = self.hidden_size * (self.latent.rank + shared)
+        return down + self.latent.rank * self.num_attention_heads * expanded
+
+    @property
+    def projection_weights(self) -> int:
+        """Weights of a layer's projection of the attention's output."""
+        return self.num_attention_heads * self.value_channels * self.hidden_size
 
     def linear_flops_per_token(self) -> int:
         """QKV, attention projection, MLP, experts and router of all layers, for one token."""
         h = self.hidden_size
-        heads_out = self.num_attention_heads + 2 * self.num_query_groups
-        qkv = 2 * h * heads_out * self.kv_channels
-        projection = 2 * self.num_attention_heads * self.kv_channels * h
+        attention = 2 * (self.query_weights + self.key_weights + self.projection_weights)
         matmuls = 3 if self.gated_linear_unit else 2
         dense = matmuls * 2 * h * self.ffn_hidden_size
         expert_width = (
@@ -89,25 +138,46 @@ class ModelShape:
         )
         moe = matmuls * 2 * h * expert_width + 2 * h * self.num_experts
         num_dense_layers = self.num_layers - self.num_moe_layers
-        return (
-            self.num_layers * (qkv + projection)
-            + num_dense_layers * dense
-            + self.num_moe_layers * moe
-        )
+        return self.num_layers * attention + num_dense_layers * dense + self.num_moe_layers * moe
 
-    def attention_flops_per_pair(self) -> int:
-        """QK^T and PV of all heads and layers, for one query that sees one key."""
-        return self.num_layers * 4 * self.num_attention_heads * self.kv_channels
+    def attention_flops_per_pair(self, *, windowed: bool = False) -> int:
+        """QK^T and PV of all heads, for one query that sees one key.
+
+        Args:
+            windowed: of all layers that have a sliding window, else of all that have none.
+        """
+        num_windowed = sum(self.windowed_layers)
+        layers = num_windowed if windowed else self.num_layers - num_windowed
+        return layers * 2 * self.num_attention_heads * (self.kv_channels + self.value_channels)
+
+    def windowed_pairs(self, queries: Count, keys_before: Count | int) -> Count:
+        """The same as `attention_pairs_of` in the layers with a sliding window, 0 without them."""
+        if not any(self.windowed_layers):
+            return queries * 0
+        return windowed_pairs_of(queries, keys_before, self.window)
+
+    def last_layer_pairs(self, queries: Count, keys_before: Count | int) -> Count:
+        """The same as `attention_pairs_of` in the last layer, which may have a sliding window."""
+        if not any(self.windowed_layers[-1:]):
+            return attention_pairs_of(queries, keys_before)
+        return windowed_pairs_of(queries, keys_before, self.window)
 
     def head_flops_per_label(self) -> int:
         """The output layer, for one position whose label is scored."""
         return 2 * self.hidden_size * self.vocab_size
 
-    def flops(self, *, tokens: int, pairs: int, labels: int) -> int:
-        """Forward FLOPs of so many tokens, visible (query, key) pairs and scored labels."""
+    def flops(self, *, tokens: int, pairs: int, labels: int, windowed_pairs: int = 0) -> int:
+        """Forward FLOPs of so many tokens, visible (query, key) pairs and scored labels.
+
+        Args:
+            tokens, labels: of all layers, and of the output layer.
+            pairs: in layers without a sliding window.
+            windowed_pairs: in layers with one.
+        """
         return (
             int(tokens) * self.linear_flops_per_token()
             + int(pairs) * self.attention_flops_per_pair()
+            + int(windowed_pairs) * self.attention_flops_per_pair(windowed=True)
             + int(labels) * self.head_flops_per_label()
         )
 
@@ -116,7 +186,7 @@ class ModelShape:
 
         Args:
             tokens: that it computes no query for.
-            pairs: keys that these would see.
+            pairs: keys that these would see, from `last_layer_pairs`.
         """
         per_token, per_pair = self._last_layer
         return int(tokens) * per_token + int(pairs) * per_pair
@@ -124,9 +194,13 @@ class ModelShape:
     @cached_property
     def _last_layer(self) -> tuple[int, int]:
         """FLOPs of the last layer for a token, without its keys and values, and for a pair."""
-        last = dataclasses.replace(self, num_layers=1, num_moe_layers=min(self.num_moe_layers, 1))
-        keys_and_values = 4 * self.hidden_size * self.num_query_groups * self.kv_channels
-        return last.linear_flops_per_token() - keys_and_values, last.attention_flops_per_pair()
+        last = dataclasses.replace(
+            self, num_layers=1, num_moe_layers=min(self.num_moe_layers, 1), windowed_layers=()
+        )
+        weights = self.key_weights
+        if self.latent is not None:  # whose queries are all expanded
+            weights += self.query_weights
+        return last.linear_flops_per_token() - 2 * weights, last.attention_flops_per_pair()
 
     def node_flops(
         self,
@@ -149,18 +223,23 @@ class ModelShape:
         labels = response_labels(tree) if labels is None else labels
         spans = labels if spans is None else spans
         per_token, per_pair = self.linear_flops_per_token(), self.attention_flops_per_pair()
+        per_windowed_pair = self.attention_flops_per_pair(windowed=True)
         per_label = self.head_flops_per_label()
         counts = zip(
             tree.packed_lengths.tolist(),
             attention_pairs(tree).tolist(),
+            self.windowed_pairs(tree.packed_lengths, tree.first_positions).tolist(),
             labels.tolist(),
             strict=True,
         )
-        flops = [t * per_token + p * per_pair + n * per_label for t, p, n in counts]
+        flops = [
+            t * per_token + p * per_pair + w * per_windowed_pair + n * per_label
+            for t, p, w, n in counts
+        ]
         if not trim_last_layer:
             return flops
         saved = tree.packed_lengths - spans
-        pairs = attention_pairs_of(saved, tree.first_positions)
+        pairs = self.last_layer_pairs(saved, tree.first_positions)
         return [
             all_layers - self.last_layer_flops(tokens=t, pairs=p)
             for all_layers, t, p in zip(flops, saved.tolist(), pairs.tolist(), strict=True)
@@ -205,12 +284,13 @@ class ModelShape:
         flops = self.flops(
             tokens=lengths.sum(),
             pairs=attention_pairs_of(lengths, 0).sum(),
+            windowed_pairs=self.windowed_pairs(lengths, 0).sum(),
             labels=(labels * tree.multiplicity).sum(),
         )
         if trim_last_layer:
             saved = _positions_before_the_first_label(tree, spans)
             flops -= self.last_layer_flops(
-                tokens=saved.sum(), pairs=attention_pairs_of(saved, 0).sum()
+                tokens=saved.sum(), pairs=self.last_layer_pairs(saved, 0).sum()
             )
         return flops
 
@@ -228,12 +308,16 @@ def attention_pairs(tree: TreeShape) -> np.ndarray:
     return attention_pairs_of(tree.packed_lengths, tree.first_positions)
 
 
-Count = TypeVar("Count", int, np.ndarray)
-
-
 def attention_pairs_of(queries: Count, keys_before: Count | int) -> Count:
     """Pairs of queries that see so many keys before the first of them, and each other causally."""
     return queries * (queries + 1) // 2 + queries * keys_before
+
+
+def windowed_pairs_of(queries: Count, keys_before: Count | int, window: int) -> Count:
+    """The same where a query sees its own key and at most `window` keys right before it."""
+    # The first queries see all keys that there are, the others a whole window.
+    first = np.minimum(np.maximum(window + 1 - keys_before, 0), queries)
+    return attention_pairs_of(first, keys_before) + (queries - first) * (window + 1)
 
 
 def response_labels(tree: TreeShape) -> np.ndarray:

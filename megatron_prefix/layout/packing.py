@@ -23,6 +23,7 @@ Invariants of a `PackedLayout`, with L the number of levels:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -82,6 +83,11 @@ class PackedLayout:
     there; else None."""
 
     @cached_property
+    def segment_starts(self) -> np.ndarray:
+        """[segments] int64: the first position of each."""
+        return np.array([s.start for s in self.segments], dtype=np.int64)
+
+    @cached_property
     def _positions_of_node(self) -> dict[int, range]:
         return {s.node: range(s.start, s.start + s.length) for s in self.segments}
 
@@ -93,6 +99,41 @@ class PackedLayout:
         """
         runs = [self._positions_of_node.get(node, ()) for node in self.tree.sequences[i]]
         return np.concatenate([np.array(run, dtype=np.int64) for run in runs])
+
+    def scatter(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """[..., T] values of the sequences' tokens, such as positions, at the inputs of the row.
+
+        Args:
+            values: of each sequence, [..., length]: a value for each of its tokens. That of the
+                last token, which is no input, is not used. Padding gets 0.
+
+        Raises:
+            ValueError: there are not as many as sequences or tokens, or two sequences share a
+                token and have different values for it.
+        """
+        assert self.root_stage is None, "the root's inputs are in an earlier row"
+        if len(values) != self.tree.num_sequences:
+            raise ValueError(f"{len(values)} values for {self.tree.num_sequences} sequences")
+        row = np.zeros((*np.shape(values[0])[:-1], self.num_tokens), dtype=values[0].dtype)
+        writers = np.full(self.num_tokens, -1)
+        for i, of_sequence in enumerate(values):
+            positions = self.sequence_positions(i)
+            expected = (*row.shape[:-1], len(positions) + 1)
+            if of_sequence.shape != expected:
+                raise ValueError(f"sequence {i}: values {of_sequence.shape}, expected {expected}")
+            of_inputs = of_sequence[..., :-1]
+            differs = row[..., positions] != of_inputs
+            differs = differs.reshape(-1, len(positions)).any(0) & (writers[positions] >= 0)
+            if differs.any():
+                token = int(differs.argmax())
+                raise ValueError(
+                    f"sequences {writers[positions[token]]} and {i} share token {token}, but have "
+                    "different values for it; only what is equal can be shared: build the tree "
+                    "with keys of the tokens that differ there"
+                )
+            row[..., positions] = of_inputs
+            writers[positions] = i
+        return row
 
 
 def pack(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Collection
 
 import numpy as np
@@ -11,6 +13,7 @@ from megatron_prefix.layout.packing import PackedLayout
 from megatron_prefix.layout.rows import COMM_TYPES, CommType, RankRow, RowStages
 from megatron_prefix.layout.shard_stages import stages_of_rank
 from megatron_prefix.layout.trimming import trim_row
+from megatron_prefix.layout.windows import RankRows, windowed_stages
 
 
 def rank_row(
@@ -21,6 +24,7 @@ def rank_row(
     comm_types: Collection[CommType] = COMM_TYPES,
     needed: np.ndarray | None = None,
     multiple: int = 1,
+    window: int | None = None,
 ) -> RankRow:
     """Plan one rank's part of a packed row.
 
@@ -34,10 +38,18 @@ def rank_row(
             are computed, and more to fill up.) None: all are.
         multiple: the number of output rows is a multiple of this: the tensor-parallel size, under
             sequence parallelism.
+        window: of the model's layers with a sliding window, see `Rectangles`; None: it has none.
 
     Raises:
-        ValueError: the row's length does not divide by the number of ranks.
+        ValueError: the row's length does not divide by the number of ranks, or its root ran in an
+            earlier row and the model has a window.
     """
+    if window is not None and layout.root_stage is not None:
+        raise ValueError(
+            "share_across_microbatches: true cannot be combined with window_size yet (a row of "
+            "responses would need the last keys of its prompt from an earlier row); set "
+            "share_across_microbatches: false"
+        )
     if num_ranks == 1:
         shards, rows = None, np.arange(layout.num_tokens)
         stages = RowStages(
@@ -56,4 +68,12 @@ def rank_row(
         in_row = np.zeros(layout.num_tokens, dtype=bool)
         in_row[needed] = True
         last_stages = trim_row(stages, in_row[rows] & (rows >= 0), multiple=multiple)
+    if window is not None:
+        ranks = [RankRows.of_row(layout)] if shards is None else RankRows.of_ranks(shards)
+        layers = [stages] if last_stages is None else [stages, last_stages]
+        found = windowed_stages(layout, ranks, rank, window, layers=layers)
+        stages, last_stages = (
+            of_layer and dataclasses.replace(of_layer, windowed=windowed)
+            for of_layer, windowed in itertools.zip_longest((stages, last_stages), found)
+        )
     return RankRow.of(layout, rows, stages, last_stages, shards)

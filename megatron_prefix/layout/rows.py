@@ -20,9 +20,14 @@ import numpy as np
 
 from megatron_prefix.layout.packing import PackedLayout
 from megatron_prefix.layout.sharding import ContextShards
-from megatron_prefix.layout.stages import Array, AttentionStage, GatheredStages
+from megatron_prefix.layout.stages import (
+    Array,
+    AttentionStage,
+    GatheredStages,
+    WindowedStages,
+)
 
-CommType = Literal["all_gather", "p2p", "a2a"]
+CommType = Literal["all_gather", "p2p", "a2a", "latent_gather"]
 
 COMM_TYPES: tuple[CommType, ...] = get_args(CommType)
 
@@ -54,6 +59,9 @@ class RowStages(Generic[Array]):
     ring: tuple[tuple[AttentionStage[Array], ...], ...] | None = None
     """By the rank whose shard the stages attend to, keys counted from the shard's beginning."""
     whole_row: WholeRow[Array] | None = None
+    windowed: WindowedStages[Array] | None = None
+    """In place of all of these in layers with a sliding window; None: there are no such layers, or
+    the window hides nothing."""
     root: AttentionStage[Array] | None = None
     """Against the keys of a root that an earlier row has run; None: the row has its roots."""
 
@@ -71,6 +79,8 @@ class ModelRow(Generic[Array]):
     """[C] int64; 0 on padding."""
     position_ids: Array
     """[C] int64, counted along each sequence; 0 on padding."""
+    multiplicity: Array
+    """[C] int64: sequences that run through each position; 0 on padding."""
     stages: RowStages[Array]
     last_stages: RowStages[Array] | None
     """Of the model's last layer, where it computes the output of some rows only."""
@@ -107,6 +117,7 @@ class RankRow:
             model=ModelRow(
                 input_ids=own_values(layout.input_ids, rows),
                 position_ids=own_values(layout.position_ids, rows),
+                multiplicity=own_values(layout.multiplicity, rows),
                 stages=stages,
                 last_stages=last_stages,
             ),

@@ -66,12 +66,13 @@ def stages_of_rank(
     ring = None
     if "p2p" in comm_types:
         ring = tuple(of_rank.from_shard(peer) for peer in range(shards.num_ranks))
+    gathers = not {"all_gather", "latent_gather"}.isdisjoint(comm_types)
     stages = RowStages(
         num_tokens=shards.tokens_per_rank,
         queries=None,
         cu_seqlens_q=np.array([0, shards.tokens_per_rank], dtype=np.int32),
         local=of_rank.local(),
-        gathered=of_rank.from_all_shards() if "all_gather" in comm_types else None,
+        gathered=of_rank.from_all_shards() if gathers else None,
         ring=ring,
         whole_row=_whole_row(shards) if "a2a" in comm_types else None,
     )

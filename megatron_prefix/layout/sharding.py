@@ -20,6 +20,7 @@ Invariants, with C = tokens of the row / ranks:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,9 +75,18 @@ class ContextShards:
     @cached_property
     def attention_pairs(self) -> np.ndarray:
         """[ranks] int64: (query, key) pairs of each rank's queries, without padding."""
+        return self.pairs(attention_pairs_of)
+
+    def pairs(self, pairs_of: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """[ranks] int64: the same, counted otherwise.
+
+        Args:
+            pairs_of: for arrays of queries, and of keys before the first of them, the pairs; see
+                `attention_pairs_of`.
+        """
         segments = self.layout.segments
         work = np.zeros(self.num_ranks, dtype=np.int64)
-        pairs = attention_pairs_of(
+        pairs = pairs_of(
             np.array([s.length for s in segments], dtype=np.int64),
             np.array([s.first_position for s in segments], dtype=np.int64),
         )
@@ -84,7 +94,7 @@ class ContextShards:
         np.add.at(work, self.rank_of_segment[whole], pairs[whole])
         above = np.array([segments[i].first_position for i in self.sharded], dtype=np.int64)
         for lengths, starts in ((self.early, self.early_starts), (self.late, self.late_starts)):
-            work += attention_pairs_of(lengths, above[:, None] + starts).sum(axis=0)
+            work += pairs_of(lengths, above[:, None] + starts).sum(axis=0)
         return work
 
     @property

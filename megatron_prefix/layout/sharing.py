@@ -5,6 +5,9 @@ measured on the CPU (forward and backward of attention with and without a short 
 heads of 32): 35 to 140 keys per token at responses of 128 to 512 tokens, and a break-even near 8
 saved tokens where responses are short. Not measured on a GPU. Whatever is decided, results are the
 same.
+
+Layers with a sliding window have no cross stages. What they copy of a shared run for those below it
+is not counted.
 """
 
 from __future__ import annotations
@@ -73,7 +76,9 @@ def _not_worth_sharing(tree: TreeShape, shape: ModelShape, always_roots: bool) -
         tokens = carried[node] + lengths[node]
         first = first_positions[node] - carried[node]
         pairs = attention_pairs_of(tokens, first)
-        saved = (branches[node] - 1) * shape.flops(tokens=tokens, pairs=pairs, labels=0)
+        windowed = shape.windowed_pairs(tokens, first)
+        once = shape.flops(tokens=tokens, pairs=pairs, labels=0, windowed_pairs=windowed)
+        saved = (branches[node] - 1) * once
         queries = below[node] - lengths[node]
         cost = queries * MERGE_KEYS * shape.attention_flops_per_pair()
         cost += STAGE_TOKENS * shape.linear_flops_per_token()

@@ -5,7 +5,8 @@ Both have the same types: their arrays are NumPy's where a row is planned, and t
 
 Stage 0 of a row is the self stage: every segment attends to itself, causally, over the whole row.
 The others are cross stages: segments attend to ancestors, without a mask. Packing in level order
-makes the queries and the keys of a stage slices, so that it needs no gather and no copy.
+makes the queries and the keys of a stage slices, so that it needs no gather and no copy. A layer
+with a sliding window has one stage in place of all of these, see `windows.py`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,20 @@ class Rectangles(Generic[Array]):
     causal: bool
     """Every rectangle is square, and query j sees keys 0 to j of its rectangle. Otherwise a query
     sees all keys of its rectangle."""
+    window: int | None = None
+    """Keys that a query sees at most beside its own; None: any number. Only causal rectangles have
+    a window. They have at least as many keys as queries, the last keys are the queries' own, and a
+    query sees its own key and up to so many right before it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Copies(Generic[Array]):
+    """Rows of which a stage's keys hold copies, none, one or several of each."""
+
+    order: Array
+    """[copies] int64: the copies, first those of row 0 in their order, then those of row 1, ..."""
+    bounds: Array
+    """[rows + 1] int64: order[bounds[i]:bounds[i + 1]] are the copies of row i."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,6 +65,8 @@ class AttentionStage(Generic[Array]):
     keys: slice | Array
     """In the row, or in the buffer that the stage is called with: a slice, or (seldom, in a trimmed
     last layer) [n] int64 rows."""
+    copies: Copies[Array] | None = None
+    """Of all rows, where `keys` may hold a row several times; None: it never does."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +77,39 @@ class GatheredStages(Generic[Array]):
     """[keys] int64: where in the concatenation of all ranks' shards each key of the buffer lies."""
     stages: tuple[AttentionStage[Array], ...]
     """Queries in the rank's row, keys in the buffer."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HaloRows(Generic[Array]):
+    """Which keys and values a rank sends to other ranks for their halos, and receives for its own.
+
+    Received rows come behind those of the rank's own row, in the order of the ranks.
+    """
+
+    rows: Array
+    """[n] int64: the rank's tokens that it sends, first those for rank 0, then those for rank 1,
+    ..."""
+    sent: tuple[int, ...]
+    """[ranks] how many of them each rank gets."""
+    received: tuple[int, ...]
+    """[ranks] how many rows come from each rank."""
+    copies: Copies[Array]
+    """Of the rank's tokens in `rows`."""
+
+    @property
+    def num_received(self) -> int:
+        """Rows from all ranks."""
+        return sum(self.received)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WindowedStages(Generic[Array]):
+    """The attention of a layer with a sliding window, see `windows.py`."""
+
+    stage: AttentionStage[Array]
+    """All queries, against the keys of the row and, behind them, those received."""
+    halo: HaloRows[Array] | None
+    """None: no rank needs a row of another one."""
 
 
 def attention_stage(

@@ -120,7 +120,7 @@ class Packing:
         tree = microbatch_tree(trees, slices)
         if self.sharing != "everything":
             return tree
-        tree = PrefixTree.from_sequences(tree.sequence_tokens(i) for i in range(tree.num_sequences))
+        tree = tree.as_trie()
         if not self.share_only_where_it_pays:
             return tree
         return share_where_it_pays(tree, self.model_shape, token_budget=self.capacity)
@@ -142,7 +142,7 @@ class Packing:
         if not _siblings_begin_alike(tree):
             return tree
         found = share_where_it_pays(
-            PrefixTree.from_sequences(tree.sequence_tokens(i) for i in range(tree.num_sequences)),
+            tree.as_trie(),
             self.model_shape,
             always_roots=max(tree.parents) >= 0,  # it is planned with a shared prompt
         )
@@ -150,7 +150,7 @@ class Packing:
 
 
 def _siblings_begin_alike(tree: PrefixTree) -> bool:
-    """Whether two children of a node, or two roots, have the same first token."""
+    """Whether two children of a node, or two roots, have the same first token (keys aside)."""
     begins = {
         (parent, int(tokens[0])) for parent, tokens in zip(tree.parents, tree.tokens, strict=True)
     }

@@ -16,13 +16,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 
-class _OneRank:
+class OneRank:
     """Stands in for a process group of this rank alone."""
 
     def size(self) -> int:
+        """Ranks of the group."""
         return 1
 
     def rank(self) -> int:
+        """Of this process in it."""
         return 0
 
 
@@ -50,7 +52,7 @@ def row_as_one_sequence(
     on_device = params.cu_seqlens_q, params.cu_seqlens_kv
     if groups.cp.size() > 1:
         alone = copy.copy(groups)
-        alone.cp = _OneRank()
+        alone.cp = OneRank()
         setattr(attention, name, alone)
     if not attention.config.apply_rope_fusion:
         params.cu_seqlens_q, params.cu_seqlens_kv = (
@@ -93,3 +95,29 @@ def residual_through(layer: Any, change: Callable[[Tensor], Tensor]) -> Iterator
             del layer.__dict__["self_attn_bda"]
         else:
             layer.__dict__["self_attn_bda"] = before
+
+
+@contextlib.contextmanager
+def routing_followed_by(router: Any, action: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within the block, an action gets the routing map wherever a router counts its tokens.
+
+    Megatron counts where gradients are enabled, so that what is computed again counts once.
+
+    Args:
+        router: a Megatron `TopKRouter`, whose `routing` puts out probabilities and the map.
+        action: gets the map [rows, experts] of booleans.
+    """
+    routing = router.routing
+
+    def routing_then(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        probs, routing_map = routing(*args, **kwargs)
+        if torch.is_grad_enabled():
+            action(routing_map)
+        return probs, routing_map
+
+    # An instance attribute comes before the class's method.
+    router.__dict__["routing"] = routing_then
+    try:
+        yield
+    finally:
+        del router.__dict__["routing"]

@@ -13,12 +13,14 @@ import importlib.util
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 _CLASSES = {
     "ModelParallelConfig": "model_parallel_config.py",
     "TransformerConfig": "transformer/transformer_config.py",
 }
+_LATENT_CLASSES = {"MLATransformerConfig": "transformer/transformer_config.py"}
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
 _SIZES = {
     *_REQUIRED,
@@ -54,22 +56,44 @@ DECIDED_ELSEWHERE = {
 }
 """Fields that other sections of the run's config decide."""
 
+_OF_LATENT_DECIDED_ELSEWHERE = {
+    "rope_type": "model.position_embedding_type",
+    "rotary_base": "model.rotary_base",
+    "rotary_percent": "model.rotary_percent",
+    **{
+        name: f"model.yarn.{name}"
+        for name in (
+            "rotary_scaling_factor",
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+        )
+    },
+}
+"""The same of multi-latent attention, which has its own rotary embedding."""
+
 
 def faults_of_transformer(values: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the keys and plain values of a `model.transformer` section.
 
     Nothing is found where megatron-core is not installed; importing it says so.
     """
-    declared = declared_fields()
+    latent = values.get("multi_latent_attention") is True
+    declared = declared_fields(latent=latent)
     if not declared:
         return
+    elsewhere = {**DECIDED_ELSEWHERE, **(_OF_LATENT_DECIDED_ELSEWHERE if latent else {})}
     for required in _REQUIRED:
         if required not in values:
             yield f"model.transformer.{required}: required, and missing"
     for key, value in values.items():
         path = f"model.transformer.{key}"
-        if key in DECIDED_ELSEWHERE:
-            yield f"{path}: {value!r} is decided by {DECIDED_ELSEWHERE[key]}; remove it here"
+        if key in elsewhere:
+            yield f"{path}: {value!r} is decided by {elsewhere[key]}; remove it here"
+        elif key not in declared and key in declared_fields(latent=True):
+            yield f"{path}: {value!r} needs multi_latent_attention: true; set that, or remove it"
         elif key not in declared:
             close = difflib.get_close_matches(key, declared, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -82,7 +106,9 @@ def faults_of_transformer(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _faults_of_value(path: str, value: Any, annotation: Any) -> Iterator[str]:
     """A number, text or flag where Megatron declares another plain type or other choices."""
-    members = get_args(annotation) if get_origin(annotation) is Union else (annotation,)
+    members = (
+        get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    )
     choices = [c for m in members if get_origin(m) is Literal for c in get_args(m)]
     types = {m for m in members if get_origin(m) is not Literal}
     if not types <= set(_PLAIN) or (choices and value in choices):
@@ -101,8 +127,10 @@ def _faults_of_value(path: str, value: Any, annotation: Any) -> Iterator[str]:
 
 
 @functools.cache
-def declared_fields() -> dict[str, Any]:
+def declared_fields(*, latent: bool = False) -> dict[str, Any]:
     """The fields of the installed release's `TransformerConfig`, with their types.
+
+    With `latent`, those of its `MLATransformerConfig`.
 
     Types that need an import to be known are `Any`. Empty where megatron-core is not installed.
     """
@@ -110,13 +138,16 @@ def declared_fields() -> dict[str, Any]:
     if root is None:
         return {}
     fields: dict[str, Any] = {}
-    for name, file in _CLASSES.items():
+    for name, file in {**_CLASSES, **(_LATENT_CLASSES if latent else {})}.items():
         for node in ast.parse((root / file).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 for statement in node.body:
                     if isinstance(statement, ast.AnnAssign):
                         assert isinstance(statement.target, ast.Name)
                         fields[statement.target.id] = _type_of(statement.annotation)
+    if latent:
+        # Declared as int; None is a model without compressed queries.
+        fields["q_lora_rank"] = int | None
     return fields
 
 

@@ -11,11 +11,15 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_prefix.attention.row_attention import head_dim
+from megatron_prefix.attention.windows import model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
-from megatron_prefix.layout import ModelShape
+from megatron_prefix.layout import LatentShape, ModelShape
+from megatron_prefix.megatron.latent_attention import complete_local_spec
 from megatron_prefix.megatron.releases import have_transformer_engine
 from megatron_prefix.model.head import LogProbHead
 from megatron_prefix.model.transformer_config import transformer_config
@@ -43,6 +47,8 @@ def build_gpt_model(
     )
     if shared_prefixes:
         spec = prefix_grouped(spec)
+    elif config.multi_latent_attention:
+        complete_local_spec(spec)
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -52,7 +58,10 @@ def build_gpt_model(
         post_process=post_process,
         parallel_output=True,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
+        # Multi-latent attention rotates by itself.
+        position_embedding_type=(
+            "rope" if config.multi_latent_attention else model.position_embedding_type
+        ),
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
@@ -84,10 +93,24 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         ffn_hidden_size=config.ffn_hidden_size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups,
-        kv_channels=config.kv_channels,
+        kv_channels=head_dim(config),
         vocab_size=model.vocab_size,
         gated_linear_unit=config.gated_linear_unit,
+        windowed_layers=windowed_layers(config),
+        window=model_window(config) or 0,
+        latent=_latent_shape(config),
         **experts,
+    )
+
+
+def _latent_shape(config: TransformerConfig) -> LatentShape | None:
+    if not config.multi_latent_attention:
+        return None
+    return LatentShape(
+        query_rank=config.q_lora_rank or 0,
+        rank=config.kv_lora_rank,
+        shared_channels=config.qk_pos_emb_head_dim,
+        value_channels=config.v_head_dim,
     )
 
 
@@ -125,6 +148,11 @@ class ModelChunks:
             for prefix, chunk in zip(prefixes, self.bare, strict=True)
             for name, parameter in chunk.named_parameters()
         ]
+
+    def expert_biases(self) -> list[torch.Tensor]:
+        """The biases by which routers choose experts: weights too, though they are buffers."""
+        routers = (m for chunk in self.bare for m in chunk.modules() if isinstance(m, TopKRouter))
+        return [router.expert_bias for router in routers if router.expert_bias is not None]
 
 
 def build_model_chunks(

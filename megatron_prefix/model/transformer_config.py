@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.config.bounds import refuse
@@ -108,8 +108,11 @@ def transformer_config(
     elif training.recompute == "selective":
         options.update(recompute_granularity="selective", recompute_modules=["core_attn"])
     try:
-        config = TransformerConfig(**options)
-        if model.yarn is not None:
+        if model.transformer.get("multi_latent_attention"):
+            config = MLATransformerConfig(**options, **_latent_rotary(model))
+        else:
+            config = TransformerConfig(**options)
+        if model.yarn is not None and not config.multi_latent_attention:
             # Megatron reads these off the config, but does not declare them.
             for name, value in dataclasses.asdict(model.yarn).items():
                 setattr(config, f"yarn_{name}", value)
@@ -119,6 +122,17 @@ def transformer_config(
         raise ConfigError(f"model.transformer: {error}") from error
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"model.transformer: Megatron-Core refuses it: {error}") from error
+    if (model.position_embedding_type == "mrope") != (config.mrope_section is not None):
+        raise ConfigError(
+            f"model.transformer: mrope_section={config.mrope_section} does not go with "
+            f"model.position_embedding_type: {model.position_embedding_type}; give both or neither"
+        )
+    if config.window_size and training.share_across_microbatches:
+        raise ConfigError(
+            f"training.share_across_microbatches: true with model.transformer.window_size: "
+            f"{config.window_size} is not supported yet (a row of responses would need the last "
+            "keys of its prompt from an earlier row); set share_across_microbatches: false"
+        )
     _check_sizes(model, config)
     if config.pipeline_model_parallel_size > 1:
         layers, stages = (
@@ -138,6 +152,35 @@ def transformer_config(
     return config
 
 
+def _latent_rotary(model: ModelConfig) -> dict[str, Any]:
+    """Of multi-latent attention, whose rotary embedding is its own: the model's, in its fields."""
+    if model.position_embedding_type not in ("rope", "yarn"):
+        raise ValueError(
+            f"model.position_embedding_type: {model.position_embedding_type} with "
+            "multi_latent_attention, which has rope or yarn"
+        )
+    if model.rope_scaling:
+        raise ValueError(
+            "model.rope_scaling: true with multi_latent_attention, which has no such scaling; set "
+            "it to false"
+        )
+    common = {
+        "rope_type": model.position_embedding_type,
+        "rotary_base": model.rotary_base,
+        "rotary_percent": model.rotary_percent,
+    }
+    if model.yarn is None:
+        # Megatron multiplies the scores by YaRN's factor for plain rotary embedding as well.
+        return {**common, "rotary_scaling_factor": 1.0}
+    yarn = dataclasses.asdict(model.yarn)
+    if not yarn.pop("correction_range_round_to_int"):
+        raise ValueError(
+            "model.yarn.correction_range_round_to_int: false with multi_latent_attention, which "
+            "rounds; set it to true"
+        )
+    return {**common, **yarn}
+
+
 def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:
     """What Megatron would only find, by an assertion, when it builds the layers."""
     tensor = config.tensor_model_parallel_size
@@ -154,12 +197,15 @@ def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:
         refuse("num_query_groups", f"does not divide by tensor_model_parallel_size: {tensor}")
     if config.ffn_hidden_size % tensor:
         refuse("ffn_hidden_size", f"does not divide by tensor_model_parallel_size: {tensor}")
-    if model.position_embedding_type in ("rope", "yarn"):
-        rotated = int(config.kv_channels * model.rotary_percent)
+    if model.position_embedding_type in ("rope", "mrope", "yarn"):
+        key, what = "kv_channels", "(the size of a head)"
+        if config.multi_latent_attention:
+            key, what = "qk_pos_emb_head_dim", "(the part of a head that has positions)"
+        rotated = int(getattr(config, key) * model.rotary_percent)
         if rotated < 2 or rotated % 2:
             refuse(
-                "kv_channels",
-                f"(the size of a head) times rotary_percent: {model.rotary_percent} gives "
+                key,
+                f"{what} times rotary_percent: {model.rotary_percent} gives "
                 f"{rotated} rotated channels; it must be an even number of at least 2",
             )
     if config.normalization not in ("LayerNorm", "RMSNorm"):

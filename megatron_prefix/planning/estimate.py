@@ -67,7 +67,13 @@ class StepEstimate:
 
     @property
     def context_parallel_bytes(self) -> int:
-        """Received in a layer by the busiest rank, in its largest row."""
+        """Received in a layer by the busiest rank, in its largest row.
+
+        That is a layer without a sliding window, if there is one.
+        """
+        windowed = self.setup.memory.shape.windowed_layers
+        if windowed and all(windowed):
+            return max((row.windows.received_per_layer for row in self._rows), default=0)
         return max((row.received_per_layer for row in self._rows), default=0)
 
     @property
@@ -107,14 +113,21 @@ class StepEstimate:
         setup = self.setup
         stages, tensor = setup.ranks.pipeline, setup.ranks.tensor
         layers = step_flops(
-            setup.memory, tokens=m.tokens_per_rank, pairs=m.pairs_per_rank, labels=0
+            setup.memory,
+            tokens=m.tokens_per_rank,
+            pairs=m.pairs_per_rank,
+            windowed_pairs=m.windows.pairs_per_rank,
+            labels=0,
         )
         last = layers / stages + m.outer_flops / setup.ranks.context
         slowest = max(last, layers / stages) if stages > 1 else last
         seconds = slowest / tensor / flops_per_second
         if bytes_per_second is not None:
-            num_layers = setup.memory.shape.num_layers / stages
-            seconds += m.received_per_layer * num_layers / bytes_per_second
+            shape = setup.memory.shape
+            num_windowed = sum(shape.windowed_layers)
+            received = m.received_per_layer * (shape.num_layers - num_windowed)
+            received += m.windows.received_per_layer * num_windowed
+            seconds += received / stages / bytes_per_second
         return seconds
 
 
@@ -199,6 +212,8 @@ def _stage_memory(
             last=ends(chunk)["last"],
             travelling=m.travelling,
             root_tokens=root_tokens,
+            halo_tokens=m.windows.travelling,
+            window_copies=m.windows.copied,
         )
 
     for step in pipeline_passes(

@@ -20,7 +20,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prefix.layout.cost import ModelShape
+from megatron_prefix.layout.cost import LatentShape, ModelShape
+from megatron_prefix.planning.latent_memory import (
+    latent_expansion,
+    latent_kept,
+    latent_parameters,
+)
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -124,10 +129,15 @@ class MemoryModel:
         s, tp = self.shape, ranks.tensor
         h, q, kv = s.hidden_size, self._q, self._kv
         biases = self.linear_bias
-        dense = (q + 2 * kv) // tp * h + q // tp * h
-        dense += (q + 2 * kv) // tp * (self.qkv_bias or biases) + h * biases
         norm = 1 if self.rms_norm else 2
-        dense += 2 * norm * h + 2 * norm * s.kv_channels * self.qk_norm
+        if s.latent is None:
+            dense = (q + 2 * kv) // tp * h + q // tp * h
+            dense += (q + 2 * kv) // tp * (self.qkv_bias or biases)
+            normed = 2 * s.kv_channels
+        else:
+            dense = latent_parameters(s, s.latent, tensor=tp, whole_down=self.fused)
+            normed = s.latent.query_rank + s.latent.rank
+        dense += h * biases + 2 * norm * h + norm * normed * self.qk_norm
         first = 2 if s.gated_linear_unit else 1
         if not self.moe_layers[layer]:
             f = s.ffn_hidden_size // tp
@@ -220,6 +230,8 @@ class MemoryModel:
         last: bool,
         travelling: int = 0,
         root_tokens: int = 0,
+        halo_tokens: int = 0,
+        window_copies: int = 0,
     ) -> int:
         """The most that exists at once beside what is kept, while a microbatch runs.
 
@@ -234,6 +246,8 @@ class MemoryModel:
             last: whether the chunk has the output layer.
             travelling: tokens whose keys and values come from other context-parallel ranks.
             root_tokens: of a root that an earlier row has run, which the row attends to.
+            halo_tokens: the same as `travelling` in layers with a sliding window.
+            window_copies: rows of keys that such a layer copies side by side.
         """
         candidates = [0]
         s, b = self.shape, self.element
@@ -254,10 +268,13 @@ class MemoryModel:
             if self.recompute == "full":
                 again = self._all_of_layer(layer, tokens, labels, ranks)
             # Gathered, in the order of the stages, and the gradients of both.
-            gathered = travelling * 2 * self._kv // ranks.tensor * 2 * (b + self.wide)
+            windowed = any(s.windowed_layers[layer : layer + 1])
+            width = 2 * self._kv // ranks.tensor
+            gathered = (halo_tokens if windowed else travelling) * width * 2 * (b + self.wide)
             # The row's share of the gradients of the root's keys and values.
-            gathered += root_tokens * 2 * self._kv // ranks.tensor * b
-            backward = self._layer_backward(layer, tokens, labels, ranks)
+            gathered += root_tokens * width * b
+            copies = window_copies if windowed else 0
+            backward = self._layer_backward(layer, tokens, labels, ranks, copies)
             candidates.append(again - gone + gathered + backward)
             gone += self.kept_by_layer(layer, tokens, labels, ranks)
         return max(candidates)
@@ -274,6 +291,9 @@ class MemoryModel:
         rows = self._rows(layer, tokens, labels, ranks)
         # Both norms, and the first products' inputs.
         kept = (tokens + rows) // ranks.sequence * (self._norm + h * b)
+        if s.latent is not None:
+            kept += self._of_latent_attention(s.latent, tokens, rows, ranks)
+            return kept + self._of_mlp(layer, rows, ranks)
         if rows == tokens or self.fused:
             kept += tokens * (q + 2 * kv) * b  # the first product's output: values are a view of it
             own_queries = rows < tokens
@@ -297,6 +317,26 @@ class MemoryModel:
             kept += rows * s.num_attention_heads // tp * self.wide  # the log-sum-exp
         return kept + self._of_mlp(layer, rows, ranks)
 
+    def _of_latent_attention(
+        self, latent: LatentShape, tokens: int, rows: int, ranks: RankSizes
+    ) -> int:
+        kept = latent_kept(
+            self.shape,
+            latent,
+            tokens=tokens,
+            rows=rows,
+            tensor=ranks.tensor,
+            sequence=ranks.sequence,
+            element=self.element,
+            core_attention=self.recompute == "none",
+        )
+        if self.qk_norm:
+            norms = self._norm_of(latent.query_rank) * (latent.query_rank > 0)
+            kept += tokens // ranks.sequence * (norms + self._norm_of(latent.rank))
+        if self.recompute == "none":
+            kept += rows * self.shape.num_attention_heads // ranks.tensor * self.wide
+        return kept
+
     def _of_mlp(self, layer: int, tokens: int, ranks: RankSizes) -> int:
         s, b = self.shape, self.element
         if not self.moe_layers[layer]:
@@ -312,8 +352,13 @@ class MemoryModel:
         routing = s.num_experts * (b + 1) + k * (2 * _INDEX + self.wide + b)
         return experts + tokens * shared + tokens // ranks.sequence * routing
 
-    def _layer_backward(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
-        """The most that exists at once in a layer's backward, beside all of its activations."""
+    def _layer_backward(
+        self, layer: int, tokens: int, labels: int, ranks: RankSizes, copies: int
+    ) -> int:
+        """The most that exists at once in a layer's backward, beside all of its activations.
+
+        `copies`: rows of keys that its attention copies.
+        """
         s, b, tp = self.shape, self.element, ranks.tensor
         rows = self._rows(layer, tokens, labels, ranks)
         row = rows // ranks.sequence * s.hidden_size * b
@@ -332,17 +377,24 @@ class MemoryModel:
         # gone by then.
         heads = (rows * self._q + tokens * 2 * self._kv) // tp * (self.wide + b)
         attention = row + heads + rows * self._q // tp * b - self._of_mlp(layer, rows, ranks)
+        if s.latent is not None:  # the gradient of what keys and values are split from
+            attention += tokens * latent_expansion(s, s.latent) // tp * b
+        # Copied keys and values, the gradients of both, and those of one sorted by their rows; on
+        # the CPU the kernel copies all four once more in its blocks.
+        attention += copies * self._kv // tp * (2 * b + (3 if self.fused else 6) * self.wide)
         return max(mlp, attention)
 
     @property
     def _norm(self) -> int:
-        """Bytes per token that a norm over the hidden size keeps, beside its output."""
-        h = self.shape.hidden_size
+        return self._norm_of(self.shape.hidden_size)
+
+    def _norm_of(self, width: int) -> int:
+        """Bytes per token that a norm over a width keeps, beside its output."""
         if self.fused:
-            return h * self.element + (4 if self.rms_norm else 8)
+            return width * self.element + (4 if self.rms_norm else 8)
         if self.rms_norm:
-            return 2 * h * self.wide + self.wide
-        return h * self.element + 2 * self.wide
+            return 2 * width * self.wide + self.wide
+        return width * self.element + 2 * self.wide
 
     @property
     def _norm_keeps_input(self) -> bool:

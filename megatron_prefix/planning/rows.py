@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from megatron_prefix.layout.cost import attention_pairs, attention_pairs_of, trained_labels
+from megatron_prefix.layout.cost import attention_pairs, trained_labels
 from megatron_prefix.layout.dispatch import shard_layout
-from megatron_prefix.layout.packing import pack
+from megatron_prefix.layout.packing import PackedLayout, pack
 from megatron_prefix.layout.planner import GroupSlice, rows_of
+from megatron_prefix.layout.rows import CommType
 from megatron_prefix.layout.shard_stages import RankStages
+from megatron_prefix.layout.sharding import ContextShards
 from megatron_prefix.layout.step_packing import Packing
 from megatron_prefix.layout.tree import PrefixTree
+from megatron_prefix.layout.windows import RankRows, positions_asked_for
 from megatron_prefix.planning.memory import MemoryModel, RankSizes
-
-CommType = Literal["all_gather", "p2p", "a2a"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,20 @@ class StepSetup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WindowEstimate:
+    """What layers with a sliding window do otherwise than the others, see `RowEstimate`."""
+
+    pairs_per_rank: int
+    copied: int
+    """Rows of keys that are copied side by side, halos included; 0 where the window hides nothing
+    or no layer has one."""
+    travelling: int
+    """Tokens whose keys and values a rank receives."""
+    received_per_layer: int
+    """Bytes that the busiest context-parallel rank receives, forward and backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowEstimate:
     """One packed row. Per-rank numbers are those of the context-parallel rank with most."""
 
@@ -42,8 +56,10 @@ class RowEstimate:
     tokens_per_rank: int
     labels_per_rank: int
     pairs_per_rank: int
+    """In layers without a sliding window, as what travels and is received."""
     travelling: int
     """Tokens whose keys and values a rank receives."""
+    windows: WindowEstimate
     flops: int
     """Of the whole row, forward, backward and recompute."""
     outer_flops: int
@@ -81,6 +97,7 @@ def step_flops(
     tokens: int,
     pairs: int,
     labels: int,
+    windowed_pairs: int = 0,
     trimmed_tokens: int = 0,
     trimmed_pairs: int = 0,
 ) -> int:
@@ -88,13 +105,13 @@ def step_flops(
 
     Args:
         memory: the model, and what it computes again.
-        tokens, pairs, labels: as of `ModelShape.flops`.
+        tokens, pairs, labels, windowed_pairs: as of `ModelShape.flops`.
         trimmed_tokens, trimmed_pairs: that the last layer has no queries for.
     """
     shape, again = memory.shape, memory.recompute
     linear = tokens * shape.linear_flops_per_token()
     linear -= shape.last_layer_flops(tokens=trimmed_tokens, pairs=0)
-    attention = pairs * shape.attention_flops_per_pair()
+    attention = shape.flops(tokens=0, pairs=pairs, labels=0, windowed_pairs=windowed_pairs)
     attention -= shape.last_layer_flops(tokens=0, pairs=trimmed_pairs)
     head = labels * shape.head_flops_per_label()
     total = 3 * (linear + attention) + 4 * head  # the head's logits are made again in backward
@@ -154,14 +171,20 @@ def _row(
     for i, first in enumerate(first_trained):
         labelled[layout.sequence_positions(i)[first - 1 - num_root :]] = True
     pairs, labels = int(attention_pairs(tree)[nodes].sum()), int(labelled.sum())
+    windowed_pairs = int(
+        memory.shape.windowed_pairs(tree.packed_lengths, tree.first_positions)[nodes].sum()
+    )
     untrained = (tree.packed_lengths - trained_labels(tree, first_trained))[nodes]
     trimmed = {
         "trimmed_tokens": int(untrained.sum()),
-        "trimmed_pairs": int(attention_pairs_of(untrained, tree.first_positions[nodes]).sum()),
+        "trimmed_pairs": int(
+            memory.shape.last_layer_pairs(untrained, tree.first_positions[nodes]).sum()
+        ),
     }
     if not memory.trim_last_layer:
         trimmed = {}
     labels_per_rank, pairs_per_rank, travelling, received = labels, pairs, 0, 0
+    shards = None
     if ranks.context > 1:
         shards = shard_layout(layout, ranks.context)
         rows = [RankStages(shards, rank).rows() for rank in range(ranks.context)]
@@ -172,23 +195,76 @@ def _row(
         if setup.comm_type == "a2a":
             travelling = 0
     tokens = layout.num_tokens - layout.num_padding
+    everything = {"pairs": pairs, "windowed_pairs": windowed_pairs}
     return RowEstimate(
         tokens=layout.num_tokens,
         tokens_per_rank=layout.num_tokens // ranks.context,
         labels_per_rank=labels_per_rank,
         pairs_per_rank=pairs_per_rank,
         travelling=travelling,
-        flops=step_flops(memory, tokens=tokens, pairs=pairs, labels=labels, **trimmed),
+        windows=_windows(layout, shards, setup, windowed_pairs, travelling, received),
+        flops=step_flops(memory, tokens=tokens, labels=labels, **everything, **trimmed),
         outer_flops=step_flops(memory, tokens=0, pairs=0, labels=labels, **trimmed),
         received_per_layer=received,
     )
+
+
+def _windows(
+    layout: PackedLayout,
+    shards: ContextShards | None,
+    setup: StepSetup,
+    pairs: int,
+    travelling: int,
+    received: int,
+) -> WindowEstimate:
+    """Of a row.
+
+    Args:
+        shards: None: the row is whole.
+        pairs: of the whole row, in layers with a window.
+        travelling, received: in the other layers.
+    """
+    memory = setup.memory
+    shape, window = memory.shape, memory.shape.window
+    ranks = [RankRows.of_row(layout)] if shards is None else RankRows.of_ranks(shards)
+    if shards is not None:
+        pairs = int(shards.pairs(shape.windowed_pairs).max())
+    copied = 0
+    if any(shape.windowed_layers) and layout.max_seqlen > window + 1:
+        copied = max(_copied_keys(layout, held, window) for held in ranks)
+        asked = positions_asked_for(layout, ranks, window)
+        rows = np.array([[len(positions) for positions in of_rank] for of_rank in asked])
+        travelling = int(rows.sum(axis=1).max())
+        # Keys and values in forward and again in backward, then the gradients of what was sent.
+        elements = 2 * rows.sum(axis=1) * memory.element + rows.sum(axis=0) * memory.wide
+        received = int(elements.max()) * _key_width(setup)
+    return WindowEstimate(
+        pairs_per_rank=pairs, copied=copied, travelling=travelling, received_per_layer=received
+    )
+
+
+def _copied_keys(layout: PackedLayout, held: RankRows, window: int) -> int:
+    """Keys of the rank's tokens and of the halos before each run of them."""
+    first = held.rows[held.bounds[:-1]]
+    real = (first >= 0) & (first < layout.num_tokens - layout.num_padding)
+    halos = np.minimum(layout.position_ids[first[real]], window)
+    return len(held.rows) + int(halos.sum())
+
+
+def _key_width(setup: StepSetup) -> int:
+    """Elements of a token's keys and values on a tensor-parallel rank."""
+    shape = setup.memory.shape
+    return 2 * shape.num_query_groups * shape.kv_channels // setup.ranks.tensor
 
 
 def _received_per_layer(setup: StepSetup, tokens_per_rank: int, shard_tokens: list[int]) -> int:
     """Bytes, forward and backward, that the rank that receives most receives in a layer."""
     memory, size = setup.memory, setup.ranks.context
     shape, b, wide = memory.shape, memory.element, memory.wide
-    key_width = 2 * shape.num_query_groups * shape.kv_channels // setup.ranks.tensor
+    key_width = _key_width(setup)
+    if setup.comm_type == "latent_gather":
+        assert shape.latent is not None
+        key_width = shape.latent.rank + shape.latent.shared_channels
     if setup.comm_type == "a2a":
         query_width = shape.num_attention_heads * shape.kv_channels // setup.ranks.tensor
         once = tokens_per_rank * (2 * query_width + key_width) * (size - 1) // size * b

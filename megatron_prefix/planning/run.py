@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_prefix.attention.comm_types import layer_comm_type
 from megatron_prefix.config import (
     ModelConfig,
     OptimizerSettings,
@@ -111,7 +112,7 @@ def plan_run(run: PlannedRun, shapes: Sequence[dict[str, Any]]) -> Plan:
     parallel.data_parallel_size(world)
     config = transformer_config(run.model, parallel, run.training)
     memory = memory_model(run.model, config, run.training)
-    comm_type = config.cp_comm_type or "all_gather"
+    comm_type = layer_comm_type(config, 1)
     setup = StepSetup(
         memory=memory,
         ranks=rank_sizes(parallel, run.optimizer, data_parallel_size=run.data_parallel_size),
@@ -122,7 +123,7 @@ def plan_run(run: PlannedRun, shapes: Sequence[dict[str, Any]]) -> Plan:
             model_shape=memory.shape,
             data_parallel_size=run.data_parallel_size,
         ),
-        comm_type=comm_type if isinstance(comm_type, str) else comm_type[0],
+        comm_type=comm_type,
     )
     trees = [tree_of_shape(shape, index) for index, shape in enumerate(shapes)]
     prompts = [prompt_tokens(shape) for shape in shapes]

@@ -22,7 +22,7 @@ def memory_model(
 ) -> MemoryModel:
     """What memory depends on; on the GPU, Megatron's fused operations are taken to be there."""
     fused = training.device != "cpu"
-    rotary = model.position_embedding_type in ("rope", "yarn")
+    rotary = model.position_embedding_type in ("rope", "mrope", "yarn")
     return MemoryModel(
         shape=model_shape(model, config),
         moe_layers=moe_layers(config),

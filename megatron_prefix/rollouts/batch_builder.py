@@ -27,7 +27,9 @@ class BatchBuilder:
             "loss_mask": _OptionalArray(np.bool_, absent=True),
             "turn_rewards": _OptionalArray(np.float64, absent=np.nan),
             "advantages": _OptionalArray(np.float64, absent=np.nan),
+            "keys": _OptionalArray(np.int64, absent=0),
         }
+        self._prompt_keys = _OptionalArray(np.int64, absent=0)
         self._named_rewards: dict[str, _OptionalArray] = {}
         self._known: dict[bool, str] = {}
         self._prompt_lengths = _GrowingArray(np.int64)
@@ -49,6 +51,7 @@ class BatchBuilder:
         check_all_or_none(self._known)
         for name, array in self._optional.items():
             array.extend(getattr(batch, name), len(batch.response_tokens))
+        self._prompt_keys.extend(batch.prompt_keys, len(batch.prompt_tokens))
         self._add_named_rewards(batch)
         self._prompt_tokens.extend(batch.prompt_tokens)
         self._response_tokens.extend(batch.response_tokens)
@@ -87,6 +90,7 @@ class BatchBuilder:
             },
             old_logprobs=self._old_logprobs.finish() if True in self._known else None,
             **{name: array.finish() for name, array in self._optional.items()},
+            prompt_keys=self._prompt_keys.finish(),
             finished=self._finished.finish(),
             policy_versions=self._policy_versions.finish(),
             answers=tuple(self._answers),

@@ -11,10 +11,11 @@ or one response of it; then the records of a group follow one another in one fil
 
 Instead of the rewards there may be an "answer" for a reward function. Optional are "old_logprobs"
 (numbers) and "loss_mask" (true or false: whether a token is trained on), one for each token of the
-responses, and "finished" (true or false), one for each response. Rewards
-may be several by name (`named_rewards`). "turn_rewards" stand in place of
-rewards, and "advantages" beside them. Null is as good as absent, and fields of other names are
-passed over. `record_forms` reads the records of other programs.
+responses, and "finished" (true or false), one for each response. "prompt_keys" and "keys" (whole
+numbers), one for each token of the prompt and of the responses, tell tokens of one id apart.
+Rewards may be several by name (`named_rewards`). "turn_rewards" stand in place of rewards, and
+"advantages" beside them. Null is as good as absent, and fields of other names are passed over.
+`record_forms` reads the records of other programs.
 """
 
 from __future__ import annotations

@@ -139,6 +139,8 @@ class GroupReader:
             advantages=_chained(part.advantages for part in parts) or None,
             old_logprobs=_chained(part.old_logprobs for part in parts) or None,
             loss_mask=_chained(part.loss_mask for part in parts) or None,
+            prompt_keys=first.prompt_keys,
+            keys=_chained(part.keys for part in parts) or None,
             finished=_chained(part.finished for part in parts) or None,
             answer=first.answer,
             source=_source_range(first.source, last.source),
@@ -211,7 +213,22 @@ def _check_same_group(name: str | int, first: RolloutGroup, part: RolloutGroup) 
             f"{where}: answer: group {name!r} of different answers; {first.source} begins it with "
             "another"
         )
-    for field in ("turn_rewards", "advantages", "old_logprobs", "loss_mask", "finished"):
+    if first.prompt_keys is not None and part.prompt_keys is not None:
+        differs = np.asarray(part.prompt_keys) != np.asarray(first.prompt_keys)
+        if differs.any():
+            raise ValueError(
+                f"{where}: prompt_keys: group {name!r} of different prompts; their keys differ "
+                f"from those of {first.source} first at position {int(differs.argmax())}"
+            )
+    for field in (
+        "turn_rewards",
+        "advantages",
+        "old_logprobs",
+        "loss_mask",
+        "finished",
+        "prompt_keys",
+        "keys",
+    ):
         if (getattr(part, field) is None) != (getattr(first, field) is None):
             raise ValueError(
                 f"{where}: {field}: of group {name!r}, some records have it and some do not; "

@@ -35,6 +35,8 @@ FIELDS = (
     "old_logprobs",
     "loss_mask",
     "finished",
+    "prompt_keys",
+    "keys",
 )
 _FLAT_NAMES = {"responses": "response", "rewards": "reward"}
 
@@ -74,9 +76,11 @@ def parse_prompt(record: Record) -> tuple[Tokens, Any]:
     """The prompt and the answer (None where there is none) of a record; its responses are not read.
 
     Raises:
-        ValueError: the prompt is missing or no list, or a field seems to be misspelt.
+        ValueError: the prompt is missing or no list, a field seems to be misspelt, or the prompt
+            has keys, which no engine that samples looks at.
     """
     check_names(record)
+    refuse_prompt_keys(record)
     return _tokens(*_required(record, "prompt")), record.values.get("answer")
 
 
@@ -99,6 +103,8 @@ def batch_of_arrays(record: Record) -> RolloutBatch | None:
         "advantages": _lists_like(record, "advantages", responses, "iuf"),
         "old_logprobs": _lists_like(record, "old_logprobs", responses, "iuf"),
         "loss_mask": _lists_like(record, "loss_mask", responses, "b"),
+        "prompt_keys": _as_int64(_items(record, "prompt_keys", len(prompt), "iu")),
+        "keys": _as_int64(_lists_like(record, "keys", responses, "iu")),
     }
     found["turn_rewards"] = _turn_rewards(record, responses, found["loss_mask"])
     if any(found[name] is None and name in record.values for name in found):
@@ -125,6 +131,8 @@ def batch_of_arrays(record: Record) -> RolloutBatch | None:
         loss_mask=found["loss_mask"],
         turn_rewards=turn_rewards,
         advantages=None if advantages is None else advantages.astype(np.float64, copy=False),
+        prompt_keys=found["prompt_keys"],
+        keys=found["keys"],
         finished=finished.astype(np.int8),
         policy_versions=np.array([UNKNOWN]),
         answers=(record.values.get("answer"),),
@@ -152,6 +160,8 @@ def parse_group(record: Record) -> RolloutGroup:
         advantages=_optional(record, "advantages", _each(numbers)),
         old_logprobs=_optional(record, "old_logprobs", _each(numbers)),
         loss_mask=_optional(record, "loss_mask", _each(_flags)),
+        prompt_keys=_optional(record, "prompt_keys", _keys),
+        keys=_optional(record, "keys", _each(_keys)),
         finished=_optional(record, "finished", _flags),
         answer=record.values.get("answer"),
         source=record.source,
@@ -170,6 +180,7 @@ def parse_response(record: Record) -> RolloutGroup:
     advantages = _optional(record, "advantages", numbers)
     old_logprobs = _optional(record, "old_logprobs", numbers)
     loss_mask = _optional(record, "loss_mask", _flags)
+    keys = _optional(record, "keys", _keys)
     finished = _optional(record, "finished", _flag)
     return RolloutGroup(
         prompt=_tokens(*_required(record, "prompt")),
@@ -180,6 +191,8 @@ def parse_response(record: Record) -> RolloutGroup:
         advantages=None if advantages is None else (advantages,),
         old_logprobs=None if old_logprobs is None else (old_logprobs,),
         loss_mask=None if loss_mask is None else (loss_mask,),
+        prompt_keys=_optional(record, "prompt_keys", _keys),
+        keys=None if keys is None else (keys,),
         finished=None if finished is None else (finished,),
         answer=record.values.get("answer"),
         source=record.source,
@@ -199,10 +212,19 @@ def check_names(record: Record) -> None:
             raise ValueError(f"{record.source}: {name}: not a known field; is {meant} meant?")
 
 
+def refuse_prompt_keys(record: Record) -> None:
+    """Raise a ValueError for keys of a prompt that is to be sampled for."""
+    if "prompt_keys" in record.values:
+        raise ValueError(
+            f"{record.source}: prompt_keys: no engine that samples looks at them; only finished "
+            "rollouts (rollouts.engine: file) may have them; leave them out"
+        )
+
+
 @lru_cache(maxsize=1024)
 def _misspelt(name: str) -> str | None:
     """The field that a name nearly is. One lost to a slip would change what is trained on."""
-    if name in FIELDS:
+    if name in FIELDS or name.lower() == "key":  # which names a record more often than it is a slip
         return None
     close = difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.85)
     return close[0] if close else None
@@ -236,6 +258,13 @@ def _as_int32(tokens: Any) -> NDArray[np.int32] | None:
     if tokens.min(initial=0) < limits.min or tokens.max(initial=0) > limits.max:
         return None
     return tokens.astype(np.int32, copy=False)
+
+
+def _as_int64(keys: NDArray | None) -> NDArray[np.int64] | None:
+    """An array of whole numbers of up to 64 bits with a sign; None where it is none."""
+    if keys is None or keys.max(initial=0) > np.iinfo(np.int64).max:
+        return None
+    return keys.astype(np.int64, copy=False)
 
 
 def _items(record: Record, name: str, count: int, kinds: str) -> NDArray | None:
@@ -298,6 +327,17 @@ def numbers(value: Any, where: str) -> Sequence[float] | NDArray:
         ValueError: it is none; the message begins with `where`.
     """
     return value if _is_array(value, "f") else _list_of(number, value, where)
+
+
+def _keys(value: Any, where: str) -> Tokens:
+    return value if _is_array(value, "i") else _list_of(_key, value, where)
+
+
+def _key(value: Any, where: str) -> int:
+    value = plain_value(value)
+    if type(value) is not int or not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where}: {reprlib.repr(value)} is not a whole number of 64 bits")
+    return value
 
 
 def _flags(value: Any, where: str) -> Sequence[bool] | NDArray:

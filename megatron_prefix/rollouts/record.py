@@ -27,6 +27,8 @@ ARRAY_FIELDS: dict[str, Kind] = {
     "advantages": "numbers",
     "old_logprobs": "numbers",
     "loss_mask": "flags",
+    "prompt_keys": "tokens",
+    "keys": "tokens",
     "finished": "flags",
 }
 """Fields that may come as arrays, and what is in them."""

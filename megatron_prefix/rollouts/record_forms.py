@@ -51,8 +51,10 @@ class _Form:
 
 
 _TOKENS_OF_OTHERS = ("response_mask", "rollout_log_probs", "old_log_probs", "token_level_scores")
+_KEYS = ("prompt_keys", "keys")
 _VERL = _Form(
-    known_by=("prompts", "response_mask"), not_read=("loss_mask", "old_logprobs", "logprobs")
+    known_by=("prompts", "response_mask"),
+    not_read=("loss_mask", "old_logprobs", "logprobs", *_KEYS),
 )
 _OWN_GROUP = _Form(
     known_by=("responses",),
@@ -60,11 +62,12 @@ _OWN_GROUP = _Form(
 )
 _OWN = _Form(known_by=("response",), not_read=_OWN_GROUP.not_read)
 _AREAL = _Form(
-    known_by=("input_ids",), not_read=("prompt", "messages", "old_logprobs", *_TOKENS_OF_OTHERS)
+    known_by=("input_ids",),
+    not_read=("prompt", "messages", "old_logprobs", *_KEYS, *_TOKENS_OF_OTHERS),
 )
 _BESIDE_MESSAGES = (
     *("prompt", "loss_mask", "old_logprobs", "advantages"),
-    *("attention_mask", "logprobs", *_TOKENS_OF_OTHERS),
+    *("attention_mask", "logprobs", *_KEYS, *_TOKENS_OF_OTHERS),
 )
 _ATIF = _Form(known_by=("steps",), not_read=("messages", *_BESIDE_MESSAGES))
 _MESSAGES = _Form(known_by=("messages",), not_read=_BESIDE_MESSAGES)

@@ -1,4 +1,4 @@
-"""Rollouts as records: a group by itself, a batch of groups in flat arrays, and its summary.
+"""Rollouts as records: a group by itself, and a batch of groups in flat arrays.
 
 A batch is what travels through a run. It is arrays from the reader to the device: no Python object
 stands for a token. Offsets say where each item begins: item i of `tokens` is
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prefix.rollouts.summary import RolloutSummary, offsets_of
 from megatron_prefix.rollouts.turns import at_turn_ends
 
 Tokens = Sequence[int] | NDArray
@@ -47,6 +48,11 @@ class RolloutGroup:
     """For each response and each of its trained turns (runs of trained tokens), its reward."""
     advantages: Sequence[Sequence[float] | NDArray] | None = None
     """For each response and each of its tokens, its advantage; None: they come from rewards."""
+    prompt_keys: Tokens | None = None
+    """For each token of the prompt what its id leaves open, such as which image it stands for: a
+    whole number. Tokens are shared where ids and keys agree. None: all are 0."""
+    keys: Sequence[Tokens] | None = None
+    """The same for each response and each of its tokens."""
     finished: Sequence[bool] | NDArray | None = None
     """For each response, whether it ended by itself, rather than at a limit of length."""
     answer: Any = None
@@ -84,6 +90,10 @@ class RolloutBatch:
     no group has any."""
     advantages: NDArray[np.float64] | None = None
     """[T] NaN for groups whose advantages come from rewards; None: those of all groups do."""
+    prompt_keys: NDArray[np.int64] | None = None
+    """[P] what the ids of tokens leave open, see `RolloutGroup.prompt_keys`; None: all are 0."""
+    keys: NDArray[np.int64] | None = None
+    """[T] the same for responses."""
     finished: NDArray[np.int8]
     """[R] 1: the response ended by itself; 0: at a limit of length; `UNKNOWN`."""
     policy_versions: NDArray[np.int64]
@@ -101,8 +111,10 @@ class RolloutBatch:
         assert all(len(values) == responses for values in self.named_rewards.values())
         assert self.prompt_offsets[-1] == len(self.prompt_tokens)
         assert self.response_offsets[-1] == len(self.response_tokens)
-        for values in (self.old_logprobs, self.loss_mask, self.turn_rewards, self.advantages):
+        per_token = (self.old_logprobs, self.loss_mask, self.turn_rewards, self.advantages)
+        for values in (*per_token, self.keys):
             assert values is None or len(values) == len(self.response_tokens)
+        assert self.prompt_keys is None or len(self.prompt_keys) == len(self.prompt_tokens)
 
     @classmethod
     def from_groups(cls, groups: Iterable[RolloutGroup]) -> RolloutBatch:
@@ -114,13 +126,14 @@ class RolloutBatch:
         groups = list(groups)
         check_all_or_none({group.old_logprobs is not None: group.source for group in groups})
         responses = [response for group in groups for response in group.responses]
-        masks = turn_rewards = advantages = None
-        if any(group.loss_mask is not None for group in groups):
-            masks = [mask for group in groups for mask in _masks(group)]
+        turn_rewards = prompt_keys = None
         if any(group.turn_rewards is not None for group in groups):
             turn_rewards = [_turn_rewards(group) for group in groups]
-        if any(group.advantages is not None for group in groups):
-            advantages = [values for group in groups for values in _advantages(group)]
+        if any(group.prompt_keys is not None for group in groups):
+            prompt_keys = [
+                [0] * len(group.prompt) if group.prompt_keys is None else group.prompt_keys
+                for group in groups
+            ]
         old = None
         if groups and groups[0].old_logprobs is not None:
             old = [values for group in groups for values in group.old_logprobs or ()]
@@ -133,9 +146,11 @@ class RolloutBatch:
             rewards=_joined([group.rewards for group in groups], np.float64),
             named_rewards=_named_rewards(groups),
             old_logprobs=None if old is None else _joined(old, np.float32),
-            loss_mask=None if masks is None else _joined(masks, np.bool_),
+            loss_mask=_of_tokens(groups, "loss_mask", np.bool_, absent=True),
             turn_rewards=None if turn_rewards is None else _joined(turn_rewards, np.float64),
-            advantages=None if advantages is None else _joined(advantages, np.float64),
+            advantages=_of_tokens(groups, "advantages", np.float64, absent=np.nan),
+            prompt_keys=None if prompt_keys is None else _joined(prompt_keys, np.int64),
+            keys=_of_tokens(groups, "keys", np.int64, absent=0),
             finished=_joined([_finished(group) for group in groups], np.int8),
             policy_versions=np.array(
                 [UNKNOWN if g.policy_version is None else g.policy_version for g in groups],
@@ -157,7 +172,10 @@ class RolloutBatch:
 
     def prompt(self, group: int) -> NDArray[np.int32]:
         """The tokens of a group's prompt, a view."""
-        return self.prompt_tokens[self.prompt_offsets[group] : self.prompt_offsets[group + 1]]
+        return self.prompt_tokens[self._prompt_range(group)]
+
+    def _prompt_range(self, group: int) -> slice:
+        return slice(int(self.prompt_offsets[group]), int(self.prompt_offsets[group + 1]))
 
     def responses_of(self, group: int) -> range:
         """Indices of a group's responses."""
@@ -190,6 +208,10 @@ class RolloutBatch:
             loss_mask=None if mask is None else tuple(mask[part] for part in tokens),
             turn_rewards=turn_rewards,
             advantages=advantages,
+            prompt_keys=(
+                None if self.prompt_keys is None else self.prompt_keys[self._prompt_range(index)]
+            ),
+            keys=None if self.keys is None else tuple(self.keys[part] for part in tokens),
             finished=None if (finished == UNKNOWN).any() else finished == 1,
             answer=self.answers[index],
             policy_version=None if version == UNKNOWN else version,
@@ -229,17 +251,21 @@ class RolloutBatch:
             sources=self.sources,
             has_old_logprobs=self.old_logprobs is not None,
             has_loss_mask=self.loss_mask is not None,
+            has_prompt_keys=self.prompt_keys is not None,
+            has_keys=self.keys is not None,
         )
 
     def _repeated(self) -> NDArray[np.bool_]:
-        """[R] whether an earlier response of its group has the same tokens."""
+        """[R] whether an earlier response of its group has the same tokens and keys."""
         repeated = np.zeros(self.num_responses, dtype=np.bool_)
         for group in range(self.num_groups):
-            seen: set[bytes] = set()
+            seen: set[tuple[bytes, bytes]] = set()
             for response in self.responses_of(group):
-                tokens = self.response_tokens[self.tokens_of(response)].tobytes()
-                repeated[response] = tokens in seen
-                seen.add(tokens)
+                where = self.tokens_of(response)
+                keys = b"" if self.keys is None else self.keys[where].tobytes()
+                identity = (self.response_tokens[where].tobytes(), keys)
+                repeated[response] = identity in seen
+                seen.add(identity)
         return repeated
 
     def _largest_advantages(self) -> NDArray[np.float64] | None:
@@ -255,76 +281,9 @@ class RolloutBatch:
         return np.where(-low > high, low, high)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RolloutSummary:
-    """What every rank knows of a batch: some twenty bytes a response, and no token."""
-
-    prompt_lengths: NDArray[np.int32]
-    """[G]"""
-    group_sizes: NDArray[np.int32]
-    """[G] responses of each group."""
-    response_lengths: NDArray[np.int32]
-    """[R]"""
-    trained_lengths: NDArray[np.int32]
-    """[R] tokens of each response that are trained on."""
-    rewards: NDArray[np.float64]
-    """[R]"""
-    named_rewards: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    """[R] each, as in `RolloutBatch`."""
-    finished: NDArray[np.int8]
-    """[R] as in `RolloutBatch`."""
-    repeated: NDArray[np.bool_]
-    """[R] whether an earlier response of its group has the same tokens."""
-    largest_advantages: NDArray[np.float64] | None
-    """[R] of the advantages of each response's trained tokens, where they are given for tokens, the
-    one farthest from 0; NaN: they come from the reward; None: those of all responses do."""
-    sources: tuple[str, ...]
-    """[G]"""
-    has_old_logprobs: bool
-    has_loss_mask: bool
-
-    @property
-    def num_groups(self) -> int:
-        """G."""
-        return len(self.sources)
-
-    @property
-    def group_offsets(self) -> NDArray[np.int64]:
-        """[G + 1] into the R responses."""
-        return offsets_of(self.group_sizes)
-
-    def of_groups(self, groups: range) -> RolloutSummary:
-        """The summary of consecutive groups."""
-        offsets = self.group_offsets
-        responses = slice(int(offsets[groups.start]), int(offsets[groups.stop]))
-        chosen = slice(groups.start, groups.stop)
-        largest = self.largest_advantages
-        return RolloutSummary(
-            prompt_lengths=self.prompt_lengths[chosen],
-            group_sizes=self.group_sizes[chosen],
-            response_lengths=self.response_lengths[responses],
-            trained_lengths=self.trained_lengths[responses],
-            rewards=self.rewards[responses],
-            named_rewards={name: v[responses] for name, v in self.named_rewards.items()},
-            finished=self.finished[responses],
-            repeated=self.repeated[responses],
-            largest_advantages=None if largest is None else largest[responses],
-            sources=self.sources[chosen],
-            has_old_logprobs=self.has_old_logprobs,
-            has_loss_mask=self.has_loss_mask,
-        )
-
-
 def plain_tokens(tokens: Tokens) -> tuple[int, ...]:
     """The tokens as Python's own whole numbers."""
     return tuple(tokens.tolist() if isinstance(tokens, np.ndarray) else tokens)
-
-
-def offsets_of(lengths: Sequence[int] | NDArray) -> NDArray[np.int64]:
-    """[n + 1] where each of n items begins, and where the last one ends."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
 
 
 def _joined(parts: Sequence[Any], dtype: type) -> NDArray:
@@ -346,10 +305,21 @@ def _named_rewards(groups: Sequence[RolloutGroup]) -> dict[str, NDArray[np.float
     }
 
 
-def _masks(group: RolloutGroup) -> Sequence[Any]:
-    if group.loss_mask is not None:
-        return group.loss_mask
-    return [np.ones(len(response), dtype=np.bool_) for response in group.responses]
+def _of_tokens(
+    groups: Sequence[RolloutGroup], name: str, dtype: type, *, absent: float
+) -> NDArray | None:
+    """[T] a field of the tokens of responses, `absent` for groups without it; None: all are"""
+    if all(getattr(group, name) is None for group in groups):
+        return None
+    return _joined(
+        [
+            np.full(len(response), absent) if values is None else values[r]
+            for group in groups
+            for values in [getattr(group, name)]
+            for r, response in enumerate(group.responses)
+        ],
+        dtype,
+    )
 
 
 def _turn_rewards(group: RolloutGroup) -> NDArray[np.float64]:
@@ -359,12 +329,6 @@ def _turn_rewards(group: RolloutGroup) -> NDArray[np.float64]:
         return np.full(int(offsets[-1]), np.nan)
     mask = None if group.loss_mask is None else _joined(group.loss_mask, np.bool_)
     return at_turn_ends(_joined(group.turn_rewards, np.float64), mask, offsets)
-
-
-def _advantages(group: RolloutGroup) -> Sequence[Any]:
-    if group.advantages is not None:
-        return group.advantages
-    return [np.full(len(response), np.nan) for response in group.responses]
 
 
 def _finished(group: RolloutGroup) -> Sequence[Any] | NDArray:

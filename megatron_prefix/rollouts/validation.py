@@ -75,6 +75,8 @@ def validate_group(
         )
     if len(group.responses) == 0:
         raise ValueError(f"{source}: responses: there are none; a group needs at least one")
+    if group.prompt_keys is not None:
+        _check_keys(f"{source}: prompt_keys", group.prompt_keys, len(group.prompt))
     for field in (
         "turn_rewards",
         "rewards",
@@ -82,6 +84,7 @@ def validate_group(
         "old_logprobs",
         "loss_mask",
         "finished",
+        "keys",
     ):
         values = getattr(group, field)
         if values is not None and len(values) != len(group.responses):
@@ -112,6 +115,8 @@ def validate_group(
         if group.advantages is not None:
             where = f"{source}: {field_name('advantages', r)}"
             _check_advantages(where, group.advantages[r], len(response))
+        if group.keys is not None:
+            _check_keys(f"{source}: {field_name('keys', r)}", group.keys[r], len(response))
 
 
 def check_tokens(where: str, tokens: Sequence[Any] | NDArray, vocab_size: int) -> None:
@@ -212,6 +217,11 @@ def _check_advantages(where: str, advantages: Sequence[float] | NDArray, length:
             "each"
         )
     _check_all_finite(where, advantages)
+
+
+def _check_keys(where: str, keys: Sequence[int] | NDArray, length: int) -> None:
+    if len(keys) != length:
+        raise ValueError(f"{where}: {len(keys)} for {length} tokens; there must be one for each")
 
 
 def _check_mask(where: str, mask: Sequence[bool] | NDArray, length: int) -> None:

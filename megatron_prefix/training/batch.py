@@ -73,8 +73,6 @@ class PackedBatch:
 
     input_ids: Tensor
     """[1, T] int64"""
-    position_ids: Tensor
-    """[1, T] int64"""
     params: PrefixPackedSeqParams
     label_positions: Tensor
     labels: Tensor
@@ -163,7 +161,6 @@ def packed_batch(
     model, entries = tensors
     return PackedBatch(
         input_ids=model.input_ids[None],
-        position_ids=model.position_ids[None],
         params=PrefixPackedSeqParams.from_row(
             host.row, model, setup, root=root, keeps_root=keeps_root
         ),

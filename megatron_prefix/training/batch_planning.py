@@ -21,6 +21,7 @@ def plan_batch(
     rank: int = 0,
     num_ranks: int = 1,
     comm_types: Collection[CommType] = ("all_gather",),
+    window: int | None = None,
     trim_last_layer: bool = False,
     output_multiple: int = 1,
 ) -> HostBatch:
@@ -34,6 +35,7 @@ def plan_batch(
         sequences: one for each sequence of `layout.tree`, in its order.
         rank, num_ranks: of the context-parallel ranks that the row is distributed over.
         comm_types: how the model's layers communicate.
+        window: of the model's layers with a sliding window; None: it has none.
         trim_last_layer: the model's output has only the rows that are trained on (and some that
             come with them), and its last layer computes no others; see `rank_row`.
         output_multiple: such an output's length is a multiple of this.
@@ -50,6 +52,7 @@ def plan_batch(
         comm_types=comm_types,
         needed=entries.positions if trim_last_layer else None,
         multiple=output_multiple,
+        window=window,
     )
     return host_batch(row, entries, num_sequences=len(sequences))
 
@@ -69,6 +72,7 @@ def build_batch(
         rank=setup.rank,
         num_ranks=setup.num_ranks,
         comm_types=setup.comm_types,
+        window=setup.window,
         trim_last_layer=trim_last_layer,
         output_multiple=output_multiple,
     )

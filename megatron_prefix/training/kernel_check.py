@@ -6,7 +6,9 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.attention.kernels import Kernel, select_kernel
+from megatron_prefix.attention.row_attention import head_dim
 from megatron_prefix.attention.self_check import check_kernel
+from megatron_prefix.attention.windows import model_window
 from megatron_prefix.config import TrainingConfig
 from megatron_prefix.distributed.rank_results import raise_together
 from megatron_prefix.model.transformer_config import DTYPES
@@ -24,8 +26,9 @@ def check_kernel_of_run(
     inputs = {
         "device": device,
         "dtype": DTYPES[training.dtype],
-        "head_dim": model.kv_channels,
+        "head_dim": head_dim(model),
         "deterministic": training.deterministic,
+        "windows": model_window(model) is not None,
     }
     tensor_size = model.tensor_model_parallel_size
     with raise_together():

@@ -16,7 +16,7 @@ import torch
 
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.objective.ratio import known_or
-from megatron_prefix.rollouts.records import RolloutSummary
+from megatron_prefix.rollouts.summary import RolloutSummary
 from megatron_prefix.training.minibatch import Minibatch
 from megatron_prefix.training.step import reduce_sums
 from megatron_prefix.training.step_plan import terms_of_groups

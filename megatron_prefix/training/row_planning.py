@@ -82,6 +82,7 @@ class RowPlanner:
             rank=attention.rank,
             num_ranks=attention.num_ranks,
             comm_types=attention.comm_types,
+            window=attention.window,
             trim_last_layer=packing.trim_last_layer,
             output_multiple=packing.pad_to_multiple // attention.num_ranks,
         )
@@ -97,8 +98,11 @@ class RowPlanner:
         ]
         root = parts[0].tree.tokens[0]
         none = TrainedSequence(first_trained=len(root), weight=0.0, advantage=0.0)
-        tree = PrefixTree.from_sequences([root])
-        return [_Row(tree=tree, sequences=[none], flops=self._node_flops(tree, [none])[0]), *parts]
+        # As often as sequences run through it, for what is counted by multiplicity.
+        count = sum(row.tree.num_sequences for row in parts)
+        tree, nothing = PrefixTree.from_sequences([root] * count), [none] * count
+        flops = self._node_flops(tree, nothing)[0]
+        return [_Row(tree=tree, sequences=nothing, flops=flops), *parts]
 
     def _row(
         self, tree: PrefixTree, slices: Sequence[GroupSlice], *, root_elsewhere: bool = False
@@ -140,9 +144,13 @@ class RowPlanner:
 
     def _with_tokens(self, part: GroupSlice) -> PrefixTree:
         """The tree of a slice's sequences."""
-        group = self.step.group_of_unit[part.group]
-        tokens = [self.share.sequence(group, response) for response in self._responses(part)]
-        return PrefixTree.of_shape(self.step.units[part.group].subset(part.sequences), tokens)
+        group, responses = self.step.group_of_unit[part.group], self._responses(part)
+        keys = [self.share.sequence_keys(group, response) for response in responses]
+        return PrefixTree.of_shape(
+            self.step.units[part.group].subset(part.sequences),
+            [self.share.sequence(group, response) for response in responses],
+            keys=[found for found in keys if found is not None] or None,
+        )
 
     def _responses(self, part: GroupSlice) -> list[int]:
         """The responses that a slice's sequences end in, as indices into the batch."""

@@ -3,9 +3,9 @@
 Rank 0 has the whole rollout batch. Every rank knows the lengths of all of it, so all come to the
 same plan, and each knows how much it will get: the responses that its data-parallel rank runs, and
 the prompts of their groups, in the order of the batch. Prompts, responses, and what there is of
-log-probabilities, masks and advantages of tokens are sent one after the other, each to all ranks in
-one scatter, for which shorter shares are padded. The plan has made the ranks' work, and so nearly
-their lengths, even. Ranks of one model replica get the same.
+log-probabilities, masks, advantages and keys of tokens are sent one after the other, each to all
+ranks in one scatter, for which shorter shares are padded. The plan has made the ranks' work, and so
+nearly their lengths, even. Ranks of one model replica get the same.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class ShareSizes:
                     ("old_logprobs", summary.has_old_logprobs),
                     ("loss_mask", summary.has_loss_mask),
                     ("advantages", summary.largest_advantages is not None),
+                    ("prompt_keys", summary.has_prompt_keys),
+                    ("keys", summary.has_keys),
                 )
                 if is_there
             ),
@@ -69,6 +71,8 @@ class Share:
     loss_mask: NDArray[np.bool_] | None
     advantages: NDArray[np.float64] | None
     """NaN where they come from the response's reward; None: all do."""
+    prompt_keys: NDArray[np.int64] | None = None
+    keys: NDArray[np.int64] | None = None
 
     def sequence(self, group: int, response: int) -> NDArray[np.int32]:
         """Prompt and response as one array.
@@ -81,6 +85,24 @@ class Share:
         prompt = _part(self.prompt_tokens, sizes.prompt_offsets, sizes.groups, group)
         own = _part(self.response_tokens, sizes.response_offsets, sizes.responses, response)
         return np.concatenate([prompt, own])
+
+    def sequence_keys(self, group: int, response: int) -> NDArray[np.int64] | None:
+        """The keys of what `sequence` returns; None where the batch has none."""
+        if self.prompt_keys is None and self.keys is None:
+            return None
+        sizes = self.sizes
+        of_prompts = self.prompt_keys
+        if of_prompts is None:
+            of_prompts = np.zeros(len(self.prompt_tokens), dtype=np.int64)
+        own = self.keys
+        if own is None:
+            own = np.zeros(len(self.response_tokens), dtype=np.int64)
+        return np.concatenate(
+            [
+                _part(of_prompts, sizes.prompt_offsets, sizes.groups, group),
+                _part(own, sizes.response_offsets, sizes.responses, response),
+            ]
+        )
 
     def old_logprobs_of(self, response: int) -> NDArray[np.float32] | None:
         """[tokens] of a response; None where they are not known."""
@@ -190,9 +212,11 @@ _FIELDS = (
     _Field(name="old_logprobs", dtype=np.float32),
     _Field(name="loss_mask", dtype=np.bool_),
     _Field(name="advantages", dtype=np.float64),
+    _Field(name="prompt_keys", dtype=np.int64, of_groups=True),
+    _Field(name="keys", dtype=np.int64),
 )
 
-_OPTIONAL = ("old_logprobs", "loss_mask", "advantages")
+_OPTIONAL = ("old_logprobs", "loss_mask", "advantages", "prompt_keys", "keys")
 
 
 def _part(values: NDArray, offsets: NDArray, indices: NDArray, index: int) -> NDArray:

@@ -130,7 +130,7 @@ def _run_row(
     call = functools.partial(
         model,
         batch.input_ids,
-        batch.position_ids,
+        batch.params.model_position_ids,
         attention_mask=None,
         packed_seq_params=batch.params,
     )

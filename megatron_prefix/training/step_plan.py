@@ -24,7 +24,7 @@ from megatron_prefix.layout import (
 )
 from megatron_prefix.objective import ObjectiveConfig, group_terms, token_weights
 from megatron_prefix.objective.filters import GroupTerms
-from megatron_prefix.rollouts.records import RolloutSummary
+from megatron_prefix.rollouts.summary import RolloutSummary
 from megatron_prefix.training.shares import ShareSizes
 
 

@@ -35,8 +35,12 @@ class ReferencePolicy:
     """A frozen copy of the weights that the KL term compares with."""
 
     def __init__(self, chunks: ModelChunks) -> None:
-        self._parameters = [parameter for _, parameter in chunks.named_parameters()]
-        self._weights = [parameter.detach().clone() for parameter in self._parameters]
+        self._of_model = [parameter for _, parameter in chunks.named_parameters()]
+        self._weights = [parameter.detach().clone() for parameter in self._of_model]
+        for bias in chunks.expert_biases():
+            self._of_model.append(bias)
+            # Megatron makes them float32 with the first batch, whatever the model's dtype.
+            self._weights.append(bias.detach().float().clone())
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -50,14 +54,14 @@ class ReferencePolicy:
     @torch.no_grad()
     def refresh(self) -> None:
         """Take the model's weights."""
-        for parameter, weight in zip(self._parameters, self._weights, strict=True):
-            weight.copy_(parameter)
+        for own, weight in zip(self._of_model, self._weights, strict=True):
+            weight.copy_(own)
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for parameter, weight in zip(self._parameters, self._weights, strict=True):
-            current = parameter.detach().clone()
-            parameter.copy_(weight)
+        for own, weight in zip(self._of_model, self._weights, strict=True):
+            current = own.detach().clone()
+            own.copy_(weight)
             weight.copy_(current)
 
 

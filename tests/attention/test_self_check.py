@@ -5,6 +5,7 @@ What these tests do not cover: kernels on a GPU, but where there is one.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import numpy as np
@@ -40,6 +41,28 @@ def test_every_kernel_of_the_cpu_passes(dtype, name, head_dim, heads, key_heads)
         num_key_heads=key_heads,
         head_dim=head_dim,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["torch_cpu", "reference"])
+def test_rows_with_sliding_windows_are_checked_where_the_model_has_them(dtype, name):
+    kernel = select_kernel(name, device="cpu", dtype=dtype, head_dim=32, windows=True)
+    check_kernel(kernel, device="cpu", dtype=dtype, windows=True, **HEADS)
+    short = OneKeyShort()
+    check(short, dtype)
+    with pytest.raises(KernelCheckError, match=r"in a row with a window of 6 keys .* is off by"):
+        check_kernel(short, device="cpu", dtype=dtype, windows=True, **HEADS)
+
+
+class OneKeyShort(TorchCpuKernel):
+    """A window that ends one key too early, which nothing notices without a window."""
+
+    name = "one_key_short"
+
+    def forward(self, q, k, v, on, options):
+        if on.window:
+            on = dataclasses.replace(on, window=on.window - 1)
+        return super().forward(q, k, v, on, options)
 
 
 def test_its_rows_hold_what_real_rows_hold():

@@ -181,6 +181,10 @@ def _rollouts(**options: Any) -> RolloutsConfig:
     ("sections", "message"),
     [
         (
+            {"model": ModelConfig(**VALID[ModelConfig], position_embedding_type="mrope")},
+            "model.position_embedding_type: mrope is for models that see images",
+        ),
+        (
             {"objective": ObjectiveConfig(temperature=0.7)},
             "objective.temperature: 0.7 differs from rollouts.temperature: 1.0; .* set them equal",
         ),

@@ -136,6 +136,54 @@ def test_random_rows(
     assert_equal(plain, shared, batch, **({"labels": batch.labels} if with_labels else {}))
 
 
+def test_tokens_are_shared_where_ids_and_keys_agree() -> None:
+    batch = pack_batch([[9] * 24 + [token] for token in (3, 4, 5)])
+    keys = torch.tensor([[*range(24), 0, *range(24), 0, *range(100, 124), 0]])
+    plain, shared = pair()
+    found = shared(**batch.arguments(), token_keys=keys)
+    assert relative_error(found, plain(**batch.arguments())) <= TOLERANCE
+    # The first two sequences share their image, up to the row that predicts what follows it; the
+    # third has another image.
+    counter = token_counter(shared)
+    assert counter.tokens_computed == 75 - 23
+    shared(**batch.arguments())
+    assert counter.tokens_computed == (75 - 23) + (75 - 2 * 23)
+
+
+def test_experts_are_counted_as_the_framework_would_count_them() -> None:
+    experts = {
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 24,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    }
+    plain, shared = pair(transformer=experts)
+    batch = pack_batch(random_sequences(np.random.default_rng(), [GROUP, (30, [4, 1])]))
+    rows = torch.arange(0, batch.input_ids.shape[1], 7)
+    found = log_probs_of_rows(shared, rows=rows, labels=batch.labels[0, rows], **batch.arguments())
+    assert found.requires_grad
+    plain(**batch.arguments())
+    assert token_counter(shared).shared_rows == 1
+    for of_plain, of_shared in zip(plain.decoder.layers, shared.decoder.layers, strict=True):
+        expected = of_plain.mlp.router.local_tokens_per_expert
+        assert torch.equal(of_shared.mlp.router.local_tokens_per_expert, expected)
+        assert expected.sum() == 2 * batch.input_ids.numel()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (torch.zeros(1, 3, dtype=torch.int64), "token_keys has shape \\[1, 3\\] and input_ids"),
+        (torch.zeros(1, 37), "token_keys holds torch.float32: keys are integers"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(keys: Tensor, message: str) -> None:
+    batch = pack_batch(EQUAL)
+    with pytest.raises(ValueError, match=message):
+        pair()[1](**batch.arguments(), token_keys=keys)
+
+
 @pytest.mark.parametrize("kind", ["learned_absolute", "none"])
 def test_other_positions(kind: str) -> None:
     plain, shared = pair(position_embedding_type=kind)

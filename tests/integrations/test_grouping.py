@@ -54,6 +54,15 @@ def test_groups_stay_whole_where_they_fit() -> None:
     ]
 
 
+def test_prompts_of_other_keys_are_other_groups() -> None:
+    prompts, lengths = [[9, 9]] * 4, [100] * 4
+    keys = [[1, 2], [3, 4], [1, 2], [3, 4]]
+    found = whole_groups(prompts, lengths, token_budget=200, prompt_keys=keys)
+    assert sorted(map(sorted, found[0])) == [[0, 2], [1, 3]]
+    with pytest.raises(ValueError, match="prompt_keys: give one key for each token"):
+        whole_groups(prompts, lengths, token_budget=200, prompt_keys=keys[1:])
+
+
 def test_mistakes_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="2 prompts for 1 sequences"):
         whole_groups([[1], [1]], [3], token_budget=9)

@@ -54,7 +54,8 @@ def group_lists(
 
 @st.composite
 def trees(draw: st.DrawFn, *, max_nodes: int = 12, max_depth: int = 6) -> PrefixTree:
-    """Any forest: only children, one-token roots, equal siblings, sequences that end inside."""
+    """Any forest, with and without keys: only children, one-token roots, equal siblings, sequences
+    that end inside."""
     num_nodes = draw(st.integers(0, max_nodes))
     paths: list[tuple[int, ...]] = []
     for node in range(num_nodes):
@@ -70,11 +71,17 @@ def trees(draw: st.DrawFn, *, max_nodes: int = 12, max_depth: int = 6) -> Prefix
             lengths[node] += 1
     can_end = [n for n in inner if sum(lengths[m] for m in paths[n]) > 1] + leaves
     extra = draw(st.lists(st.sampled_from(can_end), max_size=3)) if can_end else []
+    keys = None
+    if draw(st.booleans()):
+        keys = tuple(
+            np.array(draw(token_lists(min_size=n, max_size=n)), dtype=np.int64) for n in lengths
+        )
     return PrefixTree(
         parents=tuple(path[-2] if len(path) > 1 else -1 for path in paths),
         tokens=tuple(
             np.array(draw(token_lists(min_size=n, max_size=n)), dtype=np.int64) for n in lengths
         ),
+        keys=keys,
         sequences=tuple(draw(st.permutations([paths[node] for node in [*leaves, *extra]]))),
     )
 

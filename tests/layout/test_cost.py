@@ -206,3 +206,30 @@ def test_masks_that_leave_nothing_out_change_nothing(tree, data):
     for masks in (every, [None] * tree.num_sequences):
         labels, spans = masked_labels(tree, first, masks)
         assert labels.tolist() == spans.tolist() == expected
+
+
+@settings(max_examples=60)
+@given(trees(), st.integers(0, 12), st.booleans())
+def test_windowed_layers_count_the_keys_within_the_window(tree, window, last):
+    windowed = dataclasses.replace(TWO_LAYERS, windowed_layers=(not last, last), window=window)
+    pair = TWO_LAYERS.attention_flops_per_pair() // 2
+    lengths = tree.packed_lengths
+    offsets = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+    at = offsets + np.repeat(tree.first_positions, lengths)
+    hidden = (at - np.minimum(at, window)).sum()
+    assert TWO_LAYERS.tree_flops(tree) - windowed.tree_flops(tree) == hidden * pair
+    # The last layer is trimmed by its own pairs.
+    before = offsets < np.repeat(lengths - response_labels(tree), lengths)
+    seen = np.minimum(at, window) + 1 if last else at + 1
+    trimmed = windowed.tree_flops(tree, trim_last_layer=True)
+    assert windowed.tree_flops(tree) - trimmed == windowed.last_layer_flops(
+        tokens=before.sum(), pairs=seen[before].sum()
+    )
+
+
+def test_sequences_one_by_one_have_windows_too():
+    tree = PrefixTree.from_groups([([1, 2, 3], [[4, 5], [6]])])
+    windowed = dataclasses.replace(TWO_LAYERS, windowed_layers=(True, False), window=1)
+    pair = TWO_LAYERS.attention_flops_per_pair() // 2
+    # Inputs of 4 and 3 tokens: 1 + 2 + 3 + 4 keys become 1 + 2 + 2 + 2, 1 + 2 + 3 become 1 + 2 + 2.
+    assert TWO_LAYERS.ungrouped_flops(tree) - windowed.ungrouped_flops(tree) == (3 + 1) * pair

@@ -114,7 +114,9 @@ def test_a_row_never_outgrows_its_budget(tree):
         assert_same_sequences(decided, tree)
 
 
-def packing_of(*, token_budget: int, share_only_where_it_pays: bool = True) -> Packing:
+def packing_of(
+    *, token_budget: int, share_only_where_it_pays: bool = True, sharing: str = "groups"
+) -> Packing:
     return Packing(
         token_budget=token_budget,
         data_parallel_size=1,
@@ -122,7 +124,7 @@ def packing_of(*, token_budget: int, share_only_where_it_pays: bool = True) -> P
         pad_to_multiple=1,
         microbatch_multiple=1,
         allow_split=True,
-        sharing="groups",
+        sharing=sharing,
         trim_last_layer=True,
         share_only_where_it_pays=share_only_where_it_pays,
         share_across_microbatches=False,
@@ -182,6 +184,24 @@ def test_identical_responses_are_computed_once():
     found = packed(packing_of(token_budget=1000), tree)
     assert found.grouped_tokens == 89 + 60 + 30
     assert found.sequences[0] == found.sequences[2]
+
+
+def test_turns_and_prompts_of_other_keys_are_not_shared():
+    prompt, image, words = [0] * 50, [9] * 40, [5] * 10
+    responses = [[*image, *words], [*image, *words], [*image, 6]]
+    # The first two show one image, the third another.
+    keys = [[*range(40), *[0] * len(response[40:])] for response in responses]
+    keys[2][:40] = range(100, 140)
+    groups = [(prompt, responses)]
+    packing = packing_of(token_budget=1000)
+    seen = PrefixTree.from_groups(groups, keys=[([0] * 50, keys)])
+    assert packed(packing, seen).grouped_tokens == 49 + (40 + 10) + (40 + 1)
+    assert packed(packing, PrefixTree.from_groups(groups)).grouped_tokens == 49 + 40 + 10 + 1
+    # Two groups of one prompt share it, unless it shows another image.
+    other = PrefixTree.from_groups(groups, keys=[([7] * 50, keys)])
+    everything = packing_of(token_budget=1000, sharing="everything")
+    assert packed(everything, seen, seen).grouped_tokens == 49 + 50 + 41
+    assert packed(everything, seen, other).grouped_tokens == 2 * (49 + 50 + 41)
 
 
 def test_labels_follow_the_trained_tokens_whether_shared_or_not():

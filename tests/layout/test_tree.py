@@ -16,6 +16,10 @@ def contents(tree: PrefixTree) -> list[list[int]]:
     return [tree.sequence_tokens(i).tolist() for i in range(tree.num_sequences)]
 
 
+def keys_of(tree: PrefixTree) -> list[list[int]]:
+    return [tree.sequence_keys(i).tolist() for i in range(tree.num_sequences)]
+
+
 def nodes(tree: PrefixTree) -> list[list[int]]:
     return [tokens.tolist() for tokens in tree.tokens]
 
@@ -57,6 +61,57 @@ def test_token_ids_of_any_size_are_told_apart():
     assert nodes(tree) == [[7], *([t] for _, t in sequences)]
 
 
+def test_two_images_with_one_placeholder_are_two_prefixes():
+    image = 9
+    first, second = [5, image, image, 6], [5, image, image, 7]
+    tree = PrefixTree.from_sequences([first, second], keys=[[0, 41, 42, 0], [0, 81, 82, 0]])
+    assert nodes(tree) == [[5], [image, image, 6], [image, image, 7]]
+    assert tree.keys is not None
+    assert [keys.tolist() for keys in tree.keys] == [[0], [41, 42, 0], [81, 82, 0]]
+    # Without keys they would be merged.
+    assert nodes(PrefixTree.from_sequences([first, second])) == [[5, image, image], [6], [7]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(sequence_lists(min_size=1), st.data())
+def test_sequences_share_where_tokens_and_keys_agree(sequences, data):
+    keys = [
+        data.draw(st.lists(st.integers(-1, 1), min_size=n, max_size=n)) for n in map(len, sequences)
+    ]
+    tree = PrefixTree.from_sequences(sequences, keys=keys)
+    assert contents(tree) == sequences
+    assert keys_of(tree) == keys
+    # Token ids that say both.
+    both = [
+        [3 * t + k for t, k in zip(*pair, strict=True)]
+        for pair in zip(sequences, keys, strict=True)
+    ]
+    expected = PrefixTree.from_sequences(both)
+    assert tree.parents == expected.parents
+    assert tree.sequences == expected.sequences
+    assert tree.node_lengths.tolist() == expected.node_lengths.tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(trees())
+def test_the_trie_of_a_tree_has_its_sequences_and_shares_all_it_can(tree):
+    trie = tree.as_trie()
+    assert contents(trie) == contents(tree)
+    assert keys_of(trie) == keys_of(tree)
+    pairs = [
+        list(zip(*both, strict=True)) for both in zip(contents(tree), keys_of(tree), strict=True)
+    ]
+    prefixes = {tuple(s[:n]) for s in pairs for n in range(1, len(s) + 1)}
+    assert trie.node_lengths.sum() == len(prefixes)
+
+
+def test_a_root_that_is_cut_keeps_its_keys():
+    tree = PrefixTree.from_groups([([1, 2, 3], [[4], [5]])], keys=[([7, 8, 9], [[1], [2]])])
+    cut = tree.with_root_of(2)
+    assert nodes(cut) == [[1, 2], [3], [4], [5]]
+    assert keys_of(cut) == keys_of(tree) == [[7, 8, 9, 1], [7, 8, 9, 2]]
+
+
 @settings(max_examples=150, deadline=None)
 @given(sequence_lists())
 def test_a_trie_is_exact_and_as_small_as_can_be(sequences):
@@ -91,10 +146,12 @@ def test_groups_keep_their_order_and_share_nothing_but_the_prefix(groups):
 def test_concat_and_subset_keep_the_sequences_they_are_given(forest, data):
     tree = PrefixTree.concat(forest)
     assert contents(tree) == [s for part in forest for s in contents(part)]
+    assert keys_of(tree) == [k for part in forest for k in keys_of(part)]
     order = data.draw(st.permutations(range(tree.num_sequences)))
     kept = order[: data.draw(st.integers(0, len(order)))]
     part = tree.subset(kept)
     assert contents(part) == [contents(tree)[i] for i in kept]
+    assert keys_of(part) == [keys_of(tree)[i] for i in kept]
     assert part.num_nodes == len({node for i in kept for node in tree.sequences[i]})
     assert part.multiplicity.sum() == sum(len(tree.sequences[i]) for i in kept)
 
@@ -104,6 +161,7 @@ def test_concat_and_subset_keep_the_sequences_they_are_given(forest, data):
 def test_merged_chains_are_the_same_sequences_in_fewer_nodes(tree):
     merged = tree.merge_chains()
     assert contents(merged) == contents(tree)
+    assert keys_of(merged) == keys_of(tree)
     assert merged.grouped_tokens == tree.grouped_tokens
     ends = {path[-1] for path in merged.sequences}
     parents = [p for p in merged.parents if p >= 0]
@@ -155,6 +213,24 @@ def test_a_bad_group_is_named(groups, message):
 def test_a_bad_sequence_is_named(sequences, message):
     with pytest.raises(ValueError, match=message):
         PrefixTree.from_sequences(sequences)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([[1, 2]], "keys: 1 lists for 2 of tokens"),
+        ([[1, 2], [3]], "keys of sequence 1: 1 for 2 tokens"),
+        ([[1, 2], [0.5, 1]], "keys of sequence 1 holds float64, keys are integers"),
+    ],
+)
+def test_a_bad_key_is_named(keys, message):
+    with pytest.raises(ValueError, match=message):
+        PrefixTree.from_sequences([[1, 2], [1, 3]], keys=keys)
+
+
+def test_a_bad_key_of_a_group_is_named():
+    with pytest.raises(ValueError, match="keys of response 1 of group 0: 2 for 1 tokens"):
+        PrefixTree.from_groups([([1, 2], [[3], [4]])], keys=[([0, 0], [[0], [0, 0]])])
 
 
 def test_a_thousand_long_sequences_make_a_trie_quickly():

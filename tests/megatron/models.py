@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.attention.windows import model_window
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
@@ -23,6 +24,8 @@ from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.transformer_config import transformer_config
 
 HAS_YARN = tuple(int(x) for x in megatron.core.__version__.split(".")[:2]) >= (0, 15)
+HAS_WINDOWS = HAS_YARN
+"""Sliding windows and sinks, in the local layer spec."""
 ON_CPU = AttentionSetup(
     device=torch.device("cpu"),
     kernel=select_kernel(None, device="cpu", dtype=torch.float32, head_dim=16),
@@ -38,6 +41,17 @@ BASE: dict[str, Any] = {
     "ffn_hidden_size": 48,
     "gated_linear_unit": True,
 }
+LATENT: dict[str, Any] = {
+    "num_query_groups": None,
+    "multi_latent_attention": True,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 14,
+    "qk_head_dim": 10,
+    "qk_pos_emb_head_dim": 6,
+    "v_head_dim": 12,
+    "qk_layernorm": True,
+}
+"""Changes of `BASE` for multi-latent attention."""
 
 
 def model_config(transformer: dict[str, Any] | None = None, **options: Any) -> ModelConfig:
@@ -97,7 +111,8 @@ def packed_logits(
 
     These then come from a last layer that computes no other rows than it must.
     """
-    params = PrefixPackedSeqParams.from_layout(layout, ON_CPU, needed=needed)
+    setup = dataclasses.replace(ON_CPU, window=model_window(model.config))
+    params = PrefixPackedSeqParams.from_layout(layout, setup, needed=needed)
     logits = model(
         torch.from_numpy(layout.input_ids)[None],
         torch.from_numpy(layout.position_ids)[None],

@@ -27,7 +27,9 @@ from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.distributed import run_distributed
 from tests.megatron.models import (
+    HAS_WINDOWS,
     HAS_YARN,
+    LATENT,
     TRAINING,
     model_config,
     model_pair,
@@ -49,7 +51,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "learned absolute positions": {"position_embedding_type": "learned_absolute"},
     "no positions": {"position_embedding_type": "none"},
     "multi-query": {"transformer": {"num_query_groups": 1}},
+    "multi-latent, latents and a ring": {
+        "transformer": {**LATENT, "cp_comm_type": ["latent_gather", "p2p"]}
+    },
+    "multi-latent, expanded keys": {
+        "transformer": {**LATENT, "cp_comm_type": ["all_gather", "a2a"]}
+    },
 }
+if HAS_WINDOWS:
+    MODELS["windows and learnable sinks"] = {
+        "transformer": {
+            "window_size": [5, 0],
+            "window_attn_skip_freq": 2,
+            "softmax_type": "learnable",
+        }
+    }
 YARN = {
     "position_embedding_type": "yarn",
     "yarn": YarnConfig(rotary_scaling_factor=4.0, original_max_position_embeddings=16),
@@ -182,6 +198,7 @@ def test_different_rows_and_batches_that_cannot_run_are_refused_on_every_rank() 
         ),
         ({"cp_comm_type": "a2a", "num_query_groups": 1}, r"num_query_groups=1 to be a multiple of"),
         ({"cp_comm_type": ["p2p"]}, r"Length of cp_comm_type"),
+        ({"cp_comm_type": "latent_gather"}, r"only multi-latent attention has latents"),
     ],
 )
 def test_a_kind_that_is_not_ours_or_does_not_divide_the_heads_is_refused(

@@ -34,6 +34,7 @@ from megatron.core.transformer import transformer_block
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -203,6 +204,7 @@ NAMES: list[tuple[Any, str]] = [
     (DistributedDataParallel, "zero_grad_buffer"),
     (DistributedDataParallel, "broadcast_params"),
     (transformer_block, "LayerNormImpl"),
+    (TopKRouter, "routing"),
 ]
 
 

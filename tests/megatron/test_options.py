@@ -72,7 +72,6 @@ def test_what_megatron_adds_to_an_error_while_it_builds_is_left_away() -> None:
 VALUES: dict[str, Any] = {
     "cuda_graph_impl": "local",
     "transformer_impl": "inference_optimized",
-    "softmax_type": "learnable",
     "gtp_weight_remat_size": 2,
     "expert_gtp_weight_remat_size": 2,
     "mlp_chunks_for_training": 2,
@@ -111,6 +110,8 @@ COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_flex_dispatcher_backend": "hybridep",
         },
     ),
+    "a window without a limit": ("window_size", {"window_size": (-1, 0)}),
+    "a window that is not causal": ("window_size", {"window_size": (4, 4)}),
     "fused rotary embedding and YaRN": (
         "apply_rope_fusion",
         {"apply_rope_fusion": True, "yarn_rotary_scaling_factor": 4.0},
@@ -160,10 +161,15 @@ def test_what_stays_exact_is_not_refused(options: dict[str, Any]) -> None:
     refuse_unsupported(_config(**options))
 
 
-def test_an_expert_bias_at_megatrons_default_rate_is_refused_with_the_rate() -> None:
-    message = _refusal(**EXPERTS, moe_router_enable_expert_bias=True)
-    assert "moe_router_bias_update_rate=0.001" in message
-    assert "Set moe_router_bias_update_rate to 0.0" in message
+def test_an_expert_bias_that_moves_is_refused_with_experts_that_run_again() -> None:
+    moves = {**EXPERTS, "moe_router_enable_expert_bias": True}
+    refuse_unsupported(_config(**moves))
+    selective = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]}
+    for recompute in (selective, {"moe_layer_recompute": True}):
+        message = _refusal(**moves, **recompute)
+        assert message.startswith("moe_router_enable_expert_bias=True with")
+        assert "moe_router_bias_update_rate=0.001" in message
+        refuse_unsupported(_config(**moves, **recompute, moe_router_bias_update_rate=0.0))
 
 
 def test_a_field_without_a_row_is_named_with_what_to_do() -> None:

@@ -20,12 +20,12 @@ from megatron_prefix.config import (
 )
 from megatron_prefix.config.packing import packing_of_run
 from megatron_prefix.distributed.runtime import runtime
-from megatron_prefix.layout import Packing, PrefixTree
+from megatron_prefix.layout import COMM_TYPES, Packing, PrefixTree
 from megatron_prefix.megatron.torch_adam import initialise_adam
 from megatron_prefix.model.build import ModelChunks, build_model_chunks
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig
-from megatron_prefix.planning.estimate import estimate_step
+from megatron_prefix.planning.estimate import StepEstimate, estimate_step
 from megatron_prefix.planning.memory import MemoryModel, RankSizes
 from megatron_prefix.planning.rows import StepSetup
 from megatron_prefix.planning.sizes import memory_model, rank_sizes, stage_layers
@@ -36,14 +36,31 @@ from megatron_prefix.training.optimizer import build_optimizer
 from megatron_prefix.training.series import BatchSeries
 from megatron_prefix.training.step import accumulate_gradients
 from tests.distributed import run_distributed
-from tests.megatron.models import ON_CPU, TRAINING, model_config, single_process
+from tests.megatron.models import HAS_WINDOWS, ON_CPU, TRAINING, model_config, single_process
+from tests.megatron.models import LATENT as SMALL_LATENT
 from tests.planning.measured_memory import group_batch, kept_bytes, peak_bytes
 
 # A few bytes per token are left out: most of what is kept where full recompute keeps little.
 KEPT_TOLERANCE = {"none": 0.005, "selective": 0.005, "full": 0.06}
 PEAK_TOLERANCE = 0.1
+LATENT = {
+    **SMALL_LATENT,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_head_dim": 32,
+    "qk_pos_emb_head_dim": 16,
+    "v_head_dim": 24,
+}
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 96}
 PLAIN_MLP = {"normalization": "LayerNorm", "gated_linear_unit": False, "add_bias_linear": True}
+
+RECEIVED: dict[str, dict[str, Any]] = {
+    kind: {"kind": kind, **(LATENT if kind == "latent_gather" else {})} for kind in COMM_TYPES
+}
+RECEIVED["expanded latents"] = {"kind": "p2p", **LATENT}
+if HAS_WINDOWS:
+    RECEIVED["a window"] = {"kind": "p2p", "window_size": [30, 0]}
+    RECEIVED["a window that hides nothing"] = {"kind": "p2p", "window_size": [1000, 0]}
 
 CASES: list[tuple[str, str, int, tuple[int, list[int]], dict[str, Any]]] = [
     ("float32", "none", 64, (300, [256, 128, 200]), {}),
@@ -59,6 +76,16 @@ CASES: list[tuple[str, str, int, tuple[int, list[int]], dict[str, Any]]] = [
         (300, [256, 128]),
         {**EXPERTS, "moe_shared_expert_intermediate_size": 64, "moe_layer_freq": [0, 1, 1]},
     ),
+    ("float32", "none", 64, (300, [256, 128]), LATENT),
+    (
+        "float32",
+        "selective",
+        64,
+        (300, [256, 128]),
+        {**LATENT, "q_lora_rank": None, "qk_layernorm": False},
+    ),
+    ("bfloat16", "none", 64, (300, [256, 128]), {**LATENT, "qk_layernorm": False}),
+    ("float32", "full", 64, (300, [256, 128]), LATENT),
 ]
 
 
@@ -177,6 +204,36 @@ def test_a_series_holds_its_root_and_a_row_at_a_time(
     assert stage.activations + stage.transient == pytest.approx(measured, rel=PEAK_TOLERANCE)
 
 
+@pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14, which refuses windows")
+@pytest.mark.parametrize(
+    ("dtype", "recompute", "transformer"),
+    [
+        ("float32", "none", {"ffn_hidden_size": 64}),
+        ("float32", "full", {"ffn_hidden_size": 64, "num_query_groups": 4}),
+        ("bfloat16", "full", {"ffn_hidden_size": 64}),
+    ],
+)
+def test_layers_with_a_window_hold_copies_of_keys(
+    dtype: str, recompute: str, transformer: dict[str, Any]
+) -> None:
+    window, prefix, responses = 90, 300, [20] * 30
+    model = _model(window_size=[window, 0], **transformer)
+    training = _training(dtype, recompute, trim_last_layer=False)
+    with single_process(float64=False):
+        chunks = build_model_chunks(
+            model, ParallelConfig(), training, use_distributed_optimizer=False
+        )
+        setup = dataclasses.replace(ON_CPU, window=window)
+        batch = group_batch(prefix, responses, trim_last_layer=False, setup=setup)
+        measured = _step_peak(chunks, [batch])
+        memory = memory_model(model, chunks.config, training)
+        estimate = _estimate(memory, training, ParallelConfig(), (prefix, responses))
+    (row,) = estimate.microbatches[0][0].rows
+    assert row.windows.copied == batch.num_tokens + window * len(responses)
+    (stage,) = estimate.stages
+    assert stage.activations + stage.transient == pytest.approx(measured, rel=PEAK_TOLERANCE)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_of_embeddings_are_those_of_a_real_model(tied: bool) -> None:
     model = dataclasses.replace(
@@ -203,7 +260,7 @@ def _two_ranks(rank: int, world_size: int) -> dict[str, Any]:
         },
         "optimizer": {dtype: _optimizer_bytes(dtype) for dtype in ("bfloat16", "float32")},
         "pipeline": {chunks: _pipeline_peak(chunks) for chunks in (1, 2)},
-        "context parallel": {kind: _received(kind) for kind in ("all_gather", "p2p", "a2a")},
+        "context parallel": {name: _received(**options) for name, options in RECEIVED.items()},
     }
 
 
@@ -292,29 +349,39 @@ def _packing(
     )
 
 
-def _received(kind: str) -> tuple[int, int]:
+def _estimate(
+    memory: MemoryModel,
+    training: TrainingConfig,
+    parallel: ParallelConfig,
+    shape: tuple[int, list[int]],
+    **setup: Any,
+) -> StepEstimate:
+    """Of a step on one group."""
+    prefix, responses = shape
+    tree = PrefixTree.from_groups([([0] * prefix, [[1 + i] * n for i, n in enumerate(responses)])])
+    return estimate_step(
+        [tree],
+        StepSetup(
+            memory=memory,
+            ranks=rank_sizes(parallel, OptimizerSettings(), data_parallel_size=1),
+            stages=[[list(range(memory.shape.num_layers))]],
+            packing=_packing(memory, training, parallel, token_budget=1024),
+            **setup,
+        ),
+        first_trained=[[prefix] * len(responses)],
+    )
+
+
+def _received(kind: str, **transformer: Any) -> tuple[int, int]:
     """Predicted (of the busiest rank) and counted bytes that a layer receives."""
     parallel = ParallelConfig(context_parallel_size=2)
-    model, training = _model(num_layers=1, cp_comm_type=kind), _training("float32")
+    model = _model(num_layers=1, cp_comm_type=kind, **transformer)
+    training = _training("float32")
     shape = (300, [100, 90, 110, 64])
     with runtime(parallel, device="cpu", seed=3, timeout_minutes=2):
         chunks = build_model_chunks(model, parallel, training, use_distributed_optimizer=False)
         memory = memory_model(model, chunks.config, training)
-        estimate = estimate_step(
-            [
-                PrefixTree.from_groups(
-                    [([0] * shape[0], [[1 + i] * n for i, n in enumerate(shape[1])])]
-                )
-            ],
-            StepSetup(
-                memory=memory,
-                ranks=rank_sizes(parallel, OptimizerSettings(), data_parallel_size=1),
-                stages=stage_layers(chunks.config),
-                packing=_packing(memory, training, parallel, token_budget=1024),
-                comm_type=kind,
-            ),
-            first_trained=[[shape[0]] * len(shape[1])],
-        )
+        estimate = _estimate(memory, training, parallel, shape, comm_type=kind)
         batch = group_batch(
             *shape,
             pad_to_multiple=2,
@@ -347,6 +414,6 @@ def test_two_ranks_hold_and_receive_what_is_predicted() -> None:
         # Shards end where buckets do, not where parameters do.
         assert pairs[0][0] == pytest.approx(sum(measured for _, measured in pairs) / 2, rel=0.01)
         assert max(measured for _, measured in pairs) <= 1.02 * pairs[0][0]
-    for kind in ("all_gather", "p2p", "a2a"):
-        pairs = [result["context parallel"][kind] for result in results]
-        assert pairs[0][0] == max(counted for _, counted in pairs), kind
+    for name in RECEIVED:
+        pairs = [result["context parallel"][name] for result in results]
+        assert pairs[0][0] == max(counted for _, counted in pairs), name

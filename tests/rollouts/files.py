@@ -53,13 +53,15 @@ def whole_record(group: RolloutGroup) -> dict[str, Any]:
         record["old_logprobs"] = [list(values) for values in group.old_logprobs]
     if group.loss_mask is not None:
         record["loss_mask"] = [list(mask) for mask in group.loss_mask]
-    for name in ("turn_rewards", "advantages"):
+    for name in ("turn_rewards", "advantages", "keys"):
         if getattr(group, name) is not None:
             record[name] = [list(values) for values in getattr(group, name)]
     if group.turn_rewards is not None:
         del record["rewards"]
     if group.finished is not None:
         record["finished"] = list(group.finished)
+    if group.prompt_keys is not None:
+        record["prompt_keys"] = list(group.prompt_keys)
     return record
 
 
@@ -74,9 +76,11 @@ def flat_records(group: RolloutGroup, name: str | int) -> list[dict[str, Any]]:
         "old_logprobs": whole.get("old_logprobs"),
         "loss_mask": whole.get("loss_mask"),
         "finished": whole.get("finished"),
+        "keys": whole.get("keys"),
     }
     return [
         {"group": name, "prompt": whole["prompt"], "answer": group.answer}
+        | {field: whole[field] for field in ("prompt_keys",) if field in whole}
         | {field: values[r] for field, values in columns.items() if values is not None}
         for r in range(len(group.responses))
     ]
@@ -128,6 +132,8 @@ def contents(groups: Sequence[RolloutGroup] | RolloutBatch | None) -> list[tuple
             g.turn_rewards,
             g.advantages,
             g.finished,
+            g.prompt_keys,
+            g.keys,
             g.answer,
         )
         for g in groups
@@ -135,7 +141,9 @@ def contents(groups: Sequence[RolloutGroup] | RolloutBatch | None) -> list[tuple
 
 
 @st.composite
-def group_strategy(draw: st.DrawFn, *, has_old_logprobs: bool, has_loss_mask: bool) -> RolloutGroup:
+def group_strategy(
+    draw: st.DrawFn, *, has_old_logprobs: bool, has_loss_mask: bool, has_keys: bool
+) -> RolloutGroup:
     tokens = st.integers(0, VOCAB_SIZE - 1)
     responses = draw(st.lists(st.lists(tokens, min_size=1, max_size=6), min_size=1, max_size=4))
     count = len(responses)
@@ -161,8 +169,16 @@ def group_strategy(draw: st.DrawFn, *, has_old_logprobs: bool, has_loss_mask: bo
         advantages = tuple(tuple(draw(finite) for _ in response) for response in responses)
     if draw(st.booleans()):
         finished = tuple(draw(st.booleans()) for _ in responses)
+    prompt = tuple(draw(st.lists(tokens, min_size=1, max_size=10)))
+    prompt_keys = keys = None
+    if has_keys:
+        key = st.integers(-(2**63), 2**63 - 1)
+        prompt_keys = tuple(draw(key) for _ in prompt)
+        keys = tuple(tuple(draw(key) for _ in response) for response in responses)
     return RolloutGroup(
-        prompt=tuple(draw(st.lists(tokens, min_size=1, max_size=10))),
+        prompt=prompt,
+        prompt_keys=prompt_keys,
+        keys=keys,
         responses=tuple(map(tuple, responses)),
         rewards=rewards,
         turn_rewards=turn_rewards,
@@ -177,8 +193,9 @@ def group_strategy(draw: st.DrawFn, *, has_old_logprobs: bool, has_loss_mask: bo
 
 @st.composite
 def groups_strategy(draw: st.DrawFn, *, max_size: int = 5) -> list[RolloutGroup]:
-    """Groups of one batch: it has old log-probabilities, and masks, of all of them or of none."""
-    options = {"has_old_logprobs": draw(st.booleans()), "has_loss_mask": draw(st.booleans())}
+    """Groups of one batch: it has old log-probabilities, masks and keys of all or of none."""
+    names = ("has_old_logprobs", "has_loss_mask", "has_keys")
+    options = {name: draw(st.booleans()) for name in names}
     return draw(st.lists(group_strategy(**options), min_size=1, max_size=max_size))
 
 

@@ -118,6 +118,15 @@ FLAT_CASES = [
     ({"loss_mask": [False]}, "loss_mask: no token of the response is trained on"),
     ({"loss_mask": [1]}, "loss_mask[0]: 1 is not true or false"),
     ({"loss_mask": True}, "loss_mask: True is not a list"),
+    ({"prompt_keys": 3}, "prompt_keys: 3 is not a list"),
+    (
+        {"prompt_keys": [1, 2**63]},
+        "prompt_keys[1]: 9223372036854775808 is not a whole number of 64",
+    ),
+    ({"keys": [0.5]}, "keys[0]: 0.5 is not a whole number of 64 bits"),
+    ({"keys": [True]}, "keys[0]: True is not a whole number of 64 bits"),
+    ({"keys": [1, 2]}, "keys: 2 for 1 tokens; there must be one for each"),
+    ({"keys": [1]}, "keys: of group 'a', some records have it and some do not"),
     ({"finished": [True]}, "finished: [True] is not true or false"),
     (
         {"prompt": [1, 9]},
@@ -151,6 +160,15 @@ def failure(*paths, **options) -> str:
 def test_a_bad_record_of_a_group_is_named_by_line_and_field(tmp_path, changes, message):
     path = write(tmp_path / "a.jsonl", [GOOD, GOOD, changed(GOOD, **changes)])
     assert failure(path).startswith(f"{path}:3: {message}")
+
+
+def test_a_group_of_prompts_with_other_keys_is_named(tmp_path):
+    records = [{**FLAT, "prompt_keys": keys} for keys in ([0, 4], [0, 5])]
+    path = write(tmp_path / "a.jsonl", records)
+    assert failure(path) == (
+        f"{path}:2: prompt_keys: group 'a' of different prompts; their keys differ from those of "
+        f"{path}:1 first at position 1"
+    )
 
 
 @pytest.mark.parametrize(("changes", "message"), FLAT_CASES)

@@ -74,6 +74,29 @@ def test_a_part_without_masks_is_trained_on_whole():
     assert found.loss_mask.tolist() == [True, True, False] + [True] * 3
 
 
+def test_tokens_without_keys_have_key_0():
+    plain = RolloutGroup(prompt=(1,), responses=((2, 3),), rewards=(0.0,), source="a")
+    keyed = dataclasses.replace(plain, prompt_keys=(7,), keys=((8, 9),))
+    groups = [plain, keyed, dataclasses.replace(keyed, keys=None), plain]
+    found = built([RolloutBatch.from_groups([group]) for group in groups])
+    assert_equal(found, RolloutBatch.from_groups(groups))
+    assert found.prompt_keys.tolist() == [0, 7, 7, 0]
+    assert found.keys.tolist() == [0, 0, 8, 9, 0, 0, 0, 0]
+    assert built([RolloutBatch.from_groups([plain])]).keys is None
+
+
+def test_a_response_is_repeated_where_tokens_and_keys_are():
+    group = RolloutGroup(
+        prompt=(1,),
+        responses=((2, 3),) * 3,
+        keys=((0, 5), (0, 6), (0, 5)),
+        rewards=(0.0,) * 3,
+        source="a",
+    )
+    found = RolloutBatch.from_groups([group]).summary()
+    assert found.repeated.tolist() == [False, False, True]
+
+
 def test_a_long_batch_grows_in_place():
     rng = np.random.default_rng(0)
     groups = [
@@ -113,10 +136,9 @@ def broken(draw: st.DrawFn, group: RolloutGroup) -> RolloutGroup:
     changes: dict[str, Any] = {}
     if fault == "prompt":
         changes["prompt"] = (*group.prompt[:-1], draw(BAD_TOKENS))
-    elif fault == "empty prompt":
-        changes["prompt"] = ()
-    elif fault == "long prompt":
-        changes["prompt"] = (1,) * (MAX_POSITIONS + 1)
+    elif fault in ("empty prompt", "long prompt"):
+        length = 0 if fault == "empty prompt" else MAX_POSITIONS + 1
+        changes |= {"prompt": (1,) * length, "prompt_keys": None}
     elif fault == "response":
         token = draw(BAD_TOKENS)
         changes["responses"] = _changed(group.responses, r, _changed(response, t, token))
@@ -138,11 +160,13 @@ def broken(draw: st.DrawFn, group: RolloutGroup) -> RolloutGroup:
     elif fault == "no response":
         nothing = {"responses": (), "rewards": (), "old_logprobs": None, "loss_mask": None}
         changes |= {**nothing, "finished": None, "turn_rewards": None, "advantages": None}
+        changes["keys"] = None
     else:
         length = 0 if fault == "empty response" else MAX_POSITIONS + 1
         changes["responses"] = _changed(group.responses, r, (1,) * length)
         changes["turn_rewards"] = None
-        for name, value in (("old_logprobs", -1.0), ("loss_mask", True), ("advantages", 1.0)):
+        per_token = {"old_logprobs": -1.0, "loss_mask": True, "advantages": 1.0, "keys": 1}
+        for name, value in per_token.items():
             if (lists := getattr(group, name)) is not None:
                 changes[name] = _changed(lists, r, (value,) * length)
     return dataclasses.replace(group, **changes)

@@ -109,6 +109,7 @@ def test_a_resumed_engine_goes_on_with_the_same_groups(tmp_path):
         ({"prompt": [3, 61]}, r"prompts.jsonl:2: prompt\[1\]: token 61 is outside the vocabulary"),
         ({"prompt": [3, 1.5]}, r"prompts.jsonl:2: prompt\[1\]: 1.5 is not a token id"),
         ({"prompt": [3], "answers": 1}, "prompts.jsonl:2: answers: not a known field; is answer"),
+        ({"prompt": [3], "prompt_keys": [1]}, "prompts.jsonl:2: prompt_keys: no engine that samp"),
         ({"prompt": [3] * 60}, "prompts.jsonl:2: prompt: its 60 tokens leave .* at most 59"),
     ],
 )

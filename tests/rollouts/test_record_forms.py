@@ -164,6 +164,7 @@ FAULTS = [
     ),
     ({**AREAL, "reward": 1.0}, "rewards: given beside reward; remove one of them"),
     # What one form has and another has not is not passed over.
+    ({**AREAL, "keys": [1] * 9}, "keys: not read in a record with input_ids; remove it"),
     ({**AREAL, "response_mask": [1]}, "response_mask: not read in a record with input_ids; remove"),
     ({**VERL, "loss_mask": [1]}, "loss_mask: not read in a record with prompts and response_mask"),
     (

@@ -13,11 +13,16 @@ from megatron_prefix.rollouts.validation import validate_group
 GROUP = RolloutGroup(
     prompt=(1, 2, 3),
     responses=((4, 5), (6,)),
+    prompt_keys=(0, -8, 2**62),
+    keys=((1, 1), (0,)),
     rewards=(1.0, 0.0),
     old_logprobs=((-0.5, -1.0), (-2.0,)),
     finished=(True, False),
     source="file.jsonl:17",
 )
+
+BARE = {"old_logprobs": None, "finished": None, "prompt_keys": None, "keys": None}
+"""Without what is optional."""
 
 
 def validate(group: RolloutGroup = GROUP, *, vocab_size: int = 10, max_positions: int = 8) -> None:
@@ -37,6 +42,9 @@ def test_a_good_group_passes_at_the_edge_of_every_limit():
         ({"responses": ()}, "responses: there are none; a group needs at least one"),
         ({"responses": ((4, 5), ())}, "responses[1]: is empty; it needs at least one token"),
         ({"rewards": (1.0,)}, "rewards: 1 for 2 responses; there must be one for each"),
+        ({"prompt_keys": (1, 2)}, "prompt_keys: 2 for 3 tokens; there must be one for each"),
+        ({"keys": ((1, 2),)}, "keys: 1 for 2 responses; there must be one for each"),
+        ({"keys": ((1, 2), (3, 4))}, "keys[1]: 2 for 1 tokens; there must be one for each"),
         ({"finished": (True,) * 3}, "finished: 3 for 2 responses; there must be one for each"),
         ({"old_logprobs": ()}, "old_logprobs: 0 for 2 responses; there must be one for each"),
         (
@@ -74,14 +82,14 @@ def test_a_good_group_passes_at_the_edge_of_every_limit():
     ],
 )
 def test_what_is_wrong_is_named(changes, message):
-    group = dataclasses.replace(GROUP, **{"old_logprobs": None, "finished": None, **changes})
+    group = dataclasses.replace(GROUP, **{**BARE, **changes})
     with pytest.raises(ValueError) as caught:
         validate(group)
     assert str(caught.value).startswith(f"file.jsonl:17: {message}")
 
 
 def test_the_last_token_takes_no_position():
-    group = dataclasses.replace(GROUP, prompt=(1,) * 7, old_logprobs=None)
+    group = dataclasses.replace(GROUP, prompt=(1,) * 7, prompt_keys=None, old_logprobs=None)
     validate(group, max_positions=8)
     with pytest.raises(ValueError, match=r"responses\[0\]: .* need 8 positions, the model has 7"):
         validate(group, max_positions=7)

@@ -20,7 +20,7 @@ from megatron_prefix.model.full_tensors import (
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.sampler import SampledResponse
 from tests.distributed import run_distributed
-from tests.megatron.models import TRAINING, model_config, single_process
+from tests.megatron.models import HAS_WINDOWS, LATENT, TRAINING, model_config, single_process
 from tests.rollouts.sampling import (
     PADDED_VOCABULARY,
     greedy_response,
@@ -32,6 +32,7 @@ from tests.rollouts.sampling import (
 )
 
 MODELS: dict[str, dict[str, Any]] = {
+    "multi-latent": {"transformer": LATENT},
     "rope": {"transformer": {"qk_layernorm": True, "add_qkv_bias": True}},
     "learned absolute positions": {"position_embedding_type": "learned_absolute"},
     "no positions, tied embeddings": {
@@ -295,3 +296,11 @@ def test_every_layout_gives_the_responses_of_one_process(world_size, layouts, ex
         assert first[name] == expected[name], name
         # Rank 0 alone gets them.
         assert all(responses[name] == [None, None] for responses in others)
+
+
+@pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14, which refuses both by itself")
+@pytest.mark.parametrize("option", [{"window_size": [4, 0]}, {"softmax_type": "learnable"}])
+def test_a_model_with_windows_or_sinks_is_refused(option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(ValueError, match=f"^{name}=.* the embedded engine cannot sample from"):
+        sampler(sampling_model(model_config(option)))

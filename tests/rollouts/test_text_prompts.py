@@ -173,6 +173,7 @@ def test_a_file_that_has_changed_is_read_anew(tmp_path, tokenizer):
         ),
         ({"messages": [{"role": "user"}]}, {}, ":2: messages: the chat template of .* refuses it"),
         ({"b": 1}, {"prompt_template": "{a}"}, ":2: a: missing, but .*prompt_template names it"),
+        ({"prompt": [1], "prompt_keys": [0]}, {}, ":2: prompt_keys: no engine that samples looks"),
         ('{"prompt": ', {}, ":2: not a JSON object"),
     ],
 )

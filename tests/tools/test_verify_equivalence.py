@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -13,7 +14,9 @@ import pytest
 
 from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.config.loader import load_dataclass
+from megatron_prefix.megatron.options.attention import params_have_cp_group
 from tests import fork_server
+from tests.megatron.models import HAS_WINDOWS
 
 # One-token prompts and responses, a group of one, very unequal responses.
 SHAPES = [
@@ -97,6 +100,45 @@ def test_experts_on_ranks(tool: ModuleType, tensor: int, expert: int, data: int)
             expert_model_parallel_size=expert,
         ),
         data_parallel_size=data,
+        packing=ALWAYS,
+    )
+    _assert_exact(tool, report)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-3], ids=["frozen", "moving"])
+@pytest.mark.parametrize(
+    ("parallel", "data", "recompute"),
+    [
+        ({}, 1, "none"),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1, "none"),
+        ({"context_parallel_size": 2, "expert_model_parallel_size": 2}, 1, "full"),
+        ({"expert_model_parallel_size": 2}, 2, "none"),
+    ],
+)
+def test_experts_that_a_bias_chooses(
+    tool: ModuleType, parallel: dict[str, int], data: int, recompute: str, rate: float
+) -> None:
+    """Groups of experts, scaled scores and a shared expert, as DeepSeek-V3 has them; by a bias that
+    stays as it is, and by one that follows the counts of three steps."""
+    report = tool.verify(
+        model=_model(
+            tool,
+            num_moe_experts=8,
+            moe_router_topk=2,
+            moe_ffn_hidden_size=24,
+            moe_shared_expert_intermediate_size=16,
+            moe_router_score_function="sigmoid",
+            moe_router_num_groups=4,
+            moe_router_group_topk=2,
+            moe_router_topk_scaling_factor=2.5,
+            moe_router_enable_expert_bias=True,
+            moe_router_bias_update_rate=rate,
+        ),
+        shapes=[*SHAPES, {"system": 7, "prefix": 3, "responses": [4, 9]}] * 2,
+        parallel=ParallelConfig(**parallel),
+        data_parallel_size=data,
+        recompute=recompute,
+        optimizer_steps=3,
         packing=ALWAYS,
     )
     _assert_exact(tool, report)
@@ -203,6 +245,89 @@ def test_four_context_parallel_ranks_with_three_levels_of_sharing(tool: ModuleTy
         model=tool.with_comm_types(_model(tool), ["all_gather", "p2p"]),
         shapes=SHAPES_OF_RANKS,
         parallel=ParallelConfig(context_parallel_size=4),
+        packing={**ALWAYS, "sharing": "everything"},
+    )
+    _assert_exact(tool, report)
+
+
+EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+
+
+@pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14, which refuses windows and sinks")
+@pytest.mark.parametrize(
+    ("keys", "transformer", "parallel", "recompute"),
+    [
+        pytest.param(
+            5,
+            {},
+            ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2),
+            "full",
+            id="context and tensor parallelism, recompute",
+        ),
+        pytest.param(
+            64,
+            {},
+            ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+            "none",
+            id="interleaved pipeline",
+        ),
+        pytest.param(
+            5,
+            EXPERTS,
+            ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2),
+            "none",
+            id="context and expert parallelism",
+        ),
+    ],
+)
+def test_sliding_windows_on_every_other_layer_with_learnable_sinks(
+    tool: ModuleType,
+    keys: int,
+    transformer: dict[str, Any],
+    parallel: ParallelConfig,
+    recompute: str,
+) -> None:
+    model = _model(
+        tool,
+        window_size=[keys - 1, 0],
+        window_attn_skip_freq=2,
+        softmax_type="learnable",
+        **transformer,
+    )
+    report = tool.verify(
+        model=tool.with_comm_types(model, ["a2a", "a2a", "p2p", "p2p"]),
+        shapes=SHAPES_OF_RANKS,
+        parallel=parallel,
+        recompute=recompute,
+        packing={**ALWAYS, "sharing": "everything"},
+        optimizer_steps=2,
+    )
+    _assert_exact(tool, report)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+        ),
+        pytest.param(
+            ParallelConfig(context_parallel_size=2),
+            marks=pytest.mark.skipif(
+                not params_have_cp_group(), reason="megatron-core 0.14 and 0.15 refuse it"
+            ),
+        ),
+    ],
+    ids=["tensor parallelism and an interleaved pipeline", "context parallelism"],
+)
+def test_mrope(tool: ModuleType, parallel: ParallelConfig) -> None:
+    model = _model(tool, num_attention_heads=4, num_query_groups=2, mrope_section=[1, 2, 1])
+    report = tool.verify(
+        model=dataclasses.replace(model, position_embedding_type="mrope"),
+        shapes=SHAPES_OF_RANKS,
+        parallel=parallel,
         packing={**ALWAYS, "sharing": "everything"},
     )
     _assert_exact(tool, report)

@@ -18,6 +18,7 @@ from megatron_prefix.objective import ObjectiveConfig, group_advantages
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.training.kl_reward import put_kl_into_advantages
 from megatron_prefix.training.minibatch import build_minibatch
+from megatron_prefix.training.update import ReferencePolicy
 from tests.distributed import run_distributed
 from tests.megatron.models import (
     ON_CPU,
@@ -79,6 +80,30 @@ def test_the_reference_is_refreshed_and_a_run_continues_bit_for_bit(tmp_path: Pa
         # When the last one was taken, the older of two checkpoints was that of step 2.
         kept = sorted(path.name for path in (tmp_path / name / "checkpoints").glob("reference*"))
         assert kept == ["reference_000002", "reference_000004"]
+
+
+def test_the_reference_has_expert_biases_of_its_own() -> None:
+    experts = {
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 24,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    }
+    with single_process():
+        chunks = build_model_chunks(
+            model_config(experts), ParallelConfig(), TRAINING, use_distributed_optimizer=False
+        )
+        biases = chunks.expert_biases()
+        assert len(biases) == 2
+        reference = ReferencePolicy(chunks)
+        for bias in biases:
+            bias.add_(0.1)  # as steps move them
+        with reference.in_place():
+            assert not any(bias.any() for bias in biases)
+        assert all((bias == 0.1).all() for bias in biases)
+        reference.refresh()
+        with reference.in_place():
+            assert all((bias == 0.1).all() for bias in biases)
 
 
 @pytest.mark.parametrize("sharing", ["groups", "none"])

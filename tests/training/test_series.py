@@ -145,6 +145,19 @@ def test_a_series_keeps_nothing_after_a_step(chunks: ModelChunks) -> None:
         assert relative_error(gradient, expected[name]) <= 1e-12, name
 
 
+def test_a_root_counts_as_often_as_sequences_run_through_it(chunks: ModelChunks) -> None:
+    in_series = _minibatch(chunks, across=True)
+    series = _series(in_series)
+    assert set(series.root.params.multiplicity.tolist()) == {6}
+    packed_once = _minibatch(chunks, across=False)
+    # Each position of each sequence, whatever row it is in.
+    counts = [
+        sum(int(row.params.multiplicity.sum()) for row in rows)
+        for rows in ((series.root, *in_series.rows), packed_once.rows)
+    ]
+    assert counts == [in_series.step.ungrouped_tokens] * 2
+
+
 def test_log_probabilities_of_a_series_need_no_gradients(chunks: ModelChunks) -> None:
     found = {}
     for across in (False, True):

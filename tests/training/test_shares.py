@@ -14,15 +14,23 @@ from tests.distributed import run_distributed
 
 
 def _batch(
-    seed: int, *, old_logprobs: bool = True, loss_mask: bool = True, advantages: bool = True
+    seed: int,
+    *,
+    old_logprobs: bool = True,
+    loss_mask: bool = True,
+    advantages: bool = True,
+    keys: bool = True,
 ) -> RolloutBatch:
     rng = np.random.default_rng(seed)
     groups = []
     for index in range(7):
         lengths = rng.integers(1, 9, rng.integers(1, 5)).tolist()
+        prompt = rng.integers(0, 99, rng.integers(1, 6))
         groups.append(
             RolloutGroup(
-                prompt=rng.integers(0, 99, rng.integers(1, 6)),
+                prompt=prompt,
+                prompt_keys=rng.integers(0, 99, len(prompt)) if keys and index != 3 else None,
+                keys=[rng.integers(0, 99, n) for n in lengths] if keys and index != 4 else None,
                 responses=[rng.integers(0, 99, n) for n in lengths],
                 rewards=rng.normal(size=len(lengths)),
                 old_logprobs=[-rng.random(n) for n in lengths] if old_logprobs else None,
@@ -44,6 +52,11 @@ def _assert_holds(share: Share, batch: RolloutBatch, responses: np.ndarray) -> N
         tokens = batch.tokens_of(response)
         expected = [*batch.prompt(group).tolist(), *batch.response_tokens[tokens].tolist()]
         assert share.sequence(group, response).tolist() == expected
+        keys = share.sequence_keys(group, response)
+        assert (keys is None) == (batch.keys is None)
+        if keys is not None and batch.keys is not None and batch.prompt_keys is not None:
+            prompt = slice(*batch.prompt_offsets[[group, group + 1]].tolist())
+            assert keys.tolist() == [*batch.prompt_keys[prompt], *batch.keys[tokens]]
         for found, values in (
             (share.old_logprobs_of(response), batch.old_logprobs),
             (share.loss_mask_of(response), batch.loss_mask),
@@ -57,10 +70,13 @@ def _assert_holds(share: Share, batch: RolloutBatch, responses: np.ndarray) -> N
 @pytest.mark.parametrize("old_logprobs", [False, True])
 @pytest.mark.parametrize("loss_mask", [False, True])
 @pytest.mark.parametrize("advantages", [False, True])
+@pytest.mark.parametrize("keys", [False, True])
 def test_a_share_holds_its_responses_and_their_prompts(
-    old_logprobs: bool, loss_mask: bool, advantages: bool
+    old_logprobs: bool, loss_mask: bool, advantages: bool, keys: bool
 ) -> None:
-    batch = _batch(0, old_logprobs=old_logprobs, loss_mask=loss_mask, advantages=advantages)
+    batch = _batch(
+        0, old_logprobs=old_logprobs, loss_mask=loss_mask, advantages=advantages, keys=keys
+    )
     rng = np.random.default_rng(1)
     for count in (0, 1, 5, batch.num_responses):
         responses = rng.permutation(batch.num_responses)[:count]

@@ -52,6 +52,15 @@ LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.01
 
 
+def mrope_positions(count: int) -> np.ndarray:
+    """[3, count] time, height and width of a sequence's tokens, for a model with mRoPE.
+
+    As if images lay in it: the rows differ, and jump back and forth. Sequences that begin alike
+    have the same ones there.
+    """
+    return np.random.default_rng(0).integers(0, 60, (count, 3)).T
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """Everything that both sides are given."""
@@ -159,9 +168,16 @@ def with_old_logprobs(case: Case, sampled: list[list[np.ndarray]], seed: int) ->
 
 
 def check_layout(
-    model: ModelConfig, parallel: ParallelConfig, data_parallel_size: int, optimizer_steps: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    data_parallel_size: int,
+    optimizer_steps: int,
+    packing: dict[str, Any],
 ) -> None:
     """Refuse, before any process starts, what a run's configuration would be refused for.
+
+    Args:
+        packing: options of the `training` section.
 
     Raises:
         ValueError: naming the option.
@@ -172,7 +188,7 @@ def check_layout(
         if value < 1:
             raise ValueError(f"{name}: {value} must be at least 1")
     parallel.data_parallel_size(parallel.model_parallel_size * data_parallel_size)
-    training = TrainingConfig(steps=1, token_budget=1, dtype="float32", device="cpu")
+    training = TrainingConfig(steps=1, token_budget=1, dtype="float32", device="cpu", **packing)
     transformer_config(model, parallel, training)
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 
 from equivalence.case import (
     LEARNING_RATE,
     WEIGHT_DECAY,
     Case,
+    mrope_positions,
     trained_tokens,
     with_old_logprobs,
 )
@@ -30,7 +32,10 @@ def sequence_logprobs(model: torch.nn.Module, case: Case, group: RolloutGroup, i
     inputs = tokens[:-1][None]
     length = inputs.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
-    logits = model(inputs, torch.arange(length)[None], causal)[0, len(group.prompt) - 1 :]
+    positions = torch.arange(length)[None]
+    if case.model.position_embedding_type == "mrope":
+        positions = torch.tensor(mrope_positions(length))[:, None]
+    logits = model(inputs, positions, causal)[0, len(group.prompt) - 1 :]
     logits = logits[:, : case.model.vocab_size]
     if logits.dtype == torch.bfloat16:
         logits = logits.to(torch.float32)
@@ -121,6 +126,7 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
             optimizer.zero_grad()
             found: list[list[np.ndarray]] | None = [[] for _ in case.groups] if step == 0 else None
             result["losses"].append(reference_loss(model, case, found))
+            _move_expert_biases(model)
             if step == 0:
                 result["logprobs"] = found
                 for parameter in model.parameters():
@@ -142,6 +148,24 @@ def _disturb(model: torch.nn.Module, seed: int) -> None:
             if parameter.dim() == 1:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(0.2 * noise.to(parameter.dtype))
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                noise = torch.randn(buffer.shape, generator=generator, dtype=torch.float64)
+                buffer.add_(0.2 * noise.to(buffer.dtype))
+
+
+@torch.no_grad()
+def _move_expert_biases(model: torch.nn.Module) -> None:
+    """Towards experts that got fewer tokens than the mean (DeepSeek-V3, arXiv 2412.19437, 2.1.2).
+
+    Megatron's routers have counted the tokens of all sequences since the last step.
+    """
+    for router in model.modules():
+        if isinstance(router, TopKRouter) and router.enable_expert_bias:
+            counts = router.local_tokens_per_expert
+            rate = router.config.moe_router_bias_update_rate
+            router.expert_bias += (counts.mean() - counts).sign() * rate
+            counts.zero_()
 
 
 def _computed(case: Case) -> set[tuple[int, int]]:

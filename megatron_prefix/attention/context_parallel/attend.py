@@ -6,14 +6,24 @@ from torch import Tensor
 
 from megatron_prefix.attention.context_parallel.gathered import GatheredAttention
 from megatron_prefix.attention.context_parallel.heads import attend_by_heads
+from megatron_prefix.attention.context_parallel.latents import LatentAttention, LatentKeys
 from megatron_prefix.attention.context_parallel.layer import RankLayer
 from megatron_prefix.attention.context_parallel.ring import RingAttention
+from megatron_prefix.attention.context_parallel.windowed import WindowedAttention
 from megatron_prefix.attention.function import checked_inputs
 from megatron_prefix.layout import CommType
 
 
 def attend_across_ranks(
-    q: Tensor, k: Tensor, v: Tensor, layer: RankLayer, comm_type: CommType
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: RankLayer,
+    comm_type: CommType,
+    *,
+    windowed: bool = False,
+    sink: Tensor | None = None,
+    latents: LatentKeys | None = None,
 ) -> Tensor:
     """Attention of this rank's queries. Collective over the group, backward too.
 
@@ -21,6 +31,12 @@ def attend_across_ranks(
         q: [N, H, D]; k and v: [C, Hk, D].
         layer: its stages are those of `comm_type`, if not of all kinds.
         comm_type: the kind of communication.
+        windowed: within the sliding window that the row was planned for: only halos travel then,
+            whatever the kind.
+        sink: [H] see `prefix_attention`. Its gradient is that of this rank's queries (with `a2a`,
+            of all queries for this rank's heads): to be summed over the ranks.
+        latents: what k and v were expanded from, for `latent_gather`; without them that is
+            `all_gather`.
 
     Returns:
         [N, H, D] in q's dtype.
@@ -31,7 +47,14 @@ def attend_across_ranks(
     """
     q, k, v = checked_inputs(q, k, v, layer.stages)
     stages = layer.stages
-    planned = {"all_gather": stages.gathered, "p2p": stages.ring, "a2a": stages.whole_row}
+    if windowed and stages.windowed is not None:
+        return WindowedAttention.apply(q, k, v, sink, layer)
+    planned = {
+        "all_gather": stages.gathered,
+        "p2p": stages.ring,
+        "a2a": stages.whole_row,
+        "latent_gather": stages.gathered,
+    }
     if planned[comm_type] is None:
         kinds = ", ".join(kind for kind, found in planned.items() if found is not None)
         raise ValueError(
@@ -39,6 +62,8 @@ def attend_across_ranks(
             "only; give the batch's AttentionSetup the comm_types of all layers"
         )
     if comm_type == "a2a":
-        return attend_by_heads(q, k, v, layer)
-    function = {"all_gather": GatheredAttention, "p2p": RingAttention}[comm_type]
-    return function.apply(q, k, v, layer)
+        return attend_by_heads(q, k, v, sink, layer)
+    if comm_type == "latent_gather" and latents is not None:
+        return LatentAttention.apply(q, k, v, sink, latents.shard, latents.weight, layer, latents)
+    function = RingAttention if comm_type == "p2p" else GatheredAttention
+    return function.apply(q, k, v, sink, layer)

@@ -20,7 +20,9 @@ class GatheredAttention(torch.autograd.Function):
     """Saves q, k, v, out and lse of this rank's row."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layer: RankLayer) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, layer: RankLayer
+    ) -> Tensor:
         """Attend locally while the shards come in, then to them."""
         ctx.layer = layer
         compute, gathered = layer.compute, layer.stages.gathered
@@ -28,13 +30,13 @@ class GatheredAttention(torch.autograd.Function):
         out, lse = compute.attend(layer.stages.local, q, k, v, wide=True)
         shards = pending.wait()[gathered.source]
         compute.merge(gathered.stages, q, *shards.unbind(1), out, lse)
-        return save_for_backward(ctx, q, k, v, out, lse)
+        return save_for_backward(ctx, q, k, v, out, lse, sink)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Gather again; the shards' gradients travel while the local ones are computed."""
-        merged, k, v = saved_for_backward(ctx, dout)
+        merged, k, v, d_sink = saved_for_backward(ctx, dout)
         layer, wide = ctx.layer, merged.lse.dtype
         compute, gathered = layer.compute, layer.stages.gathered
         pending = layer.exchange.gather(layer.shard(k, v), layer.backward_traffic)
@@ -48,4 +50,4 @@ class GatheredAttention(torch.autograd.Function):
         pending = layer.exchange.reduce(shares, layer.backward_traffic)
         local_dq, dk, dv = compute.shares(layer.stages.local, merged, k, v, wide=True)
         add_to_shard(dk, dv, pending.wait().sum(dim=0))
-        return *gradients_like((dq + local_dq, dk, dv), (merged.q, k, v)), None
+        return *gradients_like((dq + local_dq, dk, dv), (merged.q, k, v)), d_sink, None

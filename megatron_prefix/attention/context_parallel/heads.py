@@ -16,7 +16,9 @@ from megatron_prefix.attention.function import attend_to_row
 _Way = Callable[[Tensor, RankLayer, Recorder], Tensor]
 
 
-def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, layer: RankLayer) -> Tensor:
+def attend_by_heads(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, layer: RankLayer
+) -> Tensor:
     """[N, H, D] the attention of this rank's queries."""
     kept = layer.stages.queries
     if kept is not None:  # heads are exchanged for all tokens of the row
@@ -26,7 +28,10 @@ def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, layer: RankLayer) -> Tensor
     # One message: rank i's query heads, key heads and value heads side by side.
     parts = [x.unflatten(1, (size, -1)) for x in (q, k, v)]
     row = _Move.apply(torch.cat(parts, dim=2), layer, _to_packed_row, _from_packed_row)
-    out = attend_to_row(*row.split(heads, dim=1), layer.stages.whole_row.stages, layer.compute)
+    if sink is not None:
+        sink = sink.unflatten(0, (size, -1))[layer.exchange.rank]
+    stages = layer.stages.whole_row.stages
+    out = attend_to_row(*row.split(heads, dim=1), stages, layer.compute, sink=sink)
     out = _Move.apply(out, layer, _from_packed_row, _to_packed_row).flatten(1, 2)
     return out if kept is None else out[kept]
 

@@ -20,7 +20,9 @@ class RingAttention(torch.autograd.Function):
     """Saves q, k, v, out and lse of this rank's row."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layer: RankLayer) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, layer: RankLayer
+    ) -> Tensor:
         """Attend to one shard while the next one comes in."""
         ctx.layer = layer
         compute, exchange, record = layer.compute, layer.exchange, layer.forward_traffic
@@ -37,13 +39,13 @@ class RingAttention(torch.autograd.Function):
             compute.merge(layer.stages.ring[source], q, *held.unbind(1), out, lse)
             if pending is not None:
                 held = pending.wait()
-        return save_for_backward(ctx, q, k, v, out, lse)
+        return save_for_backward(ctx, q, k, v, out, lse, sink)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Shards go round again, each followed by its gradient, which ends on its own rank."""
-        merged, k, v = saved_for_backward(ctx, dout)
+        merged, k, v, d_sink = saved_for_backward(ctx, dout)
         layer, wide = ctx.layer, merged.lse.dtype
         compute, exchange, record = layer.compute, layer.exchange, layer.backward_traffic
         held = layer.shard(k, v)
@@ -69,4 +71,4 @@ class RingAttention(torch.autograd.Function):
                 held = pending.wait()
         if travelling is not None:
             add_to_shard(dk, dv, travelling.wait())
-        return *gradients_like((dq, dk, dv), (merged.q, k, v)), None
+        return *gradients_like((dq, dk, dv), (merged.q, k, v)), d_sink, None

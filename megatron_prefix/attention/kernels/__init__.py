@@ -57,6 +57,7 @@ def select_kernel(
     dtype: torch.dtype,
     head_dim: int,
     deterministic: bool = False,
+    windows: bool = False,
 ) -> Kernel:
     """The attention kernel called `name`, or the best that the inputs allow.
 
@@ -67,6 +68,7 @@ def select_kernel(
         device, dtype, head_dim: of q, k and v.
         deterministic: only kernels whose backward can give the same bits every time. It has to be
             asked for in each call of `Kernel.backward` as well.
+        windows: only kernels that compute sliding windows.
 
     Raises:
         ValueError: the name is unknown, or that kernel (or without a name, every kernel) cannot
@@ -75,11 +77,13 @@ def select_kernel(
     The first choice for each kind of input is logged.
     """
     device = torch.device(device)
-    reasons = _reasons(device, dtype, head_dim, deterministic)
+    reasons = _reasons(device, dtype, head_dim, deterministic, windows)
     usable = [kernel for kernel in _KERNELS if reasons[kernel.name] is None]
     inputs = f"device {device}, {dtype}, head_dim {head_dim}"
     if deterministic:
         inputs += ", deterministic"
+    if windows:
+        inputs += ", sliding windows"
     if name is not None:
         if name not in reasons:
             raise ValueError(
@@ -109,20 +113,36 @@ def usable_kernels(
     head_dim: int,
     *,
     deterministic: bool = False,
+    windows: bool = False,
 ) -> tuple[str, ...]:
     """The names that `select_kernel` takes for these inputs, best first."""
-    reasons = _reasons(torch.device(device), dtype, head_dim, deterministic)
+    reasons = _reasons(torch.device(device), dtype, head_dim, deterministic, windows)
     return tuple(name for name, reason in reasons.items() if reason is None)
 
 
 @functools.lru_cache(maxsize=64)  # every layer of every microbatch asks for the same few
 def _reasons(
-    device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    deterministic: bool,
+    windows: bool = False,
 ) -> dict[str, str | None]:
     inputs = KernelInputs(
-        device=device, dtype=dtype, head_dim=head_dim, deterministic=deterministic
+        device=device,
+        dtype=dtype,
+        head_dim=head_dim,
+        deterministic=deterministic,
+        windows=windows,
     )
-    return {kernel.name: kernel.unsupported(inputs) for kernel in _KERNELS}
+    return {kernel.name: _unsupported(kernel, inputs) for kernel in _KERNELS}
+
+
+def _unsupported(kernel: Kernel, inputs: KernelInputs) -> str | None:
+    reason = kernel.unsupported(inputs)
+    if reason is None and inputs.windows and not kernel.windows:
+        reason = "its sliding windows are not used yet"
+    return reason
 
 
 @functools.cache

@@ -66,6 +66,8 @@ class KernelInputs:
     head_dim: int
     deterministic: bool = False
     """Whether `Kernel.backward` has to give the same bits every time."""
+    windows: bool = False
+    """Whether some calls have a sliding window, see `Rectangles.window`."""
 
 
 OutAndLse = tuple[Tensor, Tensor]
@@ -81,6 +83,9 @@ class Kernel(Protocol):
 
     automatic: bool
     """Whether it may be chosen without being named."""
+
+    windows: bool
+    """Whether it computes rectangles with a sliding window; the registry asks it for no others."""
 
     def unsupported(self, inputs: KernelInputs) -> str | None:
         """Why this kernel cannot run here, as the end of a sentence; None if it can."""

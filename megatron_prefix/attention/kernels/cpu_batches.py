@@ -82,13 +82,19 @@ class PaddedRows:
         x[self.rows] = value.transpose(1, 2).flatten(0, 1)[self.slots]
         return x
 
+    def add(self, x: Tensor, value: Tensor) -> Tensor:
+        """The packed x, with the batched value added to these rows, without its padding."""
+        return x.index_add_(0, self.rows, value.transpose(1, 2).flatten(0, 1)[self.slots])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rectangles that are computed by one call."""
+    """Rectangles, or blocks of them, that are computed by one call."""
 
     queries: EqualRows | PaddedRows
     keys: EqualRows | PaddedRows
+    mask: Tensor | None = None
+    """[1, 1, queries, keys] float32: added to the scores of every block and head."""
 
 
 def split_into_batches(on: Rectangles) -> tuple[Batch, ...]:

@@ -47,6 +47,7 @@ class CudaVarlenKernel:
     """`Kernel` on top of a CUDA kernel's own two calls, which subclasses make."""
 
     automatic = True
+    windows = False
 
     def run_forward(
         self, q: Tensor, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions

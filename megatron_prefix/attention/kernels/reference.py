@@ -22,6 +22,7 @@ class ReferenceKernel:
 
     name = "reference"
     automatic = False
+    windows = True
 
     def unsupported(self, inputs: KernelInputs) -> str | None:
         """See `Kernel.unsupported`. It always is deterministic."""
@@ -35,7 +36,7 @@ class ReferenceKernel:
         wide = torch.promote_types(q.dtype, torch.float32)
         out, lse = q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:2], dtype=wide)
         for queries, keys in _slices(on):
-            scores = _scores(q[queries], k[keys], wide, on.causal, options.scale)
+            scores = _scores(q[queries], k[keys], wide, on, options.scale)
             lse[queries] = scores.logsumexp(-1).T
             values = _to_query_heads(v[keys], q, wide)
             out[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
@@ -49,7 +50,7 @@ class ReferenceKernel:
         dout, out = merged.dout.to(wide), merged.out.to(wide)
         dq, dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (q, k, v))
         for queries, keys in _slices(on):
-            scores = _scores(q[queries], k[keys], wide, on.causal, options.scale)
+            scores = _scores(q[queries], k[keys], wide, on, options.scale)
             p = torch.exp(scores - lse[queries].T[:, :, None])
             dp = torch.einsum("qhd,khd->hqk", dout[queries], _to_query_heads(v[keys], q, wide))
             ds = p * (dp - (dout * out)[queries].sum(-1).T[:, :, None]) * options.scale
@@ -66,11 +67,15 @@ def _slices(on: Rectangles) -> Iterator[tuple[slice, slice]]:
         yield slice(*q_bounds[i : i + 2]), slice(*k_bounds[i : i + 2])
 
 
-def _scores(q: Tensor, k: Tensor, wide: torch.dtype, causal: bool, scale: float) -> Tensor:
-    """scale q k^T of one rectangle [H, nq, nk], -inf where the causal mask hides a key."""
+def _scores(q: Tensor, k: Tensor, wide: torch.dtype, on: Rectangles, scale: float) -> Tensor:
+    """scale q k^T of one rectangle [H, nq, nk], -inf where the mask hides a key."""
     scores = scale * torch.einsum("qhd,khd->hqk", q.to(wide), _to_query_heads(k, q, wide))
-    if causal:
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+    if on.causal:
+        everywhere = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
+        own = k.shape[0] - q.shape[0]  # the first query's own key; 0 in a square
+        hidden = everywhere.triu(own + 1)
+        if on.window is not None:
+            hidden |= everywhere.tril(own - on.window - 1)
         scores = scores.masked_fill(hidden, float("-inf"))
     return scores
 

@@ -13,6 +13,7 @@ their caller, seen in torch 2.6, 2.9 and 2.13:
   heads are expanded too.
 - In float16 and bfloat16 backward rounds dq, dk and dv after every block of at most 256 queries,
   and is slower than in float32 on CPUs without matrix units. Both are computed in float32.
+- It has no sliding windows, but takes a mask that is added to the scores: see `cpu_windows.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from megatron_prefix.attention.kernels.base import (
     OutAndLse,
     Rectangles,
 )
-from megatron_prefix.attention.kernels.cpu_batches import split_into_batches
+from megatron_prefix.attention.kernels.cpu_batches import Batch, split_into_batches
+from megatron_prefix.attention.kernels.cpu_windows import split_into_blocks
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -41,6 +43,7 @@ class TorchCpuKernel:
 
     name = "torch_cpu"
     automatic = True
+    windows = True
 
     def unsupported(self, inputs: KernelInputs) -> str | None:
         """See `Kernel.unsupported`. It always is deterministic."""
@@ -56,16 +59,12 @@ class TorchCpuKernel:
         """See `Kernel.forward`."""
         wide = torch.promote_types(q.dtype, torch.float32)
         out, lse = q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:2], dtype=wide)
-        for batch in split_into_batches(on):
+        for batch in _batches(on):
             if batch.queries.length == 0:
                 continue
             queries = batch.queries.read(q).to(wide)
             keys, values = (batch.keys.read(x).to(wide) for x in (k, v))
-            if not _READS_SHARED_HEADS:
-                keys, values = (_to_query_heads(x, q.shape[1]) for x in (keys, values))
-            batch_out, batch_lse = _FORWARD(
-                queries, keys, values, 0.0, on.causal, scale=options.scale
-            )
+            batch_out, batch_lse = _forward(queries, keys, values, on, options, batch.mask)
             out = batch.queries.write(out, batch_out)
             lse = batch.queries.write(lse, batch_lse)
         return out, lse
@@ -75,27 +74,64 @@ class TorchCpuKernel:
     ) -> Gradients:
         """See `Kernel.backward`. It always is deterministic."""
         wide = merged.lse.dtype
+        of_queries = (merged.dout, merged.q, merged.out)
         dq, dk, dv = (x.new_empty(x.shape, dtype=wide) for x in (merged.q, k, v))
-        for batch in split_into_batches(on):
+        if on.window is not None:  # several blocks may have a key, or none
+            dk, dv = dk.zero_(), dv.zero_()
+        for batch in _batches(on):
             if batch.queries.length == 0:
                 batch.keys.read(dk).zero_()
                 batch.keys.read(dv).zero_()
                 continue
-            queries, douts, outs = (
-                batch.queries.read(x).to(wide) for x in (merged.q, merged.dout, merged.out)
-            )
+            douts, queries, outs = (batch.queries.read(x).to(wide) for x in of_queries)
             keys, values = (batch.keys.read(x).to(wide) for x in (k, v))
-            idle_threads = batch.keys.count * k.shape[1] < torch.get_num_threads()
-            if idle_threads or not _READS_SHARED_HEADS:
-                keys, values = (_to_query_heads(x, queries.shape[1]) for x in (keys, values))
-            batch_lse = batch.queries.read(merged.lse)
-            batch_dq, batch_dk, batch_dv = _BACKWARD(
-                douts, queries, keys, values, outs, batch_lse, 0.0, on.causal, scale=options.scale
+            lse = batch.queries.read(merged.lse)
+            batch_dq, batch_dk, batch_dv = _backward(
+                douts, queries, keys, values, outs, lse, on, options, batch.mask
             )
             dq = batch.queries.write(dq, batch_dq)
-            dk = batch.keys.write(dk, _to_key_heads(batch_dk, k.shape[1]))
-            dv = batch.keys.write(dv, _to_key_heads(batch_dv, k.shape[1]))
+            put = batch.keys.write if on.window is None else batch.keys.add
+            dk, dv = put(dk, batch_dk), put(dv, batch_dv)
         return dq, dk, dv
+
+
+def _batches(on: Rectangles) -> tuple[Batch, ...]:
+    return split_into_batches(on) if on.window is None else split_into_blocks(on)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions, mask: Tensor | None
+) -> OutAndLse:
+    """The op on [batch, heads, length, dim], with shared heads expanded where it needs that."""
+    if not _READS_SHARED_HEADS:
+        k, v = (_to_query_heads(x, q.shape[1]) for x in (k, v))
+    causal = on.causal and mask is None
+    mask = None if mask is None else mask.to(q.dtype)
+    return _FORWARD(q, k, v, 0.0, causal, attn_mask=mask, scale=options.scale)
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    on: Rectangles,
+    options: CallOptions,
+    mask: Tensor | None,
+) -> Gradients:
+    """Its backward; dk and dv have k's heads."""
+    num_key_heads = k.shape[1]
+    idle_threads = k.shape[0] * num_key_heads < torch.get_num_threads()
+    if idle_threads or not _READS_SHARED_HEADS:
+        k, v = (_to_query_heads(x, q.shape[1]) for x in (k, v))
+    causal = on.causal and mask is None
+    mask = None if mask is None else mask.to(q.dtype)
+    dq, dk, dv = _BACKWARD(
+        dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=options.scale
+    )
+    return dq, _to_key_heads(dk, num_key_heads), _to_key_heads(dv, num_key_heads)
 
 
 def _to_query_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -85,6 +85,7 @@ def plan_row(
         rank=setup.rank,
         num_ranks=setup.num_ranks,
         comm_types=setup.comm_types,
+        window=setup.window,
         needed=needed,
         multiple=pad_to_multiple // setup.num_ranks,
     )

@@ -10,6 +10,7 @@ from megatron.core.transformer.attention import Attention
 
 from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layers.attention import takes_shared_prefixes
+from megatron_prefix.layers.built_model import refuse_mrope
 
 
 def share_prefixes_in_mbridge(bridge: Any) -> None:
@@ -51,8 +52,9 @@ def refuse_other_layers(chunk: torch.nn.Module) -> None:
         chunk: of the model.
 
     Raises:
-        ValueError: naming the layer's class.
+        ValueError: naming the layer's class, or the model's kind of positions.
     """
+    refuse_mrope(chunk)
     for name, module in chunk.named_modules():
         if isinstance(module, Attention) and not takes_shared_prefixes(module.core_attention):
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_prefix.megatron.options import (
     attention,
     experts,
+    latent,
     layers,
     parallel,
     precision,
@@ -26,6 +27,7 @@ from megatron_prefix.megatron.options.record import (
 OPTIONS: tuple[Option, ...] = (
     *attention.OPTIONS,
     *experts.OPTIONS,
+    *latent.OPTIONS,
     *layers.OPTIONS,
     *parallel.OPTIONS,
     *precision.OPTIONS,

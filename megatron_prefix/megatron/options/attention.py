@@ -8,6 +8,9 @@ import logging
 from typing import Any
 
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.embeddings.rotary_pos_embedding import (
+    MultimodalRotaryEmbedding,
+)
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
 from megatron_prefix.attention.comm_types import COMM_TYPES, RUN_AS
@@ -77,6 +80,22 @@ def _yarn(factor: Any, config: Any) -> Reason | None:
     )
 
 
+def params_have_cp_group() -> bool:
+    """Whether a batch's params tell this release which part of an mRoPE table a rank has."""
+    return "cp_group" in inspect.signature(MultimodalRotaryEmbedding.forward).parameters
+
+
+def _mrope(section: Any, config: Any) -> Reason | None:
+    size = config.context_parallel_size
+    if not is_set(section) or size == 1 or params_have_cp_group():
+        return None
+    return Reason(
+        why=f"context_parallel_size={size} cannot be combined with mRoPE in megatron-core "
+        f"{release()}, which cuts its table as if a packed row were one sequence",
+        instead="Set context_parallel_size to 1, or install megatron-core 0.16 or newer",
+    )
+
+
 def _comm_type(kinds: Any, config: Any) -> Reason | None:
     """Kinds that are not ours, and heads that cannot be exchanged."""
     size = config.context_parallel_size
@@ -90,6 +109,11 @@ def _comm_type(kinds: Any, config: Any) -> Reason | None:
                 why=f"there is no kind {kind!r}",
                 instead=f"Set cp_comm_type to {', '.join(COMM_TYPES[:-1])} or {COMM_TYPES[-1]}",
             )
+        elif kind == "latent_gather" and not config.multi_latent_attention:
+            return Reason(
+                why="only multi-latent attention has latents",
+                instead="Set cp_comm_type to all_gather, p2p or a2a",
+            )
         tensor = config.tensor_model_parallel_size
         for option in ("num_attention_heads", "num_query_groups"):
             heads = getattr(config, option)
@@ -99,6 +123,26 @@ def _comm_type(kinds: Any, config: Any) -> Reason | None:
                     f"tensor_model_parallel_size x context_parallel_size = {tensor} x {size}",
                     instead="Set cp_comm_type to all_gather or p2p",
                 )
+    return None
+
+
+def _window(size: Any, config: Any) -> Reason | None:
+    """Windows that are not causal, or that this release does not take."""
+    if not size:
+        return None
+    off = set_to("window_size", None)
+    if not hasattr(config, "window_attn_skip_freq"):
+        return Reason(
+            why=f"megatron-core {release()} has sliding windows in Transformer Engine's attention "
+            "only, where shared prefixes were not compared with it",
+            instead=f"{off}, or install megatron-core 0.15 or newer",
+        )
+    if size[0] < 0 or size[1] != 0:
+        return Reason(
+            why="a window is (keys before a query, 0) here; -1 (no limit) and keys behind a query "
+            "are not supported",
+            instead=f"Set window_size to (n, 0) with n of at least 0, or: {off}",
+        )
     return None
 
 
@@ -151,31 +195,25 @@ OPTIONS: list[Option] = [
         check=_comm_type,
     ),
     *refused("attention_dropout", "hidden_dropout", when=positive, why=_DROPOUT, instead=0.0),
-    *refused(
-        "multi_latent_attention",
-        when=is_set,
-        why="its own rotary modules do not take per-token positions yet",
-        instead=False,
-    ),
-    *refused(
+    *used(
         "mrope_section",
-        when=is_set,
-        why="multimodal rotary tables already hold one row per token, and ours would be taken "
-        "from them once more; use position_embedding_type rope",
-        instead=None,
+        why="GPTModel's mRoPE table has a row for each token of a packed row already",
+        check=_mrope,
     ),
-    *refused(
-        "window_size",
-        when=is_set,
-        why="a sliding window would have to follow each sequence across its segments",
-        instead=None,
+    Option(
+        name="window_size",
+        kind="used",
+        why="our attention reaches so many keys back along each sequence, across its segments",
+        check=_window,
     ),
-    *harmless("window_attn_skip_freq", why="only window_size reads it", first="0.15"),
-    *refused(
+    *used(
+        "window_attn_skip_freq",
+        why="a layer has the window that Megatron's has",
+        first="0.15",
+    ),
+    *used(
         "softmax_type",
-        when=lambda value: value is not None and value != "vanilla",
-        why="a softmax offset would enter once per attention stage",
-        instead="vanilla",
+        why="our attention merges the core attention's softmax_offset as its last term",
         first="0.15",
     ),
     *refused(

@@ -57,17 +57,20 @@ def _auxiliary_loss(coefficients: Any, config: Any) -> Reason | None:
 
 
 def _expert_bias(enabled: bool, config: Any) -> Reason | None:
-    """A bias that does not move is a constant of the choice of experts."""
+    """A bias that moves follows counts, which are made while the layer runs forward."""
     rate = config.moe_router_bias_update_rate
     if not enabled or rate == 0:
         return None
-    return Reason(
-        why="the bias follows statistics that would count a shared prefix once instead of once "
-        "per response",
-        instead="Set moe_router_bias_update_rate to 0.0, which keeps the bias of the checkpoint "
-        "as it is, or moe_router_enable_expert_bias to False",
-        beside=f"moe_router_bias_update_rate={rate!r}",
-    )
+    recomputed = (config.recompute_granularity == "selective" and config.recompute_modules) or []
+    if config.moe_layer_recompute or "moe" in recomputed:
+        return Reason(
+            why="experts that run again outside of their layer do not know how often each token "
+            "counts",
+            instead="Leave moe out of recompute_modules (and moe_layer_recompute False), use "
+            "recompute_granularity 'full', or set moe_router_bias_update_rate to 0.0",
+            beside=f"moe_router_bias_update_rate={rate!r} and recomputed experts",
+        )
+    return None
 
 
 def _dispatcher(kind: str, config: Any) -> Reason | None:
@@ -142,10 +145,11 @@ OPTIONS: list[Option] = [
     Option(
         name="moe_router_enable_expert_bias",
         kind="used",
-        why="a bias that is not updated is a constant of the choice of experts",
+        why="a bias is a constant of the choice of experts; tokens that move it count once for "
+        "each of their sequences",
         check=_expert_bias,
     ),
-    *used("moe_router_bias_update_rate", why="only 0 goes with moe_router_enable_expert_bias"),
+    *used("moe_router_bias_update_rate", why="see moe_router_enable_expert_bias"),
     *harmless(
         "moe_router_quantile_balancing_ema",
         why="only the load balancing type quantile_balancing reads it, which is refused",

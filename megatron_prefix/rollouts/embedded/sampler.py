@@ -10,9 +10,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
 from numpy.typing import NDArray
 
 from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.megatron.releases import option
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.rollouts.embedded.batch import ResponseBatch, SamplingOptions
 from megatron_prefix.rollouts.embedded.drawing import response_uniforms
@@ -26,6 +28,21 @@ class SampledResponse:
     tokens: NDArray[np.int32]
     logprobs: NDArray[np.float64]
     """One for each token: at the sampling temperature (at 1 where that is 0), before top-p."""
+
+
+def _refuse_unsupported(config: TransformerConfig) -> None:
+    """Attention to cached keys has no windows and no sinks, and requests have no images."""
+    for name, without in (
+        ("window_size", None),
+        ("softmax_type", "vanilla"),
+        ("mrope_section", None),
+    ):
+        value = option(config, name)
+        if value not in (None, without):
+            raise ValueError(
+                f"{name}={value!r}: the embedded engine cannot sample from such a model yet; set "
+                "rollouts.engine to file, and leave evaluation out"
+            )
 
 
 class Sampler:
@@ -53,7 +70,11 @@ class Sampler:
             max_cached_tokens: prompts are taken in batches whose prompts and (longest possible)
                 responses have together so many tokens at most, but at least one prompt at a time;
                 None takes all at once.
+
+        Raises:
+            ValueError: the model has sliding windows, attention sinks or mRoPE.
         """
+        _refuse_unsupported(chunks.config)
         self._chunks = chunks
         self._device = device
         self._setup = AttentionSetup.of(chunks.config, device, kernel=kernel)

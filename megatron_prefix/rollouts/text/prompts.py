@@ -25,7 +25,7 @@ import numpy as np
 from megatron_prefix.config import TextConfig
 from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.engine import EndOfRollouts
-from megatron_prefix.rollouts.parsing import check_names
+from megatron_prefix.rollouts.parsing import check_names, refuse_prompt_keys
 from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.record import START, Record
 from megatron_prefix.rollouts.record_files import open_record_file, stamp_of
@@ -178,7 +178,9 @@ class TextPrompts:
         template = self._text.prompt_template
         if template is not None:
             return self._of_text(_filled(template, values, source), source, told={})
-        check_names(Record(values=values, source=source, end=START))
+        record = Record(values=values, source=source, end=START)
+        check_names(record)
+        refuse_prompt_keys(record)
         if "messages" in values and "prompt" in values:
             raise ValueError(f"{source}: messages: a record has either messages or prompt")
         if "messages" in values:

@@ -1,0 +1,83 @@
+"""What every rank knows of a batch of rollouts, which rank 0 alone has.
+
+Legend: G groups, R responses of all groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RolloutSummary:
+    """What every rank knows of a batch: some twenty bytes a response, and no token."""
+
+    prompt_lengths: NDArray[np.int32]
+    """[G]"""
+    group_sizes: NDArray[np.int32]
+    """[G] responses of each group."""
+    response_lengths: NDArray[np.int32]
+    """[R]"""
+    trained_lengths: NDArray[np.int32]
+    """[R] tokens of each response that are trained on."""
+    rewards: NDArray[np.float64]
+    """[R]"""
+    named_rewards: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """[R] each, as in `RolloutBatch`."""
+    finished: NDArray[np.int8]
+    """[R] as in `RolloutBatch`."""
+    repeated: NDArray[np.bool_]
+    """[R] whether an earlier response of its group has the same tokens and keys."""
+    largest_advantages: NDArray[np.float64] | None
+    """[R] of the advantages of each response's trained tokens, where they are given for tokens, the
+    one farthest from 0; NaN: they come from the reward; None: those of all responses do."""
+    sources: tuple[str, ...]
+    """[G]"""
+    has_old_logprobs: bool
+    has_loss_mask: bool
+    has_prompt_keys: bool = False
+    has_keys: bool = False
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return len(self.sources)
+
+    @property
+    def group_offsets(self) -> NDArray[np.int64]:
+        """[G + 1] into the R responses."""
+        return offsets_of(self.group_sizes)
+
+    def of_groups(self, groups: range) -> RolloutSummary:
+        """The summary of consecutive groups."""
+        offsets = self.group_offsets
+        responses = slice(int(offsets[groups.start]), int(offsets[groups.stop]))
+        chosen = slice(groups.start, groups.stop)
+        largest = self.largest_advantages
+        return RolloutSummary(
+            prompt_lengths=self.prompt_lengths[chosen],
+            group_sizes=self.group_sizes[chosen],
+            response_lengths=self.response_lengths[responses],
+            trained_lengths=self.trained_lengths[responses],
+            rewards=self.rewards[responses],
+            named_rewards={name: v[responses] for name, v in self.named_rewards.items()},
+            finished=self.finished[responses],
+            repeated=self.repeated[responses],
+            largest_advantages=None if largest is None else largest[responses],
+            sources=self.sources[chosen],
+            has_old_logprobs=self.has_old_logprobs,
+            has_loss_mask=self.has_loss_mask,
+            has_prompt_keys=self.has_prompt_keys,
+            has_keys=self.has_keys,
+        )
+
+
+def offsets_of(lengths: Sequence[int] | NDArray) -> NDArray[np.int64]:
+    """[n + 1] where each of n items begins, and where the last one ends."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
