@@ -19,6 +19,7 @@ from megatron_prefix.rollouts.memory_limit import limit_memory
 limit_memory()
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # a time-out is a wrong answer
 
+_BOXED = r"\boxed{"
 _SECONDS = 2
 """The library's own limit, by SIGALRM: where it is enough, the process goes on."""
 
@@ -66,12 +67,24 @@ _NOT_NUMBERS = ("", "nan", "none", "null", "inf", "infinity")
 
 def _read(text: str, *, is_answer: bool) -> list[Any]:
     """Expressions, and texts of such, that a text's answer can be read as."""
+    is_boxed = _BOXED in text
     text = _marked(text).replace("\N{MINUS SIGN}", "-")
-    if is_answer and "$" not in text and r"\boxed" not in text:
-        text = rf"\boxed{{{text}}}"
+    if is_boxed or (is_answer and "$" not in text):
+        text = f"{_BOXED}{text}}}"
     return parse(text, parsing_timeout=_SECONDS)
 
 
 def _marked(text: str) -> str:
-    r"""What follows the last `####`, unless there is a `\boxed{}`, which math-verify finds."""
-    return (text if r"\boxed" in text else text.rpartition("####")[2]).strip()
+    r"""What stands in the last `\boxed{}`, else what follows the last `####`, else all.
+
+    math-verify would take boxes that stand near each other together, as a set.
+    """
+    _, boxed, rest = text.rpartition(_BOXED)
+    if not boxed:
+        return text.rpartition("####")[2].strip()
+    depth = 1
+    for i, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[:i].strip()
+    return rest.strip()
