@@ -66,6 +66,8 @@ setup(
             # What the fused merge is written in; for its test under Triton's interpreter.
             f"triton; {TRITON}",
             "pyroute2",
+            # The metrics of examples/glue; scipy comes with it.
+            "scikit-learn",
             "wandb",
             # MLflow without its server.
             "mlflow-skinny",

@@ -1,7 +1,7 @@
 """Train twice from the same seed, with shared prompts and without, and compare the accuracies.
 
     python examples/accuracy.py examples/gsm8k
-    python examples/accuracy.py examples/superglue training.seed=7
+    python examples/accuracy.py examples/gsm8k training.seed=7
     python examples/accuracy.py examples/gsm8k --data my_gsm8k --output outputs/mine
 
 The folder holds grpo.yaml and sample/ (train.jsonl and test.jsonl). A tokenizer is trained on the
@@ -19,11 +19,11 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_prefix.config import RunConfig, TextConfig
+from megatron_prefix.config import RunConfig
 from megatron_prefix.distributed.runtime import runtime_of_run
 from megatron_prefix.rollouts.text.prompts import TextPrompts
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
@@ -59,21 +59,27 @@ def train_tokenizer(data: Path, vocab_size: int, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
 
 
-def write_answers(config: RunConfig, path: Path) -> None:
-    """The training data's own answers as rollouts, for the supervised warm start."""
-    text = config.rollouts.text
-    assert isinstance(text, TextConfig)
+def prompts_in_order(config: RunConfig, path: Path) -> tuple[TextPrompts, TextTokenizer]:
+    """The prompts of a file as the run reads them, in the file's order, and the run's tokenizer."""
+    text, length = config.rollouts.text, config.rollouts.max_response_length
+    assert text is not None and length is not None
     tokenizer = TextTokenizer(text.tokenizer, vocab_size=config.model.vocab_size)
-    assert tokenizer.end_token is not None
     prompts = TextPrompts(
-        config.rollouts.paths,
+        [path],
         tokenizer,
         text,
         vocab_size=config.model.vocab_size,
-        max_prompt_length=config.model.max_sequence_length,
+        max_prompt_length=config.model.max_sequence_length - length,
         shuffle=False,
         seed=0,
     )
+    return prompts, tokenizer
+
+
+def write_answers(config: RunConfig, path: Path) -> None:
+    """The training data's own answers as rollouts, for the supervised warm start."""
+    prompts, tokenizer = prompts_in_order(config, config.rollouts.paths[0])
+    assert tokenizer.end_token is not None
     lines = []
     for _ in config.rollouts.paths[0].read_text(encoding="utf-8").splitlines():
         [prompt] = prompts.take(1)
@@ -101,12 +107,18 @@ def compare(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "accuracy_after": evaluated[-1],
             "tokens_computed": sum(row.get("tokens_computed", 0) for row in rows),
         }
+    return {**result, **largest_differences(runs, ("reward", "eval", "entropy", "grad_norm"))}
+
+
+def largest_differences(
+    runs: dict[str, list[dict[str, Any]]], names: Sequence[str]
+) -> dict[str, float]:
+    """Of each of these metrics the largest difference between both runs at any step."""
     pairs = list(zip(*runs.values(), strict=True))
-    for name in ("reward", "eval", "entropy", "grad_norm"):
-        result[f"largest_difference_{name}"] = max(
-            abs(a[name] - b[name]) for a, b in pairs if name in a
-        )
-    return result
+    return {
+        f"largest_difference_{name}": max(abs(a[name] - b[name]) for a, b in pairs if name in a)
+        for name in names
+    }
 
 
 def main() -> int:

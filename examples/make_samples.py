@@ -1,10 +1,10 @@
-"""Write the samples that ship with the GSM8K and SuperGLUE examples, in these data sets' formats.
+"""Write the sample that ships with the GSM8K example, in this data set's format.
 
     python examples/make_samples.py
 
-They are made up from a few sentence patterns: enough to see the examples run, and nothing that says
-how good a model is. For the real thing put the data sets' own train.jsonl and test.jsonl into a
-folder, and name it with --data.
+It is made up from a few sentence patterns: enough to see the example run, and nothing that says how
+good a model is. For the real thing put the data set's own train.jsonl and test.jsonl into a folder,
+and name it with --data.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from typing import Any
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn")
 THINGS = ("apples", "books", "coins", "pens", "stamps")
-COLOURS = ("red", "blue", "green")
-ANIMALS = ("dog", "cat", "horse", "bird")
-PLACES = ("in the garden", "at the gate", "by the river")
 
 
 def sums() -> Iterator[dict[str, Any]]:
@@ -40,26 +37,6 @@ def sums() -> Iterator[dict[str, Any]]:
                     }
 
 
-def entailments() -> Iterator[dict[str, Any]]:
-    """RTE's fields: what is said, what may follow from it, and whether it does."""
-    for colour in COLOURS:
-        for animal in ANIMALS:
-            for place in PLACES:
-                said = f"The {colour} {animal} sleeps {place}."
-                for hypothesis, follows in (
-                    (f"The {animal} sleeps.", True),
-                    (f"The {animal} is {colour}.", True),
-                    (f"The {animal} runs.", False),
-                    *((f"The {animal} is {c}.", False) for c in COLOURS if c != colour),
-                    *((f"The {animal} sleeps {p}.", p == place) for p in PLACES),
-                ):
-                    yield {
-                        "premise": said,
-                        "hypothesis": hypothesis,
-                        "label": "entailment" if follows else "not_entailment",
-                    }
-
-
 def write(folder: Path, records: Iterable[dict[str, Any]], *, train: int, test: int) -> None:
     """Draw the two files' records; no record is in both."""
     drawn = random.Random(0).sample(list(records), train + test)
@@ -70,6 +47,4 @@ def write(folder: Path, records: Iterable[dict[str, Any]], *, train: int, test: 
 
 
 if __name__ == "__main__":
-    here = Path(__file__).parent
-    write(here / "gsm8k" / "sample", sums(), train=160, test=40)
-    write(here / "superglue" / "sample", entailments(), train=160, test=40)
+    write(Path(__file__).parent / "gsm8k" / "sample", sums(), train=160, test=40)

@@ -29,7 +29,7 @@ def packing_of_run(
         microbatch_multiple=parallel.microbatch_multiple,
         allow_split=training.allow_split,
         sharing=training.sharing,
-        trim_last_layer=training.trim_last_layer,
+        trim_last_layer=training.trim_last_layer and not model_shape.whole_last_layer,
         share_only_where_it_pays=training.share_only_where_it_pays,
         share_across_microbatches=training.share_across_microbatches,
     )

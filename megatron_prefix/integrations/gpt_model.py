@@ -30,6 +30,7 @@ from megatron_prefix.device_copy import copy_to_device
 from megatron_prefix.integrations.counting import TokenCounter
 from megatron_prefix.integrations.expansion import Expansion, expand
 from megatron_prefix.integrations.packed_row import PackedRow
+from megatron_prefix.integrations.router_losses import router_loss_scale
 from megatron_prefix.integrations.scored_rows import ScoredRows
 from megatron_prefix.integrations.shared_row import SharedRow
 from megatron_prefix.layers.attention import RopeTable
@@ -244,6 +245,7 @@ class _SharesPrefixes:
             sharing.setup_on(given["input_ids"].device),
             needed=needed,
             multiple=sharing.pad_to_multiple,
+            router_losses=router_loss_scale(row, sharing.config),
         )
         run = functools.partial(
             super().forward,

@@ -24,6 +24,19 @@ from megatron_prefix.layout import (
 from megatron_prefix.megatron.borrowed import OneRank
 
 
+@dataclass(frozen=True, kw_only=True)
+class RouterLossScale:
+    """What losses of routers are divided by and multiplied by; they are means over tokens."""
+
+    num_tokens: int
+    """Of all sequences of the microbatch, on all ranks that hold a part of it: a token counts once
+    for each of its sequences."""
+    factor: float
+    """Of the mean. With Megatron's division by the number of microbatches, and its mean over
+    data-parallel ranks, it is 1; where gradients are only added up, 1 / (microbatches of a rank
+    * data-parallel ranks)."""
+
+
 @dataclass(kw_only=True)
 class PrefixPackedSeqParams(PackedSeqParams):
     """`PackedSeqParams` of one packed row in which prefixes are shared.
@@ -46,10 +59,15 @@ class PrefixPackedSeqParams(PackedSeqParams):
     has moved."""
     multiplicity: Tensor | None = None
     """[T] int64: sequences that run through each token, 0 on padding; None: it is not trained."""
+    router_losses: RouterLossScale | None = None
+    """Needed to train a model whose routers have losses of their own."""
     shards: ContextShards | None = None
     """How the row is distributed over context-parallel ranks; None: all of it is here."""
     last_layer: PrefixPackedSeqParams | None = None
     """Params of the model's last layer, where it computes the output of some rows only."""
+    routes: Tensor | None = None
+    """[T, layers with experts, topk] int64: the experts that each token is sent to; [N, ...] in
+    params of a trimmed last layer. None: the routers choose."""
     query_rows: Tensor | None = None
     """[N] int64 ascending, in params of a trimmed last layer: the rows that attend."""
     query_rows_host: np.ndarray | None = None
@@ -64,6 +82,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
         needed: np.ndarray | None = None,
         multiple: int = 1,
         mrope_positions: np.ndarray | None = None,
+        router_losses: RouterLossScale | None = None,
+        routes: np.ndarray | None = None,
     ) -> PrefixPackedSeqParams:
         """Params of a packed layout, or of this rank's part of it, with tensors on the device.
 
@@ -79,6 +99,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
             multiple: the number of output rows is a multiple of this: the tensor-parallel size,
                 under sequence parallelism.
             mrope_positions: [3, T] of the whole row, from `layout.scatter`, for a model with mRoPE.
+            router_losses: see the field.
+            routes: [T, layers, topk] of the whole row, from `routes_of_row`, to replay.
 
         Raises:
             ValueError: the row does not divide by the group's size.
@@ -92,7 +114,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
             multiple=multiple,
             window=setup.window,
         )
-        params = cls.from_row(row, record_to_device(row.model, setup.device), setup)
+        tensors = record_to_device(row.model, setup.device)
+        params = cls.from_row(row, tensors, setup, router_losses=router_losses)
         if mrope_positions is not None:
             if mrope_positions.shape != (3, layout.num_tokens):
                 raise ValueError(
@@ -100,6 +123,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
                     "time, height and width of each token of the row"
                 )
             params.set_mrope_positions(params.own(mrope_positions.T).T.contiguous())
+        if routes is not None:
+            params.set_routes(routes)
         return params
 
     @classmethod
@@ -111,6 +136,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
         *,
         root: RootKeys | None = None,
         keeps_root: bool = False,
+        router_losses: RouterLossScale | None = None,
     ) -> PrefixPackedSeqParams:
         """Params of a rank's row.
 
@@ -120,6 +146,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             setup: of the model.
             root: of the series that the row belongs to, if it does.
             keeps_root: whether it is the series' first row.
+            router_losses: see the field.
         """
         exchange = None
         if row.shards is not None:
@@ -143,6 +170,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             position_ids=tensors.position_ids,
             own_rows=row.rows,
             multiplicity=tensors.multiplicity,
+            router_losses=router_losses,
             shards=row.shards,
         )
         last = tensors.last_stages
@@ -164,6 +192,14 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 if self.shards is not None:
                     # Otherwise Megatron's embedding takes a slice of what is this rank's already.
                     params.cp_group = OneRank()
+
+    def set_routes(self, routes: np.ndarray) -> None:
+        """Give every layer with experts the routes of the whole row, [tokens, layers, topk]."""
+        own = own_values(routes, self.own_rows)
+        own[self.own_rows < 0] = np.arange(routes.shape[-1])
+        (self.routes,) = copy_to_device([own], self.position_ids.device)
+        if self.last_layer is not None:
+            self.last_layer.routes = self.routes[self.last_layer.query_rows]
 
     @property
     def model_position_ids(self) -> Tensor:

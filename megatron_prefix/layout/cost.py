@@ -70,6 +70,8 @@ class ModelShape:
     """Keys before its own that a query sees in these layers."""
     latent: LatentShape | None = None
     """Of multi-latent attention, which every layer then has."""
+    whole_last_layer: bool = False
+    """The last layer's experts collect statistics of all tokens, so it is never trimmed."""
 
     def __post_init__(self) -> None:
         positive: tuple[str, ...] = (

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 
@@ -67,11 +68,31 @@ def row_as_one_sequence(
 
 
 @contextlib.contextmanager
-def residual_through(layer: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _lent(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the block, a module's attribute or method holds another value.
+
+    An instance attribute comes before a method of the class, and before a child module.
+    """
+    nothing = object()
+    before = module.__dict__.get(name, nothing)
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is nothing:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = before
+
+
+def residual_through(
+    layer: Any, change: Callable[[Tensor], Tensor]
+) -> contextlib.AbstractContextManager[None]:
     """Within the block, a layer adds its attention's output to `change(residual)`.
 
     Args:
-        layer: a Megatron transformer layer, whose `self_attn_bda` makes the function that adds.
+        layer: a Megatron transformer layer, whose `self_attn_bda` makes the function that adds: a
+            plain function as a rule, but it may be a module.
         change: the residual as the layer has it -> as the attention's output needs it.
     """
     bias_dropout_add = layer.self_attn_bda
@@ -84,21 +105,12 @@ def residual_through(layer: Any, change: Callable[[Tensor], Tensor]) -> Iterator
 
         return run
 
-    # Megatron's is a plain function as a rule, but may be a module, which an instance attribute
-    # comes before.
-    before = layer.__dict__.get("self_attn_bda")
-    layer.__dict__["self_attn_bda"] = add_to_changed
-    try:
-        yield
-    finally:
-        if before is None:
-            del layer.__dict__["self_attn_bda"]
-        else:
-            layer.__dict__["self_attn_bda"] = before
+    return _lent(layer, "self_attn_bda", add_to_changed)
 
 
-@contextlib.contextmanager
-def routing_followed_by(router: Any, action: Callable[[Tensor], None]) -> Iterator[None]:
+def routing_followed_by(
+    router: Any, action: Callable[[Tensor], None]
+) -> contextlib.AbstractContextManager[None]:
     """Within the block, an action gets the routing map wherever a router counts its tokens.
 
     Megatron counts where gradients are enabled, so that what is computed again counts once.
@@ -115,9 +127,54 @@ def routing_followed_by(router: Any, action: Callable[[Tensor], None]) -> Iterat
             action(routing_map)
         return probs, routing_map
 
-    # An instance attribute comes before the class's method.
-    router.__dict__["routing"] = routing_then
-    try:
-        yield
-    finally:
-        del router.__dict__["routing"]
+    return _lent(router, "routing", routing_then)
+
+
+class _GivenRoutes:
+    """Stands in for Megatron's `RouterReplay`: the experts are given, whatever the scores."""
+
+    def __init__(self, experts: Tensor) -> None:
+        self.experts = experts
+
+    def get_replay_topk(self, scores: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The scores of the given experts, and these."""
+        return scores.gather(1, self.experts), self.experts
+
+
+def routed_as(router: Any, experts: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Within the block, a router sends its rows to given experts.
+
+    Args:
+        router: a Megatron `TopKRouter`, which asks its `router_replay`, where it has one, for the
+            experts of each row.
+        experts: [rows, topk] int64.
+
+    Raises:
+        ValueError: the release's router has no such attribute.
+    """
+    if not hasattr(router, "router_replay"):
+        raise ValueError(
+            "routes: the routers of this megatron-core cannot be given any; install 0.16 or newer"
+        )
+    return _lent(router, "router_replay", _GivenRoutes(experts))
+
+
+def z_loss_by(
+    router: Any, loss_of: Callable[[Tensor], Tensor]
+) -> contextlib.AbstractContextManager[None]:
+    """Within the block, a router's z-loss is another one.
+
+    Like Megatron's it is there in training, where gradients are enabled, and backward begins from
+    it too, wherever backward of the logits runs.
+
+    Args:
+        router: a Megatron `TopKRouter`, whose `apply_z_loss` gets the logits.
+        loss_of: the logits [rows, experts] -> the loss.
+    """
+
+    def apply_z_loss(logits: Tensor, *_: Any, **__: Any) -> Tensor:
+        if not (router.training and torch.is_grad_enabled()):
+            return logits
+        return MoEAuxLossAutoScaler.apply(logits, loss_of(logits))
+
+    return _lent(router, "apply_z_loss", apply_z_loss)

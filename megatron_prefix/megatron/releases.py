@@ -17,6 +17,13 @@ def release() -> str:
     return megatron.core.__version__
 
 
+def counts_tokens_of_all_ranks() -> bool:
+    """Whether `calculate_per_token_loss` multiplies losses of routers by the tokens of all tensor-
+    and context-parallel ranks (0.19 and newer), rather than by a rank's own."""
+    major, minor = release().split(".")[:2]
+    return (int(major), int(minor)) >= (0, 19)
+
+
 def position_embedding_types() -> tuple[str, ...]:
     """The kinds of position embedding that GPTModel declares."""
     parameter = inspect.signature(GPTModel.__init__).parameters["position_embedding_type"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -18,8 +18,10 @@ from megatron_prefix.attention.row_attention import head_dim
 from megatron_prefix.attention.windows import model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
+from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layout import LatentShape, ModelShape
 from megatron_prefix.megatron.latent_attention import complete_local_spec
+from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.releases import have_transformer_engine
 from megatron_prefix.model.head import LogProbHead
 from megatron_prefix.model.transformer_config import transformer_config
@@ -78,7 +80,7 @@ class HasVocabulary(Protocol):
 
 def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
     """The sizes that the cost model counts FLOPs by."""
-    experts: dict[str, int] = {}
+    experts: dict[str, Any] = {}
     if config.num_moe_experts is not None:
         experts = {
             "num_moe_layers": sum(moe_layers(config)),
@@ -86,6 +88,7 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
             "num_experts_per_token": config.moe_router_topk,
             "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
             "moe_shared_expert_ffn_hidden_size": config.moe_shared_expert_intermediate_size or 0,
+            "whole_last_layer": moe_layers(config)[-1] and has_statistics(config),
         }
     return ModelShape(
         num_layers=config.num_layers,
@@ -112,16 +115,6 @@ def _latent_shape(config: TransformerConfig) -> LatentShape | None:
         shared_channels=config.qk_pos_emb_head_dim,
         value_channels=config.v_head_dim,
     )
-
-
-def moe_layers(config: TransformerConfig) -> tuple[bool, ...]:
-    """[num_layers] whether each layer has experts."""
-    frequency = config.moe_layer_freq
-    if config.num_moe_experts is None:
-        return (False,) * config.num_layers
-    if isinstance(frequency, int):
-        return tuple(layer % frequency == 0 for layer in range(config.num_layers))
-    return tuple(bool(entry) for entry in frequency)
 
 
 def use_transformer_engine(config: TransformerConfig) -> bool:

@@ -12,8 +12,9 @@ from megatron_prefix.config import (
     TrainingConfig,
 )
 from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.releases import gate_has_offset, option
-from megatron_prefix.model.build import model_shape, moe_layers
+from megatron_prefix.model.build import model_shape
 from megatron_prefix.planning.memory import MemoryModel, RankSizes
 
 
@@ -23,8 +24,9 @@ def memory_model(
     """What memory depends on; on the GPU, Megatron's fused operations are taken to be there."""
     fused = training.device != "cpu"
     rotary = model.position_embedding_type in ("rope", "mrope", "yarn")
+    shape = model_shape(model, config)
     return MemoryModel(
-        shape=model_shape(model, config),
+        shape=shape,
         moe_layers=moe_layers(config),
         padded_vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
         tied_embeddings=model.share_embeddings_and_output_weights,
@@ -40,7 +42,7 @@ def memory_model(
         fused=fused,
         dtype=training.dtype,
         recompute=training.recompute,
-        trim_last_layer=training.trim_last_layer,
+        trim_last_layer=training.trim_last_layer and not shape.whole_last_layer,
         head_chunk_tokens=training.log_prob_chunk_tokens,
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.device_copy import record_to_device
-from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams, RouterLossScale
 from megatron_prefix.layout import ModelRow, RankRow
 from megatron_prefix.layout.stages import Array
 from megatron_prefix.training.entries import RowEntries
@@ -57,6 +57,7 @@ class HostBatch:
     row: RankRow
     entries: TrainedEntries[np.ndarray]
     num_sequences: int
+    router_losses: RouterLossScale | None = None
 
     @property
     def arrays(self) -> BatchArrays[np.ndarray]:
@@ -102,13 +103,20 @@ class PackedBatch:
         return (self,)
 
 
-def host_batch(row: RankRow, entries: RowEntries, *, num_sequences: int) -> HostBatch:
+def host_batch(
+    row: RankRow,
+    entries: RowEntries,
+    *,
+    num_sequences: int,
+    router_losses: RouterLossScale | None = None,
+) -> HostBatch:
     """A microbatch of what is trained on in a rank's part of a row.
 
     Args:
         row: of the rank.
         entries: of the whole packed row.
         num_sequences: of the packed row.
+        router_losses: see `PrefixPackedSeqParams`.
     """
     # Where this rank has each position of the packed row, -1 for those of other ranks.
     last = int(max(row.rows.max(initial=-1), entries.positions.max(initial=-1)))
@@ -129,6 +137,7 @@ def host_batch(row: RankRow, entries: RowEntries, *, num_sequences: int) -> Host
             old_logprobs=entries.old_logprobs,
         ),
         num_sequences=num_sequences,
+        router_losses=router_losses,
     )
 
 
@@ -162,7 +171,12 @@ def packed_batch(
     return PackedBatch(
         input_ids=model.input_ids[None],
         params=PrefixPackedSeqParams.from_row(
-            host.row, model, setup, root=root, keeps_root=keeps_root
+            host.row,
+            model,
+            setup,
+            root=root,
+            keeps_root=keeps_root,
+            router_losses=host.router_losses,
         ),
         num_sequences=host.num_sequences,
         context_parallel_group=setup.context_parallel_group,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.layers.packed_seq_params import RouterLossScale
 from megatron_prefix.layout import CommType, PackedLayout, rank_row
 from megatron_prefix.training.batch import HostBatch, PackedBatch, host_batch, to_device
 from megatron_prefix.training.entries import TrainedSequence, row_entries
@@ -24,6 +25,7 @@ def plan_batch(
     window: int | None = None,
     trim_last_layer: bool = False,
     output_multiple: int = 1,
+    router_losses: RouterLossScale | None = None,
 ) -> HostBatch:
     """Plan this rank's part of a packed row, and what is trained on in it.
 
@@ -39,6 +41,7 @@ def plan_batch(
         trim_last_layer: the model's output has only the rows that are trained on (and some that
             come with them), and its last layer computes no others; see `rank_row`.
         output_multiple: such an output's length is a multiple of this.
+        router_losses: see `PrefixPackedSeqParams`.
 
     Raises:
         ValueError: a sequence's old log-probabilities do not match its trained tokens, or the row
@@ -54,7 +57,7 @@ def plan_batch(
         multiple=output_multiple,
         window=window,
     )
-    return host_batch(row, entries, num_sequences=len(sequences))
+    return host_batch(row, entries, num_sequences=len(sequences), router_losses=router_losses)
 
 
 def build_batch(
@@ -64,6 +67,7 @@ def build_batch(
     *,
     trim_last_layer: bool = False,
     output_multiple: int = 1,
+    router_losses: RouterLossScale | None = None,
 ) -> PackedBatch:
     """A microbatch on the device: `plan_batch`, then `to_device`."""
     host = plan_batch(
@@ -75,5 +79,6 @@ def build_batch(
         window=setup.window,
         trim_last_layer=trim_last_layer,
         output_multiple=output_multiple,
+        router_losses=router_losses,
     )
     return to_device(host, setup)

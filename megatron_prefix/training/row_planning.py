@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.layers.packed_seq_params import RouterLossScale
 from megatron_prefix.layout import (
     GroupSlice,
     Packing,
@@ -59,7 +60,8 @@ class RowPlanner:
     def plan(self, slices: Sequence[GroupSlice]) -> PlannedMicrobatch:
         """The microbatch of these slices: one row, or a series of rows."""
         rows = self._rows(slices)
-        planned = [self._plan_row(row) for row in rows]
+        scale = self._router_loss_scale(slices)
+        planned = [self._plan_row(row, scale) for row in rows]
         if len(rows) == 1:
             return planned[0]
         root, *parts = (row.batch for row in planned)
@@ -69,7 +71,17 @@ class RowPlanner:
             flops=sum(row.flops for row in planned),
         )
 
-    def _plan_row(self, row: _Row) -> PlannedMicrobatch:
+    def _router_loss_scale(self, slices: Sequence[GroupSlice]) -> RouterLossScale:
+        """Routers' losses are a mean over the step's microbatches, of means over their tokens."""
+        tokens = 0
+        for part in slices:
+            lengths = self.step.units[part.group].sequence_lengths[list(part.sequences)]
+            tokens += int((lengths - 1).sum())
+        microbatches = self.step.microbatches.num_microbatches * self.packing.data_parallel_size
+        # A microbatch without sequences adds nothing, whatever its sum is divided by.
+        return RouterLossScale(num_tokens=max(tokens, 1), factor=1 / microbatches)
+
+    def _plan_row(self, row: _Row, router_losses: RouterLossScale) -> PlannedMicrobatch:
         attention, packing = self.attention, self.packing
         layout = pack(
             row.tree,
@@ -85,6 +97,7 @@ class RowPlanner:
             window=attention.window,
             trim_last_layer=packing.trim_last_layer,
             output_multiple=packing.pad_to_multiple // attention.num_ranks,
+            router_losses=router_losses,
         )
         return PlannedMicrobatch(batch=batch, tokens=layout.num_tokens, flops=row.flops)
 

@@ -20,6 +20,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from megatron_prefix.model.build import ModelChunks
@@ -107,6 +108,9 @@ def _forward_step(
         found = tuple(_entries(output, row)[0].detach() for output, row in outputs)
         return outputs[0][0], lambda output, non_loss_data: found
     scale = chunks.config.grad_scale_func or (lambda loss: loss)
+    if chunks.config.num_moe_experts is not None:
+        # The schedule does so too, but behind this function, in which a series runs backward.
+        MoEAuxLossAutoScaler.set_loss_scale(scale(torch.ones(1, device=batch.root.labels.device)))
 
     def scaled_loss(output: Tensor, row: PackedBatch) -> tuple[Tensor, PolicyMetrics]:
         loss, _, metrics = _loss(output, batch=row, objective=objective)

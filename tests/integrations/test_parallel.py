@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.integrations import share_prefixes, token_counter
+from megatron_prefix.training.step import finalize_without_division
 from tests.distributed import run_distributed
 from tests.integrations.framework import (
     Output,
@@ -95,3 +97,30 @@ def test_outputs_and_gradients_are_those_of_the_row_with_all_repetitions(layout:
     for errors, saved in run_distributed(_errors, world_size, layout, init_process_group=False):
         assert max(errors.values()) <= TOLERANCE, errors
         assert saved > 0.1
+
+
+def _errors_of_router_losses(rank: int, world_size: int, per_token: bool) -> float:
+    """Of gradients, in rows without padding, which Megatron's own losses would count."""
+    model = model_config({**EXPERTS, "moe_z_loss_coeff": 0.3})
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    with runtime(parallel, device="cpu", seed=3, timeout_minutes=2, float64=True):
+        chunks, config = build_chunks(model, parallel)
+        config.calculate_per_token_loss = per_token
+        config.finalize_model_grads_func = finalize_without_division
+        for module in chunks[0].modules():
+            if isinstance(module, TopKRouter):
+                module.calculate_per_token_loss = per_token
+        rng = np.random.default_rng(0)
+        shapes = [[(40, [3, 1, 6]), (9, [2, 4])], [(30, [2, 2])]]
+        batches = [pack_batch(random_sequences(rng, groups)) for groups in shapes]
+        _, expected = train(chunks, batches)
+        share_prefixes(chunks[0])
+        _, found = train(chunks, batches)
+        assert token_counter(chunks).shared_rows == len(batches)
+        return worst_error(found, expected)
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["", "per token"])
+def test_losses_of_routers_are_scaled_as_megatron_scales_them(per_token: bool) -> None:
+    errors = run_distributed(_errors_of_router_losses, 2, per_token, init_process_group=False)
+    assert max(errors) <= TOLERANCE, errors

@@ -15,11 +15,13 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import ParallelConfig, TrainingConfig
+from megatron_prefix.config.packing import packing_of_run
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PackedLayout, PrefixTree, pack
-from megatron_prefix.model.build import build_gpt_model
+from megatron_prefix.model.build import build_gpt_model, model_shape
 from megatron_prefix.model.transformer_config import transformer_config
+from megatron_prefix.planning.sizes import memory_model
 from tests.distributed import run_distributed
 from tests.megatron.models import (
     TRAINING,
@@ -104,6 +106,28 @@ def test_a_batch_without_prefix_params_counts_as_megatrons_own() -> None:
         sequence_logits(reference, tokens)
         added = np.array(counts(grouped)) - before
         assert added.tolist() == counts(reference)
+
+
+def test_a_z_loss_needs_a_scale_where_gradients_are_enabled() -> None:
+    model = model_config({"num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_z_loss_coeff": 0.1})
+    with single_process():
+        _, grouped = model_pair(model)
+        layout = pack(random_groups(np.random.default_rng(), SHAPES))
+        with torch.no_grad():
+            packed_logits(grouped, layout)
+        with pytest.raises(ValueError, match=r"\(moe_z_loss_coeff\).* no router_losses"):
+            packed_logits(grouped, layout)
+
+
+@pytest.mark.parametrize(("layers", "whole"), [([1, 0], False), ([0, 1], True)])
+def test_a_last_layer_that_counts_is_planned_whole(layers: list[int], whole: bool) -> None:
+    model = model_config({**MODEL.transformer, "moe_layer_freq": layers})
+    config = transformer_config(model, ParallelConfig(), TRAINING)
+    shape = model_shape(model, config)
+    assert shape.whole_last_layer == whole
+    packing = packing_of_run(TRAINING, ParallelConfig(), model_shape=shape, data_parallel_size=1)
+    assert packing.trim_last_layer == memory_model(model, config, TRAINING).trim_last_layer
+    assert packing.trim_last_layer != whole
 
 
 LAYOUTS = {

@@ -243,7 +243,6 @@ REFUSED: dict[str, Any] = {
 }
 REFUSED_WITH_EXPERTS: dict[str, Any] = {
     "moe_aux_loss_coeff": 0.01,
-    "moe_z_loss_coeff": 0.001,
     "moe_expert_capacity_factor": 1.0,
     "moe_input_jitter_eps": 0.01,
 }

@@ -78,7 +78,6 @@ VALUES: dict[str, Any] = {
     "mtp_num_layers": 1,
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,
-    "moe_z_loss_coeff": 0.1,
 }
 COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
     "sinkhorn": (
@@ -161,7 +160,7 @@ def test_what_stays_exact_is_not_refused(options: dict[str, Any]) -> None:
     refuse_unsupported(_config(**options))
 
 
-def test_an_expert_bias_that_moves_is_refused_with_experts_that_run_again() -> None:
+def test_statistics_of_tokens_are_refused_with_experts_that_run_again() -> None:
     moves = {**EXPERTS, "moe_router_enable_expert_bias": True}
     refuse_unsupported(_config(**moves))
     selective = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]}
@@ -170,6 +169,8 @@ def test_an_expert_bias_that_moves_is_refused_with_experts_that_run_again() -> N
         assert message.startswith("moe_router_enable_expert_bias=True with")
         assert "moe_router_bias_update_rate=0.001" in message
         refuse_unsupported(_config(**moves, **recompute, moe_router_bias_update_rate=0.0))
+        message = _refusal(**EXPERTS, **recompute, moe_z_loss_coeff=0.1)
+        assert message.startswith("moe_z_loss_coeff=0.1 with recomputed experts")
 
 
 def test_a_field_without_a_row_is_named_with_what_to_do() -> None:

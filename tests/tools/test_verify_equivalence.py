@@ -489,6 +489,36 @@ def test_what_is_proved_is_the_packing_of_a_run_unless_said_otherwise(
     assert f"{59 + 24 + 2 + 50} packed;" in texts["always"]
 
 
+@pytest.mark.parametrize(
+    ("parallel", "data", "options"),
+    [
+        ({}, 2, {"optimizer_steps": 3}),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1, {}),
+        ({"context_parallel_size": 2, "expert_model_parallel_size": 2}, 1, {"recompute": "full"}),
+        ({}, 1, {"token_budget": 34, "packing": SERIES}),
+    ],
+    ids=["data parallel", "tensor and pipeline parallel", "context parallel", "series"],
+)
+def test_z_loss(
+    tool: ModuleType, parallel: dict[str, int], data: int, options: dict[str, Any]
+) -> None:
+    """A mean over each microbatch, in which a token counts once for each of its sequences."""
+    report = tool.verify(
+        model=_model(
+            tool,
+            num_moe_experts=4,
+            moe_router_topk=2,
+            moe_ffn_hidden_size=24,
+            moe_z_loss_coeff=0.3,
+        ),
+        shapes=SHAPES_OVER_THE_BUDGET,
+        parallel=ParallelConfig(**parallel),
+        data_parallel_size=data,
+        **{"packing": ALWAYS, "token_budget": 70, **options},
+    )
+    _assert_exact(tool, report)
+
+
 def test_options_of_packing_are_passed_on_only_where_they_are_given(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 
 from equivalence.case import Case, mrope_positions
+from equivalence.microbatches import names_of
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config.packing import packing_of_run
 from megatron_prefix.distributed.runtime import runtime
-from megatron_prefix.layout import GroupSlice, MicrobatchPlan, Packing, PrefixTree, rows_of
+from megatron_prefix.layout import MicrobatchPlan, Packing, PrefixTree, rows_of
 from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.model.full_tensors import (
     full_gradients,
@@ -32,7 +33,6 @@ from megatron_prefix.training.step import (
     reduce_sums,
     train_step,
 )
-from megatron_prefix.training.step_plan import StepPlan
 
 
 def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any] | None:
@@ -83,7 +83,7 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
                 for row in (*roots, *batch.rows):
                     row.params.set_mrope_positions(table[:, row.params.position_ids])
         for row, parts in rows:
-            names = _names(case, minibatch.step, parts)
+            names = names_of(case, minibatch.step, parts)
             row.reference_logprobs = _values_of_entries(
                 row, [case.reference_logprobs[g][i] for g, i in names]
             )
@@ -95,7 +95,7 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
         mine = []
         if place.reports_metrics:
             for (row, parts), logprobs in zip(rows, found, strict=True):
-                names = _names(case, minibatch.step, parts)
+                names = names_of(case, minibatch.step, parts)
                 for sequence, token, value in zip(
                     row.sequence_ids.tolist(),
                     row.sequence_tokens.tolist(),
@@ -137,17 +137,6 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
             result["losses"].append(loss_of(step.metrics))
         result["parameters"] = full_parameters(chunks)
         return result if place.is_main else None
-
-
-def _names(case: Case, step: StepPlan, parts: Sequence[GroupSlice]) -> list[tuple[int, int]]:
-    """The group of each sequence of a row, and its index among the group's responses."""
-    first = np.cumsum([0, *(len(group.responses) for group in case.groups)])
-    return [
-        (group, step.responses_of_unit[part.group][i] - int(first[group]))
-        for part in parts
-        for group in [step.group_of_unit[part.group]]
-        for i in part.sequences
-    ]
 
 
 def _values_of_entries(batch: PackedBatch, values: list[np.ndarray]) -> torch.Tensor:

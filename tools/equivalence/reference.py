@@ -17,7 +17,9 @@ from equivalence.case import (
     trained_tokens,
     with_old_logprobs,
 )
-from equivalence.objectives import response_terms, token_losses
+from equivalence.microbatches import Name, planned_microbatches
+from equivalence.objectives import ResponseTerms, response_terms, token_losses
+from equivalence.routers import RouterLosses
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.model.build import ModelChunks, build_gpt_model
@@ -44,35 +46,57 @@ def sequence_logprobs(model: torch.nn.Module, case: Case, group: RolloutGroup, i
     return logprobs.gather(1, tokens[len(group.prompt) :][:, None])[:, 0], entropy
 
 
-def reference_loss(model: torch.nn.Module, case: Case, found: list[list[np.ndarray]] | None) -> Any:
-    """The objective's loss over all sequences: group by group, sequence by sequence.
+def reference_loss(
+    model: torch.nn.Module,
+    case: Case,
+    routers: RouterLosses,
+    found: dict[Name, np.ndarray] | None,
+) -> Any:
+    """The objective's loss over all sequences that are computed; gradients accumulate.
 
-    A sequence's tokens are those of its response that its mask has trained.
+    A sequence's tokens are those of its response that its mask has trained. Losses of routers are
+    no part of the result, but of the gradients: their mean over the candidate's microbatches.
     """
     terms = response_terms(case)
+    computed = [
+        (g, i) for g, of_group in enumerate(terms) for i, of in enumerate(of_group) if of.computed
+    ]
+    microbatches = planned_microbatches(case) if routers else [[name] for name in computed]
+    assert sorted(name for names in microbatches for name in names) == computed
     total = 0.0
-    for g, group in enumerate(case.groups):
-        for i in range(len(group.responses)):
-            logprobs, entropy = sequence_logprobs(model, case, group, i)
+    for names in filter(None, microbatches):
+        losses = []
+        for g, i in names:
+            logprobs, entropy = sequence_logprobs(model, case, case.groups[g], i)
             if found is not None:
-                found[g].append(logprobs.detach().to(torch.float64).numpy())
-            trained = trained_tokens(group, i)
-            of_records = _tensor(group.old_logprobs[i][trained], logprobs)
-            old = of_records
-            if case.recomputed_logprobs is not None:
-                old = _tensor(case.recomputed_logprobs[g][i][trained], logprobs)
-            loss = terms[g][i].weight * token_losses(
-                logprobs[trained],
-                entropy[trained],
-                old=old,
-                sampled=None if case.recomputed_logprobs is None else of_records,
-                reference=_tensor(case.reference_logprobs[g][i][trained], logprobs),
-                advantage=terms[g][i].advantage,
-                objective=case.objective,
-            )
-            loss.sum().backward()
-            total += float(loss.detach().sum())
+                found[g, i] = logprobs.detach().to(torch.float64).numpy()
+            losses.append(_response_loss(case, (g, i), logprobs, entropy, terms[g][i]))
+        total += float(sum(losses).detach())
+        (sum(losses) + routers.of_microbatch() / len(microbatches)).backward()
     return total
+
+
+def _response_loss(
+    case: Case, name: Name, logprobs: torch.Tensor, entropy: torch.Tensor, terms: ResponseTerms
+) -> torch.Tensor:
+    """The objective's loss of one response."""
+    g, i = name
+    group = case.groups[g]
+    trained = trained_tokens(group, i)
+    of_records = _tensor(group.old_logprobs[i][trained], logprobs)
+    old = of_records
+    if case.recomputed_logprobs is not None:
+        old = _tensor(case.recomputed_logprobs[g][i][trained], logprobs)
+    loss = terms.weight * token_losses(
+        logprobs[trained],
+        entropy[trained],
+        old=old,
+        sampled=None if case.recomputed_logprobs is None else of_records,
+        reference=_tensor(case.reference_logprobs[g][i][trained], logprobs),
+        advantage=terms.advantage,
+        objective=case.objective,
+    )
+    return loss.sum()
 
 
 def _tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
@@ -95,6 +119,7 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
         model = build_gpt_model(model_config, config, shared_prefixes=False)
         if config.bf16:
             model.bfloat16()
+        routers = RouterLosses(model, config)
         _disturb(model, seed)
         chunks = ModelChunks(wrapped=[], bare=[model], config=config, head=None)
         result: dict[str, Any] = {"initial": full_parameters(chunks)}
@@ -108,7 +133,6 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
             ]
         case = with_old_logprobs(case, result["sampled"], seed)
         result["case"] = case
-        result["computed"] = _computed(case)
         optimizer = torch.optim.AdamW(
             [
                 {
@@ -124,8 +148,8 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
         result["losses"] = []
         for step in range(max(1, case.training.steps)):
             optimizer.zero_grad()
-            found: list[list[np.ndarray]] | None = [[] for _ in case.groups] if step == 0 else None
-            result["losses"].append(reference_loss(model, case, found))
+            found: dict[Name, np.ndarray] | None = {} if step == 0 else None
+            result["losses"].append(reference_loss(model, case, routers, found))
             _move_expert_biases(model)
             if step == 0:
                 result["logprobs"] = found
@@ -166,13 +190,3 @@ def _move_expert_biases(model: torch.nn.Module) -> None:
             rate = router.config.moe_router_bias_update_rate
             router.expert_bias += (counts.mean() - counts).sign() * rate
             counts.zero_()
-
-
-def _computed(case: Case) -> set[tuple[int, int]]:
-    """The responses that the candidate has to run: group, and index in it."""
-    return {
-        (g, i)
-        for g, of_group in enumerate(response_terms(case))
-        for i, terms in enumerate(of_group)
-        if terms.computed
-    }

@@ -139,7 +139,7 @@ class MicrobatchPlanner:
             pad_to_multiple=self.pad_to_multiple,
             microbatch_multiple=multiple,
             names=[f"of sample {group[0]}" for group in samples.groups],
-            trim_last_layer=True,
+            trim_last_layer=not samples.shape.whole_last_layer,
         )
 
     def _tell(self, rank: _Rank) -> list[_Rank]:

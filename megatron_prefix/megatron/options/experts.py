@@ -10,7 +10,6 @@ from megatron_prefix.megatron.options.record import (
     harmless,
     is_set,
     more_than_one,
-    positive,
     refused,
     set_to,
     used,
@@ -57,20 +56,36 @@ def _auxiliary_loss(coefficients: Any, config: Any) -> Reason | None:
 
 
 def _expert_bias(enabled: bool, config: Any) -> Reason | None:
-    """A bias that moves follows counts, which are made while the layer runs forward."""
     rate = config.moe_router_bias_update_rate
     if not enabled or rate == 0:
         return None
+    return _run_again(
+        config,
+        beside=f"moe_router_bias_update_rate={rate!r}",
+        instead="moe_router_bias_update_rate to 0.0",
+    )
+
+
+def _z_loss(coefficient: float | None, config: Any) -> Reason | None:
+    return _run_again(config, instead="moe_z_loss_coeff to None") if coefficient else None
+
+
+def _run_again(config: Any, *, instead: str, beside: str = "") -> Reason | None:
+    """Why experts that run again on their own have no statistics of tokens; None: they do not.
+
+    Args:
+        instead: what to set where they are to run again.
+        beside: another option that the statistics depend on, as `name=value`.
+    """
     recomputed = (config.recompute_granularity == "selective" and config.recompute_modules) or []
-    if config.moe_layer_recompute or "moe" in recomputed:
-        return Reason(
-            why="experts that run again outside of their layer do not know how often each token "
-            "counts",
-            instead="Leave moe out of recompute_modules (and moe_layer_recompute False), use "
-            "recompute_granularity 'full', or set moe_router_bias_update_rate to 0.0",
-            beside=f"moe_router_bias_update_rate={rate!r} and recomputed experts",
-        )
-    return None
+    if not (config.moe_layer_recompute or "moe" in recomputed):
+        return None
+    return Reason(
+        why="experts that run again outside of their layer do not know how often each token counts",
+        instead="Leave moe out of recompute_modules (and moe_layer_recompute False), use "
+        f"recompute_granularity 'full', or set {instead}",
+        beside=" and ".join(filter(None, [beside, "recomputed experts"])),
+    )
 
 
 def _dispatcher(kind: str, config: Any) -> Reason | None:
@@ -141,7 +156,7 @@ OPTIONS: list[Option] = [
         check=_load_balancing,
     ),
     Option(name="moe_aux_loss_coeff", kind="refused", why=_ROUTER, check=_auxiliary_loss),
-    *refused("moe_z_loss_coeff", when=positive, why=_ROUTER, instead=None),
+    *used("moe_z_loss_coeff", why="a token counts once for each of its sequences", check=_z_loss),
     Option(
         name="moe_router_enable_expert_bias",
         kind="used",
@@ -155,7 +170,7 @@ OPTIONS: list[Option] = [
         why="only the load balancing type quantile_balancing reads it, which is refused",
         first="0.19",
     ),
-    *harmless("moe_per_layer_logging", why="it logs losses that are refused here"),
+    *harmless("moe_per_layer_logging", why="it is about what is logged"),
     # Capacity.
     *refused("moe_expert_capacity_factor", when=is_set, why=_CAPACITY, instead=None),
     *refused(
@@ -212,7 +227,8 @@ OPTIONS: list[Option] = [
         "moe_enable_routing_replay",
         when=is_set,
         why="routes are recorded and replayed by a token's place in the batch, and a shared "
-        "prefix has one place for all of its sequences",
+        "prefix has one place for all of its sequences; routes of sequences are given by "
+        "PrefixPackedSeqParams.from_layout(routes=)",
         instead=False,
         first="0.16",
     ),

@@ -174,6 +174,10 @@ OPTIONS: list[Option] = [
         "calculate_per_token_loss",
         why="Megatron's schedules call it as they do for any batch",
     ),
-    *used("moe_grad_scale_func", why="it scales losses that are refused here", first="0.19"),
+    *used(
+        "moe_grad_scale_func",
+        why="Megatron's schedules scale the losses of routers by it",
+        first="0.19",
+    ),
     *harmless("mtp_grad_scale_func", why="only multi-token prediction reads it", first="0.19"),
 ]
