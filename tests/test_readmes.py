@@ -21,7 +21,7 @@ from megatron_prefix.megatron.releases import gate_has_offset
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.planning.shapes import read_shapes
 from megatron_prefix.rollouts.file_engine import FileEngine
-from megatron_prefix.rollouts.gym.task_file import read_task_spec
+from megatron_prefix.rollouts.gym.task_spec import read_task_spec
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.rewards import exact_match
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_prefix.rollouts.gym.task_file import TaskFile, library_version, read_task_spec
+from megatron_prefix.rollouts.gym.task_file import TaskFile, library_version
+from megatron_prefix.rollouts.gym.task_spec import read_task_spec
 from megatron_prefix.rollouts.json_lines import JsonLinesFile
 from megatron_prefix.rollouts.names import PARQUET_ENDING, fault_of_path, is_task_file
 from megatron_prefix.rollouts.parquet import ParquetFile

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megatron_prefix.config import RunConfig
 from megatron_prefix.packages import is_installed, missing_line
 from megatron_prefix.rollouts.gym.checks import task_files
-from megatron_prefix.rollouts.gym.task_file import EXTRA
+from megatron_prefix.rollouts.gym.task_spec import EXTRA
 from megatron_prefix.rollouts.names import LIBRARY_REWARDS
 
 _HUGGING_FACE = ("transformers", "safetensors", "mbridge", "einops")

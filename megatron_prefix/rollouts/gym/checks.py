@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prefix.config import RunConfig
-from megatron_prefix.rollouts.gym.task_file import TaskSpec, read_task_spec
+from megatron_prefix.rollouts.gym.task_spec import TaskSpec, read_task_spec
 from megatron_prefix.rollouts.names import is_task_file
 
 
