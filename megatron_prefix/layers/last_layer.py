@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_prefix.layers.dropout import refuse_dropout
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.layers.replay import replaying
 from megatron_prefix.layers.router import collects_statistics, counting_by_multiplicity
 from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.borrowed import residual_through
@@ -56,7 +57,10 @@ class _PrefixTransformerLayer:
             context = residual_through(
                 self, functools.partial(_rows, params=last_params, config=self.config)
             )
-        with context:
+        replay: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if shares_prefixes:
+            replay = replaying(self, packed_seq_params)
+        with context, replay:
             output = super().forward(
                 hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
             )

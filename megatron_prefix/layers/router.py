@@ -50,10 +50,10 @@ def _bias_moves(config: Any) -> bool:
 
 def collects_statistics(layer: Any) -> bool:
     """Whether a transformer layer has experts whose router learns from all tokens."""
-    return has_statistics(layer.config) and _router(layer) is not None
+    return has_statistics(layer.config) and router_of(layer) is not None
 
 
-def _router(layer: Any) -> TopKRouter | None:
+def router_of(layer: Any) -> TopKRouter | None:
     """The router of a layer, also where an adapter (LoRA) wraps it."""
     return next((m for m in layer.mlp.modules() if isinstance(m, TopKRouter)), None)
 
@@ -70,7 +70,7 @@ def counting_by_multiplicity(layer: Any, params: PrefixPackedSeqParams) -> Itera
         ValueError: the router has losses and is in training, but the params have no scale for them.
     """
     assert params.multiplicity is not None and params.query_rows is None
-    router, config, multiplicity = _router(layer), layer.config, params.multiplicity
+    router, config, multiplicity = router_of(layer), layer.config, params.multiplicity
     assert router is not None
     if config.sequence_parallel:
         multiplicity = multiplicity.tensor_split(

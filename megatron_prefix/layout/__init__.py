@@ -23,6 +23,7 @@ from megatron_prefix.layout.planner import (
     rows_of,
 )
 from megatron_prefix.layout.rank_row import rank_row
+from megatron_prefix.layout.routes import route_keys, routes_of_row
 from megatron_prefix.layout.rows import (
     COMM_TYPES,
     CommType,
@@ -67,6 +68,8 @@ __all__ = [
     "pack",
     "plan_microbatches",
     "rank_row",
+    "route_keys",
+    "routes_of_row",
     "rows_of",
     "rows_to_keep",
     "shard_layout",

@@ -130,6 +130,35 @@ def routing_followed_by(
     return _lent(router, "routing", routing_then)
 
 
+class _GivenRoutes:
+    """Stands in for Megatron's `RouterReplay`: the experts are given, whatever the scores."""
+
+    def __init__(self, experts: Tensor) -> None:
+        self.experts = experts
+
+    def get_replay_topk(self, scores: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The scores of the given experts, and these."""
+        return scores.gather(1, self.experts), self.experts
+
+
+def routed_as(router: Any, experts: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Within the block, a router sends its rows to given experts.
+
+    Args:
+        router: a Megatron `TopKRouter`, which asks its `router_replay`, where it has one, for the
+            experts of each row.
+        experts: [rows, topk] int64.
+
+    Raises:
+        ValueError: the release's router has no such attribute.
+    """
+    if not hasattr(router, "router_replay"):
+        raise ValueError(
+            "routes: the routers of this megatron-core cannot be given any; install 0.16 or newer"
+        )
+    return _lent(router, "router_replay", _GivenRoutes(experts))
+
+
 def z_loss_by(
     router: Any, loss_of: Callable[[Tensor], Tensor]
 ) -> contextlib.AbstractContextManager[None]:

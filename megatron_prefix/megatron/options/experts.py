@@ -227,7 +227,8 @@ OPTIONS: list[Option] = [
         "moe_enable_routing_replay",
         when=is_set,
         why="routes are recorded and replayed by a token's place in the batch, and a shared "
-        "prefix has one place for all of its sequences",
+        "prefix has one place for all of its sequences; routes of sequences are given by "
+        "PrefixPackedSeqParams.from_layout(routes=)",
         instead=False,
         first="0.16",
     ),
