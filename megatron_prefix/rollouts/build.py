@@ -67,11 +67,12 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
             run_alone=functools.partial(rank_0_alone, errors=ENGINE_ERRORS),
             epochs=rollouts.epochs,
         )
-        if runtime.is_main:
-            survey_groups(engine.each(), reward, usable, at_most=rollouts.check_records)
+        rank_0_alone(
+            lambda: survey_groups(engine.each(), reward, usable, at_most=rollouts.check_records)
+        )
         return engine
     assert rollouts.group_size is not None
-    source = _prompts_of_run(config, tokenizer, reward, usable, surveys=runtime.is_main)
+    source = _prompts_of_run(config, tokenizer, reward, usable)
     options = _options(config, tokenizer, temperature=rollouts.temperature)
     if rollouts.engine == "openai":
         with needed_by("rollouts.engine: openai", extra="rollouts"):
@@ -266,24 +267,26 @@ def _prompts_of_run(
     tokenizer: TextTokenizer | None,
     reward: RewardFunction | None,
     usable: Usable,
-    *,
-    surveys: bool,
 ) -> PromptSource:
-    """The prompts to train on, looked at where this rank surveys."""
+    """The prompts to train on, looked at by rank 0. Collective."""
     rollouts = config.rollouts
     data_sets = rollouts.data_sets if rollouts.ratios else [rollouts.files]
     sources = [
         _prompts(config, tokenizer, usable, files=files, epochs=rollouts.epochs)
         for files in data_sets
     ]
-    for source in sources if surveys else ():
-        survey_prompts(
-            source.each(),
-            reward,
-            usable,
-            at_most=rollouts.check_records,
-            read_fields=source.read_fields if isinstance(source, TextPrompts) else frozenset(),
-        )
+
+    def survey() -> None:
+        for source in sources:
+            survey_prompts(
+                source.each(),
+                reward,
+                usable,
+                at_most=rollouts.check_records,
+                read_fields=source.read_fields if isinstance(source, TextPrompts) else frozenset(),
+            )
+
+    rank_0_alone(survey)
     return MixedPrompts(sources, rollouts.ratios) if rollouts.ratios else sources[0]
 
 
