@@ -22,8 +22,9 @@ class RolloutsConfig:
     """`file` reads finished rollouts, `embedded` samples from the model being trained, `openai`
     asks a completions server, `hf` generates with transformers in the training processes."""
     paths: tuple[Path, ...] = ()
-    """JSONL or Parquet files: rollouts for `file`, prompts with answers for the other engines.
-    `data/*.jsonl` is all files of such a name, in order."""
+    """JSONL or Parquet files: rollouts for `file`, prompts with answers for the other engines,
+    which also read tasks of reasoning-gym (`.gym.yaml`). `data/*.jsonl` is all files of such a
+    name, in order."""
     ratios: tuple[float, ...] = ()
     """For each of `paths` the share of prompts that are taken from it, such as `[3, 1]`; each goes
     through epochs of its own. None: one after the other. Not for `file`."""
@@ -39,7 +40,7 @@ class RolloutsConfig:
     several by names of yours (`{correct: numeric, brief: my_rewards:brevity}`), which
     `objective.reward_weights` weighs."""
     reward_process: RewardProcessConfig = field(default_factory=RewardProcessConfig)
-    """The processes that a `module:function` runs in."""
+    """The processes that a `module:function`, `math` and `reasoning_gym` run in."""
     unusable: Literal["refuse", "leave_out"] = "refuse"
     """What becomes of records that the model cannot train on: too long, or with log-probabilities
     that are none (-100, -9999). `leave_out` passes over them."""
@@ -186,6 +187,8 @@ class EvaluationConfig:
         none = "none given; name at least one JSONL or Parquet file"
         if not self.paths:
             yield f"paths: {none}"
+        if isinstance(self.paths, dict) and "" in self.paths:
+            yield "paths: a data set has an empty name; give it one"
         for name, paths in self.data_sets.items():
             if self.paths and not paths:
                 yield f"paths.{name}: {none}"

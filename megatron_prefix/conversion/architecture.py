@@ -142,6 +142,7 @@ _OF_EXECUTION = {
     "moe_router_fusion",
     "moe_router_load_balancing_type",
     "moe_token_dispatcher_type",
+    "moe_z_loss_coeff",
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
     "overlap_p2p_comm",

@@ -49,7 +49,12 @@ class _PrefixTransformerLayer:
         last_params = None
         if shares_prefixes and self.layer_number == self.config.num_layers:
             last_params = packed_seq_params.last_layer
-        counts = shares_prefixes and collects_statistics(self)
+        # Tokens that are sampled have no multiplicity, and nothing is learnt from them.
+        counts = (
+            shares_prefixes
+            and packed_seq_params.multiplicity is not None
+            and collects_statistics(self)
+        )
         if counts:
             context = counting_by_multiplicity(self, packed_seq_params)
         elif last_params is not None:

@@ -18,6 +18,7 @@ from megatron_prefix.layout import (
     ModelRow,
     PackedLayout,
     RankRow,
+    Recurrence,
     own_values,
     rank_row,
 )
@@ -65,6 +66,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """How the row is distributed over context-parallel ranks; None: all of it is here."""
     last_layer: PrefixPackedSeqParams | None = None
     """Params of the model's last layer, where it computes the output of some rows only."""
+    recurrence: Recurrence[Tensor] | None = None
+    """The paths of the tokens, for recurrent layers."""
     routes: Tensor | None = None
     """[T, layers with experts, topk] int64: the experts that each token is sent to; [N, ...] in
     params of a trimmed last layer. None: the routers choose."""
@@ -113,6 +116,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             needed=needed,
             multiple=multiple,
             window=setup.window,
+            recurrence_width=setup.recurrence_width,
         )
         tensors = record_to_device(row.model, setup.device)
         params = cls.from_row(row, tensors, setup, router_losses=router_losses)
@@ -171,6 +175,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             own_rows=row.rows,
             multiplicity=tensors.multiplicity,
             router_losses=router_losses,
+            recurrence=tensors.recurrence,
             shards=row.shards,
         )
         last = tensors.last_stages

@@ -10,11 +10,8 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from megatron.core import parallel_state
-from torch import Tensor
-
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
-from megatron_prefix.layers.router import router_of
+from megatron_prefix.layers.router import own_rows, router_of
 from megatron_prefix.megatron.borrowed import routed_as
 from megatron_prefix.megatron.moe_layers import moe_layers
 
@@ -47,12 +44,4 @@ def replaying(layer: Any, params: PrefixPackedSeqParams) -> contextlib.AbstractC
             "given routes. Set moe_router_fusion to False"
         )
     routes = params.routes[:, sum(with_experts[: layer.layer_number - 1])]
-    return routed_as(router, _own_rows(routes, config))
-
-
-def _own_rows(routes: Tensor, config: Any) -> Tensor:
-    """[rows, topk] -> those of this tensor-parallel rank, under sequence parallelism."""
-    if not config.sequence_parallel:
-        return routes
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    return routes.tensor_split(size)[parallel_state.get_tensor_model_parallel_rank()]
+    return routed_as(router, own_rows(routes, config))

@@ -35,7 +35,7 @@ from megatron_prefix.layout.rows import (
 from megatron_prefix.layout.shard_stages import RankStages
 from megatron_prefix.layout.sharding import ContextShards
 from megatron_prefix.layout.sharing import share_where_it_pays
-from megatron_prefix.layout.stages import AttentionStage, GatheredStages, Rectangles
+from megatron_prefix.layout.stages import AttentionStage, GatheredStages, Rectangles, Recurrence
 from megatron_prefix.layout.step_packing import Packing
 from megatron_prefix.layout.tree import PrefixTree
 from megatron_prefix.layout.tree_shape import TreeShape
@@ -58,6 +58,7 @@ __all__ = [
     "RankRow",
     "RankStages",
     "Rectangles",
+    "Recurrence",
     "RowStages",
     "Segment",
     "TreeShape",

@@ -16,6 +16,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
+from megatron_prefix.megatron.auxiliary_losses import AuxiliaryLoss
+
 
 class OneRank:
     """Stands in for a process group of this rank alone."""
@@ -178,3 +180,24 @@ def z_loss_by(
         return MoEAuxLossAutoScaler.apply(logits, loss_of(logits))
 
     return _lent(router, "apply_z_loss", apply_z_loss)
+
+
+def auxiliary_loss_by(
+    router: Any, kind: AuxiliaryLoss, loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> contextlib.AbstractContextManager[None]:
+    """Within the block, one of a router's auxiliary losses is another one.
+
+    Backward begins from it as from Megatron's, which asks for it in training only, where gradients
+    are enabled.
+
+    Args:
+        router: a Megatron `TopKRouter`, whose `_apply_aux_loss` and the like get probabilities,
+            scores and the routing map that follows from the scores.
+        kind: of the loss.
+        loss_of: scores and map, [rows, experts] each -> the loss.
+    """
+
+    def apply(probs: Tensor, scores: Tensor, routing_map: Tensor, *_: Any, **__: Any) -> Tensor:
+        return MoEAuxLossAutoScaler.apply(probs, loss_of(scores, routing_map))
+
+    return _lent(router, f"_apply_{kind}", apply)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_prefix.rollouts.records import Tokens, plain_tokens
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
-from megatron_prefix.rollouts.user_process import CallFailed, UserFunction
+from megatron_prefix.rollouts.user_process import CallEnded, CallFailed, UserFunction
 
 if TYPE_CHECKING:  # reading rollouts needs NumPy only
     from megatron_prefix.config import RewardProcessConfig
@@ -41,6 +41,8 @@ class ProcessReward:
         config: RewardProcessConfig,
         *,
         tokenizer: TextTokenizer | None = None,
+        name: str | None = None,
+        when_ended: float | None = None,
     ) -> None:
         """Start the first process, which imports the function.
 
@@ -49,11 +51,15 @@ class ProcessReward:
             config: how many processes, how long a call may take, what a failed one is worth.
             tokenizer: gives the function the text of prompt and response; without one it gets
                 their token ids.
+            name: what errors call it; None: `spec`.
+            when_ended: reward of a response whose call crashed or took too long, where the config
+                gives none.
 
         Raises:
             ValueError: there is no such module or function, or the module does not import.
         """
-        self.name = spec
+        self.name = name or spec
+        self._when_ended = when_ended
         self._config = config
         self._tokenizer = tokenizer
         try:
@@ -61,7 +67,7 @@ class ProcessReward:
                 spec, processes=config.processes, timeout_s=config.timeout_s
             )
         except CallFailed as error:
-            raise ValueError(f"reward {spec!r}: {error}") from error
+            raise ValueError(f"reward {self.name!r}: {error}") from error
         self.failures = 0
         """Calls that were given `on_failure`."""
 
@@ -118,6 +124,8 @@ class ProcessReward:
 
     def _on_failure(self, error: CallFailed) -> CallFailed | float:
         on_failure = self._config.on_failure
+        if on_failure is None and isinstance(error, CallEnded):
+            on_failure = self._when_ended
         if on_failure is None or isinstance(error, WrongValue):
             return error
         self.failures += 1

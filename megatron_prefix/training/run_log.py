@@ -6,32 +6,38 @@ import json
 from typing import Any, Literal
 
 from megatron_prefix.config import RunConfig
+from megatron_prefix.rollouts.build import build_text_reader
 from megatron_prefix.rollouts.records import RolloutBatch
 from megatron_prefix.training.metrics import MetricsLog, open_lines
 from megatron_prefix.training.report import say_above_bar
-from megatron_prefix.training.samples import Reader, markdown, samples_of, table
+from megatron_prefix.training.samples import markdown, samples_of, table
 from megatron_prefix.training.trackers import Trackers
 
 
 class RunLog:
     """Metrics of each step, and some responses every few steps."""
 
-    def __init__(self, config: RunConfig, *, resume_after: int, read: Reader) -> None:
+    def __init__(self, config: RunConfig, *, resume_after: int) -> None:
         """Open the files.
 
         Args:
-            config: the run's; read is `output`.
+            config: the run's.
             resume_after: lines of later steps are dropped; 0 starts anew.
-            read: writes tokens as text.
+
+        Raises:
+            ValueError: a tracker or a tokenizer that is not there.
         """
         output = config.output
         self._output = output
-        self._read = read
+        self._read = build_text_reader(config)
         self._metrics = MetricsLog(
             output.directory, resume_after=resume_after, tensorboard=output.tensorboard
         )
         self._trackers = Trackers(config, continues=resume_after > 0)
-        self._samples = open_lines(output.directory / "samples.jsonl", resume_after=resume_after)
+        self._samples, self._evaluations = (
+            open_lines(output.directory / name, resume_after=resume_after)
+            for name in ("samples.jsonl", "evaluations.jsonl")
+        )
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """Write a step's metrics."""
@@ -44,8 +50,13 @@ class RunLog:
         if every and (step == 1 or step % every == 0):
             self._show(step, "training", batch)
 
-    def evaluation_samples(self, step: int, batch: RolloutBatch) -> None:
-        """Write and show samples of an evaluation."""
+    def evaluation(self, step: int, batch: RolloutBatch) -> None:
+        """Write an evaluation's rewards prompt by prompt, and show samples of it."""
+        for group, source in enumerate(batch.sources):
+            rewards = [float(batch.rewards[response]) for response in batch.responses_of(group)]
+            row = {"step": step, "source": source, "rewards": rewards}
+            self._evaluations.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._evaluations.flush()
         self._show(step, "evaluation", batch)
 
     def _show(
@@ -71,4 +82,5 @@ class RunLog:
         """Flush and close all files, and end the runs of trackers, which show a failure."""
         self._metrics.close()
         self._samples.close()
+        self._evaluations.close()
         self._trackers.close(failed=failed)

@@ -15,6 +15,7 @@ from megatron_prefix.checkpoints.files import complete_steps
 from megatron_prefix.checkpoints.finding import find_checkpoint
 from megatron_prefix.config import RunConfig
 from megatron_prefix.packages import is_installed
+from megatron_prefix.rollouts.gym.checks import faults_of_tasks
 from megatron_prefix.rollouts.names import fault_of_name, fault_of_path
 
 
@@ -37,14 +38,26 @@ def _faults_of_rollouts(config: RunConfig) -> Iterator[str]:
     if evaluation is not None:
         for name, paths in evaluation.data_sets.items():
             keys[f"evaluation.paths.{name}" if name else "evaluation.paths"] = paths
+    are_there = True
     for key, paths in keys.items():
         for path in paths:
             if fault := fault_of_path(path):
+                are_there = False
                 yield f"{key}: {fault}"
+    if are_there:
+        yield from faults_of_tasks(config)
     for key, spec in rollouts.reward_specs.items():
         fault = fault_of_name(spec, has_tokenizer=rollouts.text is not None)
         if fault:
             yield f"rollouts.{key}: {spec}: {fault}"
+    if rollouts.text is not None and _is_missing_folder(rollouts.text.tokenizer):
+        yield f"rollouts.text.tokenizer: {rollouts.text.tokenizer}: there is no such folder"
+
+
+def _is_missing_folder(path: Path) -> bool:
+    """Whether there is nothing, and it cannot be a name in Hugging Face's cache: `owner/name`."""
+    is_folder = path.is_absolute() or len(path.parts) > 2 or ".." in path.parts
+    return is_folder and not path.exists()
 
 
 def _faults_of_writer(config: RunConfig) -> Iterator[str]:
