@@ -29,6 +29,7 @@ from megatron_prefix.rollouts.rewards import (
     RewardFunction,
     WeightedReward,
     check_answer,
+    close_reward,
     load_reward,
 )
 from megatron_prefix.rollouts.stream import RecordStream
@@ -58,7 +59,7 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
     reward = None if rollouts.reward is None else _reward(config, tokenizer)
     usable = Usable(leave_out=rollouts.unusable == "leave_out")
     if rollouts.engine == "file":
-        engine = _file_engine(
+        return _file_engine(
             config,
             tokenizer,
             reward,
@@ -67,12 +68,11 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
             run_alone=functools.partial(rank_0_alone, errors=ENGINE_ERRORS),
             epochs=rollouts.epochs,
         )
-        rank_0_alone(
-            lambda: survey_groups(engine.each(), reward, usable, at_most=rollouts.check_records)
-        )
-        return engine
     assert rollouts.group_size is not None
-    source = _prompts_of_run(config, tokenizer, reward, usable)
+    sources = _sources(config, tokenizer, usable)
+    source: PromptSource = sources[0]
+    if rollouts.ratios:
+        source = MixedPrompts(sources, rollouts.ratios)
     options = _options(config, tokenizer, temperature=rollouts.temperature)
     if rollouts.engine == "openai":
         with needed_by("rollouts.engine: openai", extra="rollouts"):
@@ -262,32 +262,41 @@ def prompts_of_files(config: RunConfig) -> PromptSource:
     )
 
 
-def _prompts_of_run(
-    config: RunConfig,
-    tokenizer: TextTokenizer | None,
-    reward: RewardFunction | None,
-    usable: Usable,
-) -> PromptSource:
-    """The prompts to train on, looked at by rank 0. Collective."""
+def survey_records(config: RunConfig) -> None:
+    """Look at the records of a run before its first step (see `survey`), on one rank.
+
+    Raises:
+        ValueError: what is wrong with one, naming it.
+    """
+    rollouts = config.rollouts
+    if rollouts.check_records == 0:
+        return
+    tokenizer = _tokenizer(config)
+    reward = None if rollouts.reward is None else _reward(config, tokenizer)
+    usable = Usable(leave_out=rollouts.unusable == "leave_out")
+    at_most = rollouts.check_records
+    try:
+        if rollouts.engine == "file":
+            engine = _file_engine(config, tokenizer, reward, usable=usable, epochs=1)
+            survey_groups(engine.each(), reward, usable, at_most=at_most)
+            return
+        for source in _sources(config, tokenizer, usable):
+            fields = source.read_fields if isinstance(source, TextPrompts) else frozenset()
+            survey_prompts(source.each(), reward, usable, at_most=at_most, read_fields=fields)
+    finally:
+        close_reward(reward)
+
+
+def _sources(
+    config: RunConfig, tokenizer: TextTokenizer | None, usable: Usable
+) -> list[RecordStream[Prompt] | TextPrompts]:
+    """The data sets of prompts to train on."""
     rollouts = config.rollouts
     data_sets = rollouts.data_sets if rollouts.ratios else [rollouts.files]
-    sources = [
+    return [
         _prompts(config, tokenizer, usable, files=files, epochs=rollouts.epochs)
         for files in data_sets
     ]
-
-    def survey() -> None:
-        for source in sources:
-            survey_prompts(
-                source.each(),
-                reward,
-                usable,
-                at_most=rollouts.check_records,
-                read_fields=source.read_fields if isinstance(source, TextPrompts) else frozenset(),
-            )
-
-    rank_0_alone(survey)
-    return MixedPrompts(sources, rollouts.ratios) if rollouts.ratios else sources[0]
 
 
 def _prompts(
