@@ -25,6 +25,17 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_ROPE_KEYS = {
+    "default": (*_ROPE, "factor", "original_max_position_embeddings"),
+    "llama3": (*_ROPE, "factor", *_LLAMA3),
+    "yarn": (
+        *_ROPE,
+        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"),
+    ),
+}
+"""What each kind of rotary embedding is made of here; a key beside would be lost."""
+
 
 def read_architecture(folder: Path) -> Architecture:
     """Read `folder`/config.json.
@@ -67,10 +78,9 @@ def _architecture(config: Any, family: str) -> Architecture:
 
     if value("hidden_act") != "silu":
         refuse("hidden_act", "is not supported; the supported models have silu")
-    if value("use_sliding_window", False) or (
-        family == "mixtral" and value("sliding_window") is not None
-    ):
-        refuse("sliding_window", "is not supported with shared prefixes; it must be off")
+    if value("is_causal", True) is not True:
+        refuse("is_causal", "is not supported: every token would see those after it")
+    _check_windows(config, family)
     attention_bias, mlp_bias = value("attention_bias", False), value("mlp_bias", False)
     if attention_bias != mlp_bias:
         refuse(
@@ -121,6 +131,27 @@ def _architecture(config: Any, family: str) -> Architecture:
     )
 
 
+def _check_windows(config: Any, family: str) -> None:
+    """Refuse a model whose layers, or some of them, look at a window."""
+    count = config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None and family != "mixtral":
+        first = getattr(config, "max_window_layers", 0)
+        kinds = [
+            "sliding_attention" if config.use_sliding_window and i >= first else "full_attention"
+            for i in range(count if hasattr(config, "use_sliding_window") else 0)
+        ]
+    elif kinds is None:
+        kinds = ["full_attention" if window is None else "sliding_attention"] * count
+    for layer, kind in enumerate(kinds):
+        if kind != "full_attention":
+            raise ConversionError(
+                f"sliding_window: {window}, and layer {layer} is of {kind} (layer_types, "
+                "use_sliding_window, max_window_layers), which is not supported; it must be off"
+            )
+
+
 def _rope(config: Any) -> dict[str, Any]:
     # transformers 5 has one dict; 4 has a number and a dict.
     rope = getattr(config, "rope_parameters", None)
@@ -135,6 +166,16 @@ def _rope(config: Any) -> dict[str, Any]:
         )
     found: dict[str, Any] = {"rotary_base": int(theta)}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        raise ConversionError(
+            f"rope_type: {kind!r} is not supported; supported are {', '.join(_ROPE_KEYS)}"
+        )
+    for name, number in rope.items():
+        if name not in _ROPE_KEYS[kind] and number is not None:
+            raise ConversionError(
+                f"rope_scaling.{name}: {number} is not supported with rope_type: {kind}; leave it "
+                "out"
+            )
     if kind == "llama3":
         for name, fixed in _LLAMA3.items():
             if rope[name] != fixed:
@@ -144,12 +185,6 @@ def _rope(config: Any) -> dict[str, Any]:
                 )
         found["llama3_rope_factor"] = float(rope["factor"])
     elif kind == "yarn":
-        for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            if rope.get(name) is not None:
-                raise ConversionError(
-                    f"rope_scaling.{name}: {rope[name]} is not supported; leave it out, as in the "
-                    "paper"
-                )
         found["yarn"] = YarnConfig(
             rotary_scaling_factor=float(rope["factor"]),
             original_max_position_embeddings=int(
@@ -158,10 +193,6 @@ def _rope(config: Any) -> dict[str, Any]:
             beta_fast=float(rope.get("beta_fast") or 32.0),
             beta_slow=float(rope.get("beta_slow") or 1.0),
             correction_range_round_to_int=rope.get("truncate", True),
-        )
-    elif kind != "default":
-        raise ConversionError(
-            f"rope_type: {kind!r} is not supported; supported are default, llama3 and yarn"
         )
     return found
 
