@@ -29,9 +29,13 @@ from megatron_prefix.model.parameter_shards import ParameterShard, parameter_sha
 MODEL_SECTION = "model.yaml"
 """Beside a checkpoint: the `model` section of a run that fits it."""
 
-_NORM = "mlp.linear_fc1.layer_norm_weight"
-_NORM_OF_EXPERTS = "pre_mlp_layernorm.weight"
-"""Two names of the norm before experts: the local spec's, and Transformer Engine's."""
+_NORMS = (
+    ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+    ("self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.q_layernorm.weight"),
+    ("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attention.kv_layernorm.weight"),
+)
+"""Norms that the local spec and Transformer Engine's store under different names: before experts,
+and of the latents of multi-latent attention."""
 
 _FREE = {"max_sequence_length", "make_vocab_size_divisible_by", "transformer"}
 
@@ -95,7 +99,7 @@ def check_initial_weights(path: Path, model: ModelConfig, chunks: ModelChunks) -
 
 
 def use_stored_names(state: dict[str, Any], checkpoint: Path) -> None:
-    """Let a model's sharded state ask for the norms before experts by the checkpoint's names."""
+    """Let a model's sharded state ask for norms by the checkpoint's names."""
     stored = contents(read_metadata(checkpoint)).tensors
     for item in nested_values(state):
         key = getattr(item, "key", None)
@@ -104,9 +108,10 @@ def use_stored_names(state: dict[str, Any], checkpoint: Path) -> None:
 
 
 def _other_name(key: str) -> str | None:
-    for name, other in ((_NORM, _NORM_OF_EXPERTS), (_NORM_OF_EXPERTS, _NORM)):
-        if key.endswith(name):
-            return key.removesuffix(name) + other
+    for pair in _NORMS:
+        for name, other in (pair, pair[::-1]):
+            if key.endswith(name):
+                return key.removesuffix(name) + other
     return None
 
 

@@ -8,6 +8,12 @@ from typing import Any
 from megatron_prefix.config import YarnConfig
 from megatron_prefix.conversion.architecture import FAMILIES, Architecture
 from megatron_prefix.conversion.errors import ConversionError
+from megatron_prefix.conversion.hf_deepseek import (
+    deepseek_values,
+    latent_yarn_values,
+    read_deepseek,
+    read_latent_yarn,
+)
 from megatron_prefix.conversion.hf_folder import read_json
 from megatron_prefix.packages import needed_by
 
@@ -17,7 +23,25 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
 }
+_SAME_AS = {"kimi_k2": "deepseek_v3"}
+"""Families that are another one under a name of their own."""
+_REASONS = {
+    "deepseek_v2": "its routers choose by softmax in groups, and YaRN's factors differ",
+    "deepseek_v32": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
+    "glm_moe_dsa": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
+    "gpt_oss": (
+        "the run's configuration cannot say its experts' activation (a clamped swish, plus 1 on "
+        "the linear half) nor the biases of its router"
+    ),
+    "minimax_m2": (
+        "it normalizes queries and keys over all heads at once, and Megatron's GPTModel each head "
+        "alone"
+    ),
+    "mistral3": "it reads images too; convert a folder of its text model",
+}
+"""Families that are known and cannot be converted, and why."""
 # Numbers of Llama 3's scaling that Megatron's GPTModel has no option for.
 _LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -33,28 +57,41 @@ def read_architecture(folder: Path) -> Architecture:
         ConversionError: it is missing or damaged, or says something that Megatron's GPTModel
             cannot compute, naming the key and its value.
     """
-    with needed_by("converting", extra="hf"):
-        from transformers import AutoConfig
-
     path = folder / "config.json"
-    raw = read_json(path)
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ConversionError(
-            f"{path}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
-        )
-    if raw.get("quantization_config") is not None:
-        raise ConversionError(
-            f"{path}: the model is quantized (quantization_config); convert the unquantized one"
-        )
+    family = _family(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return _architecture(config, family)
+        return _architecture(read_config(folder), family)
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
     # transformers checks values in many ways, and raises as many kinds of errors.
     except Exception as error:
         raise ConversionError(f"{path}: transformers cannot read it: {error}") from error
+
+
+def read_config(folder: Path) -> Any:
+    """config.json as transformers' own class of the family reads it."""
+    with needed_by("converting", extra="hf"):
+        from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[_family(folder)].from_pretrained(folder, local_files_only=True)
+
+
+def _family(folder: Path) -> str:
+    path = folder / "config.json"
+    raw = read_json(path)
+    name = raw.get("model_type")
+    family = _SAME_AS.get(name, name)
+    if family not in FAMILIES:
+        reason = f": {_REASONS[name]}" if name in _REASONS else ""
+        raise ConversionError(
+            f"{path}: model_type {name!r} is not supported{reason}; supported are "
+            f"{', '.join((*FAMILIES, *_SAME_AS))}"
+        )
+    if raw.get("quantization_config") is not None:
+        raise ConversionError(
+            f"{path}: the model is quantized (quantization_config); convert the unquantized one"
+        )
+    return family
 
 
 def _architecture(config: Any, family: str) -> Architecture:
@@ -95,7 +132,9 @@ def _architecture(config: Any, family: str) -> Architecture:
                 i not in dense and (i + 1) % every == 0 for i in range(config.num_hidden_layers)
             ),
         }
-    if moe:
+    elif family == "deepseek_v3":
+        moe = read_deepseek(config)
+    if family in ("qwen3_moe", "mixtral"):
         moe["experts_per_token"] = value("num_experts_per_tok")
         if moe["experts_per_token"] == 1 and moe.get("normalized_routing", True):
             refuse("num_experts_per_tok", "with normalized weights makes the router constant")
@@ -115,13 +154,13 @@ def _architecture(config: Any, family: str) -> Architecture:
         tied_embeddings=bool(value("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or attention_bias,
         linear_bias=attention_bias,
-        qk_norm=family in ("qwen3", "qwen3_moe"),
-        **_rope(config),
+        qk_norm=family in ("qwen3", "qwen3_moe", "deepseek_v3"),
+        **_rope(config, family),
         **moe,
     )
 
 
-def _rope(config: Any) -> dict[str, Any]:
+def _rope(config: Any, family: str) -> dict[str, Any]:
     # transformers 5 has one dict; 4 has a number and a dict.
     rope = getattr(config, "rope_parameters", None)
     if rope is None:
@@ -144,7 +183,8 @@ def _rope(config: Any) -> dict[str, Any]:
                 )
         found["llama3_rope_factor"] = float(rope["factor"])
     elif kind == "yarn":
-        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+        latent = family == "deepseek_v3"
+        for name in ("attention_factor", *(() if latent else ("mscale", "mscale_all_dim"))):
             if rope.get(name) is not None:
                 raise ConversionError(
                     f"rope_scaling.{name}: {rope[name]} is not supported; leave it out, as in the "
@@ -158,7 +198,13 @@ def _rope(config: Any) -> dict[str, Any]:
             beta_fast=float(rope.get("beta_fast") or 32.0),
             beta_slow=float(rope.get("beta_slow") or 1.0),
             correction_range_round_to_int=rope.get("truncate", True),
+            **(read_latent_yarn(rope) if latent else {}),
         )
+        if latent and not found["yarn"].correction_range_round_to_int:
+            raise ConversionError(
+                "rope_scaling.truncate: false is not supported; Megatron's multi-latent attention "
+                "rounds"
+            )
     elif kind != "default":
         raise ConversionError(
             f"rope_type: {kind!r} is not supported; supported are default, llama3 and yarn"
@@ -183,7 +229,7 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
     if a.llama3_rope_factor is not None:
         rope = {"rope_type": "llama3", "factor": a.llama3_rope_factor, **_LLAMA3}
     elif a.yarn is not None:
-        if (a.yarn.mscale, a.yarn.mscale_all_dim) != (1.0, 0.0):
+        if a.latent is None and (a.yarn.mscale, a.yarn.mscale_all_dim) != (1.0, 0.0):
             raise ConversionError(
                 "model.yarn: mscale and mscale_all_dim other than 1 and 0 are not supported"
             )
@@ -194,6 +240,7 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
             "beta_fast": a.yarn.beta_fast,
             "beta_slow": a.yarn.beta_slow,
             "truncate": a.yarn.correction_range_round_to_int,
+            **(latent_yarn_values(a.yarn) if a.latent is not None else {}),
         }
     # Both spellings: transformers 5 reads rope_parameters, servers built on 4 the other two.
     options: dict[str, Any] = {
@@ -227,6 +274,8 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
             decoder_sparse_step=1,
             mlp_only_layers=[i for i, experts in enumerate(a.expert_layers) if not experts],
         )
+    if a.family == "deepseek_v3":
+        options.update(deepseek_values(a))
     known = CONFIG_MAPPING[a.family](**options).to_dict()
     known.pop("transformers_version", None)
     known.update(options)

@@ -162,6 +162,11 @@ BAD_SOURCES: dict[str, tuple[str, Damage, str]] = {
         r"config\.json: not readable as JSON",
     ),
     "other family": ("single", _config(model_type="gpt2"), r"'gpt2' is not supported; .*qwen2"),
+    "known family that cannot be converted": (
+        "single",
+        _config(model_type="gpt_oss"),
+        r"'gpt_oss' is not supported: .*activation",
+    ),
     "quantized": (
         "single",
         _config(quantization_config={"quant_method": "gptq"}),
