@@ -5,12 +5,12 @@
     python tools/convert_checkpoint.py inspect FOLDER
     python tools/convert_checkpoint.py verify HF_FOLDER
 
-Families: llama (Llama 3), qwen2 (Qwen2, Qwen2.5), qwen3, qwen3_moe, mixtral, deepseek_v3 (also
-Moonlight), kimi_k2. Hugging Face folders hold config.json and safetensors; Megatron checkpoints
-are distributed ones (torch_dist), which load at any tensor-, pipeline- and expert-parallel size.
-Runs on the CPU, holds one layer and one shard of the output in memory, and leaves a whole output or
-none. The exit status is 0 if all is well, 1 if a verification fails, 2 for anything that cannot be
-converted.
+Families: llama (Llama 3), qwen2 (Qwen2, Qwen2.5), qwen3, qwen3_moe, mistral, mixtral, deepseek_v3
+(also Moonlight), kimi_k2, glm4_moe (GLM-4.5 to 4.7). Hugging Face folders hold config.json and
+safetensors; Megatron checkpoints are distributed ones (torch_dist), which load at any tensor-,
+pipeline- and expert-parallel size. Runs on the CPU, holds one layer and one shard of the output in
+memory, and leaves a whole output or none. The exit status is 0 if all is well, 1 if a verification
+fails, 2 for anything that cannot be converted.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_prefix.config import YarnConfig
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "mistral")
 """Hugging Face's model_type of each family."""
 
 
@@ -67,9 +67,15 @@ class Architecture:
     """Biases of the attention's output and of the MLP."""
     qk_norm: bool
     rotary_base: int
+    rotary_fraction: float = 1.0
+    """Of each head's dimensions that are turned."""
     llama3_rope_factor: float | None = None
     """Of Llama 3's scaling of the rotary frequencies, whose other numbers Megatron fixes."""
     yarn: YarnConfig | None = None
+    window: int | None = None
+    """Keys that a query sees in layers with a sliding window, its own among them."""
+    windowed_layers: tuple[bool, ...] = ()
+    """For each layer whether it has the window; empty: none has."""
     num_experts: int | None = None
     expert_ffn_hidden_size: int | None = None
     experts_per_token: int | None = None

@@ -9,10 +9,12 @@ from megatron_prefix.config import YarnConfig
 from megatron_prefix.conversion.architecture import FAMILIES, Architecture
 from megatron_prefix.conversion.errors import ConversionError
 from megatron_prefix.conversion.hf_deepseek import (
-    deepseek_values,
+    latent_values,
     latent_yarn_values,
-    read_deepseek,
+    read_latent,
     read_latent_yarn,
+    read_sigmoid_experts,
+    sigmoid_expert_values,
 )
 from megatron_prefix.conversion.hf_folder import read_json
 from megatron_prefix.packages import needed_by
@@ -23,8 +25,18 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "mistral": "MistralForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
 }
+_WINDOWS = {
+    "qwen2": "by layer",
+    "qwen3": "by layer",
+    "qwen3_moe": "all layers",
+    "mixtral": "all layers",
+    "mistral": "all layers",
+}
+"""Families with sliding windows, and whether their layers differ in transformers."""
 _SAME_AS = {"kimi_k2": "deepseek_v3"}
 """Families that are another one under a name of their own."""
 _REASONS = {
@@ -73,7 +85,11 @@ def read_config(folder: Path) -> Any:
     with needed_by("converting", extra="hf"):
         from transformers import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[_family(folder)].from_pretrained(folder, local_files_only=True)
+    family = _family(folder)
+    config = CONFIG_MAPPING[family].from_pretrained(folder, local_files_only=True)
+    # By this name transformers finds how the tensors of experts are stored.
+    config.model_type = family
+    return config
 
 
 def _family(folder: Path) -> str:
@@ -104,12 +120,8 @@ def _architecture(config: Any, family: str) -> Architecture:
 
     if value("hidden_act") != "silu":
         refuse("hidden_act", "is not supported; the supported models have silu")
-    if value("use_sliding_window", False) or (
-        family == "mixtral" and value("sliding_window") is not None
-    ):
-        refuse("sliding_window", "is not supported with shared prefixes; it must be off")
     attention_bias, mlp_bias = value("attention_bias", False), value("mlp_bias", False)
-    if attention_bias != mlp_bias:
+    if attention_bias != mlp_bias and family != "glm4_moe":
         refuse(
             "attention_bias",
             f"with mlp_bias: {mlp_bias} is nothing that Megatron's GPTModel has; there the "
@@ -133,15 +145,19 @@ def _architecture(config: Any, family: str) -> Architecture:
             ),
         }
     elif family == "deepseek_v3":
-        moe = read_deepseek(config)
+        moe = {"latent": read_latent(config), **read_sigmoid_experts(config)}
+    elif family == "glm4_moe":
+        moe = read_sigmoid_experts(config)
     if family in ("qwen3_moe", "mixtral"):
         moe["experts_per_token"] = value("num_experts_per_tok")
         if moe["experts_per_token"] == 1 and moe.get("normalized_routing", True):
             refuse("num_experts_per_tok", "with normalized weights makes the router constant")
         if not any(moe["expert_layers"]):
             refuse("decoder_sparse_step", "leaves no layer with experts")
+    windows = _windows(config, family)
     return Architecture(
-        family=family,
+        # Without a window Mistral's models are Llama's.
+        family="llama" if family == "mistral" and not windows else family,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -153,11 +169,27 @@ def _architecture(config: Any, family: str) -> Architecture:
         norm_epsilon=config.rms_norm_eps,
         tied_embeddings=bool(value("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or attention_bias,
-        linear_bias=attention_bias,
-        qk_norm=family in ("qwen3", "qwen3_moe", "deepseek_v3"),
+        linear_bias=attention_bias and mlp_bias,
+        qk_norm=family in ("qwen3", "qwen3_moe", "deepseek_v3") or value("use_qk_norm", False),
+        **windows,
         **_rope(config, family),
         **moe,
     )
+
+
+def _windows(config: Any, family: str) -> dict[str, Any]:
+    """The sliding windows that transformers gives the layers."""
+    # Where a family's switch is off, its config has set the size to none.
+    size = getattr(config, "sliding_window", None)
+    if not size or family not in _WINDOWS:
+        return {}
+    kinds = ("sliding_attention",) * config.num_hidden_layers
+    if _WINDOWS[family] == "by layer":
+        kinds = tuple(config.layer_types)
+    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+        raise ConversionError(f"layer_types: {', '.join(sorted(unknown))} is not supported")
+    windowed = tuple(kind == "sliding_attention" for kind in kinds)
+    return {"window": size, "windowed_layers": windowed} if any(windowed) else {}
 
 
 def _rope(config: Any, family: str) -> dict[str, Any]:
@@ -168,13 +200,14 @@ def _rope(config: Any, family: str) -> dict[str, Any]:
     theta = rope["rope_theta"]
     if theta != int(theta):
         raise ConversionError(f"rope_theta: {theta} is no whole number, as Megatron takes it")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConversionError(
-            f"partial_rotary_factor: {rope['partial_rotary_factor']} is not supported"
-        )
-    found: dict[str, Any] = {"rotary_base": int(theta)}
+    fraction = rope.get("partial_rotary_factor", 1.0)
+    if fraction != 1.0 and family != "glm4_moe":
+        raise ConversionError(f"partial_rotary_factor: {fraction} is not supported")
+    found: dict[str, Any] = {"rotary_base": int(theta), "rotary_fraction": fraction}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "llama3":
+    if kind != "default" and family == "glm4_moe":
+        raise ConversionError(f"rope_type: {kind!r} is not supported with glm4_moe")
+    if kind == "llama3" and family != "deepseek_v3":
         for name, fixed in _LLAMA3.items():
             if rope[name] != fixed:
                 raise ConversionError(
@@ -207,9 +240,30 @@ def _rope(config: Any, family: str) -> dict[str, Any]:
             )
     elif kind != "default":
         raise ConversionError(
-            f"rope_type: {kind!r} is not supported; supported are default, llama3 and yarn"
+            f"rope_type: {kind!r} is not supported; supported are default, yarn and (without "
+            "multi-latent attention) llama3"
         )
     return found
+
+
+def _window_values(a: Architecture) -> dict[str, Any]:
+    """The sliding windows, as config.json has them."""
+    values: dict[str, Any] = {"sliding_window": a.window}
+    if a.family.startswith("qwen"):
+        values["use_sliding_window"] = a.window is not None
+    if _WINDOWS[a.family] == "by layer":
+        windowed = a.windowed_layers or (False,) * a.num_layers
+        # Servers read the first layer with a window; transformers each layer's kind.
+        values["max_window_layers"] = windowed.index(True) if any(windowed) else a.num_layers
+        values["layer_types"] = [
+            "sliding_attention" if window else "full_attention" for window in windowed
+        ]
+    elif a.windowed_layers and not all(a.windowed_layers):
+        raise ConversionError(
+            "model.transformer.window_attn_skip_freq: layers without the window are nothing that "
+            f"a config.json of {a.family} can say"
+        )
+    return values
 
 
 def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
@@ -263,7 +317,6 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
         options.update(
             num_local_experts=a.num_experts,
             num_experts_per_tok=a.experts_per_token,
-            sliding_window=None,
         )
     if a.family == "qwen3_moe":
         options.update(
@@ -275,8 +328,21 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
             mlp_only_layers=[i for i, experts in enumerate(a.expert_layers) if not experts],
         )
     if a.family == "deepseek_v3":
-        options.update(deepseek_values(a))
-    known = CONFIG_MAPPING[a.family](**options).to_dict()
+        options.update(latent_values(a), **sigmoid_expert_values(a))
+    if a.family == "glm4_moe":
+        rope["partial_rotary_factor"] = a.rotary_fraction
+        options.update(
+            sigmoid_expert_values(a),
+            attention_bias=a.qkv_bias,
+            use_qk_norm=a.qk_norm,
+            partial_rotary_factor=a.rotary_fraction,
+        )
+    if a.family in _WINDOWS:
+        options.update(_window_values(a))
+    # transformers takes the fraction from `rope_parameters`, servers from a key of its own.
+    known = CONFIG_MAPPING[a.family](
+        **options, rope_parameters={**rope, "rope_theta": float(a.rotary_base)}
+    ).to_dict()
     known.pop("transformers_version", None)
     known.update(options)
     known.pop("_name_or_path", None)

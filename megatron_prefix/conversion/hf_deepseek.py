@@ -1,7 +1,8 @@
-"""What config.json of DeepSeek-V3, Moonlight and Kimi K2 says that other families have not.
+"""What config.json of DeepSeek-V3 and GLM-4.5 says beyond that of other families.
 
-Multi-latent attention, routers that choose by sigmoid scores and a bias, shared experts, and layers
-that predict further tokens (MTP), which Megatron's GPTModel is built without here.
+Of DeepSeek-V3, Moonlight and Kimi K2, and of GLM-4.5 to 4.7: multi-latent attention, routers that
+choose by sigmoid scores and a bias, shared experts, and layers that predict further tokens (MTP),
+which Megatron's GPTModel is built without here.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from megatron_prefix.conversion.architecture import (
 from megatron_prefix.conversion.errors import ConversionError
 
 
-def read_deepseek(config: Any) -> dict[str, Any]:
-    """Fields of an `Architecture`, of transformers' config.
+def read_latent(config: Any) -> LatentAttention:
+    """The sizes of multi-latent attention, of transformers' config.
 
     Raises:
         ConversionError: something that Megatron cannot compute, naming the key and its value.
@@ -39,14 +40,22 @@ def read_deepseek(config: Any) -> dict[str, Any]:
             "attention_bias: true is not supported; Megatron's multi-latent attention has no "
             "biases of the compressing layers"
         )
+    return LatentAttention(
+        query_rank=config.q_lora_rank,
+        rank=config.kv_lora_rank,
+        plain_channels=config.qk_nope_head_dim,
+        turned_channels=config.qk_rope_head_dim,
+        value_channels=config.v_head_dim,
+    )
+
+
+def read_sigmoid_experts(config: Any) -> dict[str, Any]:
+    """Fields of an `Architecture` whose routers choose by sigmoid scores.
+
+    Raises:
+        ConversionError: Megatron's routers cannot choose so, naming the key and its value.
+    """
     return {
-        "latent": LatentAttention(
-            query_rank=config.q_lora_rank,
-            rank=config.kv_lora_rank,
-            plain_channels=config.qk_nope_head_dim,
-            turned_channels=config.qk_rope_head_dim,
-            value_channels=config.v_head_dim,
-        ),
         "num_experts": config.n_routed_experts,
         "expert_ffn_hidden_size": config.moe_intermediate_size,
         "experts_per_token": config.num_experts_per_tok,
@@ -54,17 +63,12 @@ def read_deepseek(config: Any) -> dict[str, Any]:
             layer >= config.first_k_dense_replace for layer in range(config.num_hidden_layers)
         ),
         "shared_expert_ffn_hidden_size": config.moe_intermediate_size * config.n_shared_experts,
-        "routing": read_routing(config),
+        "routing": _routing(config),
         "mtp_layers": getattr(config, "num_nextn_predict_layers", 0) or 0,
     }
 
 
-def read_routing(config: Any) -> SigmoidRouting:
-    """How the routers choose.
-
-    Raises:
-        ConversionError: Megatron's routers cannot choose so, naming the key and its value.
-    """
+def _routing(config: Any) -> SigmoidRouting:
     chosen = config.num_experts_per_tok
     for name, of in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
         if getattr(config, name, of) != of:
@@ -119,10 +123,9 @@ def latent_yarn_values(yarn: YarnConfig) -> dict[str, float]:
     return {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim}
 
 
-def deepseek_values(a: Architecture) -> dict[str, Any]:
-    """Keys of config.json beyond those of other families."""
-    assert a.latent is not None and a.routing is not None
-    assert a.expert_ffn_hidden_size and a.shared_expert_ffn_hidden_size
+def latent_values(a: Architecture) -> dict[str, Any]:
+    """The sizes of multi-latent attention, as config.json has them."""
+    assert a.latent is not None
     return {
         "q_lora_rank": a.latent.query_rank,
         "kv_lora_rank": a.latent.rank,
@@ -131,25 +134,24 @@ def deepseek_values(a: Architecture) -> dict[str, Any]:
         "v_head_dim": a.latent.value_channels,
         "rope_interleave": True,
         "attention_bias": False,
+    }
+
+
+def sigmoid_expert_values(a: Architecture) -> dict[str, Any]:
+    """Experts whose routers choose by sigmoid scores, as config.json has them."""
+    assert a.routing is not None and a.experts_per_token is not None
+    assert a.expert_ffn_hidden_size and a.shared_expert_ffn_hidden_size
+    return {
         "n_routed_experts": a.num_experts,
         "num_experts_per_tok": a.experts_per_token,
         "moe_intermediate_size": a.expert_ffn_hidden_size,
         "first_k_dense_replace": a.expert_layers.count(False),
-        "moe_layer_freq": 1,
         "n_shared_experts": a.shared_expert_ffn_hidden_size // a.expert_ffn_hidden_size,
-        **routing_values(a),
-        "num_nextn_predict_layers": a.mtp_layers,
-    }
-
-
-def routing_values(a: Architecture) -> dict[str, Any]:
-    """How the routers choose, as config.json has it."""
-    assert a.routing is not None and a.experts_per_token is not None
-    return {
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "norm_topk_prob": a.experts_per_token > 1,
         "routed_scaling_factor": a.routing.scaling,
         "n_group": a.routing.num_groups or 1,
         "topk_group": a.routing.chosen_groups or 1,
+        "num_nextn_predict_layers": a.mtp_layers,
     }

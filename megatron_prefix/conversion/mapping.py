@@ -308,7 +308,8 @@ def _bridge(a: Architecture) -> Any:
         from mbridge.core import LLMBridge
         from mbridge.core.bridge import _MODEL_REGISTRY
         from mbridge.core.parallel_states import ParallelStates
-    registered = _MODEL_REGISTRY[a.family]
+    # Mistral's tensors are Llama's, and mbridge has no name for it.
+    registered = _MODEL_REGISTRY["llama" if a.family == "mistral" else a.family]
 
     class Bridge(registered):  # type: ignore[misc, valid-type]
         # Copies: mbridge changes the tables of its classes for tied embeddings.

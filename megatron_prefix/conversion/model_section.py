@@ -43,6 +43,11 @@ def to_model_config(architecture: Architecture) -> ModelConfig:
             qk_pos_emb_head_dim=a.latent.turned_channels,
             v_head_dim=a.latent.value_channels,
         )
+    if a.window is not None:
+        # Megatron counts the keys before a query's own.
+        transformer["window_size"] = [a.window - 1, 0]
+        if not all(a.windowed_layers):
+            transformer["window_attn_skip_freq"] = [int(window) for window in a.windowed_layers]
     if a.num_experts is not None:
         transformer.update(
             num_moe_experts=a.num_experts,
@@ -62,6 +67,7 @@ def to_model_config(architecture: Architecture) -> ModelConfig:
         vocab_size=a.vocab_size,
         max_sequence_length=a.max_length,
         position_embedding_type="rope" if a.yarn is None else "yarn",
+        rotary_percent=a.rotary_fraction,
         rotary_base=a.rotary_base,
         rope_scaling=a.llama3_rope_factor is not None,
         rope_scaling_factor=a.llama3_rope_factor or 8.0,
@@ -155,6 +161,8 @@ _READ = {
     "qk_head_dim",
     "qk_pos_emb_head_dim",
     "v_head_dim",
+    "window_size",
+    "window_attn_skip_freq",
 }
 
 
@@ -176,7 +184,6 @@ def from_model_config(model: ModelConfig) -> Architecture:
         )
     _refuse_unless(
         ("model.position_embedding_type", model.position_embedding_type, ("rope", "yarn")),
-        ("model.rotary_percent", model.rotary_percent, (1.0,)),
         ("model.activation", model.activation, ("silu",)),
         ("model.transformer.gated_linear_unit", t.get("gated_linear_unit", False), (True,)),
         ("model.transformer.normalization", t.get("normalization", "RMSNorm"), ("RMSNorm",)),
@@ -195,11 +202,14 @@ def from_model_config(model: ModelConfig) -> Architecture:
     qk_norm = t.get("qk_layernorm", False)
     latent = _latent_of(t)
     experts = _experts_of(t, ffn)
+    windows = _windows_of(t)
     family = _family(
         experts=bool(experts),
         qk_norm=qk_norm,
         qkv_bias_only=qkv_bias and not linear_bias,
         latent=latent is not None,
+        sigmoid="routing" in experts,
+        window=bool(windows),
     )
     if family == "mixtral":
         ffn = experts["expert_ffn_hidden_size"]  # one size, and no layer without experts
@@ -221,9 +231,11 @@ def from_model_config(model: ModelConfig) -> Architecture:
         linear_bias=linear_bias,
         qk_norm=qk_norm,
         rotary_base=model.rotary_base,
+        rotary_fraction=model.rotary_percent,
         llama3_rope_factor=model.rope_scaling_factor if model.rope_scaling else None,
         yarn=model.yarn,
         latent=latent,
+        **windows,
         **experts,
     )
     _refuse_mixture(architecture)
@@ -244,6 +256,19 @@ def _latent_of(t: dict[str, Any]) -> LatentAttention | None:
         "value_channels": "v_head_dim",
     }
     return LatentAttention(**{ours: t.get(key, _DEFAULTS[key]) for ours, key in sizes.items()})
+
+
+def _windows_of(t: dict[str, Any]) -> dict[str, Any]:
+    """Fields of an `Architecture` with sliding windows."""
+    size = t.get("window_size")
+    if not size:
+        return {}
+    layers, skip = t["num_layers"], t.get("window_attn_skip_freq")
+    if isinstance(skip, int):
+        windowed = tuple(layer % skip != 0 for layer in range(1, layers + 1))
+    else:
+        windowed = tuple(map(bool, skip or [1] * layers))
+    return {"window": size[0] + 1, "windowed_layers": windowed} if any(windowed) else {}
 
 
 def _experts_of(t: dict[str, Any], ffn: int) -> dict[str, Any]:
@@ -273,21 +298,44 @@ def _experts_of(t: dict[str, Any], ffn: int) -> dict[str, Any]:
     return found
 
 
-def _family(*, experts: bool, qk_norm: bool, qkv_bias_only: bool, latent: bool) -> str:
+def _family(
+    *,
+    experts: bool,
+    qk_norm: bool,
+    qkv_bias_only: bool,
+    latent: bool,
+    sigmoid: bool,
+    window: bool,
+) -> str:
     if latent:
         return "deepseek_v3"
+    if sigmoid:
+        return "glm4_moe"
     if experts:
         return "qwen3_moe" if qk_norm else "mixtral"
     if qk_norm:
         return "qwen3"
-    return "qwen2" if qkv_bias_only else "llama"
+    if qkv_bias_only:
+        return "qwen2"
+    # Without a window Mistral's models are Llama's.
+    return "mistral" if window else "llama"
 
 
 def _refuse_mixture(a: Architecture) -> None:
     """Combinations of options that no family has."""
+    if a.rotary_fraction != 1.0 and a.family != "glm4_moe":
+        _refuse_unless(("model.rotary_percent", a.rotary_fraction, (1.0,)))
     if a.latent is not None:
         _refuse_mixture_with_latent(a)
         return
+    if a.family == "glm4_moe":
+        _refuse_mixture_of_sigmoid_experts(a)
+        return
+    if a.family == "mistral" and a.linear_bias:
+        raise ConversionError(
+            "model.transformer.add_bias_linear: true with window_size is no supported Hugging Face "
+            f"family ({', '.join(FAMILIES)})"
+        )
     if a.qkv_bias and (a.qk_norm or a.num_experts is not None):
         raise ConversionError(
             "model.transformer.add_qkv_bias: true with qk_layernorm or experts is no supported "
@@ -298,36 +346,46 @@ def _refuse_mixture(a: Architecture) -> None:
             "model.transformer: experts without qk_layernorm are Mixtral's, which has no "
             "moe_layer_freq other than 1 and no moe_router_pre_softmax: true"
         )
-    if a.routing is not None or a.shared_expert_ffn_hidden_size is not None:
+    if a.shared_expert_ffn_hidden_size is not None:
         raise ConversionError(
-            "model.transformer: moe_router_score_function: sigmoid and "
-            "moe_shared_expert_intermediate_size without multi_latent_attention are no supported "
-            f"Hugging Face family ({', '.join(FAMILIES)})"
+            "model.transformer.moe_shared_expert_intermediate_size without "
+            "moe_router_score_function: sigmoid is no supported Hugging Face family "
+            f"({', '.join(FAMILIES)})"
         )
 
 
 def _refuse_mixture_with_latent(a: Architecture) -> None:
     """What DeepSeek-V3 has not."""
+    _refuse_if(a, not a.qk_norm, "qk_layernorm: false")
+    _refuse_if(a, a.qkv_bias, "add_qkv_bias or add_bias_linear: true")
+    _refuse_if(a, a.num_query_groups != a.num_attention_heads, "num_query_groups")
+    _refuse_if(a, a.routing is None, "moe_router_score_function other than sigmoid")
+    _refuse_mixture_of_sigmoid_experts(a)
 
-    def refuse_if(found: bool, what: str) -> None:
-        if found:
-            raise ConversionError(
-                f"model.transformer: {what} with multi_latent_attention is no supported Hugging "
-                "Face family; deepseek_v3 has no such model"
-            )
 
-    layers = a.expert_layers
-    refuse_if(not a.qk_norm, "qk_layernorm: false")
-    refuse_if(a.qkv_bias, "add_qkv_bias or add_bias_linear: true")
-    refuse_if(a.num_query_groups != a.num_attention_heads, "num_query_groups")
-    refuse_if(a.routing is None, "moe_router_score_function other than sigmoid")
-    refuse_if(list(layers) != sorted(layers), "moe_layer_freq with a dense layer after experts")
+def _refuse_mixture_of_sigmoid_experts(a: Architecture) -> None:
+    """What neither DeepSeek-V3 nor GLM-4.5 has."""
+    _refuse_if(a, a.window is not None, "window_size")
+    layers = list(a.expert_layers)
+    _refuse_if(a, a.linear_bias, "add_bias_linear: true")
+    _refuse_if(a, layers != sorted(layers), "moe_layer_freq with a dense layer after experts")
     shared, size = a.shared_expert_ffn_hidden_size, a.expert_ffn_hidden_size
-    refuse_if(
+    _refuse_if(
+        a,
         not shared or not size or shared % size != 0,
         f"moe_shared_expert_intermediate_size: {shared} that is no multiple of "
         f"moe_ffn_hidden_size: {size}",
     )
+    scaled = a.yarn is not None or a.llama3_rope_factor is not None
+    _refuse_if(a, a.latent is None and scaled, "scaled rotary frequencies")
+
+
+def _refuse_if(a: Architecture, found: bool, what: str) -> None:
+    if found:
+        raise ConversionError(
+            f"model: {what} is nothing that a config.json of {a.family} can say, the family that "
+            "multi_latent_attention and moe_router_score_function: sigmoid make this model"
+        )
 
 
 def _refuse_unless(*options: tuple[str, Any, tuple[Any, ...]]) -> None:

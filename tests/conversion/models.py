@@ -40,7 +40,16 @@ YARN = {
     "original_max_position_embeddings": 16,
 }
 
+EXPERTS_BY_SIGMOID = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "num_nextn_predict_layers": 0,
+}
 LATENT = {
+    **EXPERTS_BY_SIGMOID,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
     "num_key_value_heads": 4,
@@ -49,14 +58,8 @@ LATENT = {
     "qk_nope_head_dim": 10,
     "qk_rope_head_dim": 6,
     "v_head_dim": 12,
-    "first_k_dense_replace": 1,
-    "n_routed_experts": 8,
-    "moe_intermediate_size": 24,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 4,
     "n_group": 4,
     "topk_group": 2,
-    "num_nextn_predict_layers": 0,
 }
 """Sizes of multi-latent attention and of experts as DeepSeek-V3 has them."""
 
@@ -84,9 +87,37 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "mistral without a window": ("mistral", {"sliding_window": None}),
+    "mistral, window": ("mistral", {"sliding_window": 4, "head_dim": 32}),
+    "qwen3, windows in some layers": (
+        "qwen3",
+        {
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+        },
+    ),
+    "mixtral, window": ("mixtral", {"num_local_experts": 4, "sliding_window": 7}),
     "deepseek_v3, yarn": (
         "deepseek_v3",
         {**LATENT, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}},
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            **EXPERTS_BY_SIGMOID,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "glm4_moe, groups": (
+        "glm4_moe",
+        {**EXPERTS_BY_SIGMOID, "n_group": 4, "topk_group": 2, "partial_rotary_factor": 0.25},
     ),
     "deepseek_v3 as Moonlight": (
         "deepseek_v3",

@@ -27,6 +27,7 @@ from tests.conversion.models import (
 
 RELEASE = tuple(int(x) for x in megatron.core.__version__.split(".")[:2])
 HAS_YARN = RELEASE >= (0, 15)
+HAS_WINDOWS = HAS_YARN
 HAS_QUERIES_WITHOUT_NORM = RELEASE < (0, 19)
 
 
@@ -35,6 +36,8 @@ def test_log_probs_equal_transformers_and_weights_come_back(tmp_path: Path, case
     family, options = CASES[case]
     if "yarn" in case and family == "qwen2" and not HAS_YARN:
         pytest.skip("megatron-core 0.14 has no YaRN in GPTModel")
+    if "window" in case and "without" not in case and not HAS_WINDOWS:
+        pytest.skip("megatron-core 0.14 has no windows in its local layers")
     if "Moonlight" in case and not HAS_QUERIES_WITHOUT_NORM:
         with pytest.raises(ValueError, match=r"q_lora_rank=None with qk_layernorm=True"):
             verify(write_model(tmp_path / "hf", family, **options))
