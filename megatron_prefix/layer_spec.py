@@ -22,9 +22,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
 
 from megatron_prefix.layers.attention import prefix_core_attention, prefix_self_attention
+from megatron_prefix.layers.gated_delta_net import prefix_gated_delta_net
 from megatron_prefix.layers.last_layer import prefix_transformer_layer
 from megatron_prefix.layers.latent_attention import prefix_latent_attention
 from megatron_prefix.layers.recurrent import refused_recurrent_layer
+from megatron_prefix.megatron.gated_delta_net import is_gated_delta_net
 from megatron_prefix.megatron.latent_attention import (
     build_without_transformer_engine,
     is_latent,
@@ -45,9 +47,10 @@ def prefix_grouped(spec: Spec) -> Spec:
             Transformer Engine, MoE, heterogeneous). It is not changed.
 
     Returns:
-        The same structure with every `SelfAttention` and `MLASelfAttention`, its core attention and
-        its layer replaced by subclasses of themselves; everything else as it was. Torch's norms
-        also take sequence parallelism, and Apex's give way to them for RMSNorm and on the CPU.
+        The same structure with every `SelfAttention`, `MLASelfAttention` and `GatedDeltaNet`, their
+        core attention and their layer replaced by subclasses of themselves; everything else as it
+        was. Torch's norms also take sequence parallelism, and Apex's give way to them for RMSNorm
+        and on the CPU.
 
     Raises:
         ValueError: the spec has no self attention that can share prefixes. (Recurrent layers
@@ -91,6 +94,9 @@ def _rewrite(spec: Any) -> tuple[Any, bool]:
 def _rewrite_module_spec(spec: ModuleSpec) -> tuple[ModuleSpec, bool]:
     spec.submodules, found = _rewrite(spec.submodules)
     module = get_module(spec)
+    if is_gated_delta_net(module):
+        spec.module = prefix_gated_delta_net(module)
+        return spec, True
     if isinstance(module, type) and issubclass(module, RECURRENT_LAYERS):
         spec.module = refused_recurrent_layer(module)
         return spec, found

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_prefix.attention.halo import Halo
 from megatron_prefix.attention.kernels import Kernel
-from megatron_prefix.attention.root_keys import LayerRootKeys, RootStage
+from megatron_prefix.attention.root_keys import LayerRootKeys, RootHalo, RootStage
 from megatron_prefix.attention.stage_compute import (
     StageCompute,
     gradients_like,
@@ -60,15 +61,18 @@ def prefix_attention(
     """
     q, k, v = checked_inputs(q, k, v, stages)
     compute = StageCompute(kernel, scale, deterministic)
+    if windowed and stages.windowed is not None:
+        of_window, halo = stages.windowed, None
+        assert of_window.halo is None
+        if of_window.root_rows:
+            assert root is not None
+            halo = RootHalo(keys=root, num_rows=of_window.root_rows)
+        return attend_to_row(q, k, v, (of_window.stage,), compute, sink=sink, halo=halo)
     root_stage = None
     if stages.root is not None:
         assert root is not None
         root_stage = RootStage(stage=stages.root, keys=root)
-    of_layer = stages.local
-    if windowed and stages.windowed is not None:
-        assert root_stage is None and stages.windowed.halo is None
-        of_layer = (stages.windowed.stage,)
-    return attend_to_row(q, k, v, of_layer, compute, root_stage, sink)
+    return attend_to_row(q, k, v, stages.local, compute, root=root_stage, sink=sink)
 
 
 def attend_to_row(
@@ -77,11 +81,19 @@ def attend_to_row(
     v: Tensor,
     stages: Sequence[AttentionStage[Tensor]],
     compute: StageCompute,
+    *,
     root: RootStage | None = None,
     sink: Tensor | None = None,
+    halo: Halo | None = None,
 ) -> Tensor:
-    """The same from the stages alone: the self stage of all queries, then the cross stages."""
-    return _PrefixAttention.apply(q, k, v, stages, compute, root, sink)
+    """The same from the stages alone: the self stage of all queries, then the cross stages.
+
+    Args:
+        root: what is merged after them.
+        sink: as above.
+        halo: keys from elsewhere that the stages have behind the row's.
+    """
+    return _PrefixAttention.apply(q, k, v, stages, compute, root, sink, halo)
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -97,11 +109,13 @@ class _PrefixAttention(torch.autograd.Function):
         compute: StageCompute,
         root: RootStage | None,
         sink: Tensor | None,
+        halo: Halo | None,
     ) -> Tensor:
         """Compute the self stage into the packed output, then merge the others into it."""
-        ctx.stages, ctx.compute, ctx.root = stages, compute, root
+        ctx.stages, ctx.compute, ctx.root, ctx.halo = stages, compute, root, halo
         ctx.wide = len(stages) + (root is not None) > 2
-        out, lse = compute.attend(stages, q, k, v, wide=ctx.wide)
+        keys, values = (k, v) if halo is None else halo.extend(k, v, in_backward=False)
+        out, lse = compute.attend(stages, q, keys, values, wide=ctx.wide)
         if root is not None:
             root.merge(compute, q, out, lse)
         return save_for_backward(ctx, q, k, v, out, lse, sink)
@@ -111,10 +125,15 @@ class _PrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Add up the stages' shares of dq, dk and dv, in the order of the stages."""
         merged, k, v, d_sink = saved_for_backward(ctx, dout)
-        gradients = ctx.compute.shares(ctx.stages, merged, k, v, wide=ctx.wide)
+        halo = ctx.halo
+        keys, values = (k, v) if halo is None else halo.extend(k, v, in_backward=True)
+        dq, *d_keys = ctx.compute.shares(ctx.stages, merged, keys, values, wide=ctx.wide)
+        if halo is not None:
+            d_keys = halo.give_back([x.to(merged.lse.dtype) for x in d_keys])
         if ctx.root is not None:
-            ctx.root.add_shares(ctx.compute, merged, gradients[0])
-        return *gradients_like(gradients, (merged.q, k, v)), None, None, None, d_sink
+            ctx.root.add_shares(ctx.compute, merged, dq)
+        of_inputs = gradients_like((dq, *d_keys), (merged.q, k, v))
+        return *of_inputs, None, None, None, d_sink, None
 
 
 def checked_inputs(

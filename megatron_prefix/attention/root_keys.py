@@ -13,7 +13,7 @@ Shapes: R tokens of the root, Hk key/value heads, D head dimension.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,26 @@ def _added(dx: Tensor, later: Tensor | None) -> Tensor:
     total = dx.to(later.dtype, copy=True)
     total[: len(later)] += later
     return total.to(dx.dtype)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RootHalo:
+    """The `Halo` of a row in a layer with a sliding window: the root's last rows."""
+
+    keys: LayerRootKeys
+    num_rows: int
+
+    def extend(self, k: Tensor, v: Tensor, *, in_backward: bool) -> tuple[Tensor, Tensor]:
+        """See `Halo.extend`."""
+        ends = (x[-self.num_rows :] for x in (self.keys.keys, self.keys.values))
+        return tuple(torch.cat(parts) for parts in zip((k, v), ends, strict=True))
+
+    def give_back(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See `Halo.give_back`."""
+        sums = self.keys.gradients(gradients[0].dtype)
+        for total, x in zip(sums, gradients, strict=True):
+            total[-self.num_rows :] += x[-self.num_rows :]
+        return [x[: -self.num_rows] for x in gradients]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

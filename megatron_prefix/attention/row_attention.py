@@ -44,6 +44,8 @@ class AttentionSetup:
     window: int | None = None
     """Keys before its own that a query sees in the layers with a sliding window; None: the model
     has no such layer."""
+    recurrence_width: int | None = None
+    """Inputs that the convolution of recurrent layers reads; None: the model has no such layer."""
 
     @classmethod
     def of(
@@ -72,6 +74,7 @@ class AttentionSetup:
             context_parallel_group=context_parallel_group,
             comm_types=model_comm_types(config),
             window=model_window(config),
+            recurrence_width=recurrence_width(config),
         )
 
     @property
@@ -85,6 +88,13 @@ class AttentionSetup:
         """Of this process among them."""
         group = self.context_parallel_group
         return 0 if group is None else dist.get_rank(group)
+
+
+def recurrence_width(config: Any) -> int | None:
+    """See `AttentionSetup`, of a model with Megatron's config `config`."""
+    if getattr(config, "experimental_attention_variant", None) == "gated_delta_net":
+        return config.linear_conv_kernel_dim
+    return None
 
 
 def attention_dtype(config: Any) -> torch.dtype:

@@ -224,7 +224,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = _parse(text)
     except ConfigError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+        raise ConfigError(
+            f"override {override!r}: the value is not YAML: {error}; text that begins with * or & "
+            "needs quotes"
+        ) from error
     section = values
     for depth, key in enumerate(keys[:-1], start=1):
         # A section may be absent or null in the file.
@@ -319,15 +322,24 @@ def _convert_union(annotation: Any, value: Any, path: str) -> Any:
     if value is None and types.NoneType in get_args(annotation):
         return None
     members = [member for member in get_args(annotation) if member is not types.NoneType]
-    if len(members) == 1:
+    shaped = [member for member in members if _has_shape(member, value)]
+    if len(members) == 1 or len(shaped) == 1:
         # Its own error says more, a nested key for example.
-        return _convert(members[0], value, path)
+        return _convert((shaped or members)[0], value, path)
     for member in members:
         try:
             return _convert(member, value, path)
         except ConfigError:
             continue
     raise ConfigError(refusal(path, value, annotation))
+
+
+def _has_shape(annotation: Any, value: Any) -> bool:
+    """Whether both are a list, or both a mapping, whatever they hold."""
+    origin = get_origin(annotation)
+    if isinstance(value, Mapping):
+        return origin is dict
+    return isinstance(value, (list, tuple)) and origin in (list, tuple)
 
 
 def _convert_sequence(annotation: Any, value: Any, path: str) -> Any:

@@ -143,6 +143,8 @@ class EvaluationConfig:
         none = "none given; name at least one JSONL or Parquet file"
         if not self.paths:
             yield f"paths: {none}"
+        if isinstance(self.paths, dict) and "" in self.paths:
+            yield "paths: a data set has an empty name; give it one"
         for name, paths in self.data_sets.items():
             if self.paths and not paths:
                 yield f"paths.{name}: {none}"

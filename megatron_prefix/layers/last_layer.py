@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_prefix.layers.dropout import refuse_dropout
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
+from megatron_prefix.layers.replay import replaying
 from megatron_prefix.layers.router import collects_statistics, counting_by_multiplicity
 from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.borrowed import residual_through
@@ -48,7 +49,12 @@ class _PrefixTransformerLayer:
         last_params = None
         if shares_prefixes and self.layer_number == self.config.num_layers:
             last_params = packed_seq_params.last_layer
-        counts = shares_prefixes and collects_statistics(self)
+        # Tokens that are sampled have no multiplicity, and nothing is learnt from them.
+        counts = (
+            shares_prefixes
+            and packed_seq_params.multiplicity is not None
+            and collects_statistics(self)
+        )
         if counts:
             context = counting_by_multiplicity(self, packed_seq_params)
         elif last_params is not None:
@@ -56,7 +62,10 @@ class _PrefixTransformerLayer:
             context = residual_through(
                 self, functools.partial(_rows, params=last_params, config=self.config)
             )
-        with context:
+        replay: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if shares_prefixes:
+            replay = replaying(self, packed_seq_params)
+        with context, replay:
             output = super().forward(
                 hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
             )

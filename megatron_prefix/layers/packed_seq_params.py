@@ -18,6 +18,7 @@ from megatron_prefix.layout import (
     ModelRow,
     PackedLayout,
     RankRow,
+    Recurrence,
     own_values,
     rank_row,
 )
@@ -65,6 +66,11 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """How the row is distributed over context-parallel ranks; None: all of it is here."""
     last_layer: PrefixPackedSeqParams | None = None
     """Params of the model's last layer, where it computes the output of some rows only."""
+    recurrence: Recurrence[Tensor] | None = None
+    """The paths of the tokens, for recurrent layers."""
+    routes: Tensor | None = None
+    """[T, layers with experts, topk] int64: the experts that each token is sent to; [N, ...] in
+    params of a trimmed last layer. None: the routers choose."""
     query_rows: Tensor | None = None
     """[N] int64 ascending, in params of a trimmed last layer: the rows that attend."""
     query_rows_host: np.ndarray | None = None
@@ -80,6 +86,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
         multiple: int = 1,
         mrope_positions: np.ndarray | None = None,
         router_losses: RouterLossScale | None = None,
+        routes: np.ndarray | None = None,
     ) -> PrefixPackedSeqParams:
         """Params of a packed layout, or of this rank's part of it, with tensors on the device.
 
@@ -96,6 +103,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 under sequence parallelism.
             mrope_positions: [3, T] of the whole row, from `layout.scatter`, for a model with mRoPE.
             router_losses: see the field.
+            routes: [T, layers, topk] of the whole row, from `routes_of_row`, to replay.
 
         Raises:
             ValueError: the row does not divide by the group's size.
@@ -108,6 +116,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             needed=needed,
             multiple=multiple,
             window=setup.window,
+            recurrence_width=setup.recurrence_width,
         )
         tensors = record_to_device(row.model, setup.device)
         params = cls.from_row(row, tensors, setup, router_losses=router_losses)
@@ -118,6 +127,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
                     "time, height and width of each token of the row"
                 )
             params.set_mrope_positions(params.own(mrope_positions.T).T.contiguous())
+        if routes is not None:
+            params.set_routes(routes)
         return params
 
     @classmethod
@@ -164,6 +175,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             own_rows=row.rows,
             multiplicity=tensors.multiplicity,
             router_losses=router_losses,
+            recurrence=tensors.recurrence,
             shards=row.shards,
         )
         last = tensors.last_stages
@@ -185,6 +197,14 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 if self.shards is not None:
                     # Otherwise Megatron's embedding takes a slice of what is this rank's already.
                     params.cp_group = OneRank()
+
+    def set_routes(self, routes: np.ndarray) -> None:
+        """Give every layer with experts the routes of the whole row, [tokens, layers, topk]."""
+        own = own_values(routes, self.own_rows)
+        own[self.own_rows < 0] = np.arange(routes.shape[-1])
+        (self.routes,) = copy_to_device([own], self.position_ids.device)
+        if self.last_layer is not None:
+            self.last_layer.routes = self.routes[self.last_layer.query_rows]
 
     @property
     def model_position_ids(self) -> Tensor:

@@ -1,29 +1,44 @@
 """What routers of experts learn from all tokens, a token counted once for each of its sequences.
 
-Megatron counts how many tokens each expert gets, and moves the expert bias by these counts. Its
-z-loss is a mean over the tokens of a microbatch. A shared token stands in the row once; of repeated
-prompts it would be counted once for each sequence. So tokens are weighted by their multiplicity m,
-which is 0 on padding; N is the sum of m over the microbatch:
+Megatron counts how many tokens each expert gets, and moves the expert bias by these counts. Losses
+of its routers are means over the tokens of a microbatch. A shared token stands in the row once; of
+repeated prompts it would be counted once for each sequence. So tokens are weighted by their
+multiplicity m, which is 0 on padding. N is the sum of m over the microbatch, E the experts, k how
+many of them a token gets:
 
-    counts    of each expert  sum of m over the tokens that it gets
-    z-loss    1/N * sum over tokens of m * logsumexp(logits)^2    (arXiv 2202.08906, equation 5)
+    counts     c_e = sum over tokens of m, for those that expert e gets
+    z-loss     1/N * sum over tokens of m * logsumexp(logits)^2    (arXiv 2202.08906, equation 5)
+    auxiliary  E / (k N^2) * sum over experts of c_e * (sum over tokens of m * score)
+                                                                   (arXiv 2101.03961, equation 4)
 
-Ranks that hold parts of a row have parts of these sums, whose gradients Megatron adds up.
+The auxiliary loss of sequences (`seq_aux_loss`) is the same, since to Megatron a packed row is one
+sequence. The global one has, in place of c_e, the mean over the microbatches of the step so far, of
+the counts on all data-parallel ranks; and their N.
+
+Ranks that hold parts of a row have parts of the sums over tokens, whose gradients Megatron adds up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams, RouterLossScale
-from megatron_prefix.megatron.borrowed import routing_followed_by, z_loss_by
+from megatron_prefix.megatron.auxiliary_losses import AuxiliaryLoss, auxiliary_losses
+from megatron_prefix.megatron.borrowed import (
+    auxiliary_loss_by,
+    routing_followed_by,
+    z_loss_by,
+)
 
 
 def has_statistics(config: Any) -> bool:
@@ -32,16 +47,7 @@ def has_statistics(config: Any) -> bool:
     Args:
         config: Megatron's `TransformerConfig`.
     """
-    return _bias_moves(config) or has_losses(config)
-
-
-def has_losses(config: Any) -> bool:
-    """Whether routers of a model have losses of their own.
-
-    Args:
-        config: Megatron's `TransformerConfig`.
-    """
-    return bool(config.moe_z_loss_coeff)
+    return _bias_moves(config) or bool(config.moe_z_loss_coeff or auxiliary_losses(config))
 
 
 def _bias_moves(config: Any) -> bool:
@@ -50,12 +56,21 @@ def _bias_moves(config: Any) -> bool:
 
 def collects_statistics(layer: Any) -> bool:
     """Whether a transformer layer has experts whose router learns from all tokens."""
-    return has_statistics(layer.config) and _router(layer) is not None
+    return has_statistics(layer.config) and router_of(layer) is not None
 
 
-def _router(layer: Any) -> TopKRouter | None:
+def router_of(layer: Any) -> TopKRouter | None:
     """The router of a layer, also where an adapter (LoRA) wraps it."""
     return next((m for m in layer.mlp.modules() if isinstance(m, TopKRouter)), None)
+
+
+def own_rows(values: Tensor, config: Any) -> Tensor:
+    """[T, ...] of a row's tokens -> of those that a router gets: under sequence parallelism the
+    part of this tensor-parallel rank."""
+    if not config.sequence_parallel:
+        return values
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    return values.tensor_split(size)[parallel_state.get_tensor_model_parallel_rank()]
 
 
 @contextlib.contextmanager
@@ -70,36 +85,80 @@ def counting_by_multiplicity(layer: Any, params: PrefixPackedSeqParams) -> Itera
         ValueError: the router has losses and is in training, but the params have no scale for them.
     """
     assert params.multiplicity is not None and params.query_rows is None
-    router, config, multiplicity = _router(layer), layer.config, params.multiplicity
+    config, router, multiplicity = layer.config, router_of(layer), params.multiplicity
     assert router is not None
-    if config.sequence_parallel:
-        multiplicity = multiplicity.tensor_split(
-            parallel_state.get_tensor_model_parallel_world_size()
-        )[parallel_state.get_tensor_model_parallel_rank()]
-
-    @torch.no_grad()
-    def count_repeated(routing_map: Tensor) -> None:
-        # Megatron has counted every row once. Whole numbers, which float32 holds up to 2^24.
-        router.local_tokens_per_expert += (routing_map * (multiplicity - 1)[:, None]).sum(dim=0)
-
-    def z_loss(logits: Tensor) -> Tensor:
-        scale = _scale_of(params)
-        squares = torch.logsumexp(logits, dim=-1).square()
-        factor = config.moe_z_loss_coeff * scale.factor / scale.num_tokens
-        return (squares * multiplicity).sum() * factor
-
+    weighted = _WeightedRouter(
+        router=router,
+        multiplicity=own_rows(multiplicity, config)[:, None],
+        scale=params.router_losses,
+    )
     with contextlib.ExitStack() as lent:
         if _bias_moves(config):
-            lent.enter_context(routing_followed_by(router, count_repeated))
+            lent.enter_context(routing_followed_by(router, weighted.count_repeated))
         if config.moe_z_loss_coeff:
-            lent.enter_context(z_loss_by(router, z_loss))
+            lent.enter_context(z_loss_by(router, weighted.z_loss))
+        for kind in auxiliary_losses(config):
+            loss = functools.partial(weighted.auxiliary_loss, kind)
+            lent.enter_context(auxiliary_loss_by(router, kind, loss))
         yield
 
 
-def _scale_of(params: PrefixPackedSeqParams) -> RouterLossScale:
-    if params.router_losses is None:
-        raise ValueError(
-            "the model's routers have losses (moe_z_loss_coeff), and PrefixPackedSeqParams has no "
-            "router_losses to scale them by. Give from_layout router_losses=RouterLossScale(...)"
-        )
-    return params.router_losses
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _WeightedRouter:
+    """A router and how often each of its T rows counts. Its methods stand in for the router's."""
+
+    router: TopKRouter
+    multiplicity: Tensor
+    """[T, 1] int64"""
+    scale: RouterLossScale | None
+
+    @torch.no_grad()
+    def count_repeated(self, routing_map: Tensor) -> None:
+        """Add to the counts of a map [T, E], of which Megatron has counted every row once."""
+        # Whole numbers, which float32 holds up to 2^24.
+        self.router.local_tokens_per_expert += (routing_map * (self.multiplicity - 1)).sum(dim=0)
+
+    def z_loss(self, logits: Tensor) -> Tensor:
+        """logits [T, E] -> this rank's part."""
+        scale = self._known_scale("moe_z_loss_coeff")
+        squares = torch.logsumexp(logits, dim=-1, keepdim=True).square()
+        factor = self.router.config.moe_z_loss_coeff * scale.factor / scale.num_tokens
+        return (squares * self.multiplicity).sum() * factor
+
+    def auxiliary_loss(self, kind: AuxiliaryLoss, scores: Tensor, routing_map: Tensor) -> Tensor:
+        """scores [T, E], and the map [T, E] that follows from them -> this rank's part."""
+        router, scale = self.router, self._known_scale("moe_aux_loss_coeff")
+        counts = self._counts(routing_map, on_all_ranks=kind == "global_aux_loss")
+        num_tokens: int | Tensor = scale.num_tokens
+        if kind == "global_aux_loss":
+            num_tokens = (counts.sum() / router.topk).clamp(min=1)
+            # Megatron's own sums, which it sets to 0 after each step.
+            router.global_tokens_per_expert += counts
+            router.ga_steps += 1
+            counts = router.global_tokens_per_expert / router.ga_steps
+        factor = router.get_aux_loss_coeff(kind) * scale.factor * router.config.num_moe_experts
+        total = ((scores * self.multiplicity).sum(dim=0) * counts).sum()
+        return total * (factor / (router.topk * num_tokens * num_tokens))
+
+    @torch.no_grad()
+    def _counts(self, routing_map: Tensor, *, on_all_ranks: bool) -> Tensor:
+        """[E] int64: of the whole row, or of the rows of all data-parallel ranks."""
+        router = self.router
+        if router.config.sequence_parallel:
+            group = router.tp_dp_cp_group if on_all_ranks else router.tp_cp_group
+        elif on_all_ranks:
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        else:
+            group = parallel_state.get_context_parallel_group()
+        counts = (routing_map * self.multiplicity).sum(dim=0)
+        dist.all_reduce(counts, group=group)
+        return counts
+
+    def _known_scale(self, option: str) -> RouterLossScale:
+        if self.scale is None:
+            raise ValueError(
+                f"the model's routers have losses ({option}), and PrefixPackedSeqParams has no "
+                "router_losses to scale them by. Give from_layout "
+                "router_losses=RouterLossScale(...)"
+            )
+        return self.scale

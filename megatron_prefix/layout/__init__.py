@@ -23,6 +23,7 @@ from megatron_prefix.layout.planner import (
     rows_of,
 )
 from megatron_prefix.layout.rank_row import rank_row
+from megatron_prefix.layout.routes import route_keys, routes_of_row
 from megatron_prefix.layout.rows import (
     COMM_TYPES,
     CommType,
@@ -34,7 +35,7 @@ from megatron_prefix.layout.rows import (
 from megatron_prefix.layout.shard_stages import RankStages
 from megatron_prefix.layout.sharding import ContextShards
 from megatron_prefix.layout.sharing import share_where_it_pays
-from megatron_prefix.layout.stages import AttentionStage, GatheredStages, Rectangles
+from megatron_prefix.layout.stages import AttentionStage, GatheredStages, Rectangles, Recurrence
 from megatron_prefix.layout.step_packing import Packing
 from megatron_prefix.layout.tree import PrefixTree
 from megatron_prefix.layout.tree_shape import TreeShape
@@ -57,6 +58,7 @@ __all__ = [
     "RankRow",
     "RankStages",
     "Rectangles",
+    "Recurrence",
     "RowStages",
     "Segment",
     "TreeShape",
@@ -67,6 +69,8 @@ __all__ = [
     "pack",
     "plan_microbatches",
     "rank_row",
+    "route_keys",
+    "routes_of_row",
     "rows_of",
     "rows_to_keep",
     "shard_layout",

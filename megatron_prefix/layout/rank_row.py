@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_prefix.layout.dispatch import shard_layout
 from megatron_prefix.layout.packing import PackedLayout
+from megatron_prefix.layout.recurrence import recurrence
 from megatron_prefix.layout.rows import COMM_TYPES, CommType, RankRow, RowStages
 from megatron_prefix.layout.shard_stages import stages_of_rank
 from megatron_prefix.layout.trimming import trim_row
@@ -25,6 +26,7 @@ def rank_row(
     needed: np.ndarray | None = None,
     multiple: int = 1,
     window: int | None = None,
+    recurrence_width: int | None = None,
 ) -> RankRow:
     """Plan one rank's part of a packed row.
 
@@ -39,17 +41,13 @@ def rank_row(
         multiple: the number of output rows is a multiple of this: the tensor-parallel size, under
             sequence parallelism.
         window: of the model's layers with a sliding window, see `Rectangles`; None: it has none.
+        recurrence_width: inputs that the convolution of the model's recurrent layers reads; None:
+            it has no such layers.
 
     Raises:
         ValueError: the row's length does not divide by the number of ranks, or its root ran in an
-            earlier row and the model has a window.
+            earlier row and the model has recurrent layers.
     """
-    if window is not None and layout.root_stage is not None:
-        raise ValueError(
-            "share_across_microbatches: true cannot be combined with window_size yet (a row of "
-            "responses would need the last keys of its prompt from an earlier row); set "
-            "share_across_microbatches: false"
-        )
     if num_ranks == 1:
         shards, rows = None, np.arange(layout.num_tokens)
         stages = RowStages(
@@ -76,4 +74,8 @@ def rank_row(
             of_layer and dataclasses.replace(of_layer, windowed=windowed)
             for of_layer, windowed in itertools.zip_longest((stages, last_stages), found)
         )
-    return RankRow.of(layout, rows, stages, last_stages, shards)
+    paths = None
+    if recurrence_width is not None:
+        assert num_ranks == 1, "not with context parallelism"
+        paths = recurrence(layout, width=recurrence_width)
+    return RankRow.of(layout, rows, stages, last_stages, shards, paths)

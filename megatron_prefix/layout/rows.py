@@ -24,6 +24,7 @@ from megatron_prefix.layout.stages import (
     Array,
     AttentionStage,
     GatheredStages,
+    Recurrence,
     WindowedStages,
 )
 
@@ -84,6 +85,8 @@ class ModelRow(Generic[Array]):
     stages: RowStages[Array]
     last_stages: RowStages[Array] | None
     """Of the model's last layer, where it computes the output of some rows only."""
+    recurrence: Recurrence[Array] | None = None
+    """For recurrent layers; None: the model has none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,6 +112,7 @@ class RankRow:
         stages: RowStages[np.ndarray],
         last_stages: RowStages[np.ndarray] | None,
         shards: ContextShards | None,
+        recurrence: Recurrence[np.ndarray] | None = None,
     ) -> RankRow:
         """These rows of a packed row; see the fields."""
         return cls(
@@ -120,6 +124,7 @@ class RankRow:
                 multiplicity=own_values(layout.multiplicity, rows),
                 stages=stages,
                 last_stages=last_stages,
+                recurrence=recurrence,
             ),
             max_seqlen=layout.max_seqlen,
             shards=shards,

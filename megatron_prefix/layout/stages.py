@@ -107,9 +107,11 @@ class WindowedStages(Generic[Array]):
     """The attention of a layer with a sliding window, see `windows.py`."""
 
     stage: AttentionStage[Array]
-    """All queries, against the keys of the row and, behind them, those received."""
+    """All queries, against the keys of the row and, behind them, those from elsewhere."""
     halo: HaloRows[Array] | None
-    """None: no rank needs a row of another one."""
+    """Of other ranks; None: no rank needs a row of another one."""
+    root_rows: int
+    """So many of the last keys of a root that an earlier row has run."""
 
 
 def attention_stage(
@@ -144,3 +146,27 @@ def stage_rows(rows: slice | np.ndarray) -> np.ndarray:
 
 def _count(rows: slice | np.ndarray) -> int:
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Wave(Generic[Array]):
+    """Chunks that are computed together."""
+
+    chunks: slice
+    before: Array
+    """[n] int64: the chunk before each one, counted from the first of the wave before."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recurrence(Generic[Array]):
+    """The paths of a row's T tokens. Index T stands for none: a row of zeros behind the tokens."""
+
+    inputs: Array
+    """[T, width] int64: the last inputs of each token along its path, its own last."""
+    chunks: Array
+    """[C, size] int64: the tokens of each chunk, wave after wave, filled up with T."""
+    waves: tuple[Wave[Array], ...]
+    place: Array
+    """[T] int64: where each token is among the C * size places of the chunks; 0 on padding."""
+    real: Array
+    """[T] bool: not padding."""

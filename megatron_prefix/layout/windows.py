@@ -12,6 +12,9 @@ row's copies are added up. Whatever the length of the prefix, a segment has at m
 it. A window that no sequence of the row is longer than hides nothing: nothing is planned then, and
 the layer has the stages of the others.
 
+In a series of rows the halo of a row with responses reaches into the root, which an earlier row has
+run: the last rows of its keys come behind the row's own.
+
 Under context parallelism a rank asks other ranks for the rows of its halos that it does not hold,
 each once, whatever the kind of communication. Every rank plans for all, so none has to ask.
 """
@@ -73,7 +76,7 @@ def windowed_stages(
     """The attention of layers in which a query sees `window` keys before its own at most.
 
     Args:
-        layout: the whole row, with its roots.
+        layout: the whole row.
         ranks: what every rank holds.
         rank: whose stages are planned.
         window: at least 0.
@@ -86,15 +89,22 @@ def windowed_stages(
     if layout.max_seqlen <= window + 1:
         return [None] * len(layers)
     own = ranks[rank]
-    place = np.full(layout.num_tokens, -1, dtype=np.int64)
+    num_root = _num_root(layout)
+    elsewhere = layout.num_tokens + np.arange(max(0, num_root - window), num_root)
+    place = np.full(layout.num_tokens + num_root, -1, dtype=np.int64)
     place[own.rows[own.rows >= 0]] = np.flatnonzero(own.rows >= 0)
-    halo = None
+    halo, root_rows = None, len(elsewhere)
     if len(ranks) > 1:
-        halo, received = _exchange(layout, ranks, rank, window, place)
-        place[received] = len(own.rows) + np.arange(len(received))
-    num_keys = len(own.rows) + (0 if halo is None else halo.num_received)
+        assert num_root == 0, "no series of rows with context parallelism"
+        halo, elsewhere = _exchange(layout, ranks, rank, window, place)
+    num_keys = len(own.rows) + len(elsewhere)
+    place[elsewhere] = np.arange(len(own.rows), num_keys)
     return [
-        WindowedStages(stage=_stage(layout, own, layer, window, place, num_keys), halo=halo)
+        WindowedStages(
+            stage=_stage(layout, own, layer, window, place, num_keys),
+            halo=halo,
+            root_rows=root_rows,
+        )
         for layer in layers
     ]
 
@@ -107,10 +117,10 @@ def _stage(
     place: np.ndarray,
     num_keys: int,
 ) -> AttentionStage[np.ndarray]:
-    """Of a layer's queries, against the row's keys and those received behind them.
+    """Of a layer's queries, against the row's keys and those from elsewhere behind them.
 
     Args:
-        place: [T] of each position of the packed row among these keys.
+        place: of each position of the packed row, and of the root, among these keys.
     """
     tokens = np.arange(len(own.rows))
     queries = tokens if layer.queries is None else layer.queries
@@ -120,7 +130,7 @@ def _stage(
         if num_queries:
             first = stop - num_queries
             before = tokens[max(start, first - window) : first]
-            above = _rows_before(layout, int(own.rows[start]), window - len(before))
+            above = rows_before(layout, int(own.rows[start]), window - len(before))
             keys += [place[above], before, tokens[first:stop]]
             q_lengths.append(num_queries)
             k_lengths.append(num_queries + len(before) + len(above))
@@ -143,7 +153,7 @@ def _exchange(
     """What this rank sends and receives (None: no rank does), and the positions it receives.
 
     Args:
-        place: [T] of each position of the packed row in the rank's.
+        place: of each position of the packed row in the rank's.
     """
     asked = positions_asked_for(layout, ranks, window)
     if not any(len(positions) for of_rank in asked for positions in of_rank):
@@ -168,15 +178,18 @@ def positions_asked_for(
         owner[held.rows[held.rows >= 0]] = rank
     asked = []
     for rank, held in enumerate(ranks):
-        above = [_rows_before(layout, int(p), window) for p in held.rows[held.bounds[:-1]]]
+        above = [rows_before(layout, int(p), window) for p in held.rows[held.bounds[:-1]]]
         needed = np.unique(np.concatenate(above))
         needed = needed[owner[needed] != rank]
         asked.append([needed[owner[needed] == sender] for sender in range(len(ranks))])
     return asked
 
 
-def _rows_before(layout: PackedLayout, position: int, count: int) -> np.ndarray:
-    """The last `count` positions on the path before `position`, or all there are, in order."""
+def rows_before(layout: PackedLayout, position: int, count: int) -> np.ndarray:
+    """The last `count` positions on the path before `position`, or all there are, in order.
+
+    Those of a root that is elsewhere are counted on from the row's own.
+    """
     segments = layout.segments
     if not 0 <= position < layout.num_tokens - layout.num_padding:
         return np.zeros(0, dtype=np.int64)
@@ -189,7 +202,14 @@ def _rows_before(layout: PackedLayout, position: int, count: int) -> np.ndarray:
         parts.append(np.arange(max(above.start, stop - missing), stop))
         missing -= len(parts[-1])
         parent = above.parent
+    num_root = _num_root(layout)
+    parts.append(layout.num_tokens + np.arange(max(0, num_root - missing), num_root))
     return np.concatenate(parts[::-1])
+
+
+def _num_root(layout: PackedLayout) -> int:
+    """Positions of a root that an earlier row has run."""
+    return 0 if layout.root_stage is None else int(layout.root_stage.on.cu_k[-1])
 
 
 def _copies(key_rows: np.ndarray, num_rows: int) -> Copies[np.ndarray]:

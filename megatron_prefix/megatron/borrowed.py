@@ -16,6 +16,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
+from megatron_prefix.megatron.auxiliary_losses import AuxiliaryLoss
+
 
 class OneRank:
     """Stands in for a process group of this rank alone."""
@@ -130,6 +132,35 @@ def routing_followed_by(
     return _lent(router, "routing", routing_then)
 
 
+class _GivenRoutes:
+    """Stands in for Megatron's `RouterReplay`: the experts are given, whatever the scores."""
+
+    def __init__(self, experts: Tensor) -> None:
+        self.experts = experts
+
+    def get_replay_topk(self, scores: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The scores of the given experts, and these."""
+        return scores.gather(1, self.experts), self.experts
+
+
+def routed_as(router: Any, experts: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Within the block, a router sends its rows to given experts.
+
+    Args:
+        router: a Megatron `TopKRouter`, which asks its `router_replay`, where it has one, for the
+            experts of each row.
+        experts: [rows, topk] int64.
+
+    Raises:
+        ValueError: the release's router has no such attribute.
+    """
+    if not hasattr(router, "router_replay"):
+        raise ValueError(
+            "routes: the routers of this megatron-core cannot be given any; install 0.16 or newer"
+        )
+    return _lent(router, "router_replay", _GivenRoutes(experts))
+
+
 def z_loss_by(
     router: Any, loss_of: Callable[[Tensor], Tensor]
 ) -> contextlib.AbstractContextManager[None]:
@@ -149,3 +180,24 @@ def z_loss_by(
         return MoEAuxLossAutoScaler.apply(logits, loss_of(logits))
 
     return _lent(router, "apply_z_loss", apply_z_loss)
+
+
+def auxiliary_loss_by(
+    router: Any, kind: AuxiliaryLoss, loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> contextlib.AbstractContextManager[None]:
+    """Within the block, one of a router's auxiliary losses is another one.
+
+    Backward begins from it as from Megatron's, which asks for it in training only, where gradients
+    are enabled.
+
+    Args:
+        router: a Megatron `TopKRouter`, whose `_apply_aux_loss` and the like get probabilities,
+            scores and the routing map that follows from the scores.
+        kind: of the loss.
+        loss_of: scores and map, [rows, experts] each -> the loss.
+    """
+
+    def apply(probs: Tensor, scores: Tensor, routing_map: Tensor, *_: Any, **__: Any) -> Tensor:
+        return MoEAuxLossAutoScaler.apply(probs, loss_of(scores, routing_map))
+
+    return _lent(router, f"_apply_{kind}", apply)

@@ -9,6 +9,7 @@ from typing import Any
 
 import megatron.core
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -22,6 +23,11 @@ def counts_tokens_of_all_ranks() -> bool:
     and context-parallel ranks (0.19 and newer), rather than by a rank's own."""
     major, minor = release().split(".")[:2]
     return (int(major), int(minor)) >= (0, 19)
+
+
+def has_global_auxiliary_loss() -> bool:
+    """Whether routers compute `global_aux_loss` (0.15 and newer)."""
+    return hasattr(TopKRouter, "_apply_global_aux_loss")
 
 
 def position_embedding_types() -> tuple[str, ...]:

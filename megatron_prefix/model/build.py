@@ -21,6 +21,7 @@ from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layout import LatentShape, ModelShape
 from megatron_prefix.megatron.latent_attention import complete_local_spec
+from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.releases import have_transformer_engine
 from megatron_prefix.model.head import LogProbHead
 from megatron_prefix.model.transformer_config import transformer_config
@@ -114,16 +115,6 @@ def _latent_shape(config: TransformerConfig) -> LatentShape | None:
         shared_channels=config.qk_pos_emb_head_dim,
         value_channels=config.v_head_dim,
     )
-
-
-def moe_layers(config: TransformerConfig) -> tuple[bool, ...]:
-    """[num_layers] whether each layer has experts."""
-    frequency = config.moe_layer_freq
-    if config.num_moe_experts is None:
-        return (False,) * config.num_layers
-    if isinstance(frequency, int):
-        return tuple(layer % frequency == 0 for layer in range(config.num_layers))
-    return tuple(bool(entry) for entry in frequency)
 
 
 def use_transformer_engine(config: TransformerConfig) -> bool:

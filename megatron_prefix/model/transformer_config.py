@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.config.bounds import refuse
 from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
 from megatron_prefix.megatron.comm_type_list import repair_comm_type_list
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
 from megatron_prefix.megatron.releases import position_embedding_types, release
@@ -127,11 +128,18 @@ def transformer_config(
             f"model.transformer: mrope_section={config.mrope_section} does not go with "
             f"model.position_embedding_type: {model.position_embedding_type}; give both or neither"
         )
-    if config.window_size and training.share_across_microbatches:
+    if getattr(config, "experimental_attention_variant", None) is not None:
         raise ConfigError(
-            f"training.share_across_microbatches: true with model.transformer.window_size: "
-            f"{config.window_size} is not supported yet (a row of responses would need the last "
-            "keys of its prompt from an earlier row); set share_across_microbatches: false"
+            "model.transformer.experimental_attention_variant: "
+            f"{config.experimental_attention_variant} is not built by a run yet, only in a model "
+            "of your own whose spec goes through prefix_grouped; set it to null"
+        )
+    if training.share_across_microbatches and auxiliary_losses(config):
+        raise ConfigError(
+            f"training.share_across_microbatches: true with model.transformer.moe_aux_loss_coeff: "
+            f"{config.moe_aux_loss_coeff}: an auxiliary loss is made of the tokens of a whole "
+            "microbatch, whose rows then run one after the other; set "
+            "share_across_microbatches: false, or moe_aux_loss_coeff: 0"
         )
     _check_sizes(model, config)
     if config.pipeline_model_parallel_size > 1:

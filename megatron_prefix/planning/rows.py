@@ -17,7 +17,8 @@ from megatron_prefix.layout.sharding import ContextShards
 from megatron_prefix.layout.step_packing import Packing
 from megatron_prefix.layout.tree import PrefixTree
 from megatron_prefix.layout.windows import RankRows, positions_asked_for
-from megatron_prefix.planning.memory import MemoryModel, RankSizes
+from megatron_prefix.planning.memory import MemoryModel
+from megatron_prefix.planning.rank_sizes import RankSizes
 
 
 @dataclass(frozen=True, kw_only=True)

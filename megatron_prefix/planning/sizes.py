@@ -12,9 +12,11 @@ from megatron_prefix.config import (
     TrainingConfig,
 )
 from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.releases import gate_has_offset, option
-from megatron_prefix.model.build import model_shape, moe_layers
-from megatron_prefix.planning.memory import MemoryModel, RankSizes
+from megatron_prefix.model.build import model_shape
+from megatron_prefix.planning.memory import MemoryModel
+from megatron_prefix.planning.rank_sizes import RankSizes
 
 
 def memory_model(

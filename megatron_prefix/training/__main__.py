@@ -140,6 +140,8 @@ def _arguments(words: Sequence[str], rank: int) -> _Arguments | None:
     for index, word in enumerate(words):
         if word.startswith("-") and word != _CHECK:
             name, equals, value = word.lstrip("-").partition("=")
+            if "." not in name:
+                raise ConfigError(f"{word}: there is no such option; options are {_CHECK}, --help")
             if not equals:
                 value = next(iter(words[index + 1 :]), "value")
             raise ConfigError(

@@ -45,6 +45,14 @@ def _faults_of_rollouts(config: RunConfig) -> Iterator[str]:
         fault = fault_of_name(spec, has_tokenizer=rollouts.text is not None)
         if fault:
             yield f"rollouts.{key}: {spec}: {fault}"
+    if rollouts.text is not None and _is_missing_folder(rollouts.text.tokenizer):
+        yield f"rollouts.text.tokenizer: {rollouts.text.tokenizer}: there is no such folder"
+
+
+def _is_missing_folder(path: Path) -> bool:
+    """Whether there is nothing, and it cannot be a name in Hugging Face's cache: `owner/name`."""
+    is_folder = path.is_absolute() or len(path.parts) > 2 or ".." in path.parts
+    return is_folder and not path.exists()
 
 
 def _faults_of_writer(config: RunConfig) -> Iterator[str]:

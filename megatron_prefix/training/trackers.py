@@ -18,15 +18,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_prefix.config import RunConfig, config_summary
+from megatron_prefix.config.trackers import MlflowConfig
 from megatron_prefix.packages import needed_by
+from megatron_prefix.training.report import say
 from megatron_prefix.training.samples import Sample, markdown
 
 logger = logging.getLogger(__name__)
 
 _IDS = "trackers.json"
 """In the run's folder: the ids of its runs."""
-_NOT_IN_A_NAME = re.compile(r"[^\w\-./ ]")
-"""What MLflow takes in no name of a metric."""
+_NOT_IN_A_NAME = re.compile(r"[^\w\-. ]")
+"""What no store of MLflow takes in a name, and `/`: a store in files makes folders of it, and has
+no folder `eval` for `eval/easy` beside the metric `eval`."""
 _LONGEST_PARAMETER = 500
 """Characters that MLflow takes of a value."""
 _PARAMETERS_AT_ONCE = 100
@@ -38,6 +41,8 @@ class Tracker(Protocol):
 
     id: str
     """By which its run can go on."""
+    where: str
+    """Its run, in words for whoever looks for it."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Take a step's metrics, all of them finite numbers."""
@@ -84,6 +89,8 @@ class Trackers:
                 # Each package has errors of its own.
                 except Exception as error:
                     raise ValueError(f"{option}: its run could not be started: {error}") from error
+        for option, tracker in self._trackers.items():
+            say(f"{option}: {tracker.where}")
         if self._trackers:
             ids = {option: tracker.id for option, tracker in self._trackers.items()}
             temporary = path.with_suffix(".tmp")
@@ -141,11 +148,12 @@ class WandbRun:
             config=json.loads(json.dumps(config_summary(config), default=str)),
             id=known,
             resume=None if known is None else "allow",
-            settings=wandb.Settings(console="off"),
+            settings=wandb.Settings(console="off", quiet=True),
         )
         # Its own count of steps takes no number twice; a run that was killed repeats some.
         self._run.define_metric("*", step_metric="step")
         self.id = self._run.id
+        self.where = self._run.url if section.mode == "online" else self._run.settings.sync_dir
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Take a step's metrics."""
@@ -171,16 +179,25 @@ class MlflowRun:
     def __init__(self, config: RunConfig, known: str | None) -> None:
         """Start it, or go on with the run of a known id."""
         from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Metric
 
         section = config.output.mlflow
         assert section is not None
         self._metric = Metric
         self._client = MlflowClient(tracking_uri=section.tracking_uri)
-        if known is not None:
+        if known is None:
+            self.id = self._start(section, config)
+        else:
             self.id = known
             self._client.update_run(known, status="RUNNING")
-            return
+        self.where = (
+            f"run {self.id} of the experiment {section.experiment} in {self._client.tracking_uri}"
+        )
+
+    def _start(self, section: MlflowConfig, config: RunConfig) -> str:
+        """The id of a new run, which knows its settings."""
+        from mlflow.entities import Param
+
         found = self._client.get_experiment_by_name(section.experiment)
         experiment = (
             self._client.create_experiment(section.experiment)
@@ -188,22 +205,20 @@ class MlflowRun:
             else found.experiment_id
         )
         name = section.name or config.output.directory.absolute().name
-        self.id = self._client.create_run(experiment, run_name=name).info.run_id
+        run: str = self._client.create_run(experiment, run_name=name).info.run_id
         settings = [
             Param(key, str(value)[:_LONGEST_PARAMETER])
             for key, value in _flat(config_summary(config))
         ]
         for first in range(0, len(settings), _PARAMETERS_AT_ONCE):
             some = settings[first : first + _PARAMETERS_AT_ONCE]
-            self._client.log_batch(self.id, params=some)
+            self._client.log_batch(run, params=some)
+        return run
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Take a step's metrics."""
         now = time.time_ns() // 1_000_000
-        found = [
-            self._metric(_NOT_IN_A_NAME.sub("_", name), value, now, step)
-            for name, value in values.items()
-        ]
+        found = [self._metric(_name(name), value, now, step) for name, value in values.items()]
         self._client.log_batch(self.id, metrics=found)
 
     def samples(self, step: int, kind: str, samples: Sequence[Sample]) -> None:
@@ -216,10 +231,14 @@ class MlflowRun:
         self._client.set_terminated(self.id, status="FAILED" if failed else "FINISHED")
 
 
+def _name(name: str) -> str:
+    return _NOT_IN_A_NAME.sub("_", name.replace("/", "."))
+
+
 def _flat(values: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
     """Dotted keys and their values."""
     found: list[tuple[str, Any]] = []
     for key, value in values.items():
-        name = f"{path}{_NOT_IN_A_NAME.sub('_', str(key))}"
+        name = f"{path}{_name(str(key))}"
         found += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
     return found

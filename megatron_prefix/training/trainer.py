@@ -25,7 +25,7 @@ from megatron_prefix.distributed.rank_results import on_rank_0, raise_together, 
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.distributed.stop import StopRequest
 from megatron_prefix.model.build import build_model_chunks, model_shape
-from megatron_prefix.rollouts.build import build_engine, build_evaluator, build_text_reader
+from megatron_prefix.rollouts.build import build_engine, build_evaluator
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
 from megatron_prefix.training.kernel_check import check_kernel_of_run
@@ -209,8 +209,7 @@ class Trainer:
         report_start(config, self.runtime, self.chunks, weights=self.weights, step=began)
         with raise_together(name_rank=False):
             if self.runtime.is_main:
-                read = build_text_reader(config)
-                self._log = RunLog(config, resume_after=self.step, read=read)
+                self._log = RunLog(config, resume_after=self.step)
         metrics: dict[str, Any] = {}
         saved_step = self.step
         has_failed = True
@@ -253,11 +252,10 @@ class Trainer:
             self.engine.close()
         # No rank is gone before all have closed what they hold.
         dist.barrier()
-        if self.runtime.is_main and output.plot and not self.stopped:
-            plot_reward(
-                read_metrics(output.directory / "metrics.jsonl"), output.directory / "reward.png"
-            )
         if self.runtime.is_main:
+            if output.plot and not self.stopped:
+                folder = output.directory
+                plot_reward(read_metrics(folder / "metrics.jsonl"), folder / "reward.png")
             why = "it was asked to stop; start the run again to go on" if self.stopped else why
             report_end(
                 config, self.checkpoints, began=began, step=self.step, why=why, best=self.best
@@ -291,28 +289,27 @@ class Trainer:
             write_waiting(path, self._batch, self.engine.state_dict())
 
     @contextlib.contextmanager
-    def _failing_together(self) -> Iterator[None]:
-        """`raise_together`, and the checkpoint that is being written is completed.
-
-        For what rank 0 does for all ranks, so that its number says nothing.
-        """
+    def _finishing(self) -> Iterator[None]:
+        """The checkpoint that is being written is completed where all ranks refuse the data."""
         try:
-            with raise_together(name_rank=False):
-                yield
+            yield
         except ValueError:
             self.checkpoints.finish()
             raise
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """`_finishing` for what rank 0 does for all ranks, so that its number says nothing."""
+        with self._finishing(), raise_together(name_rank=False):
+            yield
 
     def _make_rollouts(self) -> bool:
         """Have the next rollout batch made; whether there is one. Collective."""
         with self.update.phases.measured("rollout"):
             batch = self._sample()
             if self._resampling is not None:
-                try:
+                with self._finishing():
                     batch = self._resampling.fill(batch, self._sample)
-                except ValueError:
-                    self.checkpoints.finish()
-                    raise
         self._batch = batch
         self._summary = on_rank_0(lambda: None if batch is None else batch.summary())
         return self._summary is not None
@@ -336,11 +333,8 @@ class Trainer:
         assert self._summary is not None
         if self._log is not None and self._batch is not None:
             self._log.training_samples(self.step + 1, self._batch)
-        try:
+        with self._finishing():
             metrics = self.update.train_on(self._batch, self._summary, step=self.step + 1)
-        except ValueError:
-            self.checkpoints.finish()
-            raise
         self._batch = self._summary = None
         resampling = {} if self._resampling is None else self._resampling.metrics()
         return {**metrics, **self.engine.metrics(), **resampling}

@@ -103,6 +103,12 @@ def rectangles(q_lengths: list[int], k_lengths: list[int], *, causal: bool) -> R
     )
 
 
+def in_window(layout: PackedLayout, window: int) -> Tensor:
+    """[T, T] bool: `visible_keys` at most so many positions before the query."""
+    positions = torch.from_numpy(layout.position_ids)
+    return visible_keys(layout) & (positions[:, None] - positions <= window)
+
+
 def stages_of(
     layout: PackedLayout, device: torch.device | str = "cpu", **options: Any
 ) -> RowStages[Tensor]:

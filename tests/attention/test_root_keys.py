@@ -24,6 +24,7 @@ from tests.attention.oracle import (
     dense_attention,
     gradients,
     group,
+    in_window,
     random_qkv,
     random_tree,
     stages_of,
@@ -80,15 +81,21 @@ def parts_of(tree: PrefixTree, count: int) -> list[list[int]]:
 
 
 def series_of(
-    tree: PrefixTree, whole: PackedLayout, *, parts: int, multiple: int = 1, trim: float | None
+    tree: PrefixTree,
+    whole: PackedLayout,
+    *,
+    parts: int,
+    multiple: int = 1,
+    trim: float | None,
+    window: int | None = None,
 ) -> list[Row]:
     """The root's row, then those of the parts; with `trim`, that much of them is needed."""
 
     def stages(layout: PackedLayout, density: float | None) -> RowStages[Tensor]:
         if density is None:
-            return stages_of(layout)
+            return stages_of(layout, window=window)
         needed = np.flatnonzero(np.random.default_rng(0).random(layout.num_tokens) < density)
-        return stages_of(layout, needed=needed, multiple=multiple)
+        return stages_of(layout, needed=needed, multiple=multiple, window=window)
 
     num_root = int(tree.packed_lengths[0])
     root = pack(PrefixTree.from_sequences([tree.tokens[0]]), pad_to_multiple=multiple)
@@ -125,6 +132,7 @@ def run_series(
     kernel: Kernel,
     *,
     deterministic: bool = False,
+    windowed: bool = False,
 ) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
     """out of each row, and its dq, dk, dv; backward of the root last."""
     root = RootKeys(len(rows[0].own))
@@ -143,6 +151,7 @@ def run_series(
                 kernel=kernel,
                 deterministic=deterministic,
                 root=root.of_layer(LAYER) if index else None,
+                windowed=windowed,
             )
             outs.append(out)
             if index:
@@ -176,10 +185,11 @@ def check_against_oracle(
     multiple: int = 1,
     trim: float | None = None,
     deterministic: bool = False,
+    window: int | None = None,
 ) -> None:
     """All rows of a series in o, dq, dk and dv, against the dense row with the root in it."""
     whole = pack(tree)
-    rows = series_of(tree, whole, parts=parts, multiple=multiple, trim=trim)
+    rows = series_of(tree, whole, parts=parts, multiple=multiple, trim=trim, window=window)
     assert len(rows) == parts + 1
     qkv = random_qkv(whole.num_tokens, *heads, 32, dtype)
     inputs = inputs_of(rows, qkv)
@@ -195,13 +205,22 @@ def check_against_oracle(
         dout[place[place >= 0]] = of_row[place >= 0].double()
         places.append(place)
     exact = tuple(x.double().requires_grad_() for x in qkv)
-    expected = dense_attention(*exact, visible_keys(whole), SCALE)
+    visible = visible_keys(whole) if window is None else in_window(whole, window)
+    expected = dense_attention(*exact, visible, SCALE)
     dq, dk, dv = gradients(expected, dout, exact)
 
+    windowed = window is not None
     chosen = select_kernel(
-        kernel, device="cpu", dtype=dtype, head_dim=32, deterministic=deterministic
+        kernel,
+        device="cpu",
+        dtype=dtype,
+        head_dim=32,
+        deterministic=deterministic,
+        windows=windowed,
     )
-    outs, grads = run_series(rows, inputs, douts, chosen, deterministic=deterministic)
+    outs, grads = run_series(
+        rows, inputs, douts, chosen, deterministic=deterministic, windowed=windowed
+    )
     tolerance = TOLERANCES[dtype]
     found = [torch.zeros_like(x) for x in (dq, dk, dv)]
     out = torch.zeros_like(expected)
@@ -231,6 +250,13 @@ def test_rows_after_their_root(rng, kernel, heads, multiple):
 @pytest.mark.parametrize("density", [0.02, 0.5])
 def test_trimmed_rows_and_a_trimmed_root(rng, kernel, density):
     check_against_oracle(tree_below_a_root(rng), kernel=kernel, multiple=4, trim=density)
+
+
+@pytest.mark.parametrize("trim", [None, 0.2])
+@pytest.mark.parametrize("window", [1, 7, 50])
+def test_a_window_reaches_into_the_root(rng, window, trim):
+    tree = tree_below_a_root(rng)
+    check_against_oracle(tree, kernel="torch_cpu", multiple=4, trim=trim, window=window)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -21,6 +21,7 @@ from tests.attention.oracle import (
     dense_attention,
     gradients,
     group,
+    in_window,
     random_qkv,
     random_tree,
     stages_of,
@@ -32,12 +33,6 @@ HEADS, KEY_HEADS, HEAD_DIM, SCALE = 4, 2, 16, 0.3
 TOLERANCE = 1e-12  # of the largest element: float64, the order of additions alone
 WINDOWS = [0, 4, 63, 400]
 """Keys before a query's own; 400 are more than any sequence has."""
-
-
-def in_window(layout: PackedLayout, window: int) -> Tensor:
-    """[T, T] bool: `visible_keys` at most so many positions before the query."""
-    positions = torch.from_numpy(layout.position_ids)
-    return visible_keys(layout) & (positions[:, None] - positions <= window)
 
 
 def check(

@@ -19,9 +19,9 @@ from megatron_prefix.attention.kernels import select_kernel
 from megatron_prefix.attention.row_attention import AttentionLayer, RowAttention
 from megatron_prefix.device_copy import record_to_device
 from megatron_prefix.layout import PackedLayout, PrefixTree, RankRow, pack, rank_row
-from tests.attention.oracle import assert_close, group, random_qkv, visible_keys
+from tests.attention.oracle import assert_close, group, in_window, random_qkv, visible_keys
 from tests.attention.test_context_parallel import layouts
-from tests.attention.test_windows import HEAD_DIM, HEADS, KEY_HEADS, SCALE, dense, in_window
+from tests.attention.test_windows import HEAD_DIM, HEADS, KEY_HEADS, SCALE, dense
 from tests.distributed import run_distributed
 
 WINDOWS = [None, 0, 5, 63, 1000]

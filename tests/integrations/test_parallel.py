@@ -101,7 +101,14 @@ def test_outputs_and_gradients_are_those_of_the_row_with_all_repetitions(layout:
 
 def _errors_of_router_losses(rank: int, world_size: int, per_token: bool) -> float:
     """Of gradients, in rows without padding, which Megatron's own losses would count."""
-    model = model_config({**EXPERTS, "moe_z_loss_coeff": 0.3})
+    model = model_config(
+        {
+            **EXPERTS,
+            "moe_z_loss_coeff": 0.3,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": 0.5,
+        }
+    )
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     with runtime(parallel, device="cpu", seed=3, timeout_minutes=2, float64=True):
         chunks, config = build_chunks(model, parallel)

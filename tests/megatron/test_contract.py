@@ -205,6 +205,10 @@ NAMES: list[tuple[Any, str]] = [
     (DistributedDataParallel, "broadcast_params"),
     (transformer_block, "LayerNormImpl"),
     (TopKRouter, "routing"),
+    (TopKRouter, "apply_z_loss"),
+    (TopKRouter, "_apply_aux_loss"),
+    (TopKRouter, "_apply_seq_aux_loss"),
+    (TopKRouter, "get_aux_loss_coeff"),
 ]
 
 

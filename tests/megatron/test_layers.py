@@ -242,7 +242,6 @@ REFUSED: dict[str, Any] = {
     "mrope_section": [2, 1, 1],
 }
 REFUSED_WITH_EXPERTS: dict[str, Any] = {
-    "moe_aux_loss_coeff": 0.01,
     "moe_expert_capacity_factor": 1.0,
     "moe_input_jitter_eps": 0.01,
 }
@@ -255,7 +254,6 @@ def test_what_would_differ_from_the_repeated_prompt_is_refused_by_name(option: s
         transformer |= {
             "num_moe_experts": 4,
             "moe_ffn_hidden_size": 8,
-            "moe_router_load_balancing_type": "aux_loss",
             "moe_router_score_function": "sigmoid",
         }
     with pytest.raises(ConfigError, match=rf"{option}="):

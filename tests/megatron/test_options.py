@@ -14,6 +14,7 @@ from megatron_prefix.megatron.options import (
     refuse_unsupported,
 )
 from megatron_prefix.megatron.options.record import refused
+from megatron_prefix.megatron.releases import has_global_auxiliary_loss
 from tests.megatron.option_fields import what_is_wrong
 
 
@@ -88,12 +89,13 @@ COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
         "moe_router_load_balancing_type",
         {**EXPERTS, "moe_router_load_balancing_type": "quantile_balancing"},
     ),
-    "auxiliary loss": (
+    "auxiliary loss of experts that run again": (
         "moe_aux_loss_coeff",
         {
             **EXPERTS,
             "moe_router_load_balancing_type": ["none", "seq_aux_loss"],
             "moe_aux_loss_coeff": [0.1, 0.1],
+            "moe_layer_recompute": True,
         },
     ),
     "allgather over expert-parallel ranks": (
@@ -121,11 +123,7 @@ ALWAYS = [option.name for option in OPTIONS if option.kind == "refused"]
 
 @pytest.mark.parametrize("name", [n for n in ALWAYS if not n.startswith("moe_router_load_balanc")])
 def test_every_refused_option_is_refused_by_name_and_not_at_its_default(name: str) -> None:
-    if name == "moe_aux_loss_coeff":
-        options = COMBINED["auxiliary loss"][1]
-    else:
-        options = {name: VALUES.get(name, True)}
-    assert _refusal(**options).startswith(f"{name}=")
+    assert _refusal(**{name: VALUES.get(name, True)}).startswith(f"{name}=")
     refuse_unsupported(_config())
 
 
@@ -137,10 +135,16 @@ def test_combinations_are_refused_by_the_option_to_change(
 
 
 ALLOWED: dict[str, dict[str, Any]] = {
-    "auxiliary loss with a coefficient of 0": {
+    "auxiliary losses": {
+        **EXPERTS,
+        "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+        "moe_aux_loss_coeff": [0.1, 0.2],
+    },
+    "experts that run again, an auxiliary loss with a coefficient of 0": {
         **EXPERTS,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": 0.0,
+        "moe_layer_recompute": True,
     },
     "allgather on one rank": {**EXPERTS, "moe_token_dispatcher_type": "allgather"},
     "hybridep with padding": {
@@ -158,6 +162,18 @@ ALLOWED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", ALLOWED.values(), ids=ALLOWED.keys())
 def test_what_stays_exact_is_not_refused(options: dict[str, Any]) -> None:
     refuse_unsupported(_config(**options))
+
+
+def test_the_global_auxiliary_loss_is_refused_where_megatron_leaves_it_out() -> None:
+    options = {
+        **EXPERTS,
+        "moe_router_load_balancing_type": "global_aux_loss",
+        "moe_aux_loss_coeff": 0.1,
+    }
+    if has_global_auxiliary_loss():
+        refuse_unsupported(_config(**options))
+    else:
+        assert "this release of Megatron-Core does not compute it" in _refusal(**options)
 
 
 def test_statistics_of_tokens_are_refused_with_experts_that_run_again() -> None:

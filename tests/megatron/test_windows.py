@@ -13,13 +13,11 @@ from megatron_prefix.attention.windows import layer_window
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.layers.built_model import share_in_layers
-from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PrefixTree, pack
 from megatron_prefix.model.build import build_gpt_model
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.megatron.models import (
     HAS_WINDOWS,
-    ON_CPU,
     TRAINING,
     assert_equal_training,
     model_config,
@@ -112,17 +110,6 @@ def test_a_row_that_was_planned_for_another_window_is_refused() -> None:
         grouped.config.window_size = None  # what `packed_logits` plans by
         with pytest.raises(ValueError, match=r"layer 1 has a sliding window of 4 .* for None"):
             packed_logits(grouped, layout)
-
-
-@needs_windows
-def test_a_series_of_rows_is_refused_with_a_window() -> None:
-    training = dataclasses.replace(TRAINING, share_across_microbatches=True)
-    with pytest.raises(ConfigError, match=r"share_across_microbatches.*window_size"):
-        transformer_config(model_config({"window_size": [4, 0]}), ParallelConfig(), training)
-    tree = PrefixTree.from_groups([([1] * 9, [[2] * 3, [4] * 3])])
-    setup = dataclasses.replace(ON_CPU, window=4)
-    with pytest.raises(ValueError, match="share_across_microbatches: true"):
-        PrefixPackedSeqParams.from_layout(pack(tree, root_elsewhere=True), setup)
 
 
 @pytest.mark.skipif(HAS_WINDOWS, reason="megatron-core 0.15 and newer have windows")

@@ -26,7 +26,8 @@ from megatron_prefix.model.build import ModelChunks, build_model_chunks
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.planning.estimate import StepEstimate, estimate_step
-from megatron_prefix.planning.memory import MemoryModel, RankSizes
+from megatron_prefix.planning.memory import MemoryModel
+from megatron_prefix.planning.rank_sizes import RankSizes
 from megatron_prefix.planning.rows import StepSetup
 from megatron_prefix.planning.sizes import memory_model, rank_sizes, stage_layers
 from megatron_prefix.rollouts.records import RolloutGroup

@@ -10,7 +10,7 @@ import pytest
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.config.loader import load_dataclass
 from megatron_prefix.model.transformer_config import transformer_config
-from megatron_prefix.planning.memory import RankSizes
+from megatron_prefix.planning.rank_sizes import RankSizes
 from megatron_prefix.planning.report import flops_unit
 from megatron_prefix.planning.run import Plan, load_planned_run, plan_run, read_sections
 from megatron_prefix.planning.shapes import parse_case

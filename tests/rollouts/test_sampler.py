@@ -45,6 +45,14 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "multi-head, scaled rope": {"rope_scaling": True, "transformer": {"num_query_groups": 4}},
     "experts": {"transformer": {"num_moe_experts": 4, "moe_router_topk": 2}},
+    "experts with losses": {
+        "transformer": {
+            "num_moe_experts": 4,
+            "moe_z_loss_coeff": 0.1,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": 0.1,
+        }
+    },
 }
 
 # One-token prompts, prompts of equal length, and in any order.

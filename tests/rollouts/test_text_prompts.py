@@ -198,6 +198,8 @@ def test_an_empty_file_and_a_tokenizer_that_does_not_fit_are_refused(tmp_path, f
         TextTokenizer(folder, vocab_size=18)
     with pytest.raises(ValueError, match="not loaded as a Hugging Face tokenizer"):
         TextTokenizer(tmp_path, vocab_size=18)
+    with pytest.raises(ValueError, match=rf"there is no folder {tmp_path}/nowhere, and: "):
+        TextTokenizer(tmp_path / "nowhere", vocab_size=18)
 
 
 def test_text_for_a_server_is_one_that_gives_exactly_the_tokens(tokenizer):

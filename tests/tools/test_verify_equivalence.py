@@ -15,6 +15,7 @@ import pytest
 from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.config.loader import load_dataclass
 from megatron_prefix.megatron.options.attention import params_have_cp_group
+from megatron_prefix.megatron.releases import has_global_auxiliary_loss
 from tests import fork_server
 from tests.megatron.models import HAS_WINDOWS
 
@@ -449,6 +450,14 @@ SERIES = {**ALWAYS, "share_across_microbatches": True}
             {"optimizer_steps": 3},
             id="two data-parallel ranks and the distributed optimizer",
         ),
+        pytest.param(
+            {"window_size": [4, 0], "window_attn_skip_freq": 2, "softmax_type": "learnable"},
+            ParallelConfig(tensor_model_parallel_size=2),
+            1,
+            {"recompute": "full"},
+            id="sliding windows and sinks",
+            marks=pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14 refuses them"),
+        ),
     ],
 )
 def test_pieces_of_a_large_group_that_run_its_prompt_once(
@@ -489,6 +498,15 @@ def test_what_is_proved_is_the_packing_of_a_run_unless_said_otherwise(
     assert f"{59 + 24 + 2 + 50} packed;" in texts["always"]
 
 
+LOSSES = {"aux_loss": 0.5, "seq_aux_loss": 0.3}
+if has_global_auxiliary_loss():
+    LOSSES["global_aux_loss"] = 0.4
+AUXILIARY_LOSSES = {
+    "moe_router_load_balancing_type": list(LOSSES),
+    "moe_aux_loss_coeff": list(LOSSES.values()),
+}
+
+
 @pytest.mark.parametrize(
     ("parallel", "data", "options"),
     [
@@ -499,17 +517,20 @@ def test_what_is_proved_is_the_packing_of_a_run_unless_said_otherwise(
     ],
     ids=["data parallel", "tensor and pipeline parallel", "context parallel", "series"],
 )
-def test_z_loss(
+def test_losses_of_routers(
     tool: ModuleType, parallel: dict[str, int], data: int, options: dict[str, Any]
 ) -> None:
-    """A mean over each microbatch, in which a token counts once for each of its sequences."""
+    """Means over each microbatch, in which a token counts once for each of its sequences."""
+    transformer = {"moe_z_loss_coeff": 0.3}
+    if "packing" not in options:  # Rows of a series cannot have the others.
+        transformer |= AUXILIARY_LOSSES
     report = tool.verify(
         model=_model(
             tool,
             num_moe_experts=4,
             moe_router_topk=2,
             moe_ffn_hidden_size=24,
-            moe_z_loss_coeff=0.3,
+            **transformer,
         ),
         shapes=SHAPES_OVER_THE_BUDGET,
         parallel=ParallelConfig(**parallel),

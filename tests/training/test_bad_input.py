@@ -299,7 +299,7 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, dict[str, Any]], str | tuple[str, ...]]
         {"model": {"transformer": {"sequence_parallel": True}}},
         "model.transformer.sequence_parallel: True is decided by parallel.sequence_parallel",
     ),
-    "auxiliary loss": (
+    "auxiliary loss of a series": (
         {
             "model": {
                 "transformer": {
@@ -307,10 +307,11 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, dict[str, Any]], str | tuple[str, ...]]
                     "moe_router_load_balancing_type": "aux_loss",
                     "moe_aux_loss_coeff": 0.01,
                 }
-            }
+            },
+            "training": {"share_across_microbatches": True},
         },
-        "model.transformer: moe_aux_loss_coeff=0.01 with moe_router_load_balancing_type='aux_loss' "
-        "cannot be combined with shared prefixes",
+        "training.share_across_microbatches: true with model.transformer.moe_aux_loss_coeff: 0.01: "
+        "an auxiliary loss is made of the tokens of a whole microbatch",
     ),
     "dropout": (
         {"model": {"transformer": {"hidden_dropout": 0.1}}},

@@ -149,6 +149,7 @@ def test_all_faults_of_all_sections_are_said_at_once(config: Path) -> None:
             "--optimizer.lr: options are keys of the configuration, without dashes: "
             "optimizer.lr=1e-5",
         ),
+        (["run.yaml", "--chek"], "--chek: there is no such option; options are --check, --help"),
         (["run.yaml", "--optimizer.lr=1e-5"], "without dashes: optimizer.lr=1e-5"),
         (["nope.yaml"], "nope.yaml: cannot be read: No such file or directory"),
     ],
@@ -303,6 +304,21 @@ def test_each_reward_of_several_is_looked_at(config: Path) -> None:
     )
     (fault,) = faults_of_surroundings(load_dataclass(RunConfig, values), 0)
     assert fault.startswith("rollouts.reward.close: exact_mach: name one of exact_match, ")
+
+
+@pytest.mark.parametrize("name", ["{}/nowhere", "outputs/my/tokenizer", "../tokenizer"])
+def test_a_tokenizer_that_can_only_be_a_folder_is_looked_for(config: Path, name: str) -> None:
+    values = run_values(
+        config.parent / "out",
+        records=config.parent / "rollouts.jsonl",
+        rollouts={"text": {"tokenizer": name.format(config.parent)}},
+    )
+    (fault,) = faults_of_surroundings(load_dataclass(RunConfig, values), 0)
+    assert fault == (
+        f"rollouts.text.tokenizer: {name.format(config.parent)}: there is no such folder"
+    )
+    values["rollouts"]["text"]["tokenizer"] = "owner/name"
+    assert faults_of_surroundings(load_dataclass(RunConfig, values), 0) == []
 
 
 def test_weights_to_start_from_are_looked_for_where_no_checkpoint_takes_their_place(

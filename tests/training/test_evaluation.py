@@ -173,6 +173,8 @@ def test_a_start_that_nothing_beats_is_said_and_no_checkpoint_is_taken_for_it(
         ),
         ({"responses_per_prompt": 0}, "evaluation.responses_per_prompt: 0 must be at least 1"),
         ({"paths": {"a": []}}, "evaluation.paths.a: none given; name at least one"),
+        ({"paths": {"": ["a"], "b": ["b"]}}, "evaluation.paths: a data set has an empty name; "),
+        ({"paths": {"a": "a.jsonl"}}, "evaluation.paths.a: expected list of path, got "),
         ({"paths": {}}, "evaluation.paths: none given; name at least one"),
     ],
 )

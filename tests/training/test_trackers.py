@@ -73,8 +73,21 @@ def test_mlflow_gets_every_step_once_the_settings_and_samples_over_a_restart_too
     assert known == {"output.mlflow": run.info.run_id}
 
 
-def test_wandb_writes_a_run_that_can_be_sent_later_and_goes_on_with_its_id(
+def test_mlflow_takes_the_score_of_a_data_set_beside_that_of_all(
     tmp_path: Path, values: dict[str, Any]
+) -> None:
+    uri = (tmp_path / "mlflow").as_uri()
+    values["output"]["mlflow"] = {"experiment": "tests", "tracking_uri": uri}
+    (tmp_path / "out").mkdir()
+    trackers = Trackers(load_dataclass(RunConfig, values), continues=False)
+    trackers.metrics(1, {"eval": 0.5, "eval/easy, or not": 0.25, "kl": float("nan")})
+    trackers.close(failed=False)
+    _, run = _run_of_mlflow(uri)
+    assert run.data.metrics == {"eval": 0.5, "eval.easy_ or not": 0.25}
+
+
+def test_wandb_writes_a_run_that_can_be_sent_later_and_goes_on_with_its_id(
+    tmp_path: Path, values: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     values["output"]["wandb"] = {"project": "tests", "mode": "offline"}
     _train(values, 2)
@@ -82,6 +95,9 @@ def test_wandb_writes_a_run_that_can_be_sent_later_and_goes_on_with_its_id(
     _train(values, 3)
     files = sorted((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
     assert [file.name for file in files] == [f"run-{known}.wandb"] * 2
+    said = capsys.readouterr().err.splitlines()
+    said = [line for line in said if line.startswith(("wandb", "output.wandb"))]
+    assert said == [f"output.wandb: {file.parent}" for file in files]
     for file in files:
         content = file.read_bytes()
         for text in (b"grad_norm", b"reward", b"token_budget", b"tests"):

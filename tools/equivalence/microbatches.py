@@ -18,8 +18,8 @@ Name = tuple[int, int]
 """A response: its group, and its index in it."""
 
 
-def planned_microbatches(case: Case) -> list[list[Name]]:
-    """The responses of each microbatch of all data-parallel ranks, as the candidate plans them."""
+def planned_microbatches(case: Case) -> list[list[list[Name]]]:
+    """[microbatch][data-parallel rank] the responses that run together, as the candidate plans."""
     config = transformer_config(case.model, case.parallel, case.training)
     packing = packing_of_run(
         case.training,
@@ -30,7 +30,8 @@ def planned_microbatches(case: Case) -> list[list[Name]]:
     summary = RolloutBatch.from_groups(case.groups).summary()
     (step,) = plan_rollouts(summary, case.objective, packing).steps
     return [
-        names_of(case, step, slices) for rank in step.microbatches.microbatches for slices in rank
+        [names_of(case, step, slices) for slices in of_ranks]
+        for of_ranks in zip(*step.microbatches.microbatches, strict=True)
     ]
 
 

@@ -55,24 +55,29 @@ def reference_loss(
     """The objective's loss over all sequences that are computed; gradients accumulate.
 
     A sequence's tokens are those of its response that its mask has trained. Losses of routers are
-    no part of the result, but of the gradients: their mean over the candidate's microbatches.
+    no part of the result, but of the gradients: their mean over the candidate's microbatches, those
+    of all its data-parallel ranks.
     """
     terms = response_terms(case)
     computed = [
         (g, i) for g, of_group in enumerate(terms) for i, of in enumerate(of_group) if of.computed
     ]
-    microbatches = planned_microbatches(case) if routers else [[name] for name in computed]
-    assert sorted(name for names in microbatches for name in names) == computed
+    microbatches = planned_microbatches(case) if routers else [[[name]] for name in computed]
+    assert sorted(name for ranks in microbatches for names in ranks for name in names) == computed
+    num_rows = sum(map(len, microbatches))
     total = 0.0
-    for names in filter(None, microbatches):
-        losses = []
-        for g, i in names:
-            logprobs, entropy = sequence_logprobs(model, case, case.groups[g], i)
-            if found is not None:
-                found[g, i] = logprobs.detach().to(torch.float64).numpy()
-            losses.append(_response_loss(case, (g, i), logprobs, entropy, terms[g][i]))
-        total += float(sum(losses).detach())
-        (sum(losses) + routers.of_microbatch() / len(microbatches)).backward()
+    for ranks in filter(any, microbatches):
+        loss = torch.zeros(())
+        for names in ranks:
+            for g, i in names:
+                logprobs, entropy = sequence_logprobs(model, case, case.groups[g], i)
+                if found is not None:
+                    found[g, i] = logprobs.detach().to(torch.float64).numpy()
+                loss = loss + _response_loss(case, (g, i), logprobs, entropy, terms[g][i])
+            routers.end_row()
+        total += float(loss.detach())
+        (loss + routers.of_rows() / num_rows).backward()
+    routers.end_step()
     return total
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_prefix.attention.context_parallel.gathered import GatheredAttention
+from megatron_prefix.attention.context_parallel.halo import RankHalo
 from megatron_prefix.attention.context_parallel.heads import attend_by_heads
 from megatron_prefix.attention.context_parallel.latents import LatentAttention, LatentKeys
 from megatron_prefix.attention.context_parallel.layer import RankLayer
 from megatron_prefix.attention.context_parallel.ring import RingAttention
-from megatron_prefix.attention.context_parallel.windowed import WindowedAttention
-from megatron_prefix.attention.function import checked_inputs
+from megatron_prefix.attention.function import attend_to_row, checked_inputs
 from megatron_prefix.layout import CommType
 
 
@@ -48,7 +48,10 @@ def attend_across_ranks(
     q, k, v = checked_inputs(q, k, v, layer.stages)
     stages = layer.stages
     if windowed and stages.windowed is not None:
-        return WindowedAttention.apply(q, k, v, sink, layer)
+        rows = stages.windowed.halo
+        halo = None if rows is None else RankHalo(rows=rows, layer=layer)
+        of_window = (stages.windowed.stage,)
+        return attend_to_row(q, k, v, of_window, layer.compute, sink=sink, halo=halo)
     planned = {
         "all_gather": stages.gathered,
         "p2p": stages.ring,

@@ -126,6 +126,23 @@ def _comm_type(kinds: Any, config: Any) -> Reason | None:
     return None
 
 
+def _variant(name: Any, config: Any) -> Reason | None:
+    if not name:
+        return None
+    if name != "gated_delta_net":
+        return Reason(
+            why="only softmax attention and gated delta nets can be computed for shared prefixes",
+            instead=set_to("experimental_attention_variant", None),
+        )
+    if config.context_parallel_size > 1:
+        return Reason(
+            why="the state of a recurrent layer is not handed between ranks yet",
+            instead="Set context_parallel_size to 1",
+            beside=f"context_parallel_size={config.context_parallel_size}",
+        )
+    return None
+
+
 def _window(size: Any, config: Any) -> Reason | None:
     """Windows that are not causal, or that this release does not take."""
     if not size:
@@ -216,11 +233,11 @@ OPTIONS: list[Option] = [
         why="our attention merges the core attention's softmax_offset as its last term",
         first="0.15",
     ),
-    *refused(
-        "experimental_attention_variant",
-        when=is_set,
-        why="only softmax attention can be computed in stages",
-        instead=None,
+    Option(
+        name="experimental_attention_variant",
+        kind="used",
+        why="gated_delta_net: our layer hands the state behind a segment to all segments below it",
+        check=_variant,
         first="0.16",
     ),
     *refused(

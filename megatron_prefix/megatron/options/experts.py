@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_prefix.megatron.auxiliary_losses import AUXILIARY_LOSSES, auxiliary_losses
 from megatron_prefix.megatron.options.record import (
     Option,
     Reason,
@@ -14,20 +15,20 @@ from megatron_prefix.megatron.options.record import (
     set_to,
     used,
 )
+from megatron_prefix.megatron.releases import has_global_auxiliary_loss
 
-_ROUTER = "its statistics would count a shared prefix once instead of once per response"
-_AUXILIARY = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+_BY_SEQUENCE = "in it a token counts once for each of its sequences"
 _CAPACITY = "which tokens exceed an expert's capacity depends on how often the prefix is run"
 _BY_TOKEN = "Megatron's experts and router compute it, token by token"
 _DISPATCH = "it is about how tokens travel to their experts and back, one by one"
 
 
 def _load_balancing(kinds: Any, config: Any) -> Reason | None:
-    """Only 'none', and auxiliary losses with a coefficient of 0, route each token by itself."""
+    """Only 'none' and auxiliary losses route each token by itself."""
     if config.num_moe_experts is None:
         return None
     kinds = kinds if isinstance(kinds, (list, tuple)) else [kinds]
-    if any(kind not in ("none", *_AUXILIARY) for kind in kinds):
+    if any(kind not in ("none", *AUXILIARY_LOSSES) for kind in kinds):
         return Reason(
             why="it routes a token by what other tokens of the batch need, and a shared prefix "
             "stands there once",
@@ -37,22 +38,20 @@ def _load_balancing(kinds: Any, config: Any) -> Reason | None:
 
 
 def _auxiliary_loss(coefficients: Any, config: Any) -> Reason | None:
-    """The auxiliary loss is off when its type is 'none' or its coefficient 0, per type."""
-    if config.num_moe_experts is None:
+    losses = auxiliary_losses(config)
+    if not losses:
         return None
-    kinds = config.moe_router_load_balancing_type
-    kinds = kinds if isinstance(kinds, (list, tuple)) else [kinds]
-    if not isinstance(coefficients, (list, tuple)):
-        coefficients = [coefficients] * len(kinds)
-    for kind, coefficient in zip(kinds, coefficients, strict=True):
-        if kind in _AUXILIARY and coefficient:
-            return Reason(
-                why=_ROUTER,
-                instead="Set moe_aux_loss_coeff to 0.0, or moe_router_load_balancing_type to "
-                "'none'",
-                beside=f"moe_router_load_balancing_type={kind!r}",
-            )
-    return None
+    if "global_aux_loss" in losses and not has_global_auxiliary_loss():
+        return Reason(
+            why="this release of Megatron-Core does not compute it and does not say so",
+            instead="Set moe_router_load_balancing_type to 'aux_loss', or use 0.15 or newer",
+            beside="moe_router_load_balancing_type='global_aux_loss'",
+        )
+    return _run_again(
+        config,
+        beside=f"moe_router_load_balancing_type={config.moe_router_load_balancing_type!r}",
+        instead="moe_aux_loss_coeff to 0.0",
+    )
 
 
 def _expert_bias(enabled: bool, config: Any) -> Reason | None:
@@ -155,13 +154,13 @@ OPTIONS: list[Option] = [
         why="sinkhorn and quantile balancing route a token by what others of the batch need",
         check=_load_balancing,
     ),
-    Option(name="moe_aux_loss_coeff", kind="refused", why=_ROUTER, check=_auxiliary_loss),
-    *used("moe_z_loss_coeff", why="a token counts once for each of its sequences", check=_z_loss),
+    *used("moe_aux_loss_coeff", why=_BY_SEQUENCE, check=_auxiliary_loss),
+    *used("moe_z_loss_coeff", why=_BY_SEQUENCE, check=_z_loss),
     Option(
         name="moe_router_enable_expert_bias",
         kind="used",
-        why="a bias is a constant of the choice of experts; tokens that move it count once for "
-        "each of their sequences",
+        why="a bias is a constant of the choice of experts; a token moves it once for each of its "
+        "sequences",
         check=_expert_bias,
     ),
     *used("moe_router_bias_update_rate", why="see moe_router_enable_expert_bias"),
@@ -227,7 +226,8 @@ OPTIONS: list[Option] = [
         "moe_enable_routing_replay",
         when=is_set,
         why="routes are recorded and replayed by a token's place in the batch, and a shared "
-        "prefix has one place for all of its sequences",
+        "prefix has one place for all of its sequences; routes of sequences are given by "
+        "PrefixPackedSeqParams.from_layout(routes=)",
         instead=False,
         first="0.16",
     ),

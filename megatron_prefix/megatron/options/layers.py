@@ -109,19 +109,23 @@ OPTIONS: list[Option] = [
         why="only state-space layers read it, which are refused",
         first="0.19",
     ),
-    *harmless(
+    *used(
         "linear_attention_freq",
         "linear_conv_kernel_dim",
         "linear_key_head_dim",
         "linear_value_head_dim",
         "linear_num_key_heads",
         "linear_num_value_heads",
+        why="experimental_attention_variant: our layer reads the sizes off Megatron's modules",
+        first="0.16",
+    ),
+    *harmless(
         "dsa_indexer_n_heads",
         "dsa_indexer_head_dim",
         "dsa_indexer_topk",
         "dsa_indexer_loss_coeff",
         "dsa_indexer_use_sparse_loss",
-        why="only experimental_attention_variant reads it, which is refused",
+        why="only experimental_attention_variant dsa reads it, which is refused",
         first="0.16",
     ),
     *harmless(
@@ -134,7 +138,7 @@ OPTIONS: list[Option] = [
         "dsa_indexer_scoring_relu",
         "dsa_indexer_k_norm_epsilon",
         "dsa_indexer_k_norm_fp32",
-        why="only experimental_attention_variant reads it, which is refused",
+        why="only experimental_attention_variant dsa reads it, which is refused",
         first="0.19",
     ),
     # Multi-token prediction.

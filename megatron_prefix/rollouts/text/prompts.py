@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import reprlib
+import sys
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -283,6 +284,8 @@ def _read_table(paths: Sequence[Path]) -> Any:
     """
     with needed_by(f"{paths[0]}: reading text prompts", extra="rollouts"):
         import datasets
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # a file of the log would get a line for each
     # The cache knows files by what is given here: a changed file must not be taken for the old one.
     stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     try:

@@ -34,9 +34,10 @@ class TextTokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(str(path))
         except (OSError, ValueError) as error:
             first_line = (str(error).splitlines() or [""])[0]
+            missing = "" if path.exists() else f"there is no folder {path.absolute()}, and: "
             raise ValueError(
                 f"rollouts.text.tokenizer: {path}: not loaded as a Hugging Face tokenizer: "
-                f"{first_line}"
+                f"{missing}{first_line}"
             ) from error
         if len(self._tokenizer) > vocab_size:
             raise ValueError(
