@@ -37,6 +37,8 @@ _NORMS = (
 """Norms that the local spec and Transformer Engine's store under different names: before experts,
 and of the latents of multi-latent attention."""
 
+_OF_TRAINING = {"moe_router_bias_update_rate", "moe_router_dtype"}
+"""Of `model.transformer`: a run may choose them, whatever the weights were made for."""
 _FREE = {"max_sequence_length", "make_vocab_size_divisible_by", "transformer"}
 
 
@@ -126,7 +128,8 @@ def _compare_options(
     if not recorded.rope_scaling and not model.rope_scaling:
         del pairs["model.rope_scaling_factor"]
     for key, value in recorded.transformer.items():
-        pairs[f"model.transformer.{key}"] = (value, getattr(chunks.config, key, None))
+        if key not in _OF_TRAINING:
+            pairs[f"model.transformer.{key}"] = (value, getattr(chunks.config, key, None))
     for name, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise ValueError(
