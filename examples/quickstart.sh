@@ -11,21 +11,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=${PYTHON:-python3.11}
-command -v "$python" > /dev/null || python=python3
-megatron=megatron-core${MEGATRON_CORE:+==$MEGATRON_CORE}
-torch=${TORCH:-2.13.0}
-venv=.venv-quickstart
-installed="$("$python" --version), torch $torch, $megatron"
-
-if [[ $(cat "$venv/complete" 2> /dev/null) != "$installed" ]]; then
-    echo "Installing into $venv: $installed" >&2
-    rm -rf "$venv"
-    "$python" -m venv "$venv"
-    # torch first: what depends on it would otherwise bring in another build.
-    "$venv/bin/pip" install --quiet "torch==$torch"
-    "$venv/bin/pip" install --quiet "$megatron" --editable ".[train]"
-    echo "$installed" > "$venv/complete"
-fi
-
-PATH=$PWD/$venv/bin:$PATH exec bash examples/quickstart/stages.sh "$@"
+commands=$(bash examples/environment.sh quickstart train)
+PATH=$commands:$PATH exec bash examples/quickstart/stages.sh "$@"

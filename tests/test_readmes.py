@@ -21,6 +21,7 @@ from megatron_prefix.megatron.releases import gate_has_offset
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.planning.shapes import read_shapes
 from megatron_prefix.rollouts.file_engine import FileEngine
+from megatron_prefix.rollouts.gym.task_spec import read_task_spec
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.rewards import exact_match
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
@@ -121,6 +122,9 @@ def test_yaml_is_what_a_run_or_a_tool_reads(block: Block, tmp_path: Path) -> Non
     file.write_text(block.text, encoding="utf-8")
     if isinstance(yaml.safe_load(block.text), list):
         assert read_shapes(file)
+        return
+    if block.mark == "tasks":
+        assert read_task_spec(file).task
         return
     values = read_yaml(file)
     if not values.keys() >= SMALL_RUN.keys():

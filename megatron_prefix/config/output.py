@@ -16,8 +16,8 @@ class OutputConfig:
     """What a run leaves behind."""
 
     directory: Path
-    """Folder of the run: `metrics.jsonl`, `samples.jsonl`, `tensorboard/`, `checkpoints/`,
-    `reward.png`."""
+    """Folder of the run: `metrics.jsonl`, `samples.jsonl`, `evaluations.jsonl` (the rewards of each
+    prompt), `tensorboard/`, `checkpoints/`, `reward.png`."""
     save_every: int = 0
     """Steps between checkpoints; 0: a checkpoint after the last step only."""
     save_in_background: bool = True

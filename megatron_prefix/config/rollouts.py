@@ -21,7 +21,8 @@ class RolloutsConfig:
     """`file` reads finished rollouts, `embedded` samples from the model being trained, `openai`
     asks a completions server, `hf` generates with transformers in the training processes."""
     paths: tuple[Path, ...] = ()
-    """JSONL or Parquet files: rollouts for `file`, prompts with answers for the other engines."""
+    """JSONL or Parquet files: rollouts for `file`, prompts with answers for the other engines,
+    which also read tasks of reasoning-gym (`.gym.yaml`)."""
     fields: dict[str, str] = field(default_factory=dict)
     """Fields of the records of `file` that stand under other names, such as `{reward: score}`: the
     name that is read, and the file's, where dots lead into objects (`reward_model.score`)."""
@@ -34,7 +35,7 @@ class RolloutsConfig:
     several by names of yours (`{correct: numeric, brief: my_rewards:brevity}`), which
     `objective.reward_weights` weighs."""
     reward_process: RewardProcessConfig = field(default_factory=RewardProcessConfig)
-    """The processes that a `module:function` runs in."""
+    """The processes that a `module:function`, `math` and `reasoning_gym` run in."""
     epochs: int | None = None
     """How often the files are read from beginning to end; null: without end."""
     max_response_length: int | None = None

@@ -6,16 +6,54 @@ Nothing but the standard library is needed, so that a wrong name is answered at 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 JSON_LINES_ENDINGS = (".jsonl", ".jsonl.gz")
 PARQUET_ENDING = ".parquet"
+TASKS_ENDING = ".gym.yaml"
 
 REWARD_NAMES = ("exact_match", "token_match_fraction", "contains_answer", "ends_with_answer")
 """Of rewards that see token ids."""
 
 TEXT_REWARD_NAMES = ("exact_match", "numeric", "multiple_choice")
 """Of rewards that see text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryReward:
+    """A reward that sees text and computes by a library, in processes of its own."""
+
+    function: str
+    """As module:function."""
+    package: str
+    """Name of the library where Python imports it."""
+    project: str
+    """Its name on the package index."""
+    extra: str
+    """Of megatron-prefix, which holds it."""
+
+
+LIBRARY_REWARDS = {
+    "math": LibraryReward(
+        function="megatron_prefix.rollouts.text.math_reward:math_equal",
+        package="math_verify",
+        project="math-verify",
+        extra="math",
+    ),
+    "reasoning_gym": LibraryReward(
+        function="megatron_prefix.rollouts.gym.scoring:reasoning_gym_score",
+        package="reasoning_gym",
+        project="reasoning-gym",
+        extra="reasoning-gym",
+    ),
+}
+"""By the name that a configuration gives."""
+
+
+def is_task_file(path: Path) -> bool:
+    """Whether a path names a file of tasks of reasoning-gym."""
+    return path.name.lower().endswith(TASKS_ENDING)
 
 
 def fault_of_path(path: Path) -> str | None:
@@ -30,8 +68,11 @@ def fault_of_path(path: Path) -> str | None:
         return f"{path}: there is no such file{searched}"
     if not os.access(path, os.R_OK):
         return f"{path}: cannot be read by this user"
-    if not path.name.lower().endswith((*JSON_LINES_ENDINGS, PARQUET_ENDING)):
-        return f"{path}: unknown format; its name must end in .jsonl, .jsonl.gz or .parquet"
+    if not path.name.lower().endswith((*JSON_LINES_ENDINGS, PARQUET_ENDING, TASKS_ENDING)):
+        return (
+            f"{path}: unknown format; its name must end in .jsonl, .jsonl.gz or .parquet, or in "
+            f"{TASKS_ENDING} for tasks of reasoning-gym"
+        )
     return None
 
 
@@ -40,12 +81,13 @@ def fault_of_name(spec: str, *, has_tokenizer: bool) -> str | None:
 
     A function's module is not looked for: to import it may take long, or do anything.
     """
-    if spec in REWARD_NAMES or (spec in TEXT_REWARD_NAMES and has_tokenizer):
+    reads_text = spec in TEXT_REWARD_NAMES or spec in LIBRARY_REWARDS
+    if spec in REWARD_NAMES or (reads_text and has_tokenizer):
         return None
-    if spec in TEXT_REWARD_NAMES:
+    if reads_text:
         return "it reads text; set rollouts.text.tokenizer"
     module_name, colon, path = spec.partition(":")
     if colon and module_name and path:
         return None
-    names = ", ".join(dict.fromkeys([*REWARD_NAMES, *TEXT_REWARD_NAMES]))
+    names = ", ".join(dict.fromkeys([*REWARD_NAMES, *TEXT_REWARD_NAMES, *LIBRARY_REWARDS]))
     return f"name one of {names}, or a function of yours as module:function"

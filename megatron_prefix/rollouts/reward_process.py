@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_prefix.rollouts.records import Tokens, plain_tokens
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
-from megatron_prefix.rollouts.user_process import CallFailed, UserFunction
+from megatron_prefix.rollouts.user_process import CallEnded, CallFailed, UserFunction
 
 if TYPE_CHECKING:  # reading rollouts needs NumPy only
     from megatron_prefix.config import RewardProcessConfig
@@ -30,6 +30,8 @@ class ProcessReward:
         config: RewardProcessConfig,
         *,
         tokenizer: TextTokenizer | None = None,
+        name: str | None = None,
+        when_ended: float | None = None,
     ) -> None:
         """Start the first process, which imports the function.
 
@@ -38,11 +40,15 @@ class ProcessReward:
             config: how many processes, how long a call may take, what a failed one is worth.
             tokenizer: gives the function the text of prompt and response; without one it gets
                 their token ids.
+            name: what errors call it; None: `spec`.
+            when_ended: reward of a response whose call crashed or took too long, where the config
+                gives none.
 
         Raises:
             ValueError: there is no such module or function, or the module does not import.
         """
-        self.name = spec
+        self.name = name or spec
+        self._when_ended = when_ended
         self._config = config
         self._tokenizer = tokenizer
         try:
@@ -50,7 +56,7 @@ class ProcessReward:
                 spec, processes=config.processes, timeout_s=config.timeout_s
             )
         except CallFailed as error:
-            raise ValueError(f"reward {spec!r}: {error}") from error
+            raise ValueError(f"reward {self.name!r}: {error}") from error
         self.failures = 0
         """Calls that were given `on_failure`."""
 
@@ -58,16 +64,18 @@ class ProcessReward:
         """The reward of one response.
 
         Raises:
-            CallFailed: the call failed, and `on_failure` is None.
+            CallFailed: the call failed, and there is no reward for that.
         """
         read = self._tokenizer.read if self._tokenizer is not None else tuple
         try:
             return _reward(self._function(read(prompt), read(response), answer))
         except CallFailed as error:
-            if self._config.on_failure is None:
+            on_failure = self._config.on_failure
+            if on_failure is None and isinstance(error, CallEnded):
+                on_failure = self._when_ended
+            if on_failure is None:
                 raise
             self.failures += 1
-            on_failure = self._config.on_failure
             logger.warning("reward %s %s; it counts as %g", self.name, error, on_failure)
             return on_failure
 

@@ -17,8 +17,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prefix.packages import is_installed, missing_line
 from megatron_prefix.rollouts.named_rewards import weighted_sum
-from megatron_prefix.rollouts.names import REWARD_NAMES, TEXT_REWARD_NAMES, fault_of_name
+from megatron_prefix.rollouts.names import (
+    LIBRARY_REWARDS,
+    REWARD_NAMES,
+    TEXT_REWARD_NAMES,
+    fault_of_name,
+)
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, plain_tokens
 from megatron_prefix.rollouts.reward_process import ProcessReward
 from megatron_prefix.rollouts.text.rewards import TEXT_REWARDS, TextReward
@@ -129,13 +135,13 @@ def load_reward(
     that runs (with `python -m`, the current one), PYTHONPATH and what is installed.
 
     Args:
-        spec: a name in `REWARDS` or `TEXT_REWARDS`, or module:function.
+        spec: a name in `REWARDS`, `TEXT_REWARDS` or `LIBRARY_REWARDS`, or module:function.
         tokenizer: for rewards that read text.
         process: how a module:function is run.
 
     Raises:
-        ValueError: there is no such name, module or function, the module does not import, or a
-            text reward has no tokenizer.
+        ValueError: there is no such name, module or function, the module does not import, its
+            library is not installed, or a text reward has no tokenizer.
     """
     if fault := fault_of_name(spec, has_tokenizer=tokenizer is not None):
         raise ValueError(f"reward {spec!r}: {fault}")
@@ -149,7 +155,13 @@ def load_reward(
         from megatron_prefix.config import RewardProcessConfig
 
         process = RewardProcessConfig()
-    return ProcessReward(spec, process, tokenizer=tokenizer)
+    library = LIBRARY_REWARDS.get(spec)
+    if library is None:
+        return ProcessReward(spec, process, tokenizer=tokenizer)
+    if not is_installed(library.package):
+        raise ValueError(missing_line(f"reward {spec!r}", library.project, library.extra))
+    # A response that takes the library too long, or all the memory, is a wrong one.
+    return ProcessReward(library.function, process, tokenizer=tokenizer, name=spec, when_ended=0.0)
 
 
 def reward_batch(reward: RewardFunction, batch: RolloutBatch) -> RolloutBatch:

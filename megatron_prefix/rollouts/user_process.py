@@ -26,6 +26,10 @@ class CallFailed(ValueError):
     """A call that gave nothing to go on with; the message says why."""
 
 
+class CallEnded(CallFailed):
+    """A call whose process crashed, or was ended since it took too long."""
+
+
 class UserFunction:
     """Calls of a `module:function` in worker processes, from any thread."""
 
@@ -134,12 +138,12 @@ class _Worker:
             line = b""
         if line is None:
             self.end()
-            raise CallFailed(f"{what} took too long; its process was ended")
+            raise CallEnded(f"{what} took too long; its process was ended")
         if not line:
             status = self._process.wait()
             self.end()
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
-            raise CallFailed(f"its process ended in {what} ({how})")
+            raise CallEnded(f"its process ended in {what} ({how})")
         return json.loads(line)
 
     def _read_line(self, deadline: float) -> bytes | None:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from megatron_prefix.config import RunConfig
 from megatron_prefix.packages import is_installed, missing_line
+from megatron_prefix.rollouts.gym.checks import task_files
+from megatron_prefix.rollouts.gym.task_spec import EXTRA
+from megatron_prefix.rollouts.names import LIBRARY_REWARDS
 
 _HUGGING_FACE = ("transformers", "safetensors", "mbridge", "einops")
 
@@ -21,13 +24,14 @@ class _Need:
     """The option that asks for them."""
     extra: str
     packages: tuple[str, ...]
+    """Named as on the package index."""
 
 
 def missing_packages(config: RunConfig) -> list[str]:
     """A line for each option that needs packages which are not installed, with what to do."""
     lines = []
     for need in _needs(config):
-        missing = [package for package in need.packages if not is_installed(package)]
+        missing = [p for p in need.packages if not is_installed(p.replace("-", "_"))]
         if missing:
             lines.append(missing_line(need.what, " and ".join(missing), need.extra))
     return lines
@@ -60,3 +64,10 @@ def _needs(config: RunConfig) -> Iterator[_Need]:
         if rollouts.engine != "file" or config.evaluation is not None:
             packages += ("datasets",)
         yield _Need(what="rollouts.text", extra="rollouts", packages=packages)
+    for key, spec in rollouts.reward_specs.items():
+        if library := LIBRARY_REWARDS.get(spec):
+            what = f"rollouts.{key}: {spec}"
+            yield _Need(what=what, extra=library.extra, packages=(library.project,))
+    for key, paths in task_files(config).items():
+        for path in paths:
+            yield _Need(what=f"{key}: {path}", extra=EXTRA, packages=("reasoning-gym",))

@@ -34,7 +34,10 @@ class RunLog:
             output.directory, resume_after=resume_after, tensorboard=output.tensorboard
         )
         self._trackers = Trackers(config, continues=resume_after > 0)
-        self._samples = open_lines(output.directory / "samples.jsonl", resume_after=resume_after)
+        self._samples, self._evaluations = (
+            open_lines(output.directory / name, resume_after=resume_after)
+            for name in ("samples.jsonl", "evaluations.jsonl")
+        )
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """Write a step's metrics."""
@@ -47,8 +50,13 @@ class RunLog:
         if every and (step == 1 or step % every == 0):
             self._show(step, "training", batch)
 
-    def evaluation_samples(self, step: int, batch: RolloutBatch) -> None:
-        """Write and show samples of an evaluation."""
+    def evaluation(self, step: int, batch: RolloutBatch) -> None:
+        """Write an evaluation's rewards prompt by prompt, and show samples of it."""
+        for group, source in enumerate(batch.sources):
+            rewards = [float(batch.rewards[response]) for response in batch.responses_of(group)]
+            row = {"step": step, "source": source, "rewards": rewards}
+            self._evaluations.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._evaluations.flush()
         self._show(step, "evaluation", batch)
 
     def _show(
@@ -74,4 +82,5 @@ class RunLog:
         """Flush and close all files, and end the runs of trackers, which show a failure."""
         self._metrics.close()
         self._samples.close()
+        self._evaluations.close()
         self._trackers.close(failed=failed)

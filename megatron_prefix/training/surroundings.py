@@ -15,6 +15,7 @@ from megatron_prefix.checkpoints.files import complete_steps
 from megatron_prefix.checkpoints.finding import find_checkpoint
 from megatron_prefix.config import RunConfig
 from megatron_prefix.packages import is_installed
+from megatron_prefix.rollouts.gym.checks import faults_of_tasks
 from megatron_prefix.rollouts.names import fault_of_name, fault_of_path
 
 
@@ -37,10 +38,14 @@ def _faults_of_rollouts(config: RunConfig) -> Iterator[str]:
     if evaluation is not None:
         for name, paths in evaluation.data_sets.items():
             keys[f"evaluation.paths.{name}" if name else "evaluation.paths"] = paths
+    are_there = True
     for key, paths in keys.items():
         for path in paths:
             if fault := fault_of_path(path):
+                are_there = False
                 yield f"{key}: {fault}"
+    if are_there:
+        yield from faults_of_tasks(config)
     for key, spec in rollouts.reward_specs.items():
         fault = fault_of_name(spec, has_tokenizer=rollouts.text is not None)
         if fault:

@@ -354,7 +354,7 @@ class Trainer:
             score = self.evaluator.evaluate()
             seconds = time.perf_counter() - started
         if self._log is not None and self.evaluator.batch is not None:
-            self._log.evaluation_samples(self.step, self.evaluator.batch)
+            self._log.evaluation(self.step, self.evaluator.batch)
         if self.best is None or score > self.best[1]:
             self._take_as_best(self.step, score)
         return {"eval": score, "eval_seconds": seconds, **self.evaluator.metrics()}

@@ -29,7 +29,7 @@ from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.parsing import check_names, refuse_prompt_keys
 from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.record import START, Record
-from megatron_prefix.rollouts.record_files import open_record_file
+from megatron_prefix.rollouts.record_files import open_record_file, stamp_of
 from megatron_prefix.rollouts.text.dialogue import check_special_tokens, check_tools_are_written
 from megatron_prefix.rollouts.text.messages import (
     SAMPLED_KEYS,
@@ -287,7 +287,7 @@ def _read_table(paths: Sequence[Path]) -> Any:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # a file of the log would get a line for each
     # The cache knows files by what is given here: a changed file must not be taken for the old one.
-    stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    stamps = [stamp_of(path) for path in paths]
     try:
         table = datasets.Dataset.from_generator(
             _rows,
@@ -304,7 +304,7 @@ def _read_table(paths: Sequence[Path]) -> Any:
     return table
 
 
-def _rows(paths: list[str], stamps: list[tuple[int, int]]) -> Iterator[dict[str, str]]:
+def _rows(paths: list[str], stamps: list[tuple[Any, ...]]) -> Iterator[dict[str, str]]:
     is_empty = True
     for path in paths:
         for record in open_record_file(Path(path)).records(START):
