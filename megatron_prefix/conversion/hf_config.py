@@ -51,6 +51,7 @@ _REASONS = {
         "it normalizes queries and keys over all heads at once, and Megatron's GPTModel each head "
         "alone"
     ),
+    "qwen2_moe": "the gate of its shared expert is not converted yet",
     "mistral3": "it reads images too; convert a folder of its text model",
 }
 """Families that are known and cannot be converted, and why."""
