@@ -29,10 +29,16 @@ from megatron_prefix.model.parameter_shards import ParameterShard, parameter_sha
 MODEL_SECTION = "model.yaml"
 """Beside a checkpoint: the `model` section of a run that fits it."""
 
-_NORM = "mlp.linear_fc1.layer_norm_weight"
-_NORM_OF_EXPERTS = "pre_mlp_layernorm.weight"
-"""Two names of the norm before experts: the local spec's, and Transformer Engine's."""
+_NORMS = (
+    ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+    ("self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.q_layernorm.weight"),
+    ("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attention.kv_layernorm.weight"),
+)
+"""Norms that the local spec and Transformer Engine's store under different names: before experts,
+and of the latents of multi-latent attention."""
 
+_OF_TRAINING = {"moe_router_bias_update_rate", "moe_router_dtype"}
+"""Of `model.transformer`: a run may choose them, whatever the weights were made for."""
 _FREE = {"max_sequence_length", "make_vocab_size_divisible_by", "transformer"}
 
 
@@ -95,7 +101,7 @@ def check_initial_weights(path: Path, model: ModelConfig, chunks: ModelChunks) -
 
 
 def use_stored_names(state: dict[str, Any], checkpoint: Path) -> None:
-    """Let a model's sharded state ask for the norms before experts by the checkpoint's names."""
+    """Let a model's sharded state ask for norms by the checkpoint's names."""
     stored = contents(read_metadata(checkpoint)).tensors
     for item in nested_values(state):
         key = getattr(item, "key", None)
@@ -104,9 +110,10 @@ def use_stored_names(state: dict[str, Any], checkpoint: Path) -> None:
 
 
 def _other_name(key: str) -> str | None:
-    for name, other in ((_NORM, _NORM_OF_EXPERTS), (_NORM_OF_EXPERTS, _NORM)):
-        if key.endswith(name):
-            return key.removesuffix(name) + other
+    for pair in _NORMS:
+        for name, other in (pair, pair[::-1]):
+            if key.endswith(name):
+                return key.removesuffix(name) + other
     return None
 
 
@@ -121,7 +128,8 @@ def _compare_options(
     if not recorded.rope_scaling and not model.rope_scaling:
         del pairs["model.rope_scaling_factor"]
     for key, value in recorded.transformer.items():
-        pairs[f"model.transformer.{key}"] = (value, getattr(chunks.config, key, None))
+        if key not in _OF_TRAINING:
+            pairs[f"model.transformer.{key}"] = (value, getattr(chunks.config, key, None))
     for name, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise ValueError(

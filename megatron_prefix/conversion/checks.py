@@ -10,7 +10,13 @@ import torch
 from megatron_prefix.conversion.architecture import Architecture
 from megatron_prefix.conversion.errors import ConversionError
 from megatron_prefix.conversion.hf_folder import DTYPES, HFFolder
-from megatron_prefix.conversion.mapping import Parameter, Shape, dtype_name, is_no_weight
+from megatron_prefix.conversion.mapping import (
+    Parameter,
+    Shape,
+    dtype_name,
+    is_no_weight,
+    kept_aside,
+)
 
 
 def check_source(
@@ -49,7 +55,8 @@ def check_source(
                 f"{path}: {name} is of type {found[name].dtype}; only {', '.join(DTYPES)} are "
                 "weights that can be trained, so convert the unquantized model"
             )
-    extra = [name for name in found if name not in wanted and not is_no_weight(name)]
+    known = {*wanted, *kept_aside(architecture, found)}
+    extra = [name for name in found if name not in known and not is_no_weight(name)]
     if architecture.tied_embeddings and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
         tied = folder.read("lm_head.weight")
@@ -102,6 +109,13 @@ def _has_more_rows(name: str, found: Shape, wanted: Shape) -> bool:
     return is_vocabulary and found[1:] == wanted[1:] and found[0] > wanted[0]
 
 
+def parameter_dtype(
+    parameter: Parameter, stored: torch.dtype, asked: torch.dtype | None
+) -> torch.dtype:
+    """The type that a parameter gets: its own, or what is asked for all weights."""
+    return stored if asked is None or parameter.is_bias_of_router else asked
+
+
 def stored_dtypes(
     folder: HFFolder, parameters: list[Parameter], dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
@@ -109,7 +123,7 @@ def stored_dtypes(
     found: dict[str, tuple[torch.dtype, str]] = {}
     for parameter in parameters:
         name = parameter.sources[0][0]
-        own = dtype or DTYPES[folder.tensors[name].dtype]
+        own = parameter_dtype(parameter, DTYPES[folder.tensors[name].dtype], dtype)
         for key in (parameter.places[0][0], *parameter.also):
             first, first_name = found.setdefault(key, (own, name))
             if first != own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from collections.abc import Callable
@@ -14,12 +15,13 @@ from torch import Tensor
 from megatron_prefix.checkpoints.finding import TRACKER, find_checkpoint
 from megatron_prefix.checkpoints.initial_weights import MODEL_SECTION, recorded_model
 from megatron_prefix.config.loader import dump_yaml
-from megatron_prefix.conversion.architecture import (
-    Architecture,
-    from_model_config,
-    to_model_config,
+from megatron_prefix.conversion.architecture import Architecture
+from megatron_prefix.conversion.checks import (
+    check_source,
+    check_stored,
+    parameter_dtype,
+    stored_dtypes,
 )
-from megatron_prefix.conversion.checks import check_source, check_stored, stored_dtypes
 from megatron_prefix.conversion.errors import ConversionError
 from megatron_prefix.conversion.hf_config import config_values, read_architecture
 from megatron_prefix.conversion.hf_folder import (
@@ -31,18 +33,25 @@ from megatron_prefix.conversion.hf_folder import (
     write_json,
 )
 from megatron_prefix.conversion.mapping import (
+    BIAS_OF_ROUTER,
     Mapping,
     Parameter,
     dtype_name,
     extra_state_keys,
+    kept_aside,
+    mtp_layers,
 )
 from megatron_prefix.conversion.megatron_lm import common_state
+from megatron_prefix.conversion.model_section import from_model_config, to_model_config
 from megatron_prefix.conversion.output_folder import output_folder
 from megatron_prefix.conversion.torch_dist_files import (
     CheckpointReader,
     Piece,
     write_checkpoint,
 )
+
+KEPT_ASIDE = "kept_aside"
+"""Beside a checkpoint: tensors of the folder that it came from, which Megatron does not compute."""
 
 Progress = Callable[[int], None]
 """Told of so many bytes more."""
@@ -62,6 +71,7 @@ def hf_to_megatron(
         output/latest_checkpointed_iteration.txt    so that Megatron-LM's --load finds it
         output/release/                             the checkpoint
         output/model.yaml                           the `model` section of a run's config
+        output/kept_aside/                          safetensors of MTP layers, where there are any
 
     Args:
         source: folder with config.json and safetensors.
@@ -81,9 +91,7 @@ def hf_to_megatron(
 
     def piece(parameter: Parameter, key: str, index: tuple[int, ...], counts: bool) -> Piece:
         def make() -> Tensor:
-            tensors = [folder.read(name) for name, _ in parameter.sources]
-            if dtype is not None:
-                tensors = [tensor.to(dtype) for tensor in tensors]
+            tensors = [folder.read(name).to(stored[key]) for name, _ in parameter.sources]
             whole = mapping.to_megatron(parameter, tensors)
             if counts:
                 progress(whole.numel() * whole.itemsize)
@@ -103,13 +111,20 @@ def hf_to_megatron(
         key, index = parameter.places[0]
         pieces.append(piece(parameter, key, index, counts=True))
         pieces += [piece(parameter, other, index, counts=False) for other in parameter.also]
+    aside = kept_aside(architecture, folder.tensors)
     needed = sum(p.num_bytes for p in pieces)
+    needed += sum(folder.tensors[name].num_bytes for name in aside)
     with output_folder(output, force=force, needed_bytes=needed) as partial:
         checkpoint = partial / "release"
         checkpoint.mkdir()
         write_checkpoint(
             checkpoint, pieces, extra_state_keys(architecture), max_file_bytes=max_file_bytes
         )
+        if aside:
+            (partial / KEPT_ASIDE).mkdir()
+            writer = ShardWriter(partial / KEPT_ASIDE, max_shard_bytes=max_file_bytes)
+            _copy(folder, aside, writer, dtype)
+            finish_shards(partial / KEPT_ASIDE, writer.close())
         # By a file of Python's, whose errors say what went wrong; torch's own would not.
         with (checkpoint / "common.pt").open("wb") as file:
             torch.save(common_state(architecture), file)
@@ -145,26 +160,37 @@ def megatron_to_hf(
     """
     reader = read_checkpoint(source)
     architecture = find_architecture(reader.folder, hf_source, architecture)
+    aside = _folder_of_aside(reader.folder, hf_source, architecture)
+    if aside is not None:
+        found = mtp_layers(architecture.num_layers, aside.tensors)
+        architecture = dataclasses.replace(architecture, mtp_layers=found)
     mapping = Mapping(architecture)
     parameters = mapping.parameters()
     places = check_stored(reader.shapes(), architecture, parameters, of=str(reader.folder))
-    kinds = {reader.dtype(key) for key, _ in places}
+    kinds = {
+        reader.dtype(key)
+        for parameter, (key, _) in zip(parameters, places, strict=True)
+        if not parameter.is_bias_of_router
+    }
     out_dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
     values = _config_for(architecture, hf_source, dtype_name(out_dtype))
-    itemsizes = [(dtype or reader.dtype(key)).itemsize for key, _ in places]
+    types = [
+        parameter_dtype(parameter, reader.dtype(key), dtype)
+        for parameter, (key, _) in zip(parameters, places, strict=True)
+    ]
     needed = sum(
-        math.prod(parameter.shape) * size
-        for parameter, size in zip(parameters, itemsizes, strict=True)
+        math.prod(parameter.shape) * kind.itemsize
+        for parameter, kind in zip(parameters, types, strict=True)
     )
     with output_folder(output, force=force, needed_bytes=needed) as partial:
         writer = ShardWriter(partial, max_shard_bytes=max_shard_bytes)
-        for parameter, (key, index) in zip(parameters, places, strict=True):
-            whole = reader.read(key, index)
-            if dtype is not None:
-                whole = whole.to(dtype)
+        for parameter, (key, index), kind in zip(parameters, places, types, strict=True):
+            whole = reader.read(key, index).to(kind)
             for name, tensor in mapping.to_hf(parameter, whole).items():
                 writer.add(name, tensor)
             progress(math.prod(parameter.shape) * whole.itemsize)
+        if aside is not None:
+            _copy(aside, kept_aside(architecture, aside.tensors), writer, dtype)
         finish_shards(partial, writer.close())
         write_json(partial / "config.json", values)
         for file in companions(hf_source) if hf_source is not None else ():
@@ -219,6 +245,23 @@ def find_architecture(
                 "folder that the checkpoint came from"
             )
     return list(said.values())[-1]
+
+
+def _copy(
+    folder: HFFolder, names: list[str], writer: ShardWriter, dtype: torch.dtype | None
+) -> None:
+    for name in names:
+        tensor = folder.read(name)
+        keeps_type = dtype is None or name.endswith(BIAS_OF_ROUTER)
+        writer.add(name, tensor if keeps_type else tensor.to(dtype))
+
+
+def _folder_of_aside(checkpoint: Path, hf_source: Path | None, a: Architecture) -> HFFolder | None:
+    """Where the MTP layers are that the model came with, if it had any."""
+    beside = checkpoint.parent / KEPT_ASIDE
+    if beside.is_dir():
+        return HFFolder(beside)
+    return HFFolder(hf_source) if hf_source is not None and a.mtp_layers else None
 
 
 def _config_for(a: Architecture, hf_source: Path | None, dtype: str) -> dict[str, Any]:

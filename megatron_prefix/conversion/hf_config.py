@@ -8,6 +8,14 @@ from typing import Any
 from megatron_prefix.config import YarnConfig
 from megatron_prefix.conversion.architecture import FAMILIES, Architecture
 from megatron_prefix.conversion.errors import ConversionError
+from megatron_prefix.conversion.hf_deepseek import (
+    latent_values,
+    latent_yarn_values,
+    read_latent,
+    read_latent_yarn,
+    read_sigmoid_experts,
+    sigmoid_expert_values,
+)
 from megatron_prefix.conversion.hf_folder import read_json
 from megatron_prefix.packages import needed_by
 
@@ -17,7 +25,36 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
 }
+_WINDOWS = {
+    "qwen2": "by layer",
+    "qwen3": "by layer",
+    "qwen3_moe": "all layers",
+    "mixtral": "all layers",
+    "mistral": "all layers",
+}
+"""Families with sliding windows, and whether their layers differ in transformers."""
+_SAME_AS = {"kimi_k2": "deepseek_v3"}
+"""Families that are another one under a name of their own."""
+_REASONS = {
+    "deepseek_v2": "its routers choose by softmax in groups, and YaRN's factors differ",
+    "deepseek_v32": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
+    "glm_moe_dsa": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
+    "gpt_oss": (
+        "the run's configuration cannot say its experts' activation (a clamped swish, plus 1 on "
+        "the linear half) nor the biases of its router"
+    ),
+    "minimax_m2": (
+        "it normalizes queries and keys over all heads at once, and Megatron's GPTModel each head "
+        "alone"
+    ),
+    "qwen2_moe": "the gate of its shared expert is not converted yet",
+    "mistral3": "it reads images too; convert a folder of its text model",
+}
+"""Families that are known and cannot be converted, and why."""
 # Numbers of Llama 3's scaling that Megatron's GPTModel has no option for.
 _LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -35,6 +72,8 @@ _ROPE_KEYS = {
     ),
 }
 """What each kind of rotary embedding is made of here; a key beside would be lost."""
+_ROPE_KINDS = {"deepseek_v3": ("default", "yarn"), "glm4_moe": ("default",)}
+"""Of families that have not all of these kinds."""
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -44,28 +83,45 @@ def read_architecture(folder: Path) -> Architecture:
         ConversionError: it is missing or damaged, or says something that Megatron's GPTModel
             cannot compute, naming the key and its value.
     """
-    with needed_by("converting", extra="hf"):
-        from transformers import AutoConfig
-
     path = folder / "config.json"
-    raw = read_json(path)
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ConversionError(
-            f"{path}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
-        )
-    if raw.get("quantization_config") is not None:
-        raise ConversionError(
-            f"{path}: the model is quantized (quantization_config); convert the unquantized one"
-        )
+    family = _family(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return _architecture(config, family)
+        return _architecture(read_config(folder), family)
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
     # transformers checks values in many ways, and raises as many kinds of errors.
     except Exception as error:
         raise ConversionError(f"{path}: transformers cannot read it: {error}") from error
+
+
+def read_config(folder: Path) -> Any:
+    """config.json as transformers' own class of the family reads it."""
+    with needed_by("converting", extra="hf"):
+        from transformers import CONFIG_MAPPING
+
+    family = _family(folder)
+    config = CONFIG_MAPPING[family].from_pretrained(folder, local_files_only=True)
+    # By this name transformers finds how the tensors of experts are stored.
+    config.model_type = family
+    return config
+
+
+def _family(folder: Path) -> str:
+    path = folder / "config.json"
+    raw = read_json(path)
+    name = raw.get("model_type")
+    family = _SAME_AS.get(name, name)
+    if family not in FAMILIES:
+        reason = f": {_REASONS[name]}" if name in _REASONS else ""
+        raise ConversionError(
+            f"{path}: model_type {name!r} is not supported{reason}; supported are "
+            f"{', '.join((*FAMILIES, *_SAME_AS))}"
+        )
+    if raw.get("quantization_config") is not None:
+        raise ConversionError(
+            f"{path}: the model is quantized (quantization_config); convert the unquantized one"
+        )
+    return family
 
 
 def _architecture(config: Any, family: str) -> Architecture:
@@ -80,9 +136,8 @@ def _architecture(config: Any, family: str) -> Architecture:
         refuse("hidden_act", "is not supported; the supported models have silu")
     if value("is_causal", True) is not True:
         refuse("is_causal", "is not supported: every token would see those after it")
-    _check_windows(config, family)
     attention_bias, mlp_bias = value("attention_bias", False), value("mlp_bias", False)
-    if attention_bias != mlp_bias:
+    if attention_bias != mlp_bias and family != "glm4_moe":
         refuse(
             "attention_bias",
             f"with mlp_bias: {mlp_bias} is nothing that Megatron's GPTModel has; there the "
@@ -105,14 +160,20 @@ def _architecture(config: Any, family: str) -> Architecture:
                 i not in dense and (i + 1) % every == 0 for i in range(config.num_hidden_layers)
             ),
         }
-    if moe:
+    elif family == "deepseek_v3":
+        moe = {"latent": read_latent(config), **read_sigmoid_experts(config)}
+    elif family == "glm4_moe":
+        moe = read_sigmoid_experts(config)
+    if family in ("qwen3_moe", "mixtral"):
         moe["experts_per_token"] = value("num_experts_per_tok")
         if moe["experts_per_token"] == 1 and moe.get("normalized_routing", True):
             refuse("num_experts_per_tok", "with normalized weights makes the router constant")
         if not any(moe["expert_layers"]):
             refuse("decoder_sparse_step", "leaves no layer with experts")
+    windows = _windows(config, family)
     return Architecture(
-        family=family,
+        # Without a window Mistral's models are Llama's.
+        family="llama" if family == "mistral" and not windows else family,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -124,35 +185,48 @@ def _architecture(config: Any, family: str) -> Architecture:
         norm_epsilon=config.rms_norm_eps,
         tied_embeddings=bool(value("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or attention_bias,
-        linear_bias=attention_bias,
-        qk_norm=family in ("qwen3", "qwen3_moe"),
-        **_rope(config),
+        linear_bias=attention_bias and mlp_bias,
+        qk_norm=family in ("qwen3", "qwen3_moe", "deepseek_v3") or value("use_qk_norm", False),
+        **windows,
+        **_rope(config, family),
         **moe,
     )
 
 
-def _check_windows(config: Any, family: str) -> None:
-    """Refuse a model whose layers, or some of them, look at a window."""
-    count = config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None and family != "mixtral":
-        first = getattr(config, "max_window_layers", 0)
-        kinds = [
-            "sliding_attention" if config.use_sliding_window and i >= first else "full_attention"
-            for i in range(count if hasattr(config, "use_sliding_window") else 0)
-        ]
-    elif kinds is None:
-        kinds = ["full_attention" if window is None else "sliding_attention"] * count
-    for layer, kind in enumerate(kinds):
-        if kind != "full_attention":
+def _windows(config: Any, family: str) -> dict[str, Any]:
+    """The sliding windows that transformers gives the layers."""
+    # Where a family's switch is off, its config has set the size to none.
+    size = getattr(config, "sliding_window", None)
+    if not size or family not in _WINDOWS:
+        return {}
+    kinds = ("sliding_attention",) * config.num_hidden_layers
+    if _WINDOWS[family] == "by layer":
+        kinds = tuple(config.layer_types)
+    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+        raise ConversionError(f"layer_types: {', '.join(sorted(unknown))} is not supported")
+    windowed = tuple(kind == "sliding_attention" for kind in kinds)
+    return {"window": size, "windowed_layers": windowed} if any(windowed) else {}
+
+
+def _check_rope_keys(rope: dict[str, Any], kind: str, family: str) -> None:
+    """Refuse a kind of rotary embedding that is not supported, and a key that would be lost."""
+    kinds = _ROPE_KINDS.get(family, tuple(_ROPE_KEYS))
+    if kind not in kinds:
+        raise ConversionError(
+            f"rope_type: {kind!r} is not supported with {family}; supported are {', '.join(kinds)}"
+        )
+    known = _ROPE_KEYS[kind]
+    if kind == "yarn" and family == "deepseek_v3":
+        known = (*known, "mscale", "mscale_all_dim")
+    for name, number in rope.items():
+        if name not in known and number is not None:
             raise ConversionError(
-                f"sliding_window: {window}, and layer {layer} is of {kind} (layer_types, "
-                "use_sliding_window, max_window_layers), which is not supported; it must be off"
+                f"rope_scaling.{name}: {number} is not supported with rope_type: {kind}; leave it "
+                "out"
             )
 
 
-def _rope(config: Any) -> dict[str, Any]:
+def _rope(config: Any, family: str) -> dict[str, Any]:
     # transformers 5 has one dict; 4 has a number and a dict.
     rope = getattr(config, "rope_parameters", None)
     if rope is None:
@@ -160,22 +234,13 @@ def _rope(config: Any) -> dict[str, Any]:
     theta = rope["rope_theta"]
     if theta != int(theta):
         raise ConversionError(f"rope_theta: {theta} is no whole number, as Megatron takes it")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConversionError(
-            f"partial_rotary_factor: {rope['partial_rotary_factor']} is not supported"
-        )
-    found: dict[str, Any] = {"rotary_base": int(theta)}
+    fraction = rope.get("partial_rotary_factor", 1.0)
+    if fraction != 1.0 and family != "glm4_moe":
+        raise ConversionError(f"partial_rotary_factor: {fraction} is not supported")
+    found: dict[str, Any] = {"rotary_base": int(theta), "rotary_fraction": fraction}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_KEYS:
-        raise ConversionError(
-            f"rope_type: {kind!r} is not supported; supported are {', '.join(_ROPE_KEYS)}"
-        )
-    for name, number in rope.items():
-        if name not in _ROPE_KEYS[kind] and number is not None:
-            raise ConversionError(
-                f"rope_scaling.{name}: {number} is not supported with rope_type: {kind}; leave it "
-                "out"
-            )
+    latent = family == "deepseek_v3"
+    _check_rope_keys(rope, kind, family)
     if kind == "llama3":
         for name, fixed in _LLAMA3.items():
             if rope[name] != fixed:
@@ -193,8 +258,34 @@ def _rope(config: Any) -> dict[str, Any]:
             beta_fast=float(rope.get("beta_fast") or 32.0),
             beta_slow=float(rope.get("beta_slow") or 1.0),
             correction_range_round_to_int=rope.get("truncate", True),
+            **(read_latent_yarn(rope) if latent else {}),
         )
+        if latent and not found["yarn"].correction_range_round_to_int:
+            raise ConversionError(
+                "rope_scaling.truncate: false is not supported; Megatron's multi-latent attention "
+                "rounds"
+            )
     return found
+
+
+def _window_values(a: Architecture) -> dict[str, Any]:
+    """The sliding windows, as config.json has them."""
+    values: dict[str, Any] = {"sliding_window": a.window}
+    if a.family.startswith("qwen"):
+        values["use_sliding_window"] = a.window is not None
+    if _WINDOWS[a.family] == "by layer":
+        windowed = a.windowed_layers or (False,) * a.num_layers
+        # Servers read the first layer with a window; transformers each layer's kind.
+        values["max_window_layers"] = windowed.index(True) if any(windowed) else a.num_layers
+        values["layer_types"] = [
+            "sliding_attention" if window else "full_attention" for window in windowed
+        ]
+    elif a.windowed_layers and not all(a.windowed_layers):
+        raise ConversionError(
+            "model.transformer.window_attn_skip_freq: layers without the window are nothing that "
+            f"a config.json of {a.family} can say"
+        )
+    return values
 
 
 def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
@@ -214,7 +305,7 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
     if a.llama3_rope_factor is not None:
         rope = {"rope_type": "llama3", "factor": a.llama3_rope_factor, **_LLAMA3}
     elif a.yarn is not None:
-        if (a.yarn.mscale, a.yarn.mscale_all_dim) != (1.0, 0.0):
+        if a.latent is None and (a.yarn.mscale, a.yarn.mscale_all_dim) != (1.0, 0.0):
             raise ConversionError(
                 "model.yarn: mscale and mscale_all_dim other than 1 and 0 are not supported"
             )
@@ -225,6 +316,7 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
             "beta_fast": a.yarn.beta_fast,
             "beta_slow": a.yarn.beta_slow,
             "truncate": a.yarn.correction_range_round_to_int,
+            **(latent_yarn_values(a.yarn) if a.latent is not None else {}),
         }
     # Both spellings: transformers 5 reads rope_parameters, servers built on 4 the other two.
     options: dict[str, Any] = {
@@ -247,7 +339,6 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
         options.update(
             num_local_experts=a.num_experts,
             num_experts_per_tok=a.experts_per_token,
-            sliding_window=None,
         )
     if a.family == "qwen3_moe":
         options.update(
@@ -258,7 +349,22 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
             decoder_sparse_step=1,
             mlp_only_layers=[i for i, experts in enumerate(a.expert_layers) if not experts],
         )
-    known = CONFIG_MAPPING[a.family](**options).to_dict()
+    if a.family == "deepseek_v3":
+        options.update(latent_values(a), **sigmoid_expert_values(a))
+    if a.family == "glm4_moe":
+        rope["partial_rotary_factor"] = a.rotary_fraction
+        options.update(
+            sigmoid_expert_values(a),
+            attention_bias=a.qkv_bias,
+            use_qk_norm=a.qk_norm,
+            partial_rotary_factor=a.rotary_fraction,
+        )
+    if a.family in _WINDOWS:
+        options.update(_window_values(a))
+    # transformers takes the fraction from `rope_parameters`, servers from a key of its own.
+    known = CONFIG_MAPPING[a.family](
+        **options, rope_parameters={**rope, "rope_theta": float(a.rotary_base)}
+    ).to_dict()
     known.pop("transformers_version", None)
     known.update(options)
     known.pop("_name_or_path", None)

@@ -9,12 +9,12 @@ from typing import Any
 
 from megatron_prefix.checkpoints.initial_weights import recorded_model
 from megatron_prefix.checkpoints.torch_dist import contents
-from megatron_prefix.conversion.architecture import from_model_config
 from megatron_prefix.conversion.convert import read_checkpoint
 from megatron_prefix.conversion.errors import ConversionError
 from megatron_prefix.conversion.hf_config import read_architecture
 from megatron_prefix.conversion.hf_folder import DTYPES, HFFolder, read_json
 from megatron_prefix.conversion.mapping import Mapping, dtype_name
+from megatron_prefix.conversion.model_section import from_model_config
 
 
 def inspect(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -22,6 +22,8 @@ from megatron_prefix.conversion.architecture import Architecture
 from megatron_prefix.packages import needed_by
 
 Shape = tuple[int, ...]
+BIAS_OF_ROUTER = "mlp.gate.e_score_correction_bias"
+"""End of the name of a tensor that stays in float32, whatever the type of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,11 @@ class Parameter:
     """Without the leading axes."""
     sources: tuple[tuple[str, Shape], ...]
     """Hugging Face names and shapes."""
+
+    @property
+    def is_bias_of_router(self) -> bool:
+        """One that Megatron keeps in float32, whatever the type of the weights."""
+        return self.name.endswith("mlp.router.expert_bias")
 
 
 class Mapping:
@@ -70,7 +77,7 @@ class Mapping:
         h = a.hidden_size
         yield self._parameter("embedding.word_embeddings.weight", [(a.vocab_size, h)])
         for layer in range(a.num_layers):
-            yield from self._attention(layer)
+            yield from self._attention(layer) if a.latent is None else self._latent(layer)
             yield from self._experts(layer) if a.has_experts(layer) else self._mlp(layer)
         yield self._parameter("decoder.final_layernorm.weight", [(h,)])
         if not a.tied_embeddings:
@@ -92,11 +99,43 @@ class Mapping:
         if a.linear_bias:
             yield of("self_attention.linear_proj.bias", [(a.hidden_size,)])
 
+    def _latent(self, layer: int) -> Iterator[Parameter]:
+        a = self.architecture
+        assert a.latent is not None
+        h, heads, latent = a.hidden_size, a.num_attention_heads, a.latent
+        queries = heads * (latent.plain_channels + latent.turned_channels)
+        expanded = heads * (latent.plain_channels + latent.value_channels)
+        of = functools.partial(self._parameter, layer=layer)
+        yield of("input_layernorm.weight", [(h,)])
+        if latent.query_rank is None:
+            yield of("self_attention.linear_q_proj.weight", [(queries, h)])
+        else:
+            yield of("self_attention.linear_q_down_proj.weight", [(latent.query_rank, h)])
+            yield of(
+                "self_attention.q_layernorm.weight",
+                [(latent.query_rank,)],
+                alias="self_attention.linear_q_up_proj.layer_norm_weight",
+            )
+            yield of("self_attention.linear_q_up_proj.weight", [(queries, latent.query_rank)])
+        compressed = latent.rank + latent.turned_channels
+        yield of("self_attention.linear_kv_down_proj.weight", [(compressed, h)])
+        yield of(
+            "self_attention.kv_layernorm.weight",
+            [(latent.rank,)],
+            alias="self_attention.linear_kv_up_proj.layer_norm_weight",
+        )
+        yield of("self_attention.linear_kv_up_proj.weight", [(expanded, latent.rank)])
+        yield of("self_attention.linear_proj.weight", [(h, heads * latent.value_channels)])
+
     def _mlp(self, layer: int) -> Iterator[Parameter]:
         a = self.architecture
         h, f = a.hidden_size, a.ffn_hidden_size
         of = functools.partial(self._parameter, layer=layer)
-        yield of("mlp.linear_fc1.layer_norm_weight", [(h,)])
+        if a.latent is None:
+            yield of("mlp.linear_fc1.layer_norm_weight", [(h,)])
+        else:
+            # The local spec renames no norm of layers with latent attention.
+            yield self._norm_before_mlp(layer)
         yield of("mlp.linear_fc1.weight", [(f, h), (f, h)])
         yield of("mlp.linear_fc2.weight", [(h, f)])
         if a.linear_bias:
@@ -107,16 +146,28 @@ class Mapping:
         a = self.architecture
         h, f = a.hidden_size, a.expert_ffn_hidden_size
         assert a.num_experts is not None and f is not None
-        # Transformer Engine's specs store this norm under its own name, the local spec under that
-        # of the dense layers' fused one: both are written, so that both load.
-        yield self._parameter(
-            "pre_mlp_layernorm.weight", [(h,)], layer, alias="mlp.linear_fc1.layer_norm_weight"
-        )
+        yield self._norm_before_mlp(layer)
         yield self._parameter("mlp.router.weight", [(a.num_experts, h)], layer)
+        if a.routing is not None:
+            yield self._parameter("mlp.router.expert_bias", [(a.num_experts,)], layer)
+        if a.shared_expert_ffn_hidden_size is not None:
+            s = a.shared_expert_ffn_hidden_size
+            yield self._parameter("mlp.shared_experts.linear_fc1.weight", [(s, h), (s, h)], layer)
+            yield self._parameter("mlp.shared_experts.linear_fc2.weight", [(h, s)], layer)
         for expert in range(a.num_experts):
             of = functools.partial(self._parameter, layer=layer, expert=expert)
             yield of("mlp.experts.linear_fc1.weight", [(f, h), (f, h)])
             yield of("mlp.experts.linear_fc2.weight", [(h, f)])
+
+    def _norm_before_mlp(self, layer: int) -> Parameter:
+        # Transformer Engine's specs store this norm under one name, the local spec under another:
+        # both are written, so that both load.
+        return self._parameter(
+            "pre_mlp_layernorm.weight",
+            [(self.architecture.hidden_size,)],
+            layer,
+            alias="mlp.linear_fc1.layer_norm_weight",
+        )
 
     def _parameter(
         self,
@@ -172,14 +223,32 @@ _EXTRA_STATES = (
     "mlp.experts.experts.linear_fc1",
     "mlp.experts.experts.linear_fc2",
 )
+_EXTRA_STATES_OF_LATENTS = (
+    "input_layernorm",
+    "self_attention.linear_q_proj",
+    "self_attention.linear_q_down_proj",
+    "self_attention.linear_q_up_proj",
+    "self_attention.linear_kv_down_proj",
+    "self_attention.linear_kv_up_proj",
+    "self_attention.kv_layernorm",
+)
+_EXTRA_STATES_OF_SHARED_EXPERTS = (
+    "mlp.shared_experts.linear_fc1",
+    "mlp.shared_experts.linear_fc2",
+)
 
 
 def extra_state_keys(architecture: Architecture) -> list[str]:
     """Keys of the extra states that layers of any spec may look for in a checkpoint."""
     a = architecture
+    modules = _EXTRA_STATES
+    if a.latent is not None:
+        modules += _EXTRA_STATES_OF_LATENTS
+    if a.shared_expert_ffn_hidden_size is not None:
+        modules += _EXTRA_STATES_OF_SHARED_EXPERTS
     keys = ["decoder.final_layernorm._extra_state/shard_0_1"]
     for layer in range(a.num_layers):
-        for module in _EXTRA_STATES:
+        for module in modules:
             of_experts = ".experts." in module
             if of_experts and not a.has_experts(layer):
                 continue
@@ -197,12 +266,39 @@ def extra_state_keys(architecture: Architecture) -> list[str]:
     return keys
 
 
+def kept_aside(architecture: Architecture, names: Iterable[str]) -> list[str]:
+    """Tensors of a folder that no layer of the Megatron model computes: its MTP layers'."""
+    first, count = architecture.num_layers, architecture.mtp_layers
+    return [n for n in names if (layer := _layer_of(n)) is not None and 0 <= layer - first < count]
+
+
+def mtp_layers(num_layers: int, names: Iterable[str]) -> int:
+    """The number of layers beyond the model's own that tensors belong to."""
+    return max((layer + 1 - num_layers for n in names if (layer := _layer_of(n))), default=0)
+
+
+def _layer_of(name: str) -> int | None:
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
 _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
 def is_no_weight(name: str) -> bool:
     """Buffers that old checkpoints hold and every release computes anew."""
     return _IGNORED.fullmatch(name) is not None
+
+
+# mbridge knows these norms by Transformer Engine's names alone.
+_LATENT_NORMS = {
+    "self_attention.q_layernorm.weight": [
+        "model.layers.{layer_number}.self_attn.q_a_layernorm.weight"
+    ],
+    "self_attention.kv_layernorm.weight": [
+        "model.layers.{layer_number}.self_attn.kv_a_layernorm.weight"
+    ],
+}
 
 
 def _bridge(a: Architecture) -> Any:
@@ -212,7 +308,8 @@ def _bridge(a: Architecture) -> Any:
         from mbridge.core import LLMBridge
         from mbridge.core.bridge import _MODEL_REGISTRY
         from mbridge.core.parallel_states import ParallelStates
-    registered = _MODEL_REGISTRY[a.family]
+    # Mistral's tensors are Llama's, and mbridge has no name for it.
+    registered = _MODEL_REGISTRY["llama" if a.family == "mistral" else a.family]
 
     class Bridge(registered):  # type: ignore[misc, valid-type]
         # Copies: mbridge changes the tables of its classes for tied embeddings.
@@ -222,6 +319,7 @@ def _bridge(a: Architecture) -> Any:
             "self_attention.linear_proj.bias": [
                 "model.layers.{layer_number}.self_attn.o_proj.bias"
             ],
+            **(_LATENT_NORMS if a.latent is not None else {}),
         }
         _MLP_MAPPING: ClassVar[Any] = {
             **registered._MLP_MAPPING,
@@ -233,8 +331,9 @@ def _bridge(a: Architecture) -> Any:
             "mlp.linear_fc2.bias": ["model.layers.{layer_number}.mlp.down_proj.bias"],
         }
 
-        def _build_config(self) -> None:
-            """No Megatron config: no model is built."""
+        def _build_config(self) -> Any:
+            """No Megatron config, since no model is built; what the tables ask of it."""
+            return SimpleNamespace(num_layers=a.num_layers, mtp_num_layers=None)
 
     sizes = SimpleNamespace(
         hidden_size=a.hidden_size,

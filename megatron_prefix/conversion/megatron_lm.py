@@ -34,7 +34,7 @@ def common_state(a: Architecture) -> dict[str, Any]:
         norm_epsilon=a.norm_epsilon,
         position_embedding_type="rope" if a.yarn is None else "yarn",
         rotary_base=a.rotary_base,
-        rotary_percent=1.0,
+        rotary_percent=a.rotary_fraction,
         use_rope_scaling=a.llama3_rope_factor is not None,
         rope_scaling_factor=a.llama3_rope_factor or 8.0,
         num_experts=a.num_experts,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -39,6 +40,29 @@ YARN = {
     "original_max_position_embeddings": 16,
 }
 
+EXPERTS_BY_SIGMOID = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "num_nextn_predict_layers": 0,
+}
+LATENT = {
+    **EXPERTS_BY_SIGMOID,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+    "n_group": 4,
+    "topk_group": 2,
+}
+"""Sizes of multi-latent attention and of experts as DeepSeek-V3 has them."""
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, rope scaling, wide heads": ("llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
     "llama, tied": ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-4}),
@@ -63,6 +87,42 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "mistral without a window": ("mistral", {"sliding_window": None}),
+    "mistral, window": ("mistral", {"sliding_window": 4, "head_dim": 32}),
+    "qwen3, windows in some layers": (
+        "qwen3",
+        {
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+        },
+    ),
+    "mixtral, window": ("mixtral", {"num_local_experts": 4, "sliding_window": 7}),
+    "deepseek_v3, yarn": (
+        "deepseek_v3",
+        {**LATENT, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}},
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            **EXPERTS_BY_SIGMOID,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "glm4_moe, groups": (
+        "glm4_moe",
+        {**EXPERTS_BY_SIGMOID, "n_group": 4, "topk_group": 2, "partial_rotary_factor": 0.25},
+    ),
+    "deepseek_v3 as Moonlight": (
+        "deepseek_v3",
+        {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_hidden_layers": 2},
+    ),
 }
 
 
@@ -87,8 +147,30 @@ def write_model(
         for parameter in model.parameters():
             # Larger than at initialisation: errors of a part of the model must show.
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer), alpha=0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def add_mtp_layer(folder: Path, layer: int, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Give a folder of one file what DeepSeek-V3 has for predicting the token after the next."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    shapes = {
+        "eh_proj.weight": (64, 128),
+        "embed_tokens.weight": (61, 64),
+        "enorm.weight": (64,),
+        "mlp.gate.e_score_correction_bias": (8,),
+        "self_attn.kv_b_proj.weight": (88, 14),
+        "shared_head.norm.weight": (64,),
+    }
+    new = {f"model.layers.{layer}.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    tensors |= {name: tensor.to(dtype) for name, tensor in new.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    edit_json(folder / "config.json", num_nextn_predict_layers=1)
+    return list(new)
 
 
 def edit_json(path: Path, **changes: Any) -> None:

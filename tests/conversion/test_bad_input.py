@@ -171,6 +171,11 @@ BAD_SOURCES: dict[str, tuple[str, Damage, str]] = {
         r"config\.json: not readable as JSON",
     ),
     "other family": ("single", _config(model_type="gpt2"), r"'gpt2' is not supported; .*qwen2"),
+    "known family that cannot be converted": (
+        "single",
+        _config(model_type="gpt_oss"),
+        r"'gpt_oss' is not supported: .*activation",
+    ),
     "quantized": (
         "single",
         _config(quantization_config={"quant_method": "gptq"}),
@@ -188,15 +193,6 @@ BAD_SOURCES: dict[str, tuple[str, Damage, str]] = {
         r"rope_scaling\.attn_factor: 1\.5 is not supported with rope_type: yarn",
     ),
     "tokens that see those after them": ("single", _config(is_causal=False), r"is_causal: False"),
-    "layers with a window": (
-        "single",
-        _config(
-            use_sliding_window=True,
-            sliding_window=8,
-            layer_types=["full_attention", "sliding_attention"],
-        ),
-        r"sliding_window: 8, and layer 1 is of sliding_attention",
-    ),
     "a model in one file beside an index": (
         "sharded",
         lambda folder: shutil.copy(_first_shard(folder), folder / WEIGHTS),

@@ -37,6 +37,10 @@ CASE_LAYOUTS = [
     ("qwen3", TP_PP),
     ("qwen3_moe", EXPERTS),
     ("mixtral", EXPERTS),
+    (
+        "deepseek_v3, yarn",
+        {**TP_PP, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    ),
 ]
 
 

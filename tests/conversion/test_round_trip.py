@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import megatron.core
@@ -15,16 +16,32 @@ from megatron_prefix.conversion.hf_config import read_architecture
 from megatron_prefix.conversion.hf_folder import HFFolder
 from megatron_prefix.conversion.inspection import inspect
 from megatron_prefix.conversion.verification import report_table, verify
-from tests.conversion.models import CASES, LLAMA3_ROPE, SIZES, edit_json, write_model
+from tests.conversion.models import (
+    CASES,
+    LLAMA3_ROPE,
+    SIZES,
+    add_mtp_layer,
+    edit_json,
+    write_model,
+)
 
-HAS_YARN = tuple(int(x) for x in megatron.core.__version__.split(".")[:2]) >= (0, 15)
+RELEASE = tuple(int(x) for x in megatron.core.__version__.split(".")[:2])
+HAS_YARN = RELEASE >= (0, 15)
+HAS_WINDOWS = HAS_YARN
+HAS_QUERIES_WITHOUT_NORM = RELEASE < (0, 19)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_log_probs_equal_transformers_and_weights_come_back(tmp_path: Path, case: str) -> None:
-    if "yarn" in case and not HAS_YARN:
-        pytest.skip("megatron-core 0.14 has no YaRN in GPTModel")
     family, options = CASES[case]
+    if "yarn" in case and family == "qwen2" and not HAS_YARN:
+        pytest.skip("megatron-core 0.14 has no YaRN in GPTModel")
+    if "window" in case and "without" not in case and not HAS_WINDOWS:
+        pytest.skip("megatron-core 0.14 has no windows in its local layers")
+    if "Moonlight" in case and not HAS_QUERIES_WITHOUT_NORM:
+        with pytest.raises(ValueError, match=r"q_lora_rank=None with qk_layernorm=True"):
+            verify(write_model(tmp_path / "hf", family, **options))
+        return
     checks = verify(write_model(tmp_path / "hf", family, **options))
     assert [check.name for check in checks] == ["there and back", "logits", "log-probabilities"]
     assert all(check.ok for check in checks), report_table(checks)
@@ -98,6 +115,48 @@ def test_a_written_config_json_says_the_same_model(tmp_path: Path, case: str) ->
     architecture = hf_to_megatron(folder, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert architecture == read_architecture(folder) == read_architecture(tmp_path / "back")
+
+
+def test_layers_that_predict_further_tokens_are_kept_aside_and_put_back(tmp_path: Path) -> None:
+    family, options = CASES["deepseek_v3, yarn"]
+    source = write_model(tmp_path / "hf", family, dtype=torch.bfloat16, **options)
+    names = add_mtp_layer(source, options["num_hidden_layers"], torch.bfloat16)
+    hf_to_megatron(source, tmp_path / "megatron")
+    # By what lies beside the checkpoint, and by the folder that the model came from.
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "beside")
+    (tmp_path / "megatron" / "release").rename(tmp_path / "alone")
+    megatron_to_hf(tmp_path / "alone", tmp_path / "from_source", hf_source=source)
+    expected = HFFolder(source)
+    for back in (HFFolder(tmp_path / "beside"), HFFolder(tmp_path / "from_source")):
+        assert back.tensors.keys() == expected.tensors.keys() >= set(names)
+        for name, stored in expected.tensors.items():
+            assert back.tensors[name].dtype == stored.dtype
+            assert torch.equal(back.read(name), expected.read(name)), name
+        assert read_architecture(back.path).mtp_layers == 1
+    # Without either, the written configuration asks for no such layers.
+    shutil.copy(tmp_path / "megatron" / "model.yaml", tmp_path / "alone")
+    megatron_to_hf(tmp_path / "alone", tmp_path / "without")
+    assert read_architecture(tmp_path / "without").mtp_layers == 0
+    assert not set(names) & HFFolder(tmp_path / "without").tensors.keys()
+
+
+def test_the_bias_of_routers_keeps_its_type(tmp_path: Path) -> None:
+    family, options = CASES["deepseek_v3, yarn"]
+    source = write_model(tmp_path / "hf", family, **options)
+    hf_to_megatron(source, tmp_path / "megatron", dtype=torch.bfloat16)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    back = HFFolder(tmp_path / "back").tensors
+    kinds = {name.endswith("e_score_correction_bias"): t.dtype for name, t in back.items()}
+    assert kinds == {True: "F32", False: "BF16"}
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_kimi_k2_is_read_as_deepseek_v3(tmp_path: Path) -> None:
+    family, options = CASES["deepseek_v3, yarn"]
+    source = write_model(tmp_path / "hf", family, **options)
+    edit_json(source / "config.json", model_type="kimi_k2")
+    checks = verify(source)
+    assert all(check.ok for check in checks), report_table(checks)
 
 
 def test_whoever_may_read_config_json_may_read_the_weights(tmp_path: Path) -> None:

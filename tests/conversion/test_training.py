@@ -54,7 +54,7 @@ def test_a_run_starts_from_the_converted_weights(converted: Path, tmp_path: Path
     [
         ({"rotary_base": 500}, "model.rotary_base: 500, but the weights .* made for 10000"),
         ({"transformer": {"layernorm_epsilon": 1e-3}}, "layernorm_epsilon: 0.001, but .* 1e-06"),
-        ({"vocab_size": 62}, "model.vocab_size: 62, but the weights .* made for 64"),
+        ({"vocab_size": 66}, "model.vocab_size: 66, but the weights .* made for 64"),
         ({"transformer": {"add_qkv_bias": False}}, "add_qkv_bias: False, but .* made for True"),
     ],
     ids=["rotary base", "epsilon", "vocabulary", "bias"],

@@ -32,6 +32,10 @@ LAYOUTS: list[tuple[str, dict[str, int]]] = [
     ("qwen3_moe", EP_PP),
     ("qwen3_moe, dense layer, weights as they are", EP_PP),
     ("mixtral", {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+    (
+        "deepseek_v3, yarn",
+        {**TP_PP, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    ),
 ]
 SHARD = 20_000
 """Several files for each rank."""

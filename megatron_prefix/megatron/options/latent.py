@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.torch_version import TorchVersion
+
 from megatron_prefix.megatron.options.record import (
     Option,
     Reason,
     refused,
     used,
 )
+from megatron_prefix.megatron.releases import release
 
 
 def _latent(latent: bool, config: Any) -> Reason | None:
@@ -37,6 +40,21 @@ def _latent(latent: bool, config: Any) -> Reason | None:
     return None
 
 
+def _query_rank(rank: int | None, config: Any) -> Reason | None:
+    # Releases before 0.19 leave queries that are not compressed without a norm.
+    latent = getattr(config, "multi_latent_attention", False)
+    if rank is not None or not latent or not config.qk_layernorm:
+        return None
+    if TorchVersion(release()) < "0.19":
+        return None
+    return Reason(
+        why="megatron-core 0.19 puts one more norm before the projection of queries that are not "
+        "compressed, and its local layers cannot be built so; no released model has that norm",
+        instead="Use megatron-core 0.18",
+        beside="qk_layernorm=True",
+    )
+
+
 OPTIONS: list[Option] = [
     *used(
         "multi_latent_attention",
@@ -45,6 +63,10 @@ OPTIONS: list[Option] = [
     ),
     *used(
         "q_lora_rank",
+        why="multi_latent_attention: our layer takes Megatron's modules",
+        check=_query_rank,
+    ),
+    *used(
         "kv_lora_rank",
         "qk_head_dim",
         "qk_pos_emb_head_dim",

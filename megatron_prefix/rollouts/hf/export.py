@@ -84,11 +84,11 @@ def weights_exporter(
             family that it knows, naming the option, or has a parameter that the family lacks.
     """
     with needed_by("writing the weights as a Hugging Face model", extra="rollouts"):
-        from megatron_prefix.conversion.architecture import from_model_config
         from megatron_prefix.conversion.checks import check_stored
         from megatron_prefix.conversion.hf_config import config_values
         from megatron_prefix.conversion.hf_folder import ShardWriter, finish_shards, write_json
         from megatron_prefix.conversion.mapping import Mapping, dtype_name
+        from megatron_prefix.conversion.model_section import from_model_config
 
         mapping = Mapping(from_model_config(model))
         values = config_values(mapping.architecture, dtype_name(chunks.config.params_dtype))

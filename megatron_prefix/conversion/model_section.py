@@ -1,0 +1,398 @@
+"""The `model` section of a run, written from an `Architecture` and read into one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from megatron_prefix.config import ModelConfig
+from megatron_prefix.conversion.architecture import (
+    FAMILIES,
+    Architecture,
+    LatentAttention,
+    SigmoidRouting,
+)
+from megatron_prefix.conversion.errors import ConversionError
+
+
+def to_model_config(architecture: Architecture) -> ModelConfig:
+    """The `model` section of a run."""
+    a = architecture
+    transformer: dict[str, Any] = {
+        "num_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+        "num_attention_heads": a.num_attention_heads,
+        "ffn_hidden_size": a.ffn_hidden_size,
+        "gated_linear_unit": True,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": a.norm_epsilon,
+        "add_bias_linear": a.linear_bias,
+        "add_qkv_bias": a.qkv_bias,
+        "qk_layernorm": a.qk_norm,
+    }
+    if a.latent is None:
+        transformer.update(num_query_groups=a.num_query_groups, kv_channels=a.head_dim)
+    else:
+        transformer.update(
+            multi_latent_attention=True,
+            q_lora_rank=a.latent.query_rank,
+            kv_lora_rank=a.latent.rank,
+            qk_head_dim=a.latent.plain_channels,
+            qk_pos_emb_head_dim=a.latent.turned_channels,
+            v_head_dim=a.latent.value_channels,
+        )
+    if a.window is not None:
+        # Megatron counts the keys before a query's own.
+        transformer["window_size"] = [a.window - 1, 0]
+        if not all(a.windowed_layers):
+            transformer["window_attn_skip_freq"] = [int(window) for window in a.windowed_layers]
+    if a.num_experts is not None:
+        transformer.update(
+            num_moe_experts=a.num_experts,
+            moe_ffn_hidden_size=a.expert_ffn_hidden_size,
+            moe_router_topk=a.experts_per_token,
+            # Softmax before the choice leaves the chosen weights as they are; after it, over the
+            # chosen alone, it is the same as dividing them by their sum.
+            moe_router_pre_softmax=not a.normalized_routing,
+        )
+        if a.mixed_layers:
+            transformer["moe_layer_freq"] = [int(experts) for experts in a.expert_layers]
+        if a.shared_expert_ffn_hidden_size is not None:
+            transformer["moe_shared_expert_intermediate_size"] = a.shared_expert_ffn_hidden_size
+        if a.routing is not None:
+            transformer.update(_sigmoid_routing(a.routing))
+    return ModelConfig(
+        vocab_size=a.vocab_size,
+        max_sequence_length=a.max_length,
+        position_embedding_type="rope" if a.yarn is None else "yarn",
+        rotary_percent=a.rotary_fraction,
+        rotary_base=a.rotary_base,
+        rope_scaling=a.llama3_rope_factor is not None,
+        rope_scaling_factor=a.llama3_rope_factor or 8.0,
+        yarn=a.yarn,
+        share_embeddings_and_output_weights=a.tied_embeddings,
+        activation="silu",
+        transformer=transformer,
+    )
+
+
+def _sigmoid_routing(routing: SigmoidRouting) -> dict[str, Any]:
+    options = {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        # The bias stays as it is, unless a run says otherwise.
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_topk_scaling_factor": routing.scaling,
+        "moe_router_dtype": "fp32",
+    }
+    if routing.num_groups is not None:
+        options["moe_router_num_groups"] = routing.num_groups
+        options["moe_router_group_topk"] = routing.chosen_groups
+    return options
+
+
+# Fields of TransformerConfig that say how a model is computed or trained, not what it is.
+_OF_EXECUTION = {
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "apply_rope_fusion",
+    "attention_backend",
+    "attention_dropout",
+    "attention_softmax_in_fp32",
+    "batch_p2p_comm",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cp_comm_type",
+    "cross_entropy_loss_fusion",
+    "deterministic_mode",
+    "distribute_saved_activations",
+    "expert_tensor_parallel_size",
+    "fp32_residual_connection",
+    "gradient_accumulation_fusion",
+    "hidden_dropout",
+    "init_method_std",
+    "masked_softmax_fusion",
+    "memory_efficient_layer_norm",
+    "moe_aux_loss_coeff",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_router_bias_update_rate",
+    "moe_router_dtype",
+    "moe_router_fusion",
+    "moe_router_load_balancing_type",
+    "moe_shared_expert_overlap",
+    "moe_token_dispatcher_type",
+    "moe_z_loss_coeff",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "overlap_p2p_comm",
+    "persist_layer_norm",
+    "pipeline_model_parallel_layout",
+}
+_READ = {
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "gated_linear_unit",
+    "normalization",
+    "layernorm_epsilon",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
+    "moe_router_pre_softmax",
+    "moe_layer_freq",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "window_size",
+    "window_attn_skip_freq",
+}
+
+
+def from_model_config(model: ModelConfig) -> Architecture:
+    """Read the `model` section of a run.
+
+    Raises:
+        ConversionError: an option that no supported Hugging Face family has.
+    """
+    t = model.transformer
+    if t.get("moe_router_score_function") == "sigmoid":
+        # Its bias is a tensor of the family.
+        _refuse_unless(
+            (
+                "model.transformer.moe_router_enable_expert_bias",
+                t.get("moe_router_enable_expert_bias", False),
+                (True,),
+            )
+        )
+    _refuse_unless(
+        ("model.position_embedding_type", model.position_embedding_type, ("rope", "yarn")),
+        ("model.activation", model.activation, ("silu",)),
+        ("model.transformer.gated_linear_unit", t.get("gated_linear_unit", False), (True,)),
+        ("model.transformer.normalization", t.get("normalization", "RMSNorm"), ("RMSNorm",)),
+    )
+    for key, value in t.items():
+        if key not in _READ | _OF_EXECUTION and value != _DEFAULTS.get(key):
+            raise ConversionError(
+                f"model.transformer.{key}: {value!r} is nothing that a Hugging Face config.json of "
+                f"the supported families ({', '.join(FAMILIES)}) can say"
+            )
+    heads = t["num_attention_heads"]
+    hidden = t["hidden_size"]
+    ffn = t.get("ffn_hidden_size") or 4 * hidden
+    linear_bias = t.get("add_bias_linear", False)
+    qkv_bias = linear_bias or t.get("add_qkv_bias", False)
+    qk_norm = t.get("qk_layernorm", False)
+    latent = _latent_of(t)
+    experts = _experts_of(t, ffn)
+    windows = _windows_of(t)
+    family = _family(
+        experts=bool(experts),
+        qk_norm=qk_norm,
+        qkv_bias_only=qkv_bias and not linear_bias,
+        latent=latent is not None,
+        sigmoid="routing" in experts,
+        window=bool(windows),
+    )
+    if family == "mixtral":
+        ffn = experts["expert_ffn_hidden_size"]  # one size, and no layer without experts
+    head_dim = t.get("kv_channels") or hidden // heads
+    architecture = Architecture(
+        family=family,
+        num_layers=t["num_layers"],
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=t.get("num_query_groups") or heads,
+        # As transformers names it where queries and keys are compressed.
+        head_dim=head_dim if latent is None else latent.turned_channels,
+        ffn_hidden_size=ffn,
+        vocab_size=model.vocab_size,
+        max_length=model.max_sequence_length,
+        norm_epsilon=t.get("layernorm_epsilon", _DEFAULTS["layernorm_epsilon"]),
+        tied_embeddings=model.share_embeddings_and_output_weights,
+        qkv_bias=qkv_bias,
+        linear_bias=linear_bias,
+        qk_norm=qk_norm,
+        rotary_base=model.rotary_base,
+        rotary_fraction=model.rotary_percent,
+        llama3_rope_factor=model.rope_scaling_factor if model.rope_scaling else None,
+        yarn=model.yarn,
+        latent=latent,
+        **windows,
+        **experts,
+    )
+    _refuse_mixture(architecture)
+    return architecture
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(MLATransformerConfig)}
+
+
+def _latent_of(t: dict[str, Any]) -> LatentAttention | None:
+    if not t.get("multi_latent_attention", False):
+        return None
+    sizes = {
+        "query_rank": "q_lora_rank",
+        "rank": "kv_lora_rank",
+        "plain_channels": "qk_head_dim",
+        "turned_channels": "qk_pos_emb_head_dim",
+        "value_channels": "v_head_dim",
+    }
+    return LatentAttention(**{ours: t.get(key, _DEFAULTS[key]) for ours, key in sizes.items()})
+
+
+def _windows_of(t: dict[str, Any]) -> dict[str, Any]:
+    """Fields of an `Architecture` with sliding windows."""
+    size = t.get("window_size")
+    if not size:
+        return {}
+    layers, skip = t["num_layers"], t.get("window_attn_skip_freq")
+    if isinstance(skip, int):
+        windowed = tuple(layer % skip != 0 for layer in range(1, layers + 1))
+    else:
+        windowed = tuple(map(bool, skip or [1] * layers))
+    return {"window": size[0] + 1, "windowed_layers": windowed} if any(windowed) else {}
+
+
+def _experts_of(t: dict[str, Any], ffn: int) -> dict[str, Any]:
+    """Fields of an `Architecture` with experts."""
+    if t.get("num_moe_experts") is None:
+        return {}
+    frequency = t.get("moe_layer_freq", 1)
+    found: dict[str, Any] = {
+        "num_experts": t["num_moe_experts"],
+        "expert_ffn_hidden_size": t.get("moe_ffn_hidden_size") or ffn,
+        "experts_per_token": t.get("moe_router_topk", 2),
+        "normalized_routing": not t.get("moe_router_pre_softmax", False),
+        "expert_layers": tuple(
+            (i % frequency == 0) if isinstance(frequency, int) else bool(frequency[i])
+            for i in range(t["num_layers"])
+        ),
+        "shared_expert_ffn_hidden_size": t.get("moe_shared_expert_intermediate_size"),
+    }
+    if t.get("moe_router_score_function", "softmax") == "sigmoid":
+        # How a softmax would be taken is nothing to sigmoid scores.
+        found["normalized_routing"] = True
+        found["routing"] = SigmoidRouting(
+            scaling=t.get("moe_router_topk_scaling_factor") or 1.0,
+            num_groups=t.get("moe_router_num_groups"),
+            chosen_groups=t.get("moe_router_group_topk"),
+        )
+    return found
+
+
+def _family(
+    *,
+    experts: bool,
+    qk_norm: bool,
+    qkv_bias_only: bool,
+    latent: bool,
+    sigmoid: bool,
+    window: bool,
+) -> str:
+    if latent:
+        return "deepseek_v3"
+    if sigmoid:
+        return "glm4_moe"
+    if experts:
+        return "qwen3_moe" if qk_norm else "mixtral"
+    if qk_norm:
+        return "qwen3"
+    if qkv_bias_only:
+        return "qwen2"
+    # Without a window Mistral's models are Llama's.
+    return "mistral" if window else "llama"
+
+
+def _refuse_mixture(a: Architecture) -> None:
+    """Combinations of options that no family has."""
+    if a.rotary_fraction != 1.0 and a.family != "glm4_moe":
+        _refuse_unless(("model.rotary_percent", a.rotary_fraction, (1.0,)))
+    if a.latent is not None:
+        _refuse_mixture_with_latent(a)
+        return
+    if a.family == "glm4_moe":
+        _refuse_mixture_of_sigmoid_experts(a)
+        return
+    if a.family == "mistral" and a.linear_bias:
+        raise ConversionError(
+            "model.transformer.add_bias_linear: true with window_size is no supported Hugging Face "
+            f"family ({', '.join(FAMILIES)})"
+        )
+    if a.qkv_bias and (a.qk_norm or a.num_experts is not None):
+        raise ConversionError(
+            "model.transformer.add_qkv_bias: true with qk_layernorm or experts is no supported "
+            f"Hugging Face family ({', '.join(FAMILIES)})"
+        )
+    if a.family == "mixtral" and (a.mixed_layers or not a.normalized_routing):
+        raise ConversionError(
+            "model.transformer: experts without qk_layernorm are Mixtral's, which has no "
+            "moe_layer_freq other than 1 and no moe_router_pre_softmax: true"
+        )
+    if a.shared_expert_ffn_hidden_size is not None:
+        raise ConversionError(
+            "model.transformer.moe_shared_expert_intermediate_size without "
+            "moe_router_score_function: sigmoid is no supported Hugging Face family "
+            f"({', '.join(FAMILIES)})"
+        )
+
+
+def _refuse_mixture_with_latent(a: Architecture) -> None:
+    """What DeepSeek-V3 has not."""
+    _refuse_if(a, not a.qk_norm, "qk_layernorm: false")
+    _refuse_if(a, a.qkv_bias, "add_qkv_bias or add_bias_linear: true")
+    _refuse_if(a, a.num_query_groups != a.num_attention_heads, "num_query_groups")
+    _refuse_if(a, a.routing is None, "moe_router_score_function other than sigmoid")
+    _refuse_mixture_of_sigmoid_experts(a)
+
+
+def _refuse_mixture_of_sigmoid_experts(a: Architecture) -> None:
+    """What neither DeepSeek-V3 nor GLM-4.5 has."""
+    _refuse_if(a, a.window is not None, "window_size")
+    layers = list(a.expert_layers)
+    _refuse_if(a, a.linear_bias, "add_bias_linear: true")
+    _refuse_if(a, layers != sorted(layers), "moe_layer_freq with a dense layer after experts")
+    shared, size = a.shared_expert_ffn_hidden_size, a.expert_ffn_hidden_size
+    _refuse_if(
+        a,
+        not shared or not size or shared % size != 0,
+        f"moe_shared_expert_intermediate_size: {shared} that is no multiple of "
+        f"moe_ffn_hidden_size: {size}",
+    )
+    scaled = a.yarn is not None or a.llama3_rope_factor is not None
+    _refuse_if(a, a.latent is None and scaled, "scaled rotary frequencies")
+
+
+def _refuse_if(a: Architecture, found: bool, what: str) -> None:
+    if found:
+        raise ConversionError(
+            f"model: {what} is nothing that a config.json of {a.family} can say, the family that "
+            "multi_latent_attention and moe_router_score_function: sigmoid make this model"
+        )
+
+
+def _refuse_unless(*options: tuple[str, Any, tuple[Any, ...]]) -> None:
+    for name, value, accepted in options:
+        if value not in accepted:
+            raise ConversionError(
+                f"{name}: {value!r} is nothing that a Hugging Face config.json of the supported "
+                f"families ({', '.join(FAMILIES)}) can say; they have "
+                f"{' or '.join(map(repr, accepted))}"
+            )

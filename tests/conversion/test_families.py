@@ -1,0 +1,100 @@
+"""What one family says and Megatron cannot compute is refused by name, in both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prefix.conversion import ConversionError
+from megatron_prefix.conversion.architecture import Architecture
+from megatron_prefix.conversion.hf_config import config_values, read_architecture
+from megatron_prefix.conversion.hf_folder import write_json
+from megatron_prefix.conversion.model_section import from_model_config, to_model_config
+from tests.conversion.models import CASES, SIZES, YARN
+
+DEEPSEEK, GLM, WINDOWS = "deepseek_v3, yarn", "glm4_moe", "qwen3, windows in some layers"
+
+
+def _architecture(folder: Path, case: str, **changes: Any) -> Architecture:
+    """Of a config.json without weights."""
+    family, options = CASES[case]
+    values = {
+        "num_experts_per_tok": 2,
+        **SIZES,
+        **options,
+        "hidden_act": "silu",
+        "model_type": family,
+        **changes,
+    }
+    write_json(folder / "config.json", values)
+    return read_architecture(folder)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        (DEEPSEEK, {"rope_interleave": False}, r"rope_interleave: False"),
+        (DEEPSEEK, {"attention_bias": True}, r"attention_bias: (t|T)rue"),
+        (DEEPSEEK, {"num_key_value_heads": 2}, r"num_key_value_heads: 2 .*num_attention_heads: 4"),
+        (DEEPSEEK, {"norm_topk_prob": False}, r"norm_topk_prob: False with .*per_tok: 4"),
+        (DEEPSEEK, {"topk_group": 1}, r"topk_group: 1 with .* by its 4 best"),
+        (DEEPSEEK, {"scoring_func": "softmax"}, r"scoring_func: 'softmax'"),
+        (DEEPSEEK, {"rope_parameters": {**YARN, "mscale_all_dim": 1.0}}, r"all_dim: 1.0 without"),
+        (DEEPSEEK, {"rope_parameters": {**YARN, "truncate": False}}, r"truncate: false"),
+        (DEEPSEEK, {"rope_parameters": {**YARN, "attention_factor": 2.0}}, r"attention_factor"),
+        (GLM, {"rope_parameters": YARN}, r"rope_type: 'yarn' is not supported with glm4_moe"),
+        (WINDOWS, {"layer_types": ["chunked_attention"] * 3}, r"layer_types"),
+        ("qwen2", {"model_type": "minimax_m2"}, r"'minimax_m2' is not supported: .*all heads"),
+    ],
+)
+def test_a_config_that_megatron_cannot_compute_is_refused(
+    tmp_path: Path, case: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConversionError, match=message):
+        _architecture(tmp_path, case, **changes)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        (DEEPSEEK, {"moe_router_enable_expert_bias": False}, r"enable_expert_bias: False"),
+        (DEEPSEEK, {"moe_layer_freq": [1, 0, 1]}, r"a dense layer after experts"),
+        (DEEPSEEK, {"moe_shared_expert_intermediate_size": 25}, r"intermediate_size: 25"),
+        (DEEPSEEK, {"moe_shared_expert_intermediate_size": None}, r"intermediate_size: None"),
+        (DEEPSEEK, {"qk_layernorm": False}, r"qk_layernorm: false"),
+        (DEEPSEEK, {"window_size": [3, 0]}, r"window_size .* deepseek_v3"),
+        (GLM, {"add_bias_linear": True}, r"add_bias_linear: true .* glm4_moe"),
+        ("mixtral", {"moe_shared_expert_intermediate_size": 24}, r"without .*sigmoid"),
+        ("mistral, window", {"add_bias_linear": True}, r"add_bias_linear: true with window_size"),
+    ],
+)
+def test_a_model_section_that_no_family_has_is_refused(
+    tmp_path: Path, case: str, changes: dict[str, Any], message: str
+) -> None:
+    section = to_model_config(_architecture(tmp_path, case))
+    section = dataclasses.replace(section, transformer={**section.transformer, **changes})
+    with pytest.raises(ConversionError, match=message):
+        from_model_config(section)
+
+
+def test_layers_get_the_windows_that_transformers_gives_them(tmp_path: Path) -> None:
+    by_layer = _architecture(tmp_path, WINDOWS)
+    assert (by_layer.window, by_layer.windowed_layers) == (5, (False, True, True))
+    transformer = to_model_config(by_layer).transformer
+    # Megatron counts the keys before a query's own.
+    assert transformer["window_size"] == [4, 0]
+    assert transformer["window_attn_skip_freq"] == [0, 1, 1]
+    everywhere = _architecture(tmp_path, "mixtral, window")
+    assert everywhere.windowed_layers == (True, True)
+    for changes in ({"use_sliding_window": False}, {"max_window_layers": 3}):
+        assert _architecture(tmp_path, WINDOWS, **changes).window is None
+
+
+def test_a_window_in_some_layers_is_nothing_that_mistral_can_say(tmp_path: Path) -> None:
+    architecture = _architecture(tmp_path, "mistral, window")
+    some = dataclasses.replace(architecture, windowed_layers=(True, False))
+    with pytest.raises(ConversionError, match=r"window_attn_skip_freq: .* mistral"):
+        config_values(some, "bfloat16")
