@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_prefix.config.agent import AgentConfig
 from megatron_prefix.config.bounds import below, refuse
+from megatron_prefix.config.paths import all_files, matching_files
 from megatron_prefix.config.server import ServerConfig, WeightsConfig
 from megatron_prefix.config.text import RewardProcessConfig, TextConfig
 
@@ -22,7 +23,11 @@ class RolloutsConfig:
     asks a completions server, `hf` generates with transformers in the training processes."""
     paths: tuple[Path, ...] = ()
     """JSONL or Parquet files: rollouts for `file`, prompts with answers for the other engines,
-    which also read tasks of reasoning-gym (`.gym.yaml`)."""
+    which also read tasks of reasoning-gym (`.gym.yaml`). `data/*.jsonl` is all files of such a
+    name, in order."""
+    ratios: tuple[float, ...] = ()
+    """For each of `paths` the share of prompts that are taken from it, such as `[3, 1]`; each goes
+    through epochs of its own. None: one after the other. Not for `file`."""
     fields: dict[str, str] = field(default_factory=dict)
     """Fields of the records of `file` that stand under other names, such as `{reward: score}`: the
     name that is read, and the file's, where dots lead into objects (`reward_model.score`)."""
@@ -36,6 +41,12 @@ class RolloutsConfig:
     `objective.reward_weights` weighs."""
     reward_process: RewardProcessConfig = field(default_factory=RewardProcessConfig)
     """The processes that a `module:function`, `math` and `reasoning_gym` run in."""
+    unusable: Literal["refuse", "leave_out"] = "refuse"
+    """What becomes of records that the model cannot train on: too long, or with log-probabilities
+    that are none (-100, -9999). `leave_out` passes over them."""
+    check_records: int = 100_000
+    """Records that are read and checked before the first step, from the beginning of the files: so
+    many at most, and a summary is logged; 0: none."""
     epochs: int | None = None
     """How often the files are read from beginning to end; null: without end."""
     max_response_length: int | None = None
@@ -64,6 +75,8 @@ class RolloutsConfig:
         if not self.paths:
             yield "paths: none given; name at least one JSONL or Parquet file"
         yield from below(self, 1, "groups_per_step", "group_size", "epochs", "max_response_length")
+        yield from below(self, 0, "check_records")
+        yield from self._faults_of_ratios()
         if self.engine != "file":
             if self.fields:
                 yield f"fields: read by engine: file only, with engine: {self.engine}; remove it"
@@ -84,6 +97,35 @@ class RolloutsConfig:
         if isinstance(self.reward, dict):
             return {f"reward.{name}": spec for name, spec in self.reward.items()}
         return {} if self.reward is None else {"reward": self.reward}
+
+    def _faults_of_ratios(self) -> Iterator[str]:
+        if not self.ratios:
+            return
+        if self.engine == "file" or self.epochs is not None:
+            option = "engine: file" if self.engine == "file" else f"epochs: {self.epochs}"
+            yield f"ratios: not with {option}, which goes through the files in order; remove one"
+        if len(self.ratios) != len(self.paths) or not all(ratio > 0 for ratio in self.ratios):
+            yield (
+                f"ratios: {list(self.ratios)} must be a number above 0 for each of the "
+                f"{len(self.paths)} paths"
+            )
+
+    @property
+    def data_sets(self) -> tuple[tuple[Path, ...], ...]:
+        """The files of each of `paths`."""
+        return tuple(map(matching_files, self.paths))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of `paths`."""
+        return all_files(self.paths)
+
+    @property
+    def takes_servers_logprobs(self) -> bool:
+        """Whether a server's log-probabilities are those that responses were sampled with: of other
+        sampling, some give those before it, and others those after it."""
+        takes_them = self.server is not None and self.server.logprobs == "server"
+        return takes_them and self.temperature == self.top_p == 1
 
     def _faults_of_agent(self) -> Iterator[str]:
         if self.agent is None:
@@ -124,8 +166,9 @@ class EvaluationConfig:
     """Sampling on prompts that are never trained on."""
 
     paths: tuple[Path, ...] | dict[str, tuple[Path, ...]]
-    """JSONL or Parquet files of prompts with answers. Several data sets are a mapping of their
-    names to their files; each is reported by itself, too."""
+    """JSONL or Parquet files of prompts with answers; `data/*.jsonl` is all files of that name.
+    Several data sets are a mapping of their names to their files; each is reported by itself, too.
+    """
     num_prompts: int
     """Number of prompts, from the beginning of the files; with several data sets, of each."""
     responses_per_prompt: int = 1
@@ -160,4 +203,5 @@ class EvaluationConfig:
     @property
     def data_sets(self) -> dict[str, tuple[Path, ...]]:
         """The files by the name of their data set, which is empty where there is only one."""
-        return self.paths if isinstance(self.paths, dict) else {"": self.paths}
+        given = self.paths if isinstance(self.paths, dict) else {"": self.paths}
+        return {name: all_files(paths) for name, paths in given.items()}

@@ -39,7 +39,8 @@ class ServerConfig:
     group of the next prompt, or train on the responses that came (at least two)."""
     logprobs: Literal["server", "trainer"] = "server"
     """Whose log-probabilities are the old policy's. Those of the server are used only where it
-    gives them and `rollouts.temperature` is 1."""
+    gives them, and `rollouts.temperature` and `rollouts.top_p` are 1: of other sampling, servers
+    give other numbers, and the trainer computes its own."""
     prefetch: bool = False
     """Sample the next rollout batch during training; its policy is then one version old."""
 
@@ -75,6 +76,8 @@ class WeightsConfig:
     max_staleness: int = 1
     """Versions (steps) that a group's policy may lag behind the trained policy. Older groups are
     sampled again, and counted in the metric `stale_groups`."""
+    load_timeout_s: float = 1800.0
+    """Seconds in which the server has to load weights."""
     directory: Path | None = None
     """Folder of the weights, with a folder for each version. The server must see it under the same
     path; null: `policy/` in `output.directory`."""
@@ -87,6 +90,8 @@ class WeightsConfig:
     def _faults(self) -> Iterator[str]:
         yield from below(self, 1, "every", "keep")
         yield from below(self, 0, "max_staleness")
+        if not self.load_timeout_s > 0:
+            yield f"load_timeout_s: {self.load_timeout_s} must be above 0"
         if self.every - 1 > self.max_staleness:
             yield (
                 f"every: {self.every} makes groups {self.every - 1} versions old, more than "

@@ -35,14 +35,20 @@ def check_source(
     missing = [name for name in wanted if name not in found]
     if missing:
         raise ConversionError(
-            f"{path}: no tensor {_listed(missing)}, which config.json asks for; the weights are "
-            "incomplete, or config.json is another model's"
+            f"{path}: no tensor {_listed(missing)}, which config.json asks for; "
+            f"{_why_missing(missing[0], list(found))}"
         )
     for name, shape in wanted.items():
         if found[name].shape != shape:
+            why = "weights and config.json are of different models"
+            if _has_more_rows(name, found[name].shape, shape):
+                why = (
+                    "the vocabulary seems to be padded; set vocab_size to "
+                    f"{found[name].shape[0]} in config.json"
+                )
             raise ConversionError(
                 f"{path}: {name} has shape {list(found[name].shape)}, but config.json asks for "
-                f"{list(shape)}; weights and config.json are of different models"
+                f"{list(shape)}; {why}"
             )
         if found[name].dtype not in DTYPES:
             raise ConversionError(
@@ -84,6 +90,30 @@ def parameter_dtype(
 ) -> torch.dtype:
     """The type that a parameter gets: its own, or what is asked for all weights."""
     return stored if asked is None or parameter.is_bias_of_router else asked
+
+
+def _why_missing(name: str, found: list[str]) -> str:
+    """What the tensors that are there say about one that is not."""
+    fused = [other for other in found if other.endswith("experts.gate_up_proj")]
+    prefixed = [other for other in found if other.endswith(name.removeprefix("model"))]
+    if fused and ".experts." in name:
+        return (
+            f"{fused[0]} holds the experts of a layer as one tensor, as transformers 5 keeps them "
+            "in memory; save the model with save_pretrained, which writes one for each"
+        )
+    if any(".lora_" in other for other in found):
+        return "there are LoRA weights beside; merge the adapter into the model first"
+    if prefixed:
+        return (
+            f"but there is {prefixed[0]}: the model is a part of another one, such as one of "
+            "images; save it by itself (model.language_model.save_pretrained)"
+        )
+    return "the weights are incomplete, or config.json is another model's"
+
+
+def _has_more_rows(name: str, found: Shape, wanted: Shape) -> bool:
+    is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    return is_vocabulary and found[1:] == wanted[1:] and found[0] > wanted[0]
 
 
 def stored_dtypes(

@@ -62,6 +62,19 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_ROPE_KEYS = {
+    "default": (*_ROPE, "factor", "original_max_position_embeddings"),
+    "llama3": (*_ROPE, "factor", *_LLAMA3),
+    "yarn": (
+        *_ROPE,
+        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"),
+    ),
+}
+"""What each kind of rotary embedding is made of here; a key beside would be lost."""
+_WITHOUT = {("deepseek_v3", "llama3"), ("glm4_moe", "llama3"), ("glm4_moe", "yarn")}
+"""Families, and the kinds that Megatron or this conversion does not have for them."""
+
 
 def read_architecture(folder: Path) -> Architecture:
     """Read `folder`/config.json.
@@ -121,6 +134,8 @@ def _architecture(config: Any, family: str) -> Architecture:
 
     if value("hidden_act") != "silu":
         refuse("hidden_act", "is not supported; the supported models have silu")
+    if value("is_causal", True) is not True:
+        refuse("is_causal", "is not supported: every token would see those after it")
     attention_bias, mlp_bias = value("attention_bias", False), value("mlp_bias", False)
     if attention_bias != mlp_bias and family != "glm4_moe":
         refuse(
@@ -180,15 +195,19 @@ def _architecture(config: Any, family: str) -> Architecture:
 
 def _windows(config: Any, family: str) -> dict[str, Any]:
     """The sliding windows that transformers gives the layers."""
-    # Where a family's switch is off, its config has set the size to none.
-    size = getattr(config, "sliding_window", None)
-    if not size or family not in _WINDOWS:
+    if family not in _WINDOWS:
         return {}
-    kinds = ("sliding_attention",) * config.num_hidden_layers
+    # Where a family's switch is off, its config has set the size to none.
+    size, count = getattr(config, "sliding_window", None), config.num_hidden_layers
+    kinds = ("sliding_attention" if size else "full_attention",) * count
     if _WINDOWS[family] == "by layer":
         kinds = tuple(config.layer_types)
-    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
-        raise ConversionError(f"layer_types: {', '.join(sorted(unknown))} is not supported")
+    for layer, kind in enumerate(kinds):
+        if kind != "full_attention" and (kind != "sliding_attention" or not size):
+            raise ConversionError(
+                f"sliding_window: {size}, and layer {layer} is of {kind} (layer_types, "
+                "use_sliding_window, max_window_layers), which is not supported"
+            )
     windowed = tuple(kind == "sliding_attention" for kind in kinds)
     return {"window": size, "windowed_layers": windowed} if any(windowed) else {}
 
@@ -206,9 +225,20 @@ def _rope(config: Any, family: str) -> dict[str, Any]:
         raise ConversionError(f"partial_rotary_factor: {fraction} is not supported")
     found: dict[str, Any] = {"rotary_base": int(theta), "rotary_fraction": fraction}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" and family == "glm4_moe":
-        raise ConversionError(f"rope_type: {kind!r} is not supported with glm4_moe")
-    if kind == "llama3" and family != "deepseek_v3":
+    if kind not in _ROPE_KEYS or (family, kind) in _WITHOUT:
+        raise ConversionError(
+            f"rope_type: {kind!r} is not supported with {family}; supported are "
+            f"{', '.join(k for k in _ROPE_KEYS if (family, k) not in _WITHOUT)}"
+        )
+    latent = family == "deepseek_v3"
+    known = (*_ROPE_KEYS[kind], *(("mscale", "mscale_all_dim") if latent else ()))
+    for name, number in rope.items():
+        if name not in known and number is not None:
+            raise ConversionError(
+                f"rope_scaling.{name}: {number} is not supported with rope_type: {kind}; leave it "
+                "out"
+            )
+    if kind == "llama3":
         for name, fixed in _LLAMA3.items():
             if rope[name] != fixed:
                 raise ConversionError(
@@ -217,13 +247,6 @@ def _rope(config: Any, family: str) -> dict[str, Any]:
                 )
         found["llama3_rope_factor"] = float(rope["factor"])
     elif kind == "yarn":
-        latent = family == "deepseek_v3"
-        for name in ("attention_factor", *(() if latent else ("mscale", "mscale_all_dim"))):
-            if rope.get(name) is not None:
-                raise ConversionError(
-                    f"rope_scaling.{name}: {rope[name]} is not supported; leave it out, as in the "
-                    "paper"
-                )
         found["yarn"] = YarnConfig(
             rotary_scaling_factor=float(rope["factor"]),
             original_max_position_embeddings=int(
@@ -239,11 +262,6 @@ def _rope(config: Any, family: str) -> dict[str, Any]:
                 "rope_scaling.truncate: false is not supported; Megatron's multi-latent attention "
                 "rounds"
             )
-    elif kind != "default":
-        raise ConversionError(
-            f"rope_type: {kind!r} is not supported; supported are default, yarn and (without "
-            "multi-latent attention) llama3"
-        )
     return found
 
 

@@ -23,6 +23,8 @@ from megatron_prefix.conversion.errors import ConversionError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+OUTPUT = "lm_head.weight"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -76,13 +78,19 @@ class HFFolder:
                 f"{path}: {what}; name the folder of a Hugging Face model (config.json and "
                 "*.safetensors)"
             )
+        if (path / ADAPTER).exists():
+            raise ConversionError(
+                f"{path}: a PEFT adapter ({ADAPTER}), not a model; merge it into its base and save "
+                "that: PeftModel.from_pretrained(base, ...).merge_and_unload().save_pretrained(...)"
+            )
         self.tensors: dict[str, StoredTensor] = {}
         index = _read_index(path)
         files = sorted(set(index.values())) if index is not None else [_single_file(path)]
         for name in files:
             self._add(path / name, index)
         for tensor, file in (index or {}).items():
-            if tensor not in self.tensors:
+            # An index may name the output layer of a model that keeps it as its embedding.
+            if tensor not in self.tensors and tensor != OUTPUT:
                 raise ConversionError(
                     f"{path / INDEX}: {tensor} should be in {file}, which does not have it; the "
                     "download is incomplete or mixed, get it again"
@@ -151,6 +159,11 @@ def _read_index(path: Path) -> dict[str, str] | None:
     index = read_json(path / INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise ConversionError(f"{path / INDEX}: has no weight_map of tensors to files")
+    if (path / SINGLE).exists() and SINGLE not in index.values():
+        raise ConversionError(
+            f"{path}: has {INDEX} and beside it {SINGLE}, which the index does not name and "
+            "transformers would read; remove the one that is not the model"
+        )
     for tensor, file in index.items():
         # A name, never a path: an index must not lead out of its folder.
         if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):

@@ -5,12 +5,18 @@ A list of the parts would have everything in memory twice while it is joined.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prefix.rollouts.records import RolloutBatch, check_all_or_none, offsets_of
+from megatron_prefix.rollouts.records import (
+    RolloutBatch,
+    check_all_or_none,
+    offsets_of,
+    records_of,
+)
 
 _FIRST_ITEMS = 1 << 12
 
@@ -40,6 +46,7 @@ class BatchBuilder:
         self._policy_versions = _GrowingArray(np.int64)
         self._answers: list[Any] = []
         self._sources: list[str] = []
+        self._records: list[Mapping[str, Any]] = []
 
     def add(self, batch: RolloutBatch) -> None:
         """Copy the groups of a batch, at least one.
@@ -65,6 +72,7 @@ class BatchBuilder:
         self._policy_versions.extend(batch.policy_versions)
         self._answers.extend(batch.answers)
         self._sources.extend(batch.sources)
+        self._records.extend(batch.records or [{}] * batch.num_groups)
 
     def _add_named_rewards(self, batch: RolloutBatch) -> None:
         for name in batch.named_rewards:
@@ -95,6 +103,7 @@ class BatchBuilder:
             policy_versions=self._policy_versions.finish(),
             answers=tuple(self._answers),
             sources=tuple(self._sources),
+            records=records_of(self._records),
         )
 
 

@@ -22,12 +22,22 @@ from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.hf.engine import HuggingFaceEngine
 from megatron_prefix.rollouts.hf.export import weights_exporter
 from megatron_prefix.rollouts.hf.folders import PolicyFolders, generation_settings
+from megatron_prefix.rollouts.mixed_prompts import MixedPrompts
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource, prompt_stream, take_first
 from megatron_prefix.rollouts.record_forms import RecordForms
-from megatron_prefix.rollouts.rewards import RewardFunction, WeightedReward, load_reward
+from megatron_prefix.rollouts.rewards import (
+    RewardFunction,
+    WeightedReward,
+    check_answer,
+    close_reward,
+    load_reward,
+)
+from megatron_prefix.rollouts.stream import RecordStream
+from megatron_prefix.rollouts.survey import survey_groups, survey_prompts
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
 from megatron_prefix.rollouts.text.prompts import TextPrompts
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.usable import Usable
 
 if TYPE_CHECKING:
     from megatron_prefix.rollouts.embedded.agent_evaluator import AgentEvaluator
@@ -47,17 +57,22 @@ def build_engine(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Ro
     rollouts = config.rollouts
     tokenizer = _tokenizer(config)
     reward = None if rollouts.reward is None else _reward(config, tokenizer)
+    usable = Usable(leave_out=rollouts.unusable == "leave_out")
     if rollouts.engine == "file":
         return _file_engine(
             config,
             tokenizer,
             reward,
+            usable=usable,
             reads=runtime.is_main,
             run_alone=functools.partial(rank_0_alone, errors=ENGINE_ERRORS),
             epochs=rollouts.epochs,
         )
     assert rollouts.group_size is not None
-    source = _prompts(config, tokenizer)
+    sources = _sources(config, tokenizer, usable)
+    source: PromptSource = sources[0]
+    if rollouts.ratios:
+        source = MixedPrompts(sources, rollouts.ratios)
     options = _options(config, tokenizer, temperature=rollouts.temperature)
     if rollouts.engine == "openai":
         with needed_by("rollouts.engine: openai", extra="rollouts"):
@@ -103,13 +118,14 @@ def build_evaluator(
         return None
     tokenizer = _tokenizer(config)
     options = _options(config, tokenizer, temperature=evaluation.temperature)
+    usable = Usable(leave_out=config.rollouts.unusable == "leave_out")
     prompts: list[Prompt] = []
     data_sets: list[str] = []
-    for name, paths in evaluation.data_sets.items():
+    for name, files in evaluation.data_sets.items():
         prompts += take_first(
-            _prompts(config, tokenizer, once=paths),
+            _prompts(config, tokenizer, usable, files=files, epochs=1, is_shuffled=False),
             evaluation.num_prompts,
-            names=", ".join(map(str, paths)),
+            names=", ".join(map(str, files)),
         )
         data_sets += [name] * evaluation.num_prompts if name else []
     sampler = _sampler(config, chunks, runtime)
@@ -127,11 +143,14 @@ def build_evaluator(
             seed=config.training.seed,
             data_sets=data_sets,
         )
+    reward = _reward(config, tokenizer)
+    for prompt in prompts:
+        check_answer(reward, prompt.answer, prompt.source)
     return Evaluator(
         sampler,
         prompts,
         options=options,
-        reward=_reward(config, tokenizer),
+        reward=reward,
         seed=config.training.seed,
         responses_per_prompt=evaluation.responses_per_prompt,
         data_sets=data_sets,
@@ -178,7 +197,11 @@ def _forms(config: RunConfig, tokenizer: TextTokenizer | None) -> RecordForms:
     dialogues = None
     if tokenizer is not None:
         dialogues = DialogueEncoder(tokenizer, stop_tokens=_stop_tokens(config, tokenizer))
-    return RecordForms(config.rollouts.fields, dialogues=dialogues)
+    return RecordForms(
+        config.rollouts.fields,
+        dialogues=dialogues,
+        need_rewards=config.objective.name != "supervised" or config.rollouts.reward is not None,
+    )
 
 
 def _reward(config: RunConfig, tokenizer: TextTokenizer | None) -> RewardFunction:
@@ -203,7 +226,8 @@ def groups_of_files(config: RunConfig) -> FileEngine:
     """
     tokenizer = _tokenizer(config)
     reward = None if config.rollouts.reward is None else _reward(config, tokenizer)
-    return _file_engine(config, tokenizer, reward, epochs=1)
+    usable = Usable(leave_out=config.rollouts.unusable == "leave_out")
+    return _file_engine(config, tokenizer, reward, usable=usable, epochs=1)
 
 
 def _file_engine(
@@ -214,7 +238,7 @@ def _file_engine(
 ) -> FileEngine:
     """The engine that reads groups; `reading` says who reads, and how often (see `FileEngine`)."""
     return FileEngine(
-        config.rollouts.paths,
+        config.rollouts.files,
         vocab_size=config.model.vocab_size,
         max_positions=config.model.max_sequence_length,
         group_size=config.rollouts.group_size,
@@ -231,31 +255,82 @@ def prompts_of_files(config: RunConfig) -> PromptSource:
     Raises:
         ValueError: see `build_engine`.
     """
-    return _prompts(config, _tokenizer(config), once=config.rollouts.paths)
+    rollouts = config.rollouts
+    usable = Usable(leave_out=rollouts.unusable == "leave_out")
+    return _prompts(
+        config, _tokenizer(config), usable, files=rollouts.files, epochs=1, is_shuffled=False
+    )
+
+
+def survey_records(config: RunConfig) -> None:
+    """Look at the records of a run before its first step (see `survey`), on one rank.
+
+    Raises:
+        ValueError: what is wrong with one, naming it.
+    """
+    rollouts = config.rollouts
+    if rollouts.check_records == 0:
+        return
+    tokenizer = _tokenizer(config)
+    reward = None if rollouts.reward is None else _reward(config, tokenizer)
+    usable = Usable(leave_out=rollouts.unusable == "leave_out")
+    at_most = rollouts.check_records
+    try:
+        if rollouts.engine == "file":
+            engine = _file_engine(config, tokenizer, reward, usable=usable, epochs=1)
+            survey_groups(engine.each(), reward, usable, at_most=at_most)
+            return
+        for source in _sources(config, tokenizer, usable):
+            fields = source.read_fields if isinstance(source, TextPrompts) else frozenset()
+            survey_prompts(source.each(), reward, usable, at_most=at_most, read_fields=fields)
+    finally:
+        close_reward(reward)
+
+
+def _sources(
+    config: RunConfig, tokenizer: TextTokenizer | None, usable: Usable
+) -> list[RecordStream[Prompt] | TextPrompts]:
+    """The data sets of prompts to train on."""
+    rollouts = config.rollouts
+    data_sets = rollouts.data_sets if rollouts.ratios else [rollouts.files]
+    return [
+        _prompts(config, tokenizer, usable, files=files, epochs=rollouts.epochs)
+        for files in data_sets
+    ]
 
 
 def _prompts(
-    config: RunConfig, tokenizer: TextTokenizer | None, *, once: Sequence[Path] | None = None
-) -> PromptSource:
-    """The prompts to train on, or those of the files `once`, in order."""
+    config: RunConfig,
+    tokenizer: TextTokenizer | None,
+    usable: Usable,
+    *,
+    files: Sequence[Path],
+    epochs: int | None,
+    is_shuffled: bool = True,
+) -> RecordStream[Prompt] | TextPrompts:
+    """The prompts of files."""
     rollouts = config.rollouts
     assert rollouts.max_response_length is not None
-    paths, epochs = (rollouts.paths, rollouts.epochs) if once is None else (once, 1)
     vocab_size = config.model.vocab_size
     max_prompt_length = config.model.max_sequence_length - rollouts.max_response_length
     if rollouts.text is None or tokenizer is None:
         return prompt_stream(
-            paths, vocab_size=vocab_size, max_prompt_length=max_prompt_length, epochs=epochs
+            files,
+            vocab_size=vocab_size,
+            max_prompt_length=max_prompt_length,
+            epochs=epochs,
+            usable=usable,
         )
     return TextPrompts(
-        paths,
+        files,
         tokenizer,
         rollouts.text,
         vocab_size=vocab_size,
         max_prompt_length=max_prompt_length,
-        shuffle=rollouts.text.shuffle and once is None,
+        shuffle=rollouts.text.shuffle and is_shuffled,
         seed=config.training.seed,
         epochs=epochs,
+        usable=usable,
     )
 
 
@@ -274,9 +349,13 @@ def _options(
 
 def _stop_tokens(config: RunConfig, tokenizer: TextTokenizer | None) -> tuple[int, ...]:
     stop_tokens = config.rollouts.stop_tokens
-    if not stop_tokens and tokenizer is not None and tokenizer.end_token is not None:
-        return (tokenizer.end_token,)
-    return stop_tokens
+    if stop_tokens or tokenizer is None:
+        return stop_tokens
+    server = config.rollouts.server
+    if server is not None and server.kind == "transformers":
+        # It ends with what the hand-over tells it, and answers in text: that says one token only.
+        return () if tokenizer.end_token is None else (tokenizer.end_token,)
+    return tokenizer.stop_tokens
 
 
 def _sampler(config: RunConfig, chunks: ModelChunks, runtime: Runtime) -> Sampler:

@@ -21,7 +21,7 @@ Rewards may be several by name (`named_rewards`). "turn_rewards" stand in place 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -33,6 +33,7 @@ from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.records import RolloutBatch
 from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, computed_rewards
 from megatron_prefix.rollouts.stream import RecordStream
+from megatron_prefix.rollouts.usable import Usable
 
 RunAlone = Callable[[Callable[[], RolloutBatch]], "RolloutBatch | None"]
 """Runs a function on one rank, which gets the result. Every rank gets None or the error."""
@@ -55,6 +56,7 @@ class FileEngine:
         forms: RecordForms | None = None,
         reward: RewardFunction | None = None,
         reward_weights: Mapping[str, float] | None = None,
+        usable: Usable | None = None,
         reads: bool = True,
         run_alone: RunAlone = lambda read: read(),
         epochs: int | None = None,
@@ -69,6 +71,7 @@ class FileEngine:
             forms: of the records; None: this package's own, and token ids of others.
             reward: computes rewards where a record has an answer and no rewards.
             reward_weights: of rewards by name; None: a response has one reward.
+            usable: what becomes of groups that the model cannot train on; None: they are errors.
             reads: whether this rank reads; a rank that does not needs no files.
             run_alone: on several ranks, what runs a function on the rank that reads; the other
                 ranks wait for it.
@@ -88,6 +91,7 @@ class FileEngine:
                 forms=forms,
                 has_reward=reward is not None,
                 reward_weights=reward_weights,
+                usable=usable,
             )
             self._stream = RecordStream(paths, reader.read, epochs=epochs, as_arrays=True)
 
@@ -155,6 +159,15 @@ class FileEngine:
             named_rewards[name] = known.copy()
             named_rewards[name][places] = values
         return dataclasses.replace(batch, rewards=rewards, named_rewards=named_rewards)
+
+    def each(self) -> Iterator[ReadGroup]:
+        """All groups once, for the rank that reads; the position stays.
+
+        Raises:
+            ValueError: a record that is wrong.
+        """
+        assert self._stream is not None
+        return self._stream.each()
 
     def metrics(self) -> dict[str, float]:
         """Nothing: the trainer's own metrics say all."""

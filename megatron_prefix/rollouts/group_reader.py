@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from megatron_prefix.rollouts.parsing import (
 from megatron_prefix.rollouts.record import START, FilePosition, Record
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, plain_tokens
+from megatron_prefix.rollouts.usable import Usable
 from megatron_prefix.rollouts.validation import (
     FieldName,
     indexed_field,
@@ -62,6 +64,7 @@ class GroupReader:
         has_reward: bool,
         forms: RecordForms | None = None,
         reward_weights: Mapping[str, float] | None = None,
+        usable: Usable | None = None,
     ) -> None:
         """Nothing is read yet.
 
@@ -72,7 +75,9 @@ class GroupReader:
             has_reward: whether rewards that are missing can be computed.
             forms: of the records; None: this package's own, and token ids of others.
             reward_weights: of rewards by name; None: a response has one reward.
+            usable: what becomes of groups that the model cannot train on; None: they are errors.
         """
+        self._usable = usable or Usable()
         self._reward_weights = reward_weights
         self._forms = RecordForms() if forms is None else forms
         self._vocab_size = vocab_size
@@ -85,11 +90,15 @@ class GroupReader:
         in_own_form = (weighted_record(self._forms(r), self._reward_weights) for r in records)
         for key, members in itertools.groupby(in_own_form, key=_consecutive_group):
             if isinstance(key, (str, int)):
-                yield self._join(key, members)
+                joined = self._usable.made(partial(self._join, key, members))
+                if joined is not None:
+                    yield joined
             else:
                 # Unpacking `members` would read the next line, which a later batch answers for.
                 record = next(members)
-                yield self._whole(record), record.end
+                whole = self._usable.made(partial(self._whole, record))
+                if whole is not None:
+                    yield whole, record.end
 
     def _whole(self, record: Record) -> ReadGroup:
         """The group of a record that holds a whole one."""
@@ -143,6 +152,7 @@ class GroupReader:
             keys=_chained(part.keys for part in parts) or None,
             finished=_chained(part.finished for part in parts) or None,
             answer=first.answer,
+            record=first.record,
             source=_source_range(first.source, last.source),
         )
         self._check_size(group.source, len(parts))

@@ -5,6 +5,7 @@ Nothing but the standard library is needed, so that a wrong name is answered at 
 
 from __future__ import annotations
 
+import glob
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ def fault_of_path(path: Path) -> str | None:
     if os.path.isdir(path):  # unlike its method, false where the user may not look
         return f"{path}: is a directory; name the files in it"
     if not os.path.isfile(path):
+        if glob.has_magic(str(path)):
+            return f"{path}: no file matches{'' if path.is_absolute() else f' in {Path.cwd()}'}"
         searched = "" if path.is_absolute() else f" in {Path.cwd()}"
         return f"{path}: there is no such file{searched}"
     if not os.access(path, os.R_OK):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -137,6 +137,7 @@ def batch_of_arrays(record: Record) -> RolloutBatch | None:
         policy_versions=np.array([UNKNOWN]),
         answers=(record.values.get("answer"),),
         sources=(record.source,),
+        records=(other_fields(record.values),),
     )
 
 
@@ -164,6 +165,7 @@ def parse_group(record: Record) -> RolloutGroup:
         keys=_optional(record, "keys", _each(_keys)),
         finished=_optional(record, "finished", _flags),
         answer=record.values.get("answer"),
+        record=other_fields(record.values),
         source=record.source,
     )
 
@@ -195,8 +197,14 @@ def parse_response(record: Record) -> RolloutGroup:
         keys=None if keys is None else (keys,),
         finished=None if finished is None else (finished,),
         answer=record.values.get("answer"),
+        record=other_fields(record.values),
         source=record.source,
     )
+
+
+def other_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record that only a reward function reads."""
+    return {name: value for name, value in values.items() if name not in FIELDS}
 
 
 def response_field(field: str, response: int) -> str:

@@ -8,17 +8,19 @@ a file of rollouts is a file of prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from typing import Any, Protocol
 
 from megatron_prefix.rollouts.engine import EndOfRollouts
-from megatron_prefix.rollouts.parsing import parse_prompt
+from megatron_prefix.rollouts.parsing import other_fields, parse_prompt
 from megatron_prefix.rollouts.record import FilePosition, Record
 from megatron_prefix.rollouts.stream import RecordStream
 from megatron_prefix.rollouts.text.messages import Message
-from megatron_prefix.rollouts.validation import check_tokens
+from megatron_prefix.rollouts.usable import UnusableRecord, Usable
+from megatron_prefix.rollouts.validation import TOO_LONG, check_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Prompt:
     """Of a chat, what the template was told of tools."""
     template_options: Any = None
     """Of a chat, other variables of the template."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """Other fields of its record, for a reward function."""
 
 
 class PromptSource(Protocol):
@@ -47,6 +51,14 @@ class PromptSource(Protocol):
         Raises:
             EndOfRollouts: fewer are left in the last epoch.
             ValueError: a record that is wrong; nothing is taken then.
+        """
+        ...
+
+    def each(self) -> Iterator[Prompt]:
+        """All prompts once, in the order of the files; the position stays.
+
+        Raises:
+            ValueError: a record that is wrong.
         """
         ...
 
@@ -73,6 +85,7 @@ def prompt_stream(
     vocab_size: int,
     max_prompt_length: int,
     epochs: int | None = None,
+    usable: Usable | None = None,
 ) -> RecordStream[Prompt]:
     """The prompts of files, in their order.
 
@@ -81,25 +94,46 @@ def prompt_stream(
         vocab_size: token ids lie in [0, vocab_size).
         max_prompt_length: tokens that leave room for a response.
         epochs: how often to go through the files; None is without end.
+        usable: what becomes of prompts that are too long; None: they are errors.
 
     Raises:
         ValueError: at once for what is wrong with the names; while reading for a wrong record,
             naming its file, line or row, and field.
     """
 
+    usable = usable or Usable()
+
     def read(records: Iterator[Record]) -> Iterator[tuple[Prompt, FilePosition]]:
         for record in records:
             tokens, answer = parse_prompt(record)
-            check_tokens(f"{record.source}: prompt", tokens, vocab_size)
-            if len(tokens) > max_prompt_length:
-                raise ValueError(
-                    f"{record.source}: prompt: its {len(tokens)} tokens leave too little of the "
-                    f"model's max_sequence_length for a response; at most {max_prompt_length} "
-                    "tokens do (max_sequence_length less max_response_length)"
-                )
-            yield Prompt(tokens=tokens, answer=answer, source=record.source), record.end
+            prompt = Prompt(
+                tokens=tokens,
+                answer=answer,
+                source=record.source,
+                record=other_fields(record.values),
+            )
+            if usable.made(partial(check_prompt, prompt, vocab_size, max_prompt_length)):
+                yield prompt, record.end
 
     return RecordStream(paths, read, epochs=epochs)
+
+
+def check_prompt(prompt: Prompt, vocab_size: int, max_prompt_length: int) -> Prompt:
+    """The prompt, if a model can answer it.
+
+    Raises:
+        UnusableRecord: it is too long.
+        ValueError: it is empty, or has what is no token of the vocabulary.
+    """
+    check_tokens(f"{prompt.source}: prompt", prompt.tokens, vocab_size)
+    if len(prompt.tokens) > max_prompt_length:
+        raise UnusableRecord(
+            f"{prompt.source}: prompt: its {len(prompt.tokens)} tokens leave too little of the "
+            f"model's max_sequence_length for a response; at most {max_prompt_length} tokens do "
+            "(max_sequence_length less max_response_length); shorten it",
+            TOO_LONG,
+        )
+    return prompt
 
 
 def take_first(source: PromptSource, count: int, *, names: str) -> list[Prompt]:

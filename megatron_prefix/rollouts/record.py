@@ -83,6 +83,16 @@ class Record:
         return dataclasses.replace(self, values=values)
 
 
+def value_at(values: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, whose dots may lead into objects; None where there is none."""
+    if name in values:
+        return values[name]
+    value: Any = values
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 def plain_value(value: Any) -> Any:
     """Python's own lists and numbers in place of an array or `Lists`; another value as it is."""
     if isinstance(value, np.ndarray):

@@ -1,6 +1,7 @@
 """Records of other programs as records of one response each.
 
     {"group": 7, "messages": [{"role": "user", ...}, {"role": "assistant", ...}], "reward": 1.0}
+    {"prompt": [{"role": "user", ...}], "completion": [{"role": "assistant", ...}]}          TRL
     {"group": 7, "steps": [{"source": "user", "message": ...}, ...], "reward": 1.0}        ATIF
     {"group": 7, "input_ids": [...], "loss_mask": [...], "logprobs": [...], "rewards": 1.0}  AReaL
     {"uid": "a", "prompts": [...], "responses": [...], "response_mask": [...],
@@ -21,12 +22,13 @@ from typing import Any
 import numpy as np
 
 from megatron_prefix.rollouts.parsing import FIELDS
-from megatron_prefix.rollouts.record import Record, plain_value
+from megatron_prefix.rollouts.record import Record, plain_value, value_at
 from megatron_prefix.rollouts.text.atif import messages_of_steps
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
-from megatron_prefix.rollouts.text.messages import checked_messages, without_nulls
+from megatron_prefix.rollouts.text.messages import checked_messages, without_nulls, writable
 
 _OTHER_FIELDS = (
+    "completion",
     "steps",
     "tools",
     "chat_template_kwargs",
@@ -71,7 +73,11 @@ _BESIDE_MESSAGES = (
 )
 _ATIF = _Form(known_by=("steps",), not_read=("messages", *_BESIDE_MESSAGES))
 _MESSAGES = _Form(known_by=("messages",), not_read=_BESIDE_MESSAGES)
-_FORMS = (_VERL, _OWN_GROUP, _OWN, _AREAL, _ATIF, _MESSAGES)
+_TRL = _Form(
+    known_by=("prompt", "completion"),
+    not_read=("messages", *(name for name in _BESIDE_MESSAGES if name != "prompt")),
+)
+_FORMS = (_VERL, _OWN_GROUP, _OWN, _AREAL, _ATIF, _MESSAGES, _TRL)
 """A record is of the first form by whose fields it is known."""
 
 
@@ -88,26 +94,32 @@ class RecordForms:
     """Turns any known form of record into this package's own."""
 
     def __init__(
-        self, fields: Mapping[str, str] | None = None, *, dialogues: DialogueEncoder | None = None
+        self,
+        fields: Mapping[str, str] | None = None,
+        *,
+        dialogues: DialogueEncoder | None = None,
+        need_rewards: bool = True,
     ) -> None:
         """Read records whose fields have these names.
 
         Args:
             fields: this package's name of a field to the file's; dots lead into objects.
             dialogues: for records of messages.
+            need_rewards: False where the objective looks at no rewards: a record without has
+                reward 0, and one that names no group is a group of its own.
 
         Raises:
             ValueError: a name that no form of record has.
         """
-        known = {*FIELDS, *_OTHER_FIELDS}
         for own in fields or {}:
-            if own not in known:
+            if own not in _KNOWN:
                 raise ValueError(
                     f"rollouts.fields: {own}: no field that is read; choose one of "
-                    f"{', '.join(sorted(known))}"
+                    f"{', '.join(sorted(_KNOWN))}"
                 )
         self._fields = dict(fields or {})
         self._dialogues = dialogues
+        self._need_rewards = need_rewards
 
     def __call__(self, record: Record) -> Record:
         """The record in this package's form.
@@ -115,7 +127,12 @@ class RecordForms:
         Raises:
             ValueError: a field that its form needs is missing or wrong, naming it.
         """
-        record = self._renamed(record)
+        record = self._in_own_form(self._renamed(record))
+        if self._need_rewards:
+            return record
+        return dataclasses.replace(record, values=_as_taught(record.values))
+
+    def _in_own_form(self, record: Record) -> Record:
         values = record.values
         form = next(
             (form for form in _FORMS if all(name in values for name in form.known_by)), None
@@ -129,12 +146,14 @@ class RecordForms:
             found = _of_padded(record.plain())
         elif form is _AREAL:
             found = _of_sequence(record.plain())
+        elif form is _TRL:
+            found = self._of_completion(record)
         else:
             (field,) = form.known_by
             where = f"{record.source}: {field}"
             read = messages_of_steps if form is _ATIF else checked_messages
             found = self._of_messages(record, read(values[field], where), field)
-        kept = {name: values[name] for name in _KEPT if name in values}
+        kept = {n: v for n, v in values.items() if n in _KEPT or n not in _KNOWN}
         return dataclasses.replace(record, values={**kept, **found})
 
     def _renamed(self, record: Record) -> Record:
@@ -142,9 +161,7 @@ class RecordForms:
             return record
         values = dict(record.values)
         for own, name in self._fields.items():
-            value: Any = record.values
-            for part in name.split("."):
-                value = value.get(part) if isinstance(value, Mapping) else None
+            value = value_at(record.values, name)
             if value is None:
                 continue
             if own in record.values:
@@ -156,16 +173,39 @@ class RecordForms:
             values[own] = value
         return dataclasses.replace(record, values=values)
 
+    def _of_completion(self, record: Record) -> dict[str, Any]:
+        """A prompt and what follows it, both text or both messages."""
+        values, source = record.plain().values, record.source
+        prompt, completion = values["prompt"], values["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            encoder = self._encoder(source, "completion")
+            texts = [writable(values[n], f"{source}: {n}") for n in ("prompt", "completion")]
+            tokens, response = encoder.encode_texts(*texts)
+            return {"prompt": list(tokens), "response": list(response), **_reward(record)}
+        before = checked_messages(prompt, f"{source}: prompt")
+        # What the assistant says in a prompt is not trained on.
+        before = [
+            {**message, "weight": 0} if message["role"] == "assistant" else message
+            for message in before
+        ]
+        after = checked_messages(completion, f"{source}: completion")
+        return self._of_messages(record, [*before, *after], "prompt and completion")
+
+    def _encoder(self, source: str, field: str) -> DialogueEncoder:
+        if self._dialogues is None:
+            raise ValueError(
+                f"{source}: {field}: messages become tokens by a chat template, and text by a "
+                "tokenizer; set rollouts.text.tokenizer, or give token ids (prompt, response, "
+                "loss_mask)"
+            )
+        return self._dialogues
+
     def _of_messages(
         self, record: Record, messages: Sequence[dict[str, Any]], field: str
     ) -> dict[str, Any]:
-        if self._dialogues is None:
-            raise ValueError(
-                f"{record.source}: {field}: messages become tokens by a chat template; set "
-                "rollouts.text.tokenizer, or give token ids (prompt, response, loss_mask)"
-            )
+        encoder = self._encoder(record.source, field)
         try:
-            dialogue = self._dialogues.encode(
+            dialogue = encoder.encode(
                 messages,
                 tools=without_nulls(record.values.get("tools")),
                 template_options=without_nulls(record.values.get("chat_template_kwargs")),
@@ -183,8 +223,33 @@ class RecordForms:
         return {**found, **_reward(record)}
 
 
+_KNOWN = {*FIELDS, *_OTHER_FIELDS, "old_log_probs", "rm_scores", "uid"}
 _KEPT = ("group", "reward", "turn_rewards", "answer", "finished")
 """Fields that say the same in every form."""
+
+
+_WHOLE = {"response": "responses", "reward": "rewards"}
+"""Fields of one response by their names in a record of a whole group."""
+
+
+def _as_taught(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A record that needs no reward, and no group of its response."""
+    found = dict(values)
+    has_reward = any(name in values for name in ("reward", "rewards", "turn_rewards"))
+    if "responses" in found and not has_reward:
+        found["rewards"] = [0.0] * len(found["responses"])
+    if "response" not in found:
+        return found
+    if not has_reward:
+        found["reward"] = 0.0
+    if "group" in found:
+        return found
+    whole = {
+        _WHOLE.get(name, name): [plain_value(found.pop(name))]
+        for name in (*_WHOLE, "old_logprobs", "loss_mask", "turn_rewards", "advantages", "finished")
+        if name in found
+    }
+    return {**found, **whole}
 
 
 def _of_sequence(record: Record) -> dict[str, Any]:

@@ -57,6 +57,8 @@ class RolloutGroup:
     """For each response, whether it ended by itself, rather than at a limit of length."""
     answer: Any = None
     """What a reward function compares with."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """Other fields of the record that it comes from, for a reward function."""
     policy_version: int | None = None
     """Rollout batches that the weights which sampled it had been trained on; None: not known."""
     source: str
@@ -102,6 +104,8 @@ class RolloutBatch:
     """[G] what a reward function compares with."""
     sources: tuple[str, ...]
     """[G] where each group comes from, as errors name it."""
+    records: tuple[Mapping[str, Any], ...] = ()
+    """[G] other fields of the groups' records, until rewards are computed; none: they have none."""
 
     def __post_init__(self) -> None:
         groups, responses = self.num_groups, self.num_responses
@@ -157,6 +161,7 @@ class RolloutBatch:
                 dtype=np.int64,
             ),
             answers=tuple(group.answer for group in groups),
+            records=records_of([group.record for group in groups]),
             sources=tuple(group.source for group in groups),
         )
 
@@ -214,6 +219,7 @@ class RolloutBatch:
             keys=None if self.keys is None else tuple(self.keys[part] for part in tokens),
             finished=None if (finished == UNKNOWN).any() else finished == 1,
             answer=self.answers[index],
+            record=self.records[index] if self.records else {},
             policy_version=None if version == UNKNOWN else version,
             source=self.sources[index],
         )
@@ -303,6 +309,11 @@ def _named_rewards(groups: Sequence[RolloutGroup]) -> dict[str, NDArray[np.float
         )
         for name in names
     }
+
+
+def records_of(found: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """As `RolloutBatch` has them."""
+    return tuple(found) if any(found) else ()
 
 
 def _of_tokens(

@@ -8,8 +8,8 @@ Where the run has a tokenizer, `exact_match` compares text with an answer that i
 from __future__ import annotations
 
 import dataclasses
+import math
 import reprlib
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +30,7 @@ from megatron_prefix.rollouts.reward_process import ProcessReward
 from megatron_prefix.rollouts.text.rewards import TEXT_REWARDS, TextReward
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 from megatron_prefix.rollouts.user_process import CallFailed
+from megatron_prefix.rollouts.user_worker import as_number
 
 if TYPE_CHECKING:  # reading rollouts needs NumPy only
     from megatron_prefix.config import RewardProcessConfig
@@ -201,7 +202,7 @@ def reward_groups(
     if not isinstance(reward, ProcessReward):
         return [compute_rewards(reward, group) for group in groups]
     groups = list(groups)
-    calls = [(g.prompt, response, g.answer) for g in groups for response in g.responses]
+    calls = [(g.prompt, response, g.answer, g.record) for g in groups for response in g.responses]
     values = iter(reward.map(calls))
     rewarded = []
     for group in groups:
@@ -233,15 +234,35 @@ def compute_rewards(reward: RewardFunction, group: RolloutGroup) -> tuple[float,
             value = reward(prompt, plain_tokens(response), group.answer)
         except Exception as error:
             raise ValueError(f"{where} failed: {_described(error)}") from error
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        number = as_number(value)
+        if number is None:
             raise ValueError(
                 f"{where} returned {reprlib.repr(value)}, a {type(value).__name__}; it must "
                 "return a float"
             )
-        if not abs(value) <= sys.float_info.max:
+        if not math.isfinite(number):
             raise ValueError(f"{where} returned {value}; it must return a finite number")
-        rewards.append(float(value))
+        rewards.append(number)
     return tuple(rewards)
+
+
+def check_answer(reward: RewardFunction, answer: Any, source: str) -> None:
+    """Refuse an answer that a reward with a name cannot compare with; a user's function may read
+    anything.
+
+    Raises:
+        ValueError: such as token ids where text is compared; the message begins with `source`.
+    """
+    if isinstance(reward, WeightedReward):
+        for function in reward.functions.values():
+            check_answer(function, answer, source)
+    elif not isinstance(reward, ProcessReward):
+        try:
+            reward((0,), (0,), answer)
+        except Exception as error:
+            raise ValueError(
+                f"{source}: answer: reward {_name(reward)}: {_described(error)}"
+            ) from error
 
 
 def close_reward(reward: RewardFunction | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.record import START, FilePosition, Record
-from megatron_prefix.rollouts.record_files import open_record_file
+from megatron_prefix.rollouts.record_files import identity_of, open_record_file
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,7 @@ class RecordStream(Generic[Item]):
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs={epochs}: set at least 1, or None to go on without end")
         self._files = [open_record_file(Path(path)) for path in paths]
-        # By name without folder, so that the data may move between the runs.
-        self._identities = [[f.path.name, f.path.stat().st_size] for f in self._files]
+        self._identities = [identity_of(file.path) for file in self._files]
         self._read_items = read_items
         self._epochs = epochs
         self._as_arrays = as_arrays
@@ -115,6 +114,16 @@ class RecordStream(Generic[Item]):
             raise
         self._position = position
 
+    def each(self) -> Iterator[Item]:
+        """The items of one epoch; the position stays.
+
+        Raises:
+            ValueError: a record that is wrong.
+        """
+        for file in self._files:
+            with closing(file.records(START, as_arrays=self._as_arrays)) as records:
+                yield from (item for item, _ in self._read_items(records))
+
     def state_dict(self) -> dict[str, Any]:
         """The position and the files that it is a position of, as plain values."""
         return {
@@ -129,7 +138,7 @@ class RecordStream(Generic[Item]):
         """Continue where the stream stood that gave `state`.
 
         Raises:
-            ValueError: the files are not the ones of `state`, by name, or one of another size
+            ValueError: the files are not the ones of `state`, by name, or one of other contents
                 (a later line may have been corrected) no longer has the position in it.
         """
         saved = [list(identity) for identity in state["files"]]
@@ -139,7 +148,7 @@ class RecordStream(Generic[Item]):
             within=FilePosition(offset=state["offset"], number=state["number"]),
         )
         if saved != self._identities:
-            same_names = [name for name, _ in saved] == [name for name, _ in self._identities]
+            same_names = [name for name, *_ in saved] == [name for name, *_ in self._identities]
             if not same_names or not self._files[position.file].can_continue_at(position.within):
                 raise ValueError(
                     "the files of rollouts have changed: the saved position is one in "
@@ -147,8 +156,8 @@ class RecordStream(Generic[Item]):
                     "the same files, or start a new run"
                 )
             logger.warning(
-                "the files of rollouts have changed since, from %s to %s: continuing in %s after "
-                "line or row %d",
+                "the files of rollouts have changed since, in size or contents, from %s to %s: "
+                "continuing in %s after line or row %d",
                 _listed(saved),
                 _listed(self._identities),
                 self._files[position.file].path,
@@ -187,4 +196,4 @@ class RecordStream(Generic[Item]):
 
 
 def _listed(identities: Sequence[Sequence[Any]]) -> str:
-    return ", ".join(f"{name} ({size} bytes)" for name, size in identities)
+    return ", ".join(f"{name} ({size} bytes)" for name, size, *_ in identities)

@@ -51,11 +51,14 @@ class UserFunction:
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(processes - 1):
             self._idle.put(None)
-        self._idle.put(_Worker(spec))
+        first = _Worker(spec)
+        self._idle.put(first)
+        self.parameters = first.parameters
+        """Names of what the function takes by position."""
 
     def __call__(self, *arguments: Any) -> dict[str, Any]:
-        """What a call returned: a number as `value`; else `kind` and `shown` for errors, and
-        `object` where JSON has it.
+        """What a call returned: a number as `value`; else `kind` and `shown` for errors, and the
+        results of a list's `items` or the `object` where JSON has it.
 
         Raises:
             CallFailed: it raised, crashed or took too long.
@@ -108,6 +111,7 @@ class _Worker:
         if "error" in answer:
             self.end()
             raise CallFailed(answer["error"])
+        self.parameters: list[str] = answer["parameters"]
 
     @property
     def alive(self) -> bool:

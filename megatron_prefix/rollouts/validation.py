@@ -16,11 +16,16 @@ from numpy.typing import NDArray
 
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.turns import num_turns
+from megatron_prefix.rollouts.usable import UnusableRecord
 
 # Log-probabilities taken from bfloat16 logits can come out a little above 0; a value beyond this is
 # no rounding but a sign that was dropped. The same number in 32 and in 64 bits.
 _LOGPROB_ROUNDING = 0.125
 _LARGEST_LOGPROB = float(np.finfo(np.float32).max)
+LOWEST_LOGPROB = -100.0
+"""A token that was sampled has a higher log-probability. Servers and trainers write -9999, -100 and
+the like for what they do not know, or for what rounds to a probability of 0."""
+TOO_LONG = "too long for the model"
 
 FieldName = Callable[[str, int], str]
 """How an error names the value of a field that belongs to a response, given by its index."""
@@ -69,9 +74,10 @@ def validate_group(
     source = group.source
     check_tokens(f"{source}: prompt", group.prompt, vocab_size)
     if len(group.prompt) > max_positions:
-        raise ValueError(
+        raise UnusableRecord(
             f"{source}: prompt: its {len(group.prompt)} tokens exceed the model's {max_positions} "
-            "positions"
+            "positions; shorten it",
+            TOO_LONG,
         )
     if len(group.responses) == 0:
         raise ValueError(f"{source}: responses: there are none; a group needs at least one")
@@ -97,9 +103,10 @@ def validate_group(
         check_tokens(where, response, vocab_size)
         needed = len(group.prompt) + len(response) - 1
         if needed > max_positions:
-            raise ValueError(
+            raise UnusableRecord(
                 f"{where}: its {len(response)} tokens after a prompt of {len(group.prompt)} need "
-                f"{needed} positions, the model has {max_positions}"
+                f"{needed} positions, the model has {max_positions}; shorten it",
+                TOO_LONG,
             )
         if group.loss_mask is not None:
             where = f"{source}: {field_name('loss_mask', r)}"
@@ -111,7 +118,8 @@ def validate_group(
         _check_finite(f"{source}: {field_name('rewards', r)}", group.rewards[r])
         if group.old_logprobs is not None:
             where = f"{source}: {field_name('old_logprobs', r)}"
-            _check_logprobs(where, group.old_logprobs[r], len(response))
+            mask = None if group.loss_mask is None else group.loss_mask[r]
+            _check_logprobs(where, group.old_logprobs[r], len(response), mask)
         if group.advantages is not None:
             where = f"{source}: {field_name('advantages', r)}"
             _check_advantages(where, group.advantages[r], len(response))
@@ -159,8 +167,11 @@ def is_trainable(batch: RolloutBatch, *, vocab_size: int, max_positions: int) ->
     if not (_are_finite(batch.turn_rewards) and _are_finite(batch.advantages)):
         return False
     old, mask = batch.old_logprobs, batch.loss_mask
-    if old is not None and not (np.isfinite(old).all() and (old <= _LOGPROB_ROUNDING).all()):
-        return False
+    if old is not None:
+        sampled = old if mask is None else np.where(mask, old, 0.0)
+        in_range = np.isfinite(old).all() and (old <= _LOGPROB_ROUNDING).all()
+        if not (in_range and (sampled > LOWEST_LOGPROB).all()):
+            return False
     if mask is None or not len(responses):
         return True
     return bool(np.logical_or.reduceat(mask, batch.response_offsets[:-1]).all())
@@ -183,14 +194,16 @@ def _check_all_finite(where: str, values: Sequence[float] | NDArray) -> None:
         _check_finite(f"{where}[{i}]", value)
 
 
-def _check_logprobs(where: str, logprobs: Sequence[float] | NDArray, length: int) -> None:
+def _check_logprobs(
+    where: str, logprobs: Sequence[float] | NDArray, length: int, mask: Sequence[bool] | None
+) -> None:
     if len(logprobs) != length:
         raise ValueError(
             f"{where}: {len(logprobs)} log-probabilities for a response of {length} tokens; "
             "there must be one for each"
         )
     if isinstance(logprobs, np.ndarray):
-        if ((logprobs >= -_LARGEST_LOGPROB) & (logprobs <= _LOGPROB_ROUNDING)).all():
+        if ((logprobs > LOWEST_LOGPROB) & (logprobs <= _LOGPROB_ROUNDING)).all():
             return
         logprobs = logprobs.tolist()
     for i, value in enumerate(logprobs):
@@ -199,6 +212,12 @@ def _check_logprobs(where: str, logprobs: Sequence[float] | NDArray, length: int
             raise ValueError(f"{where}[{i}]: {value} is beyond the numbers of 32 bits")
         if value > _LOGPROB_ROUNDING:
             raise ValueError(f"{where}[{i}]: {value} is not a log-probability, they are at most 0")
+        if value <= LOWEST_LOGPROB and (mask is None or mask[i]):
+            raise UnusableRecord(
+                f"{where}[{i}]: {value:g} is no log-probability of a token that was sampled (it "
+                "may stand for one that was not known); give the real one",
+                "log-probabilities that are none",
+            )
 
 
 def _check_turn_rewards(where: str, rewards: Sequence[float] | NDArray, turns: int) -> None:

@@ -171,7 +171,7 @@ def _layout(config: RunConfig, runtime: Runtime) -> str:
 
 
 def _files(config: RunConfig) -> str:
-    paths = config.rollouts.paths
+    paths = config.rollouts.files
     names = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files ({paths[0]}, ...)"
     size = sum(path.stat().st_size for path in paths)
     if size > _COUNTED_BYTES:

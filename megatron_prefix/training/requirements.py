@@ -49,7 +49,7 @@ def _needs(config: RunConfig) -> Iterator[_Need]:
     saves = output.save_every or output.save_last or output.keep_best
     if saves or config.objective.kl_coefficient > 0:
         yield _Need(what="writing a checkpoint", extra="train", packages=("psutil",))
-    paths = list(rollouts.paths)
+    paths = list(rollouts.files)
     if config.evaluation is not None:
         paths += [path for found in config.evaluation.data_sets.values() for path in found]
     if any(path.suffix == ".parquet" for path in paths):

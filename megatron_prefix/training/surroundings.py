@@ -34,7 +34,7 @@ def faults_of_surroundings(config: RunConfig, rank: int) -> list[str]:
 
 def _faults_of_rollouts(config: RunConfig) -> Iterator[str]:
     rollouts, evaluation = config.rollouts, config.evaluation
-    keys = {"rollouts.paths": rollouts.paths}
+    keys = {"rollouts.paths": rollouts.files}
     if evaluation is not None:
         for name, paths in evaluation.data_sets.items():
             keys[f"evaluation.paths.{name}" if name else "evaluation.paths"] = paths

@@ -25,7 +25,11 @@ from megatron_prefix.distributed.rank_results import on_rank_0, raise_together, 
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.distributed.stop import StopRequest
 from megatron_prefix.model.build import build_model_chunks, model_shape
-from megatron_prefix.rollouts.build import build_engine, build_evaluator
+from megatron_prefix.rollouts.build import (
+    build_engine,
+    build_evaluator,
+    survey_records,
+)
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
 from megatron_prefix.training.kernel_check import check_kernel_of_run
@@ -106,6 +110,7 @@ class Trainer:
         with raise_together():
             self.engine = build_engine(config, self.chunks, runtime)
             self.evaluator = build_evaluator(config, self.chunks, runtime)
+        rank_0_alone(lambda: survey_records(config))
         self._resampling: Resampling | None = None
         if config.objective.zero_advantages == "resample":
             self._resampling = Resampling(

@@ -24,6 +24,7 @@ _TEXT = "text"
 def write_waiting(checkpoint: Path, batch: RolloutBatch, engine_state: dict[str, Any]) -> None:
     """Keep a rollout batch, and where its engine stands after it, in a checkpoint's folder."""
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    del values["records"]  # its rewards are computed
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     rest = {name: value for name, value in values.items() if name not in arrays}
     named = {name: values.tolist() for name, values in batch.named_rewards.items()}

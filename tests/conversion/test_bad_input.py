@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_prefix.conversion import ConversionError, hf_to_megatron, megatron_to_hf
-from tests.conversion.models import CASES, edit_json, write_model
+from tests.conversion.models import CASES, YARN, edit_json, write_model
 from tests.small_disk import SmallDisk
 
 INDEX = "model.safetensors.index.json"
@@ -31,6 +31,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(root / "single", "qwen2")
     write_model(root / "sharded", "qwen2", max_shard_size=60_000)
     write_model(root / "tied", "llama", tie_word_embeddings=True)
+    write_model(root / "experts", "mixtral", num_local_experts=2)
     hf_to_megatron(root / "single", root / "megatron", max_file_bytes=60_000)
     return root
 
@@ -46,6 +47,14 @@ def _change(**changes: torch.Tensor | None) -> Damage:
             else:
                 tensors[name] = tensor
         save_file(tensors, folder / WEIGHTS)
+
+    return damage
+
+
+def _rename(new: Callable[[str], str]) -> Damage:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        save_file({new(name): tensor for name, tensor in tensors.items()}, folder / WEIGHTS)
 
     return damage
 
@@ -178,6 +187,52 @@ BAD_SOURCES: dict[str, tuple[str, Damage, str]] = {
         r"rope_type: 'linear' is not supported",
     ),
     "other activation": ("single", _config(hidden_act="gelu"), r"hidden_act: 'gelu'"),
+    "scaling of attention in YaRN": (
+        "single",
+        _config(rope_parameters={**YARN, "attn_factor": 1.5}),
+        r"rope_scaling\.attn_factor: 1\.5 is not supported with rope_type: yarn",
+    ),
+    "tokens that see those after them": ("single", _config(is_causal=False), r"is_causal: False"),
+    "layers of another kind": (
+        "single",
+        _config(layer_types=["full_attention", "chunked_attention"]),
+        r"layer 1 is of chunked_attention",
+    ),
+    "layers with a window of no size": (
+        "single",
+        _config(layer_types=["full_attention", "sliding_attention"]),
+        r"sliding_window: None, and layer 1 is of sliding_attention",
+    ),
+    "a model in one file beside an index": (
+        "sharded",
+        lambda folder: shutil.copy(_first_shard(folder), folder / WEIGHTS),
+        rf"has {re.escape(INDEX)} and beside it {re.escape(WEIGHTS)}",
+    ),
+    "an adapter": (
+        "single",
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        r"a PEFT adapter \(adapter_config\.json\), not a model; merge it",
+    ),
+    "LoRA weights": (
+        "single",
+        _rename(lambda name: name.replace("q_proj.weight", "q_proj.lora_A.weight")),
+        r"no tensor .*q_proj\.weight.* there are LoRA weights beside",
+    ),
+    "a part of another model": (
+        "single",
+        _rename(lambda name: name.replace("model.", "model.language_model.", 1)),
+        r"but there is model\.language_model\..*: the model is a part of another one",
+    ),
+    "a padded vocabulary": (
+        "single",
+        _change(**{"model.embed_tokens.weight": torch.zeros(64, 64)}),
+        r"has shape \[64, 64\], .* seems to be padded; set vocab_size to 64",
+    ),
+    "fused experts": (
+        "experts",
+        _rename(lambda name: re.sub(r"experts\.0\.\w+\.weight", "experts.gate_up_proj", name)),
+        r"experts\.gate_up_proj holds the experts of a layer as one tensor",
+    ),
     "tied, but different": (
         "tied",
         _change(**{"lm_head.weight": torch.zeros(61, 64)}),
@@ -207,6 +262,27 @@ def test_a_tied_output_layer_that_is_stored_too_is_no_extra_tensor(
         tmp_path / "hf"
     )
     hf_to_megatron(tmp_path / "hf", tmp_path / "out")
+
+
+def test_an_index_may_name_the_output_layer_of_a_tied_model(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "hf", "llama", tie_word_embeddings=True, max_shard_size=60_000)
+    _index(lambda names: names.update({"lm_head.weight": max(names.values())}))(folder)
+    hf_to_megatron(folder, tmp_path / "out")
+    edit_json(folder / "config.json", tie_word_embeddings=False)
+    with pytest.raises(ConversionError, match=r"no tensor lm_head\.weight, which config\.json"):
+        hf_to_megatron(folder, tmp_path / "untied")
+
+
+def test_windows_that_no_layer_has_are_none(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "hf", "qwen2")
+    edit_json(
+        folder / "config.json",
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=2,
+        layer_types=None,
+    )
+    hf_to_megatron(folder, tmp_path / "out")
 
 
 def _cut_off_distcp(folder: Path) -> None:

@@ -29,11 +29,13 @@ def parts(
     group_size: int = 4,
     load_again: Any = None,
     key: str | None = None,
+    stop_tokens: tuple[int, ...] = (END,),
+    top_p: float = 1.0,
     **server: Any,
 ) -> tuple[BatchSampler, ServerClient]:
     config = ServerConfig(url=url, model="policy", **{"patience_s": 5.0, "kind": "vllm", **server})
     client = ServerClient(config, api_key=key)
-    reader = Reader(tokenizer=tokenizer, stop_tokens=(END,), max_response_length=4)
+    reader = Reader(tokenizer=tokenizer, stop_tokens=stop_tokens, max_response_length=4)
     spec = GroupSpec(
         group_size=group_size,
         vocab_size=16,
@@ -43,7 +45,7 @@ def parts(
         seed=1,
     )
     sampler = BatchSampler(
-        Asker(client, config, reader, temperature=1.0, top_p=1.0),
+        Asker(client, config, reader, temperature=1.0, top_p=top_p),
         client,
         prompt_stream([path], vocab_size=16, max_prompt_length=20, epochs=1),
         exact_match,
@@ -99,7 +101,7 @@ def text_answers(request: Request, texts: list[tuple[str, str, int]] | None = No
     body = request.body
     if not isinstance(body["prompt"], str):
         return Reply(status=400, body={"detail": "prompt must be a string."})
-    text, reason, count = (texts or [("1 2", "stop", 3)])[body["seed"] % len(texts or [0])]
+    text, reason, count = (texts or [GOOD])[body.get("seed", 0) % len(texts or [0])]
     choice = {"index": 0, "text": text, "finish_reason": reason}
     return Reply(body=completion([choice], len(body["prompt"].split()), count))
 

@@ -151,7 +151,7 @@ def group_strategy(
     old_logprobs = loss_mask = finished = None
     if has_old_logprobs:
         old_logprobs = tuple(
-            tuple(draw(st.floats(-1e9, 0.0)) for _ in response) for response in responses
+            tuple(draw(st.floats(-99.0, 0.0)) for _ in response) for response in responses
         )
     if has_loss_mask:
         loss_mask = tuple(

@@ -190,8 +190,9 @@ def test_one_rank_asks_and_gets_the_groups_and_all_get_the_errors(tmp_path):
     assert metrics == {"eval_turns": 2.0, "eval_environment_failures": 1.0}
     # What went wrong has used up no prompt.
     assert first["state"]["number"] == 2
-    # One to find out what the server can do, and one for each group.
-    assert asked.count("/v1/completions") == 3
+    # One to find out what the server can do, one for each group, three to tell equal responses from
+    # copies of one, and one for the log-probabilities before the next weights.
+    assert asked.count("/v1/completions") == 7
 
 
 @pytest.mark.parametrize("experts", [None, {"moe_router_topk": 2, "qk_layernorm": True}])

@@ -154,7 +154,7 @@ def test_null_is_absent_and_unknown_fields_are_passed_over(tmp_path):
     }
     for suffix in FORMATS:
         (group,) = plain(engine(write(tmp_path / f"a{suffix}", [record])).next_rollouts(1, step=0))
-        assert contents([group]) == [((1,), ((2,),), (1.0,), *[None] * 6)]
+        assert contents([group]) == [((1,), ((2,),), (1.0,), *[None] * 8)]
         assert type(group.rewards[0]) is float
 
 

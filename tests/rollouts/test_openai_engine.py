@@ -141,14 +141,14 @@ class Interruption:
                 self._left = 10
             return next_rollouts(num_groups, step=step)
 
-        def watched_post(path: str, body: dict[str, Any]) -> Any:
+        def watched_post(path: str, body: dict[str, Any], **options: Any) -> Any:
             if self._left is not None and path == "/v1/completions":
                 self._left -= 1
                 if self._left == 0:
                     self._server.kill()
                     self.began = time.monotonic()
                     self._thread.start()
-            return post(path, body)
+            return post(path, body, **options)
 
         run.engine.next_rollouts, run.engine._client.post = watched_rollouts, watched_post
 

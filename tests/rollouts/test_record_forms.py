@@ -111,6 +111,51 @@ def test_messages_of_a_group_are_its_responses(tmp_path, tokenizer, forms, suffi
     assert group.rewards == (1.5, 0.25)
 
 
+TAUGHT = [
+    {"prompt": [USER], "completion": [TURNS[0]]},
+    {"messages": [USER, TURNS[0]], "tools": None},
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("record", TAUGHT, ids=["trl", "openai"])
+def test_dialogues_to_learn_from_need_no_group_and_no_reward(tmp_path, tokenizer, suffix, record):
+    encoder = DialogueEncoder(tokenizer, stop_tokens=[tokenizer.end_token])
+    forms = RecordForms(dialogues=encoder, need_rewards=False)
+    path = write(tmp_path / f"a{suffix}", [{**record, "source": "web"}] * 2)
+    groups = engine(path, forms=forms, vocab_size=400, max_positions=400).next_rollouts(2, step=0)
+    dialogue = encoder.encode([USER, TURNS[0]])
+    for group in plain(groups):
+        assert (group.prompt, group.responses) == (dialogue.prompt, (dialogue.response,))
+        assert group.loss_mask == (dialogue.loss_mask,)
+        assert group.rewards == (0.0,)
+    grpo = RecordForms(dialogues=encoder)
+    with pytest.raises(ValueError, match=r"a.*: group: missing; a record of one response names"):
+        _read(path, grpo)
+
+
+def test_a_prompt_and_its_completion_may_be_text(tmp_path, tokenizer) -> None:
+    encoder = DialogueEncoder(tokenizer, stop_tokens=[tokenizer.end_token])
+    forms = RecordForms(dialogues=encoder, need_rewards=False)
+    path = write(tmp_path / "a.jsonl", [{"prompt": "two and", "completion": " three"}])
+    group = _read(path, forms)
+    assert group.prompt == tokenizer.encode("two and")
+    assert group.responses == ((*tokenizer.encode(" three"), tokenizer.end_token),)
+    without = write(tmp_path / "b.jsonl", [{"prompt": "two", "completion": "three"}])
+    with pytest.raises(ValueError, match=r"b.jsonl:1: completion: messages become tokens by"):
+        _read(without, RecordForms(need_rewards=False))
+
+
+def test_what_the_assistant_says_in_a_prompt_is_not_learnt(tmp_path, tokenizer) -> None:
+    encoder = DialogueEncoder(tokenizer, stop_tokens=[tokenizer.end_token])
+    forms = RecordForms(dialogues=encoder, need_rewards=False)
+    last = {"role": "assistant", "content": "six"}
+    record = {"prompt": [USER, TURNS[0], USER], "completion": [last]}
+    group = _read(write(tmp_path / "a.jsonl", [record]), forms)
+    assert group.prompt == tokenizer.encode_messages([USER, TURNS[0], USER])
+    assert tokenizer.decode(group.responses[0]) == "six<|im_end|>"
+
+
 def test_steps_of_agents_are_messages(tmp_path, tokenizer, forms) -> None:
     sampled = [*tokenizer.encode("ask"), tokenizer.end_token]
     steps = [

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_prefix.config import RewardProcessConfig
 from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.rollouts.rewards import (
     REWARDS,
+    close_reward,
     compute_rewards,
     contains_answer,
     ends_with_answer,
@@ -69,11 +75,81 @@ def test_a_reward_is_found_as_module_and_function(tmp_path, monkeypatch):
         ("rewards_of_a_user:number", "3 is not a function"),
         ("rewards_of_a_user:width", "has no attribute 'width'"),
         ("broken_module_of_a_user:f", "importing broken_module_of_a_user failed: ModuleNotFound"),
-        ("no_module_of_a_user:f", "importing no_module_of_a_user failed: ModuleNotFoundError"),
+        (
+            "no_module_of_a_user:f",
+            "importing no_module_of_a_user failed: ModuleNotFoundError: No module named "
+            f"'no_module_of_a_user'; looked for in .*{tmp_path}.*, the installed packages",
+        ),
     ]:
         with pytest.raises(ValueError, match=message) as caught:
             load_reward(spec)
         assert str(caught.value).startswith(f"reward '{spec}': ")
+
+
+FUNCTIONS = """
+import decimal, numpy, torch
+RESULTS = [True, numpy.float32(1), torch.ones(()), decimal.Decimal(1), None, {"reward": 1}, [1.0]]
+
+def chosen(prompt, response, answer):
+    return RESULTS[answer]
+
+def level(prompt, response, answer, record):
+    return record["level"] * len(response)
+
+def together(prompts, responses, answers, records):
+    assert len(prompts) == len(answers) == len(records)
+    return numpy.array([len(r) + record["level"] for r, record in zip(responses, records)])
+
+def too_few(prompts, responses, answers):
+    return [1.0]
+
+def one_bad(prompts, responses, answers):
+    return [1.0, float("nan")]
+"""
+
+
+@pytest.fixture
+def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "functions_of_a_user.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "functions_of_a_user"
+
+
+def test_numbers_of_any_library_are_rewards_and_anything_else_is_an_error(functions):
+    """Also where a call that fails has a value: what it returned is not a failure."""
+    process = RewardProcessConfig(processes=1, timeout_s=60.0, on_failure=0.0)
+    reward = load_reward(f"{functions}:chosen", process=process)
+    for answer in range(4):
+        assert compute_rewards(reward, dataclasses.replace(GROUP, answer=answer)) == (1.0, 1.0)
+    for answer, shown in [
+        (4, "None, a NoneType"),
+        (5, "{'reward': 1}, a dict"),
+        (6, "[1.0], a li"),
+    ]:
+        with pytest.raises(ValueError) as caught:
+            compute_rewards(reward, dataclasses.replace(GROUP, answer=answer))
+        assert str(caught.value).startswith("file.jsonl:17: responses[0]: reward functions_of_a_us")
+        assert f"returned {shown}" in str(caught.value)
+    close_reward(reward)
+
+
+def test_a_function_may_take_the_records_other_fields_and_many_responses_at_once(functions):
+    group = dataclasses.replace(GROUP, record={"level": 3})
+    process = RewardProcessConfig(processes=1, timeout_s=60.0)
+    found = {}
+    for name in ("level", "together"):
+        reward = load_reward(f"{functions}:{name}", process=process)
+        found[name] = compute_rewards(reward, group)
+        close_reward(reward)
+    assert found == {"level": (6.0, 3.0), "together": (5.0, 4.0)}
+    for name, message in [
+        ("too_few", r"responses\[0\]: .* must return a list of 2 numbers"),
+        ("one_bad", r"responses\[1\]: .* returned nan; it must return a finite number"),
+    ]:
+        reward = load_reward(f"{functions}:{name}", process=process)
+        with pytest.raises(ValueError, match=f"^file.jsonl:17: {message}"):
+            compute_rewards(reward, group)
+        close_reward(reward)
 
 
 @pytest.mark.parametrize("spec", ["exact_mtch", "", ":", "module:", ":function"])
@@ -99,8 +175,8 @@ def raising(prompt, response, answer):
         (10**400, "returned 1000"),
         (None, "returned None, a NoneType; it must return a float"),
         ("1", "returned '1', a str; it must return a float"),
-        (True, "returned True, a bool; it must return a float"),
-        (np.float32(1), "a float32; it must return a float"),
+        ({"reward": 1}, "returned {'reward': 1}, a dict; it must return a float"),
+        (np.ones(1), "a ndarray; it must return a float"),
     ],
 )
 def test_a_reward_that_returns_no_finite_number_is_named(value, message):
@@ -131,9 +207,10 @@ class Constant:
 
 def test_any_callable_will_do_and_whole_numbers_become_floats():
     assert compute_rewards(Constant(), GROUP) == (2.0, 2.0)
-    values = compute_rewards(lambda prompt, response, answer: 1, GROUP)
-    assert values == (1.0, 1.0)
-    assert type(values[0]) is float
+    for one in (1, True, np.float32(1), np.bool_(True), torch.ones(()), Fraction(1)):
+        values = compute_rewards(lambda prompt, response, answer, one=one: one, GROUP)
+        assert values == (1.0, 1.0)
+        assert type(values[0]) is float
 
 
 @pytest.mark.parametrize("answer", [None, "1 2", [], [1.0], [True], 3, {"tokens": [1]}])

@@ -192,5 +192,5 @@ def test_a_model_that_the_server_does_not_list_is_named_with_those_it_does(model
             asker.find_model()
         server.script = lambda request: Reply(body={"data": [{"id": model or "only"}]})
         asker.find_model()
-        assert asker.model == (model or "only")
+        assert asker.requests.model == (model or "only")
         client.close()

@@ -31,7 +31,7 @@ def test_weights_are_loaded_by_the_calls_that_each_server_documents():
     with reply_server(answer) as server:
         for loader in (VLLMLoader, SGLangLoader, TransformersLoader):
             client = loading(server, "vllm")
-            made = loader(client)
+            made = loader(client, 60.0)
             made.load(Path("/policy/version_000003"), 3)
             client.close()
     assert made.model() == "/policy/version_000003"
@@ -70,6 +70,18 @@ def test_weights_are_loaded_by_the_calls_that_each_server_documents():
             RequestFailed,
             "failed 2 times",
         ),
+        (
+            VLLMLoader,
+            Reply(status=500, body={"error": {"message": "no such file"}}),
+            RequestFailed,
+            "collective_rpc: 500 .*: no such file",
+        ),
+        (
+            SGLangLoader,
+            Reply(body={"success": True}, delay_s=1.5),
+            RequestFailed,
+            r"took longer than 1 s \(weights.load_timeout_s\)",
+        ),
         (TransformersLoader, Reply(status=404, body={}), ServerError, "is it transformers serve"),
     ],
 )
@@ -82,5 +94,8 @@ def test_weights_that_are_not_loaded_are_an_error_in_the_servers_words(
     with reply_server(answer) as server:
         client = loading(server, "vllm")
         with pytest.raises(error, match=message):
-            loader(client).load(Path("/policy/version_000003"), 3)
+            loader(client, 1.0).load(Path("/policy/version_000003"), 3)
         client.close()
+    # A load that failed or took too long would do so again.
+    if reply.status == 500 or reply.delay_s:
+        assert len(server.requests) == 1

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setenv("WANDB_SILENT", "true")
-    # Nobody is told that they were used; both read this when they are imported.
+    # Nobody is told that they were used, or of their errors.
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("DO_NOT_TRACK", "true")
     # MLflow's store in files needs no package for databases, and has to be asked for.

@@ -148,5 +148,6 @@ def _group(prompt: Prompt, responses: Sequence[Tokens], options: SamplingOptions
         rewards=(0.0,) * len(responses),
         finished=tuple(bool(response[-1] in options.stop_tokens) for response in responses),
         answer=prompt.answer,
+        record=prompt.record,
         source=prompt.source,
     )

@@ -176,6 +176,7 @@ class HuggingFaceEngine:
             old_logprobs=tuple(row[:n] for row, n in zip(logprobs, lengths, strict=True)),
             finished=tuple(bool(response[-1] in options.stop_tokens) for response in responses),
             answer=prompt.answer,
+            record=prompt.record,
             policy_version=self._version,
             source=prompt.source,
         )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_prefix.rollouts.server.client import ServerError
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens
+from megatron_prefix.rollouts.validation import LOWEST_LOGPROB
 
 _TOKEN_ID = "token_id:"
 
@@ -57,6 +58,8 @@ class Reader:
     """Reads choices."""
 
     tokenizer: TextTokenizer | None
+    has_our_tokenizer: bool = False
+    """Whether the server uses the tokenizer's files that the run hands over."""
     stop_tokens: Tokens
     max_response_length: int
 
@@ -89,10 +92,17 @@ class Reader:
             )
         finished = tokens[-1] in self.stop_tokens
         if reason == "stop" and not finished:
+            named = _stop_named(choice)
+            seen = f"after token {tokens[-1]}" if named is None else f"at token {named}"
+            guess = ""
+            if named is None:
+                guess = (
+                    "; it may have cut off the token that ended the response, which "
+                    "generation_config.json (eos_token_id) of its model names"
+                )
             raise ServerMismatch(
-                f"the server stopped after token {tokens[-1]}, which is not in stop_tokens "
-                f"{list(self.stop_tokens)}: its model has other stop tokens; add them to "
-                "rollouts.stop_tokens"
+                f"the server stopped {seen}, which is not in stop_tokens {list(self.stop_tokens)}; "
+                f"add the model's other ends of sequence to rollouts.stop_tokens{guess}"
             )
         self._check_text(tokens, choice.get("text"))
         return Sample(
@@ -104,14 +114,13 @@ class Reader:
 
     def _with_stop(self, tokens: Tokens, choice: dict[str, Any]) -> Tokens:
         """With the stop token that some servers cut off and name."""
-        matched = choice.get("matched_stop", choice.get("stop_reason"))
+        named = _stop_named(choice)
         if (
             choice["finish_reason"] == "stop"
-            and type(matched) is int
-            and matched in self.stop_tokens
-            and tokens[-1:] != (matched,)
+            and named in self.stop_tokens
+            and tokens[-1:] != (named,)
         ):
-            return (*tokens, matched)
+            return (*tokens, named)
         return tokens
 
     def _check_text(self, tokens: Tokens, text: Any) -> None:
@@ -136,6 +145,7 @@ class Reader:
             )
         if not isinstance(text, str):
             raise SampleRejected("it has neither token ids nor text")
+        self._check_not_cleaned(choice, text)
         tokens = self.tokenizer.encode(text)
         if self.tokenizer.decode(tokens) != text:
             raise SampleRejected(
@@ -143,10 +153,10 @@ class Reader:
                 "that were sampled"
             )
         finished = choice["finish_reason"] == "stop"
-        if finished and tokens[-1:] != self.stop_tokens:
+        if finished and not (tokens and tokens[-1] in self.stop_tokens):
             # Text ends before the stop token.
-            tokens = (*tokens, *self.stop_tokens)
-        counted = None if usage is None else usage.get("completion_tokens")
+            tokens = (*tokens, self._stop_of_text(choice))
+        counted = _count(usage, "completion_tokens")
         if counted is not None and counted != len(tokens):
             raise SampleRejected(
                 f"its text {text[:60]!r} is {len(tokens)} tokens, but the server sampled {counted}"
@@ -155,6 +165,62 @@ class Reader:
             raise SampleRejected("it is empty")
         return Sample(tokens=_token_array(tokens), logprobs=None, finished=finished, from_text=True)
 
+    def _stop_of_text(self, choice: dict[str, Any]) -> int:
+        """The token that ended a response of text."""
+        named = _stop_named(choice)
+        if named is not None and named in self.stop_tokens:
+            return named
+        if len(self.stop_tokens) != 1:
+            raise ServerMismatch(
+                "the server answers in text, which does not say which of the stop tokens "
+                f"{list(self.stop_tokens)} ended it; set rollouts.stop_tokens to the one that the "
+                "server ends with, or use a server that gives token ids"
+            )
+        return self.stop_tokens[0]
+
+    def _check_not_cleaned(self, choice: dict[str, Any], text: str) -> None:
+        """Refuse text that is not that of its tokens: others would be trained on."""
+        assert self.tokenizer is not None
+        whole = _joined_tokens(choice)
+        if whole is not None:
+            if not whole.strip().startswith(text.strip()):
+                raise ServerMismatch(
+                    f"the server's text {text[:60]!r} is not that of its tokens, {whole[:60]!r}: "
+                    "it cleans text up; switch that off (clean_up_tokenization_spaces: false in "
+                    "its tokenizer_config.json), or use a server that gives token ids"
+                )
+        elif self.tokenizer.cleans_up and not self.has_our_tokenizer:
+            raise ServerMismatch(
+                f"the server answers in text, and the tokenizer {self.tokenizer.path} cleans text "
+                "up (' ,' becomes ','), so that it may hide what was sampled; set "
+                "clean_up_tokenization_spaces: false in tokenizer_config.json, the server's too, "
+                "or use a server that gives token ids"
+            )
+
+
+def _stop_named(choice: dict[str, Any]) -> int | None:
+    """The token that ended a response, where the server says it."""
+    named = choice.get("matched_stop", choice.get("stop_reason"))
+    return named if type(named) is int else None
+
+
+def _joined_tokens(choice: dict[str, Any]) -> str | None:
+    """The text of the choice's tokens, one behind the other; None where they are not given, or in
+    the vocabulary's own spelling."""
+    logprobs = choice.get("logprobs")
+    found = logprobs.get("tokens") if isinstance(logprobs, dict) else None
+    if not isinstance(found, list) or not found or not all(isinstance(t, str) for t in found):
+        return None
+    whole = "".join(found)
+    is_spelt = any(sign in whole for sign in ("\ufffd", "bytes:", "<0x", "\u0120", "\u2581"))
+    return None if is_spelt else whole
+
+
+def _count(usage: dict[str, Any] | None, name: str) -> int | None:
+    """A count of tokens; None where it is not known, for which some servers write 0 or text."""
+    found = None if usage is None else usage.get(name)
+    return found if type(found) is int and found > 0 else None
+
 
 def check_prompt_count(usage: dict[str, Any] | None, prompt: Tokens, source: str) -> None:
     """Raise unless the server counts as many tokens in the prompt as were sent.
@@ -162,11 +228,11 @@ def check_prompt_count(usage: dict[str, Any] | None, prompt: Tokens, source: str
     Raises:
         ServerMismatch: it counts others, so it made other tokens of the prompt's text.
     """
-    counted = None if usage is None else usage.get("prompt_tokens")
+    counted = _count(usage, "prompt_tokens")
     if counted is not None and counted != len(prompt):
         raise ServerMismatch(
-            f"{source}: prompt: {len(prompt)} tokens, but the server counts {counted} in it: it "
-            "serves another tokenizer's model; check server.model and rollouts.text.tokenizer"
+            f"{source}: prompt: {len(prompt)} tokens, but the server counts {counted} in it; it "
+            "may serve another tokenizer's model: check server.model and rollouts.text.tokenizer"
         )
 
 
@@ -216,4 +282,6 @@ def _logprobs(choice: dict[str, Any], length: int) -> NDArray[np.float32] | None
         raise SampleRejected(f"{len(found)} log-probabilities for {length} tokens")
     if not all(type(value) in (int, float) for value in found):
         raise SampleRejected("a log-probability is missing")
+    if min(found) <= LOWEST_LOGPROB:
+        raise SampleRejected(f"{min(found):g} is no log-probability of a token that was sampled")
     return np.array(found, dtype=np.float64).astype(np.float32)

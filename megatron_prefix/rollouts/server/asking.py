@@ -1,4 +1,4 @@
-"""Completion requests: what a server understands, and the answers to a batch of prompts."""
+"""The answers of a server to a batch of prompts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_prefix.config import ServerConfig
 from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.server.abilities import Abilities, Requests, choices_of
 from megatron_prefix.rollouts.server.answers import (
     OtherWeights,
     Reader,
@@ -20,57 +21,16 @@ from megatron_prefix.rollouts.server.answers import (
     SampleRejected,
     ServerMismatch,
     check_prompt_count,
-    gives_token_ids,
 )
 from megatron_prefix.rollouts.server.client import (
     RequestFailed,
     RequestRefused,
     ServerClient,
+    ServerDown,
     ServerError,
 )
-from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
-
-_EXTRAS: dict[str, dict[str, Any]] = {
-    # A model's own generation_config.json gives vLLM its defaults: each has to be set.
-    "vllm": {
-        "return_token_ids": True,
-        "skip_special_tokens": False,
-        "top_k": -1,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-    },
-    "sglang": {
-        "return_token_ids": True,
-        "skip_special_tokens": False,
-        "top_k": -1,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-    },
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Abilities:
-    """What a server can do, as seen in its answer to a first request."""
-
-    takes_ids: bool
-    """Prompts as token ids; else as text."""
-    takes_extras: bool
-    """The extra fields of its kind."""
-    takes_n: bool
-    """Several responses to one request are of use."""
-    gives_ids: bool
-    gives_logprobs: bool
-
-    def __str__(self) -> str:
-        return (
-            f"prompts as {'token ids' if self.takes_ids else 'text'}, "
-            f"{'n responses' if self.takes_n else 'one response'} a request, responses as "
-            f"{'token ids' if self.gives_ids else 'text'}, "
-            f"{'with' if self.gives_logprobs else 'without'} log-probabilities"
-        )
 
 
 @dataclass(kw_only=True)
@@ -86,6 +46,8 @@ class Tally:
     """Calls of an environment that raised, crashed or took too long."""
     turns: int = 0
     """Of all samples of several turns."""
+    identical_groups: int = 0
+    """Whose responses are all the same."""
     reasons: list[str] = dataclasses.field(default_factory=list)
     """The first few."""
 
@@ -126,8 +88,6 @@ class Asker:
             temperature: of the sampling.
             top_p: of the sampling.
         """
-        self.model = config.model
-        """What requests name as the model."""
         self.weights: str | None = None
         """Version that answers have to be of, where they tell it; None: any."""
         self.abilities: Abilities | None = None
@@ -135,8 +95,11 @@ class Asker:
         self._client = client
         self._config = config
         self._reader = reader
-        self._temperature = temperature
-        self._top_p = top_p
+        self.requests = Requests(client, config, reader, temperature=temperature, top_p=top_p)
+        self._probe: Prompt | None = None
+        self._n_differs = False
+        """Whether responses of one request have differed: several are of use, then."""
+        self._has_warned = False
 
     def find_model(self) -> None:
         """Take the server's only model where none is configured, and refuse one it does not list.
@@ -149,11 +112,12 @@ class Asker:
         if not isinstance(entries, list):
             raise ServerError(f"{self._client.url}/v1/models: is no list of models: {listed}")
         names = [str(entry.get("id")) for entry in entries if isinstance(entry, dict)]
-        if self.model is None and len(names) == 1:
-            self.model = names[0]
-        if self.model not in names:
+        requests = self.requests
+        if requests.model is None and len(names) == 1:
+            requests.model = names[0]
+        if requests.model not in names:
             raise ServerError(
-                f"server.model: {self.model} is not on {self._client.url}, which lists "
+                f"server.model: {requests.model} is not on {self._client.url}, which lists "
                 f"{', '.join(names) or 'none'}; name one of them"
             )
 
@@ -163,9 +127,15 @@ class Asker:
         Raises:
             ServerError: the server is down, refuses a request, or serves another model.
         """
-        if self.abilities is None and wanted:
-            self.abilities = self._find_abilities(wanted[0].prompt)
-            logger.info("%s: %s", self._client.url, self.abilities)
+        if not wanted:
+            return []
+        if self.abilities is None:
+            self._probe = wanted[0].prompt
+            self.abilities = self.requests.find_abilities(self._probe)
+        samples = self._asked(wanted, tally)
+        return self._without_copies(wanted, samples, tally)
+
+    def _asked(self, wanted: Sequence[Wanted], tally: Tally) -> list[list[Sample]]:
         requests = []
         for index, item in enumerate(wanted):
             if self.abilities is not None and self.abilities.takes_n:
@@ -189,24 +159,79 @@ class Asker:
             threads.shutdown(wait=True, cancel_futures=True)
         return samples
 
-    def _one(self, wanted: Wanted) -> Any:
+    def _without_copies(
+        self, wanted: Sequence[Wanted], samples: list[list[Sample]], tally: Tally
+    ) -> list[list[Sample]]:
+        """The samples, those of a server that copies one response n times asked for one by one.
+
+        A policy that is certain gives equal responses too: one group, asked again, tells the two
+        apart, until the responses of one request have differed.
+        """
+        equal = [i for i, found in enumerate(samples) if len(found) > 1 and _are_equal(found)]
+        several = sum(len(found) > 1 for found in samples)
         assert self.abilities is not None
-        body = self._body(
+        if self.abilities.takes_n and not self._n_differs:
+            self._n_differs = several > len(equal)
+            if equal and not self._n_differs:
+                by_n = self.abilities
+                self.abilities = dataclasses.replace(by_n, takes_n=False)
+                (again,) = self._asked([wanted[equal[0]]], Tally())
+                if len(again) > 1 and not _are_equal(again):
+                    logger.warning(
+                        "%s: answers a request for n responses with n copies, and single requests "
+                        "with different ones; they are asked for one by one",
+                        self._client.url,
+                    )
+                    for i, found in zip(
+                        equal, self._asked([wanted[i] for i in equal], tally), strict=True
+                    ):
+                        samples[i] = found
+                    return self._without_copies(wanted, samples, tally)
+                self.abilities = by_n
+        tally.identical_groups += len(equal)
+        if len(equal) == several > 1 and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s: the responses to each of %d prompts are all the same, so that they teach "
+                "nothing; it may decode greedily or overlook seeds, or the policy may be certain",
+                *(self._client.url, several),
+            )
+        return samples
+
+    def fingerprint(self) -> list[float] | None:
+        """Log-probabilities that the server's weights give to the likeliest answer to the first
+        prompt; None where it gives none, or has not been asked yet."""
+        if self._probe is None or self.abilities is None or not self.abilities.gives_logprobs:
+            return None
+        wanted = Wanted(prompt=self._probe, count=1, seed=0)
+        try:
+            answer = self._one(wanted, temperature=0.0)
+        except ServerDown:
+            raise
+        except ServerError:  # such as one that refuses this temperature
+            return None
+        choices = [] if isinstance(answer, RequestFailed) else answer.get("choices") or [{}]
+        logprobs = choices[0].get("logprobs") if choices else None
+        return (logprobs.get("token_logprobs") or None) if isinstance(logprobs, dict) else None
+
+    def _one(self, wanted: Wanted, **changes: Any) -> Any:
+        assert self.abilities is not None
+        body = self.requests.body(
             wanted.prompt,
             count=wanted.count,
             seed=wanted.seed,
             as_ids=self.abilities.takes_ids,
-            with_extras=self.abilities.takes_extras,
+            refuses=self.abilities.refuses,
         )
         try:
-            return self._client.post("/v1/completions", body)
+            return self._client.post("/v1/completions", {**body, **changes})
         except RequestFailed as error:
             return error
         except RequestRefused as error:
             raise ServerError(f"{wanted.prompt.source}: {error}") from error
 
     def _read(self, wanted: Wanted, answer: Any, tally: Tally) -> list[Sample]:
-        choices = _choices(answer, self._client.url)
+        choices = choices_of(answer, self._client.url)
         self._check_weights(answer)
         usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else None
         check_prompt_count(usage, wanted.prompt.tokens, wanted.prompt.source)
@@ -238,67 +263,6 @@ class Asker:
                 "were loaded; does something else load weights into this server?"
             )
 
-    def _find_abilities(self, prompt: Prompt) -> Abilities:
-        """Ask in the richest way, and in plainer ones while the server refuses."""
-        refusals: list[str] = []
-        ways = [
-            (as_ids, with_extras)
-            for as_ids in (True, False)
-            for with_extras in ((True, False) if self._config.kind in _EXTRAS else (False,))
-        ]
-        for as_ids, with_extras in ways:
-            if not as_ids and self._reader.tokenizer is None:
-                break
-            body = self._body(prompt, count=2, seed=0, as_ids=as_ids, with_extras=with_extras)
-            try:
-                answer = self._client.post("/v1/completions", body)
-            except RequestRefused as error:
-                refusals.append(str(error))
-                # Anything else than "this field is wrong" stays as it is in another form.
-                if error.status in (400, 422):
-                    continue
-                break
-            choices = _choices(answer, self._client.url)
-            first = choices[0] if choices else {}
-            gives_ids = gives_token_ids(first)
-            return Abilities(
-                takes_ids=as_ids,
-                takes_extras=with_extras,
-                # Text is checked by its count of tokens, which is given for all choices together.
-                takes_n=len(choices) == 2 and gives_ids,
-                gives_ids=gives_ids,
-                gives_logprobs=isinstance(first.get("logprobs"), dict),
-            )
-        raise ServerError(f"{prompt.source}: {refusals[-1]}")
-
-    def _body(
-        self, prompt: Prompt, *, count: int, seed: int, as_ids: bool, with_extras: bool
-    ) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self.model,
-            "prompt": list(prompt.tokens) if as_ids else self._text(prompt),
-            "n": count,
-            "max_tokens": self._reader.max_response_length,
-            "temperature": self._temperature,
-            "top_p": self._top_p,
-            "logprobs": 1,
-            "seed": seed,
-        }
-        if with_extras:
-            body |= _EXTRAS[self._config.kind]
-            body["stop_token_ids"] = list(self._reader.stop_tokens)
-        return body
-
-    def _text(self, prompt: Prompt) -> str:
-        tokenizer: TextTokenizer | None = self._reader.tokenizer
-        text = None if tokenizer is None else tokenizer.as_text(prompt.tokens)
-        if text is None:
-            raise ServerError(
-                f"{prompt.source}: prompt: the server takes text only, and no text gives exactly "
-                "these tokens; give the prompt as text, or use a server that takes token ids"
-            )
-        return text
-
 
 def request_seed(*, seed: int, step: int, prompt: int, attempt: int) -> int:
     """Of a group's first request; those of its later ones count on from it."""
@@ -306,8 +270,5 @@ def request_seed(*, seed: int, step: int, prompt: int, attempt: int) -> int:
     return int(state[0]) % (1 << 31)
 
 
-def _choices(answer: Any, url: str) -> list[dict[str, Any]]:
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
-        raise ServerError(f"{url}/v1/completions: an answer without choices: {str(answer)[:200]}")
-    return choices
+def _are_equal(samples: Sequence[Sample]) -> bool:
+    return all(np.array_equal(sample.tokens, samples[0].tokens) for sample in samples)

@@ -137,6 +137,7 @@ class BatchSampler:
                 "partial_groups": float(partial),
                 "dropped_groups": float(dropped),
                 "rejected_responses": float(tally.rejected),
+                "identical_groups": float(tally.identical_groups),
                 "tokens_from_text": tally.from_text / max(1, tally.samples),
                 "server_retries": float(retries),
                 **self._agent_metrics(tally, groups),
@@ -220,6 +221,7 @@ class BatchSampler:
             old_logprobs=tuple(s.logprobs for s in samples) if with_logprobs else None,
             finished=tuple(sample.finished for sample in samples),
             answer=prompt.answer,
+            record=prompt.record,
             policy_version=version,
             source=prompt.source,
         )

@@ -48,14 +48,15 @@ def build_openai_engine(
                 f"rollouts.server.api_key_variable: the environment variable "
                 f"{server.api_key_variable} is not set; set it to the server's key"
             )
-    if server.kind in ("transformers", "openai") and len(options.stop_tokens) != 1:
+    if server.kind == "transformers" and len(options.stop_tokens) != 1:
         raise ValueError(
             f"rollouts.stop_tokens: {list(options.stop_tokens)}, but server.kind: {server.kind} "
-            "may answer in text, which does not say which of them ended it; give one"
+            "answers in text, which does not say which of them ended it; give one"
         )
     client = ServerClient(server, api_key=key)
     reader = Reader(
         tokenizer=tokenizer,
+        has_our_tokenizer=server.kind == "transformers",
         stop_tokens=options.stop_tokens,
         max_response_length=options.max_response_length,
     )
@@ -64,7 +65,7 @@ def build_openai_engine(
         group_size=rollouts.group_size,
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.model.max_sequence_length,
-        uses_logprobs=server.logprobs == "server" and options.temperature == 1,
+        uses_logprobs=rollouts.takes_servers_logprobs,
         partial_groups=server.partial_groups,
         seed=config.training.seed,
         turn_rewards=rollouts.agent is not None and rollouts.agent.turn_rewards,
@@ -83,7 +84,7 @@ def build_openai_engine(
         server=server,
         weights=rollouts.weights,
         folders=folders,
-        loader=weight_loader(server, client),
+        loader=weight_loader(server, client, timeout_s=rollouts.weights.load_timeout_s),
     )
 
 

@@ -77,7 +77,6 @@ class ServerClient:
         self._http = httpx.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(config.request_timeout_s, connect=_CONNECT_TIMEOUT_S),
             limits=httpx.Limits(
                 max_connections=config.concurrency, max_keepalive_connections=config.concurrency
             ),
@@ -93,23 +92,36 @@ class ServerClient:
         """
         return self._send("GET", path, None, _read_json)
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
+    def post(self, path: str, body: dict[str, Any], *, attempts: int | None = None) -> Any:
         """The JSON that answers a POST.
 
+        Args:
+            path: below the server's address.
+            body: sent as JSON.
+            attempts: if it is there and fails; None: `server.max_attempts`.
+
         Raises:
             ServerError: see the head of the file.
         """
-        return self._send("POST", path, body, _read_json)
+        return self._send("POST", path, body, _read_json, attempts=attempts)
 
-    def post_for(
-        self, path: str, body: dict[str, Any], read: Callable[[httpx.Response], Any]
+    def load(
+        self,
+        path: str,
+        body: dict[str, Any],
+        read: Callable[[httpx.Response], Any],
+        *,
+        timeout_s: float,
     ) -> Any:
-        """What `read` makes of the answer to a POST; its ValueErrors are answers that were cut off.
+        """What `read` makes of the answer to a POST that loads weights; its ValueErrors are answers
+        that were cut off.
+
+        A load that fails or takes too long is not asked for again: it would fail again.
 
         Raises:
             ServerError: see the head of the file.
         """
-        return self._send("POST", path, body, read)
+        return self._send("POST", path, body, read, load_timeout_s=timeout_s)
 
     def close(self) -> None:
         """Give up what is waiting, and close the connections."""
@@ -122,14 +134,20 @@ class ServerClient:
         path: str,
         body: dict[str, Any] | None,
         read: Callable[[httpx.Response], Any],
+        *,
+        attempts: int | None = None,
+        load_timeout_s: float | None = None,
     ) -> Any:
+        attempts = attempts or self._config.max_attempts
+        timeout_s = load_timeout_s or self._config.request_timeout_s
+        timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
         down_since: float | None = None
         failures = tries = 0
         while True:
             retry_after = None
             try:
                 with self._places:
-                    response = self._http.request(method, path, json=body)
+                    response = self._http.request(method, path, json=body, timeout=timeout)
                 if response.status_code not in _BUSY and response.status_code < 500:
                     if response.is_error:
                         raise RequestRefused(
@@ -138,8 +156,10 @@ class ServerClient:
                     return read(response)
                 what = f"{response.status_code} {response.reason_phrase}: {_excerpt(response)}"
                 is_down = response.status_code in _BUSY
+                if load_timeout_s is not None and not is_down:
+                    raise RequestFailed(f"{self.url}{path}: {what}")
                 retry_after = response.headers.get("retry-after")
-            except RequestRefused:
+            except (RequestRefused, RequestFailed):
                 raise
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 what, is_down = _described(error), True
@@ -149,7 +169,12 @@ class ServerClient:
                 what, is_down = _described(error), False
                 self._count_outage(True)
             except httpx.TimeoutException as error:
-                what, is_down = f"{_described(error)} ({self._config.request_timeout_s:g} s)", False
+                what, is_down = f"{_described(error)} ({timeout_s:g} s)", False
+                if load_timeout_s is not None:
+                    raise RequestFailed(
+                        f"{self.url}{path}: took longer than {timeout_s:g} s "
+                        "(weights.load_timeout_s)"
+                    ) from error
             except httpx.HTTPError as error:
                 what, is_down = _described(error), False
             except ValueError as error:
@@ -173,7 +198,7 @@ class ServerClient:
             else:
                 failures += 1
                 down_since = None
-                if failures >= self._config.max_attempts:
+                if failures >= attempts:
                     raise RequestFailed(
                         f"{self.url}{path}: failed {failures} times (server.max_attempts); "
                         f"last: {what}"

@@ -22,6 +22,7 @@ from megatron_prefix.rollouts.server.agent import AskedAgent
 from megatron_prefix.rollouts.server.asking import Asker
 from megatron_prefix.rollouts.server.batches import Batch, BatchSampler, GroupSpec
 from megatron_prefix.rollouts.server.client import ServerClient
+from megatron_prefix.rollouts.server.kept_weights import KeptWeights
 from megatron_prefix.rollouts.server.loading import WeightLoader
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class OpenAIEngine:
         self._version: int | None = None
         self._has_checked_model = False
         self._agent = agent
+        self._kept = KeptWeights(asker)
         self._sampler = BatchSampler(
             asker if agent is None else agent,
             client,
@@ -187,15 +189,19 @@ class OpenAIEngine:
         from_rank_0(self._run(self._load) if self._is_main else None)
 
     def _load(self) -> None:
+        """Have the server load the weights that were written last, and look whether it has."""
         assert self._loader is not None and self._version is not None
-        self._loader.load(self._folders.path(self._version), self._version)
+        folder = self._folders.path(self._version)
+        before = self._kept.before()
+        self._loader.load(folder, self._version)
         self._asker.weights = str(self._version)
         named = self._loader.model()
         if named is not None:
-            self._asker.model = named
+            self._asker.requests.model = named
         elif not self._has_checked_model:
             self._asker.find_model()
             self._has_checked_model = True
+        self._kept.check(folder, before)
 
     def _run(self, job: Callable[[], Any]) -> Future[Any]:
         if self._thread is None:

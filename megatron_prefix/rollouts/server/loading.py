@@ -38,15 +38,18 @@ class TransformersLoader:
     # A request names the folder, and so its version; a new server loads it by itself.
     forgets = False
 
-    def __init__(self, client: ServerClient) -> None:
+    def __init__(self, client: ServerClient, timeout_s: float) -> None:
         self._client = client
+        self._timeout_s = timeout_s
         self._model: str | None = None
 
     def load(self, folder: Path, version: int) -> None:
         """Drop the models before, whose memory would stay in use, and load this one."""
-        self._client.post("/reset", {})
+        self._client.load("/reset", {}, _read_nothing, timeout_s=self._timeout_s)
         try:
-            self._client.post_for("/load_model", {"model": str(folder)}, _read_events)
+            self._client.load(
+                "/load_model", {"model": str(folder)}, _read_events, timeout_s=self._timeout_s
+            )
         except RequestRefused as error:
             hint = "; is it transformers serve?" if error.status == 404 else ""
             raise ServerError(f"{error}{hint}") from error
@@ -62,12 +65,13 @@ class SGLangLoader:
 
     forgets = True
 
-    def __init__(self, client: ServerClient) -> None:
+    def __init__(self, client: ServerClient, timeout_s: float) -> None:
         self._client = client
+        self._timeout_s = timeout_s
 
     def load(self, folder: Path, version: int) -> None:
         """Load in place; the version comes back in each answer's metadata."""
-        answer = self._client.post(
+        answer = self._client.load(
             "/update_weights_from_disk",
             {
                 "model_path": str(folder),
@@ -75,6 +79,8 @@ class SGLangLoader:
                 "abort_all_requests": True,
                 "weight_version": str(version),
             },
+            httpx.Response.json,
+            timeout_s=self._timeout_s,
         )
         if not (isinstance(answer, dict) and answer.get("success") is True):
             raise ServerError(f"{self._client.url}: did not load {folder}: {answer}")
@@ -92,15 +98,16 @@ class VLLMLoader:
 
     forgets = True
 
-    def __init__(self, client: ServerClient) -> None:
+    def __init__(self, client: ServerClient, timeout_s: float) -> None:
         self._client = client
+        self._timeout_s = timeout_s
 
     def load(self, folder: Path, version: int) -> None:
         """Load in place."""
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         try:
-            self._client.post_for("/collective_rpc", call, _read_nothing)
-            self._client.post_for("/reset_prefix_cache", {}, _read_nothing)
+            for path, body in (("/collective_rpc", call), ("/reset_prefix_cache", {})):
+                self._client.load(path, body, _read_nothing, timeout_s=self._timeout_s)
         except RequestRefused as error:
             raise ServerError(
                 f"{error}; a vLLM server loads weights only if it was started with the environment "
@@ -113,14 +120,22 @@ class VLLMLoader:
         return None
 
 
-def weight_loader(config: ServerConfig, client: ServerClient) -> WeightLoader | None:
-    """The loader of a kind of server; None where none is known."""
+def weight_loader(
+    config: ServerConfig, client: ServerClient, *, timeout_s: float
+) -> WeightLoader | None:
+    """The loader of a kind of server; None where none is known.
+
+    Args:
+        config: of the server.
+        client: the way to it.
+        timeout_s: of each of the calls that load weights.
+    """
     loaders: dict[str, Any] = {
         "transformers": TransformersLoader,
         "sglang": SGLangLoader,
         "vllm": VLLMLoader,
     }
-    return loaders[config.kind](client) if config.loads_weights else None
+    return loaders[config.kind](client, timeout_s) if config.loads_weights else None
 
 
 def _read_events(response: httpx.Response) -> None:

@@ -62,6 +62,13 @@ class DialogueEncoder:
         self._tokenizer = tokenizer
         self._stop_texts = {token: tokenizer.decode((token,)) for token in stop_tokens}
 
+    def encode_texts(self, prompt: str, completion: str) -> tuple[Tokens, Tokens]:
+        """The tokens of a prompt, and of what follows it up to the end of sequence."""
+        end = self._tokenizer.end_token
+        ends = () if end is None else (end,)
+        encode = self._tokenizer.encode
+        return self._tokenizer.encode_prompt(prompt), (*encode(completion), *ends)
+
     def encode(
         self,
         messages: Sequence[Message],

@@ -63,7 +63,7 @@ def _checked(message: Any, where: str) -> Message:
 
 def _text(content: Any, where: str) -> str:
     if isinstance(content, str):
-        return _writable(content, where)
+        return writable(content, where)
     if not isinstance(content, list):
         raise ValueError(f"{where}: {reprlib.repr(content)} is neither text nor a list of parts")
     texts = []
@@ -74,12 +74,16 @@ def _text(content: Any, where: str) -> str:
                 f"{where}[{i}]: {reprlib.repr(kind)} is no part with text; images and sounds are "
                 "not trained on"
             )
-        texts.append(_writable(part["text"], f"{where}[{i}]"))
+        texts.append(writable(part["text"], f"{where}[{i}]"))
     return "".join(texts)
 
 
-def _writable(text: str, where: str) -> str:
-    """The text, unless it holds half of a character, which JSON can write and UTF-8 cannot."""
+def writable(text: str, where: str) -> str:
+    """The text, unless it holds half of a character, which JSON can write and UTF-8 cannot.
+
+    Raises:
+        ValueError: it does; the message begins with `where`.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

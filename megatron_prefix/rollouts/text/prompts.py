@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import reprlib
+import string
 import sys
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,19 +29,22 @@ import numpy as np
 from megatron_prefix.config import TextConfig
 from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.engine import EndOfRollouts
-from megatron_prefix.rollouts.parsing import check_names, refuse_prompt_keys
-from megatron_prefix.rollouts.prompts import Prompt
-from megatron_prefix.rollouts.record import START, Record
-from megatron_prefix.rollouts.record_files import open_record_file, stamp_of
+from megatron_prefix.rollouts.parsing import check_names, other_fields, refuse_prompt_keys
+from megatron_prefix.rollouts.prompts import Prompt, check_prompt
+from megatron_prefix.rollouts.record import START, Record, value_at
+from megatron_prefix.rollouts.record_files import identity_of, open_record_file, stamp_of
 from megatron_prefix.rollouts.text.dialogue import check_special_tokens, check_tools_are_written
 from megatron_prefix.rollouts.text.messages import (
     SAMPLED_KEYS,
     Message,
     checked_messages,
     without_nulls,
+    writable,
 )
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
-from megatron_prefix.rollouts.validation import check_tokens
+from megatron_prefix.rollouts.usable import Usable
+
+_MEDIA = ("images", "videos", "audios")
 
 
 class TextPrompts:
@@ -55,6 +61,7 @@ class TextPrompts:
         shuffle: bool,
         seed: int,
         epochs: int | None = None,
+        usable: Usable | None = None,
     ) -> None:
         """Check the files' names; nothing is read yet.
 
@@ -67,6 +74,7 @@ class TextPrompts:
             shuffle: another order each epoch, depending on `seed` and the epoch alone.
             seed: of the order.
             epochs: how often to go through the files; None is without end.
+            usable: what becomes of prompts that are too long; None: they are errors.
 
         Raises:
             ValueError: no paths, a file that is not there or of unknown format, or epochs below 1.
@@ -76,8 +84,8 @@ class TextPrompts:
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs={epochs}: set at least 1, or None to go on without end")
         self._paths = [open_record_file(Path(path)).path for path in paths]
-        # By name without folder, so that the data may move between the runs.
-        self._identities = [[path.name, path.stat().st_size] for path in self._paths]
+        self._identities = [identity_of(path) for path in self._paths]
+        self._usable = usable or Usable()
         self._tokenizer = tokenizer
         self._text = text
         self._vocab_size = vocab_size
@@ -88,6 +96,14 @@ class TextPrompts:
         self._index = 0
         self._table: Any = None
         self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def read_fields(self) -> set[str]:
+        """Fields that make prompts, beside those of every record."""
+        template = self._text.prompt_template or ""
+        names = {name for _, name, _, _ in string.Formatter().parse(template) if name}
+        names |= {self._text.answer_field, "tools", "chat_template_kwargs"}
+        return {re.split(r"[.\[]", name)[0] for name in names}
 
     @property
     def epoch(self) -> int:
@@ -101,8 +117,7 @@ class TextPrompts:
             EndOfRollouts: fewer are left in the last epoch.
             ValueError: a record that is wrong, naming the file, the line or row, and the field.
         """
-        if self._table is None:
-            self._table = _read_table(self._paths)
+        self._read()
         epoch, index = self._epoch, self._index
         prompts: list[Prompt] = []
         while len(prompts) < count:
@@ -113,11 +128,32 @@ class TextPrompts:
                     f"the prompts have been gone through (epochs={self._epochs}): {len(prompts)} "
                     f"are left, {count} were asked for"
                 )
-            row = self._table[int(self._order_of(epoch)[index])]
-            prompts.append(self._prompt(json.loads(row["record"]), row["source"]))
+            prompt = self._at(int(self._order_of(epoch)[index]))
+            if prompt is not None:
+                prompts.append(prompt)
             index += 1
         self._epoch, self._index = epoch, index
         return prompts
+
+    def each(self) -> Iterator[Prompt]:
+        """All prompts once, in the order of the files; the position stays.
+
+        Raises:
+            ValueError: a record that is wrong.
+        """
+        self._read()
+        found = (self._at(index) for index in range(len(self._table)))
+        return (prompt for prompt in found if prompt is not None)
+
+    def _read(self) -> None:
+        if self._table is None:
+            self._table = _read_table(self._paths)
+
+    def _at(self, index: int) -> Prompt | None:
+        """The prompt of a row; None where it is left out."""
+        row = self._table[index]
+        values = json.loads(row["record"])
+        return self._usable.made(lambda: self._prompt(values, row["source"]))
 
     def state_dict(self) -> dict[str, Any]:
         """The position and the files and order that it is a position in, as plain values."""
@@ -137,8 +173,8 @@ class TextPrompts:
         if [list(identity) for identity in state["files"]] != self._identities:
             raise ValueError(
                 f"the files of prompts have changed: the saved position is one in {state['files']} "
-                f"(name, bytes), but there are {self._identities}; continue with the same files, "
-                "or start a new run"
+                f"(name, bytes, digest), but there are {self._identities}; continue with the same "
+                "files, or start a new run"
             )
         if state["shuffle_seed"] != self._seed:
             raise ValueError(
@@ -164,15 +200,21 @@ class TextPrompts:
         return self._order[1]
 
     def _prompt(self, values: dict[str, Any], source: str) -> Prompt:
-        prompt = self._made(values, source)
-        check_tokens(f"{source}: prompt", prompt.tokens, self._vocab_size)
-        if len(prompt.tokens) > self._max_prompt_length:
+        for name in _MEDIA:
+            if values.get(name):
+                raise ValueError(f"{source}: {name}: images and sounds are not trained on")
+        answer_field = self._text.answer_field
+        answer = value_at(values, answer_field)
+        if answer is None and answer_field != "answer":
             raise ValueError(
-                f"{source}: prompt: its {len(prompt.tokens)} tokens leave too little of the "
-                f"model's max_sequence_length for a response; at most {self._max_prompt_length} "
-                "tokens do (max_sequence_length less max_response_length)"
+                f"{source}: {answer_field}: missing, but rollouts.text.answer_field names it"
             )
-        return dataclasses.replace(prompt, answer=values.get(self._text.answer_field))
+        prompt = dataclasses.replace(
+            self._made(values, source),
+            answer=answer,
+            record=other_fields(values),
+        )
+        return check_prompt(prompt, self._vocab_size, self._max_prompt_length)
 
     def _made(self, values: dict[str, Any], source: str) -> Prompt:
         """The prompt, without its answer."""
@@ -184,9 +226,13 @@ class TextPrompts:
         refuse_prompt_keys(record)
         if "messages" in values and "prompt" in values:
             raise ValueError(f"{source}: messages: a record has either messages or prompt")
-        if "messages" in values:
-            where = f"{source}: messages"
-            messages = checked_messages(values["messages"], where)
+        field = "messages" if "messages" in values else "prompt"
+        if field not in values:
+            raise ValueError(f"{source}: prompt: missing, and so is messages; give one of them")
+        prompt = values[field]
+        if field == "messages" or _are_messages(prompt):
+            where = f"{source}: {field}"
+            messages = checked_messages(prompt, where)
             if messages[-1]["role"] == "assistant":
                 raise ValueError(
                     f"{where}[{len(messages) - 1}]: the last message is the assistant's, so there "
@@ -195,9 +241,6 @@ class TextPrompts:
                 )
             _check_not_sampled(messages, where)
             return self._chat(messages, where, values, source)
-        if "prompt" not in values:
-            raise ValueError(f"{source}: prompt: missing, and so is messages; give one of them")
-        prompt = values["prompt"]
         if isinstance(prompt, str):
             return self._of_text(prompt, source, told=values)
         if isinstance(prompt, list):
@@ -209,6 +252,7 @@ class TextPrompts:
 
     def _of_text(self, text: str, source: str, *, told: dict[str, Any]) -> Prompt:
         """The prompt of a text; of the values in `told`, what a chat template is told."""
+        writable(text, f"{source}: prompt")
         if self._text.chat:
             messages = [{"role": "user", "content": text}]
             return self._chat(messages, f"{source}: prompt", told, source)
@@ -238,6 +282,10 @@ class TextPrompts:
             tools=tools,
             template_options=options,
         )
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _check_not_told(values: dict[str, Any], source: str, remedy: str) -> None:
@@ -304,15 +352,21 @@ def _read_table(paths: Sequence[Path]) -> Any:
     return table
 
 
+def _as_json(value: Any) -> Any:
+    """What JSON has no form for: numbers as numbers, dates as text, bytes as null."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return None if isinstance(value, bytes) else str(value)
+
+
 def _rows(paths: list[str], stamps: list[tuple[Any, ...]]) -> Iterator[dict[str, str]]:
     is_empty = True
     for path in paths:
         for record in open_record_file(Path(path)).records(START):
             is_empty = False
-            try:
-                values = json.dumps(record.values)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{record.source}: {error}") from error
-            yield {"record": values, "source": record.source}
+            yield {
+                "record": json.dumps(record.values, default=_as_json),
+                "source": record.source,
+            }
     if is_empty:
         raise ValueError(f"no record in {', '.join(paths)}")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol
 
+from megatron_prefix.rollouts.text.numbers import find_number, number_of_answer
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
-_FINAL = re.compile(r"####\s*(.*)")
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _LETTER = re.compile(r"(?<![A-Za-z0-9])\(?([A-Z])\)?(?![A-Za-z0-9'])")
 
@@ -45,13 +43,13 @@ def exact_match(prompt: str, response: str, answer: Any) -> float:
 def numeric(prompt: str, response: str, answer: Any) -> float:
     r"""1 if the response's number is the answer's, else 0, as in GSM8K (arXiv 2110.14168).
 
-    The number is what stands after the last `####`, else in the last `\boxed{}`, else the last
-    number of the text. Thousands commas are dropped; 3, 3.0 and 3e0 are the same.
+    The number is what the last `####` or `\boxed{}` gives, whichever comes last, else the last
+    number of the text (see `numbers`). 3, 3.0, 3e0 and 6/2 are the same.
 
     Raises:
-        ValueError: the answer holds no number.
+        ValueError: the answer is not plainly a number.
     """
-    wanted = Decimal(str(answer)) if type(answer) in (int, float) else find_number(str(answer))
+    wanted = number_of_answer(answer)
     if wanted is None:
         raise ValueError(f"it compares with a number; answer is {reprlib.repr(answer)}")
     return float(find_number(response) == wanted)
@@ -78,22 +76,6 @@ def multiple_choice(prompt: str, response: str, answer: Any) -> float:
             f"{reprlib.repr(answer)}"
         )
     return float(last_choice(response, [str(c) for c in choices]) == str(answer["answer"]))
-
-
-def find_number(text: str) -> Decimal | None:
-    """The number that a text ends in (see `numeric`)."""
-    final, boxed = _FINAL.findall(text), _BOXED.findall(text)
-    if final:
-        text = final[-1]
-    elif boxed:
-        text = boxed[-1]
-    found = _NUMBER.findall(text)
-    if not found:
-        return None
-    try:
-        return Decimal((found[0] if final else found[-1]).replace(",", ""))
-    except InvalidOperation:
-        return None
 
 
 def last_choice(text: str, choices: Sequence[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,11 +46,28 @@ class TextTokenizer:
                 f"model.vocab_size is {vocab_size}; it is another model's, or raise vocab_size"
             )
         self.path = path
+        sample = self.encode("one , two . do n't")
+        self.cleans_up = self._tokenizer.decode(sample) != self.decode(sample)
+        """Whether its files have whoever decodes by them drop spaces before punctuation."""
+        # Servers that use the files which `save` writes give the text of the tokens as it is.
+        self._tokenizer.clean_up_tokenization_spaces = False
+        self._has_warned = False
 
     @property
     def end_token(self) -> int | None:
         """The end of sequence; None where the tokenizer has none."""
         return self._tokenizer.eos_token_id
+
+    @property
+    def stop_tokens(self) -> Tokens:
+        """The ends of sequence: the tokenizer's, and those of generation_config.json beside it."""
+        from transformers import GenerationConfig
+
+        found = [] if self.end_token is None else [self.end_token]
+        with contextlib.suppress(OSError):  # many tokenizers have no such file
+            listed = GenerationConfig.from_pretrained(str(self.path)).eos_token_id
+            found += listed if isinstance(listed, list) else [listed]
+        return tuple(dict.fromkeys(token for token in found if token is not None))
 
     def encode_prompt(self, text: str) -> Tokens:
         """The tokens of a prompt's text, with those that the tokenizer puts in front by itself."""
@@ -96,6 +114,13 @@ class TextTokenizer:
         """
         if not self._tokenizer.chat_template:
             raise ValueError(f"the tokenizer {self.path} has no chat template")
+        if "strftime_now" in str(self._tokenizer.chat_template) and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the chat template of %s writes today's date (strftime_now): the same records give "
+                "other tokens on another day; set a template with a fixed date, or without one",
+                self.path,
+            )
         try:
             with needed_by(f"the chat template of {self.path}", extra="rollouts"):
                 return self._tokenizer.apply_chat_template(

@@ -1,0 +1,207 @@
+"""Completion requests, and what of them a server understands.
+
+The first request has every field. A server that refuses it is asked in plainer ways, until one is
+answered: text in place of token ids, without the fields of its kind, and at last field by field.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prefix.config import ServerConfig
+from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.server.answers import Reader, gives_token_ids
+from megatron_prefix.rollouts.server.client import (
+    RequestFailed,
+    RequestRefused,
+    ServerClient,
+    ServerError,
+)
+
+logger = logging.getLogger(__name__)
+
+_EXTRAS: dict[str, dict[str, Any]] = {
+    # A model's own generation_config.json gives vLLM its defaults: each has to be set.
+    kind: {
+        "return_token_ids": True,
+        "skip_special_tokens": False,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
+    for kind in ("vllm", "sglang")
+}
+_OPTIONAL = ("extras", "n", "seed", "logprobs", "top_p")
+"""What a request can do without, `extras` being the fields of the server's kind."""
+_WRONG_FIELD = (400, 422, 501)
+"""Statuses that may mean a field; with any other, a request stays refused in another form."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What a server can do, as seen in its answers to the first requests."""
+
+    takes_ids: bool
+    """Prompts as token ids; else as text."""
+    refuses: frozenset[str] = frozenset()
+    """Of `_OPTIONAL`."""
+    takes_n: bool
+    """Several responses to one request are of use."""
+    gives_ids: bool
+    gives_logprobs: bool
+
+    def __str__(self) -> str:
+        refused = f"; refuses {', '.join(sorted(self.refuses))}" if self.refuses else ""
+        return (
+            f"prompts as {'token ids' if self.takes_ids else 'text'}, "
+            f"{'n responses' if self.takes_n else 'one response'} a request, responses as "
+            f"{'token ids' if self.gives_ids else 'text'}, "
+            f"{'with' if self.gives_logprobs else 'without'} log-probabilities{refused}"
+        )
+
+
+class Requests:
+    """Makes the requests, and finds out which are understood."""
+
+    def __init__(
+        self,
+        client: ServerClient,
+        config: ServerConfig,
+        reader: Reader,
+        *,
+        temperature: float,
+        top_p: float,
+    ) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            client: the way to the server.
+            config: of the server.
+            reader: of its answers.
+            temperature: of the sampling.
+            top_p: of the sampling.
+        """
+        self.model = config.model
+        """What requests name as the model."""
+        self._client = client
+        self._kind = config.kind
+        self._reader = reader
+        self._sampling = {"temperature": temperature, "top_p": top_p}
+
+    def find_abilities(self, prompt: Prompt) -> Abilities:
+        """Ask in the richest way, and in plainer ones while the server refuses.
+
+        Raises:
+            ServerError: it refuses all of them, or a sampling that was configured.
+        """
+        refusals: list[str] = []
+
+        def answer(as_ids: bool, refuses: Set[str]) -> Any:
+            body = self.body(prompt, count=2, seed=0, as_ids=as_ids, refuses=refuses)
+            try:
+                return self._client.post("/v1/completions", body, attempts=2)
+            except (RequestRefused, RequestFailed) as error:
+                if isinstance(error, RequestRefused) and error.status not in _WRONG_FIELD:
+                    raise ServerError(f"{prompt.source}: {error}") from error
+                refusals.append(str(error))
+                return None
+
+        forms = [True] if self._reader.tokenizer is None else [True, False]
+        extras = frozenset(_OPTIONAL[:1])
+        for as_ids in forms:
+            for refuses in (frozenset(), extras) if self._kind in _EXTRAS else (extras,):
+                if (found := answer(as_ids, refuses)) is not None:
+                    return self._seen(found, as_ids, refuses)
+        for as_ids in forms:
+            if answer(as_ids, frozenset(_OPTIONAL)) is not None:
+                alone = {name: answer(as_ids, {*_OPTIONAL} - {name}) for name in _OPTIONAL}
+                refuses = frozenset(name for name, found in alone.items() if found is None)
+                found = answer(as_ids, refuses)
+                if found is not None:
+                    self._check_sampling(refuses, refusals)
+                    return self._seen(found, as_ids, refuses)
+        raise ServerError(f"{prompt.source}: {refusals[-1]}")
+
+    def _check_sampling(self, refuses: Set[str], refusals: list[str]) -> None:
+        if "top_p" in refuses and self._sampling["top_p"] < 1:
+            raise ServerError(
+                f"rollouts.top_p: {self._sampling['top_p']}, but the server takes no top_p "
+                f"({refusals[-1]}); set it to 1"
+            )
+
+    def _seen(self, answer: Any, as_ids: bool, refuses: frozenset[str]) -> Abilities:
+        choices = choices_of(answer, self._client.url)
+        first = choices[0] if choices else {}
+        gives_ids = gives_token_ids(first)
+        if self._kind not in _EXTRAS:
+            refuses -= {"extras"}
+        abilities = Abilities(
+            takes_ids=as_ids,
+            refuses=refuses,
+            # Text is checked by its count of tokens, which is given for all choices together.
+            takes_n=len(choices) == 2 and gives_ids,
+            gives_ids=gives_ids,
+            gives_logprobs=isinstance(first.get("logprobs"), dict),
+        )
+        logger.info("%s: %s", self._client.url, abilities)
+        return abilities
+
+    def body(
+        self,
+        prompt: Prompt,
+        *,
+        count: int,
+        seed: int,
+        as_ids: bool,
+        refuses: Set[str],
+    ) -> dict[str, Any]:
+        """A request for responses.
+
+        Args:
+            prompt: that is answered.
+            count: of responses.
+            seed: of the sampling.
+            as_ids: whether the prompt is given as token ids.
+            refuses: what is left out (see `Abilities`).
+
+        Raises:
+            ServerError: the prompt is to be text, and no text gives its tokens.
+        """
+        body: dict[str, Any] = {
+            "model": self.model,
+            "prompt": list(prompt.tokens) if as_ids else self._text(prompt),
+            "max_tokens": self._reader.max_response_length,
+            **self._sampling,
+            "n": count,
+            "logprobs": 1,
+            "seed": seed,
+        }
+        if "extras" not in refuses and self._kind in _EXTRAS:
+            body |= _EXTRAS[self._kind]
+            body["stop_token_ids"] = list(self._reader.stop_tokens)
+        return {name: value for name, value in body.items() if name not in refuses}
+
+    def _text(self, prompt: Prompt) -> str:
+        tokenizer = self._reader.tokenizer
+        text = None if tokenizer is None else tokenizer.as_text(prompt.tokens)
+        if text is None:
+            raise ServerError(
+                f"{prompt.source}: prompt: the server takes text only, and no text gives exactly "
+                "these tokens; give the prompt as text, or use a server that takes token ids"
+            )
+        return text
+
+
+def choices_of(answer: Any, url: str) -> list[dict[str, Any]]:
+    """The choices of an answer.
+
+    Raises:
+        ServerError: it has none.
+    """
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
+        raise ServerError(f"{url}/v1/completions: an answer without choices: {str(answer)[:200]}")
+    return choices
