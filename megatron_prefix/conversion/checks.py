@@ -85,6 +85,13 @@ def check_source(
             )
 
 
+def parameter_dtype(
+    parameter: Parameter, stored: torch.dtype, asked: torch.dtype | None
+) -> torch.dtype:
+    """The type that a parameter gets: its own, or what is asked for all weights."""
+    return stored if asked is None or parameter.is_bias_of_router else asked
+
+
 def _why_missing(name: str, found: list[str]) -> str:
     """What the tensors that are there say about one that is not."""
     fused = [other for other in found if other.endswith("experts.gate_up_proj")]
@@ -107,13 +114,6 @@ def _why_missing(name: str, found: list[str]) -> str:
 def _has_more_rows(name: str, found: Shape, wanted: Shape) -> bool:
     is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
     return is_vocabulary and found[1:] == wanted[1:] and found[0] > wanted[0]
-
-
-def parameter_dtype(
-    parameter: Parameter, stored: torch.dtype, asked: torch.dtype | None
-) -> torch.dtype:
-    """The type that a parameter gets: its own, or what is asked for all weights."""
-    return stored if asked is None or parameter.is_bias_of_router else asked
 
 
 def stored_dtypes(

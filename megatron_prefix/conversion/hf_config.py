@@ -72,8 +72,8 @@ _ROPE_KEYS = {
     ),
 }
 """What each kind of rotary embedding is made of here; a key beside would be lost."""
-_ROPE_KINDS = {"deepseek_v3": ("default", "yarn"), "glm4_moe": ("default",)}
-"""Of families that have not all of these kinds."""
+_WITHOUT = {("deepseek_v3", "llama3"), ("glm4_moe", "llama3"), ("glm4_moe", "yarn")}
+"""Families, and the kinds that Megatron or this conversion does not have for them."""
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -195,35 +195,21 @@ def _architecture(config: Any, family: str) -> Architecture:
 
 def _windows(config: Any, family: str) -> dict[str, Any]:
     """The sliding windows that transformers gives the layers."""
-    # Where a family's switch is off, its config has set the size to none.
-    size = getattr(config, "sliding_window", None)
-    if not size or family not in _WINDOWS:
+    if family not in _WINDOWS:
         return {}
-    kinds = ("sliding_attention",) * config.num_hidden_layers
+    # Where a family's switch is off, its config has set the size to none.
+    size, count = getattr(config, "sliding_window", None), config.num_hidden_layers
+    kinds = ("sliding_attention" if size else "full_attention",) * count
     if _WINDOWS[family] == "by layer":
         kinds = tuple(config.layer_types)
-    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
-        raise ConversionError(f"layer_types: {', '.join(sorted(unknown))} is not supported")
+    for layer, kind in enumerate(kinds):
+        if kind != "full_attention" and (kind != "sliding_attention" or not size):
+            raise ConversionError(
+                f"sliding_window: {size}, and layer {layer} is of {kind} (layer_types, "
+                "use_sliding_window, max_window_layers), which is not supported"
+            )
     windowed = tuple(kind == "sliding_attention" for kind in kinds)
     return {"window": size, "windowed_layers": windowed} if any(windowed) else {}
-
-
-def _check_rope_keys(rope: dict[str, Any], kind: str, family: str) -> None:
-    """Refuse a kind of rotary embedding that is not supported, and a key that would be lost."""
-    kinds = _ROPE_KINDS.get(family, tuple(_ROPE_KEYS))
-    if kind not in kinds:
-        raise ConversionError(
-            f"rope_type: {kind!r} is not supported with {family}; supported are {', '.join(kinds)}"
-        )
-    known = _ROPE_KEYS[kind]
-    if kind == "yarn" and family == "deepseek_v3":
-        known = (*known, "mscale", "mscale_all_dim")
-    for name, number in rope.items():
-        if name not in known and number is not None:
-            raise ConversionError(
-                f"rope_scaling.{name}: {number} is not supported with rope_type: {kind}; leave it "
-                "out"
-            )
 
 
 def _rope(config: Any, family: str) -> dict[str, Any]:
@@ -239,8 +225,19 @@ def _rope(config: Any, family: str) -> dict[str, Any]:
         raise ConversionError(f"partial_rotary_factor: {fraction} is not supported")
     found: dict[str, Any] = {"rotary_base": int(theta), "rotary_fraction": fraction}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_KEYS or (family, kind) in _WITHOUT:
+        raise ConversionError(
+            f"rope_type: {kind!r} is not supported with {family}; supported are "
+            f"{', '.join(k for k in _ROPE_KEYS if (family, k) not in _WITHOUT)}"
+        )
     latent = family == "deepseek_v3"
-    _check_rope_keys(rope, kind, family)
+    known = (*_ROPE_KEYS[kind], *(("mscale", "mscale_all_dim") if latent else ()))
+    for name, number in rope.items():
+        if name not in known and number is not None:
+            raise ConversionError(
+                f"rope_scaling.{name}: {number} is not supported with rope_type: {kind}; leave it "
+                "out"
+            )
     if kind == "llama3":
         for name, fixed in _LLAMA3.items():
             if rope[name] != fixed:

@@ -99,6 +99,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral, window": ("mixtral", {"num_local_experts": 4, "sliding_window": 7}),
+    "deepseek_v3": ("deepseek_v3", LATENT),
     "deepseek_v3, yarn": (
         "deepseek_v3",
         {**LATENT, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}},

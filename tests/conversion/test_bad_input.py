@@ -193,6 +193,16 @@ BAD_SOURCES: dict[str, tuple[str, Damage, str]] = {
         r"rope_scaling\.attn_factor: 1\.5 is not supported with rope_type: yarn",
     ),
     "tokens that see those after them": ("single", _config(is_causal=False), r"is_causal: False"),
+    "layers of another kind": (
+        "single",
+        _config(layer_types=["full_attention", "chunked_attention"]),
+        r"layer 1 is of chunked_attention",
+    ),
+    "layers with a window of no size": (
+        "single",
+        _config(layer_types=["full_attention", "sliding_attention"]),
+        r"sliding_window: None, and layer 1 is of sliding_attention",
+    ),
     "a model in one file beside an index": (
         "sharded",
         lambda folder: shutil.copy(_first_shard(folder), folder / WEIGHTS),

@@ -38,7 +38,7 @@ CASE_LAYOUTS = [
     ("qwen3_moe", EXPERTS),
     ("mixtral", EXPERTS),
     (
-        "deepseek_v3, yarn",
+        "deepseek_v3",
         {**TP_PP, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
     ),
 ]

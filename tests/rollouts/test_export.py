@@ -33,7 +33,7 @@ LAYOUTS: list[tuple[str, dict[str, int]]] = [
     ("qwen3_moe, dense layer, weights as they are", EP_PP),
     ("mixtral", {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
     (
-        "deepseek_v3, yarn",
+        "deepseek_v3",
         {**TP_PP, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
     ),
 ]
