@@ -245,6 +245,7 @@ def _file_engine(
         forms=_forms(config, tokenizer),
         reward=reward,
         reward_weights=config.objective.reward_weights,
+        is_corrected=config.objective.correction is not None,
         **reading,
     )
 

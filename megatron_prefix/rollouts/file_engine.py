@@ -57,6 +57,7 @@ class FileEngine:
         reward: RewardFunction | None = None,
         reward_weights: Mapping[str, float] | None = None,
         usable: Usable | None = None,
+        is_corrected: bool = False,
         reads: bool = True,
         run_alone: RunAlone = lambda read: read(),
         epochs: int | None = None,
@@ -72,6 +73,7 @@ class FileEngine:
             reward: computes rewards where a record has an answer and no rewards.
             reward_weights: of rewards by name; None: a response has one reward.
             usable: what becomes of groups that the model cannot train on; None: they are errors.
+            is_corrected: see `validate_group`.
             reads: whether this rank reads; a rank that does not needs no files.
             run_alone: on several ranks, what runs a function on the rank that reads; the other
                 ranks wait for it.
@@ -92,6 +94,7 @@ class FileEngine:
                 has_reward=reward is not None,
                 reward_weights=reward_weights,
                 usable=usable,
+                is_corrected=is_corrected,
             )
             self._stream = RecordStream(paths, reader.read, epochs=epochs, as_arrays=True)
 

@@ -65,6 +65,7 @@ class GroupReader:
         forms: RecordForms | None = None,
         reward_weights: Mapping[str, float] | None = None,
         usable: Usable | None = None,
+        is_corrected: bool = False,
     ) -> None:
         """Nothing is read yet.
 
@@ -76,7 +77,9 @@ class GroupReader:
             forms: of the records; None: this package's own, and token ids of others.
             reward_weights: of rewards by name; None: a response has one reward.
             usable: what becomes of groups that the model cannot train on; None: they are errors.
+            is_corrected: see `validate_group`.
         """
+        self._is_corrected = is_corrected
         self._usable = usable or Usable()
         self._reward_weights = reward_weights
         self._forms = RecordForms() if forms is None else forms
@@ -165,6 +168,7 @@ class GroupReader:
             vocab_size=self._vocab_size,
             max_positions=self._max_positions,
             field_name=field_name,
+            is_corrected=self._is_corrected,
         )
 
     def _lacks_rewards(self, record: Record, field: str) -> bool:

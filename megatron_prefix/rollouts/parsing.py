@@ -9,6 +9,7 @@ or says what is wrong with them.
 from __future__ import annotations
 
 import difflib
+import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -114,7 +115,8 @@ def batch_of_arrays(record: Record) -> RolloutBatch | None:
     if advantages is not None and np.isnan(advantages).any():
         return None
     if rewards is None and turn_rewards is not None:
-        rewards = np.add.reduceat(np.nan_to_num(turn_rewards), responses.offsets[:-1])
+        of_responses = np.split(np.nan_to_num(turn_rewards), responses.offsets[1:-1])
+        rewards = np.array([_total(values) for values in of_responses])
     with np.errstate(over="ignore"):  # what is beyond 32 bits becomes infinite, and is refused
         old = None if old is None else old.astype(np.float32, copy=False)
     if finished is None:
@@ -305,7 +307,8 @@ def _turn_rewards(
 
 
 def _total(values: Sequence[float] | NDArray) -> float:
-    return float(sum(values))
+    # The same number whatever the order and the Python: its `sum` of floats changed with 3.12.
+    return math.fsum(values)
 
 
 def _tokens(value: Any, where: str) -> Tokens:

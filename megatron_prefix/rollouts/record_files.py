@@ -1,4 +1,7 @@
-"""The reader of a file of records: JSON Lines, Parquet or tasks, by the end of its name."""
+"""The reader of a file of records: JSON Lines, Parquet or tasks, by the end of its name.
+
+What reads tasks is imported where there are such files: it needs PyYAML, and records do not.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from megatron_prefix.rollouts.gym.task_file import TaskFile, library_version
-from megatron_prefix.rollouts.gym.task_spec import read_task_spec
 from megatron_prefix.rollouts.json_lines import JsonLinesFile
 from megatron_prefix.rollouts.names import PARQUET_ENDING, fault_of_path, is_task_file
 from megatron_prefix.rollouts.parquet import ParquetFile
@@ -25,6 +26,8 @@ def open_record_file(path: Path) -> RecordFile:
     if fault := fault_of_path(path):
         raise ValueError(fault)
     if is_task_file(path):
+        from megatron_prefix.rollouts.gym.task_file import TaskFile
+
         return TaskFile(path)
     is_parquet = path.name.lower().endswith(PARQUET_ENDING)
     return ParquetFile(path) if is_parquet else JsonLinesFile(path)
@@ -51,6 +54,9 @@ def stamp_of(path: Path) -> tuple[Any, ...]:
     files = [path]
     version = ""
     if is_task_file(path):
+        from megatron_prefix.rollouts.gym.task_file import library_version
+        from megatron_prefix.rollouts.gym.task_spec import read_task_spec
+
         files += [path.parent / other for other in read_task_spec(path).unlike]
         version = library_version()
     stats = [file.stat() for file in files]

@@ -54,6 +54,7 @@ def validate_group(
     vocab_size: int,
     max_positions: int,
     field_name: FieldName = indexed_field,
+    is_corrected: bool = False,
 ) -> None:
     """Check that a model can train on the group.
 
@@ -63,6 +64,8 @@ def validate_group(
         max_positions: positions of the model. A prompt and a response together take one less than
             they have tokens, since the last one is nobody's input.
         field_name: how errors name what belongs to one response.
+        is_corrected: log-probabilities of -100 and less are taken: the objective corrects samples,
+            and leaves out those that are not known.
 
     Raises:
         ValueError: an empty prompt or response, no responses, a token that is not an id of the
@@ -119,6 +122,8 @@ def validate_group(
         if group.old_logprobs is not None:
             where = f"{source}: {field_name('old_logprobs', r)}"
             mask = None if group.loss_mask is None else group.loss_mask[r]
+            if is_corrected:  # which counts unknown ones, and leaves them out
+                mask = np.zeros(len(response), dtype=np.bool_)
             _check_logprobs(where, group.old_logprobs[r], len(response), mask)
         if group.advantages is not None:
             where = f"{source}: {field_name('advantages', r)}"

@@ -72,6 +72,7 @@ def test_a_run_that_would_go_on_is_left_as_it_is(tmp_path: Path, values: dict[st
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "evaluations.jsonl",
         "metrics.jsonl",
         "samples.jsonl",
     ]
