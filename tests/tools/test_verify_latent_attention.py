@@ -9,7 +9,7 @@ import pytest
 
 from megatron_prefix.config import ModelConfig, ParallelConfig, YarnConfig
 from tests.megatron.models import HAS_YARN
-from tests.tools.test_verify_equivalence import ALWAYS, SHAPES, _assert_exact, tool
+from tests.tools.proofs import ALWAYS, SHAPES, assert_exact, tool
 
 __all__ = ["tool"]
 
@@ -72,4 +72,4 @@ def test_multi_latent_attention_with_experts_by_groups(
         optimizer_steps=2,
         packing=ALWAYS,
     )
-    _assert_exact(tool, report)
+    assert_exact(tool, report)
