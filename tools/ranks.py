@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 
 from megatron_prefix.megatron.known_messages import hide_known_messages
@@ -53,12 +53,11 @@ def run_ranks(
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank raised; the others are ended.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # Bound before a rank starts, so that no other process can take its port.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torch.multiprocessing.start_processes(
         _rank_main,
-        args=(world_size, port, function, args),
+        args=(world_size, store.port, function, args),
         nprocs=world_size,
         start_method=fresh_processes(preload).get_start_method(),
     )
@@ -73,6 +72,7 @@ def _rank_main(
         LOCAL_RANK=str(rank),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
     )
     hide_known_messages()
     torch.set_num_threads(1)
