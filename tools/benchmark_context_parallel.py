@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 DEFAULT_CASES = ("8,2048,256", "16,2048,256", "8,2048,512")
 LAYER = 1
 
+KINDS = tuple(kind for kind in COMM_TYPES if kind != "latent_gather")
+"""Those of a model with grouped-query attention, which has no latents."""
+
 
 def set_comm_type(chunks: ModelChunks, kind: str) -> None:
     """Let all layers communicate by this kind from now on."""
@@ -217,8 +220,8 @@ def main() -> int:
     parser.add_argument(
         "--kinds",
         nargs="+",
-        choices=COMM_TYPES,
-        default=list(COMM_TYPES),
+        choices=KINDS,
+        default=list(KINDS),
         help="of communication, as model.transformer.cp_comm_type names them",
     )
     add_common_arguments(parser, layers=2)

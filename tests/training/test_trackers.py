@@ -132,6 +132,7 @@ def test_a_run_that_fails_is_shown_as_failed(tmp_path: Path, values: dict[str, A
     write_records(tmp_path / "rollouts.jsonl", records)
     uri = (tmp_path / "mlflow").as_uri()
     values["output"]["mlflow"] = {"experiment": "tests", "tracking_uri": uri}
+    values["rollouts"]["check_records"] = 0  # or it would be found before the run begins
     with pytest.raises(ValueError, match=r"rollouts\.jsonl:4: responses\[1\]"):
         _train(values, 2)
     client, run = _run_of_mlflow(uri)
