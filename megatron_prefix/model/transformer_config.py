@@ -88,6 +88,9 @@ def transformer_config(
         "use_cpu_initialization": on_cpu,
         "deterministic_mode": training.deterministic,
     }
+    if isinstance(options.get("window_size"), list):
+        # Megatron 0.15 remembers masks by it, which a list of YAML cannot be.
+        options["window_size"] = tuple(options["window_size"])
     if parallel.num_model_chunks > 1:
         # Otherwise two ranks pair up sends and receives of different chunks.
         options.update(overlap_p2p_comm=True, batch_p2p_comm=False)
