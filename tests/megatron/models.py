@@ -10,6 +10,8 @@ from typing import Any
 import megatron.core
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -20,7 +22,8 @@ from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PackedLayout, PrefixTree, pack
-from megatron_prefix.model.build import build_gpt_model
+from megatron_prefix.model.build import ModelChunks, build_gpt_model
+from megatron_prefix.model.full_tensors import full_gradients
 from megatron_prefix.model.transformer_config import transformer_config
 
 HAS_YARN = tuple(int(x) for x in megatron.core.__version__.split(".")[:2]) >= (0, 15)
@@ -180,3 +183,26 @@ def assert_equal_training(
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """L2 norm of the difference over that of the expected."""
     return float((found - expected).norm() / expected.norm())
+
+
+def whole_gradients(
+    chunks: ModelChunks, logits: Tensor, params: PrefixPackedSeqParams, layout: PackedLayout
+) -> dict[str, Tensor] | None:
+    """On rank 0 the gradients of all parameters, gathered from the ranks of a row.
+
+    The loss is linear in the logits, with the same weights in every layout.
+    """
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(layout.num_tokens, logits.shape[1] * tensor, generator=generator)
+    weights[layout.num_tokens - layout.num_padding :] = 0
+    weights = params.own(weights.numpy())
+    (logits * weights.tensor_split(tensor, dim=1)[rank]).sum().backward()
+    for parameter in chunks.bare[0].parameters():
+        if params.shards is not None:
+            dist.all_reduce(parameter.grad, group=parallel_state.get_context_parallel_group())
+        if getattr(parameter, "sequence_parallel", False):
+            dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
+        parameter.main_grad = parameter.grad
+    return full_gradients(chunks)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -32,7 +32,6 @@ from megatron_prefix.megatron.gated_delta_net import (
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.model.full_tensors import (
-    full_gradients,
     full_parameters,
     load_full_parameters,
 )
@@ -46,6 +45,7 @@ from tests.megatron.models import (
     relative_error,
     sequence_logits,
     single_process,
+    whole_gradients,
 )
 
 if GatedDeltaNet is None:
@@ -153,16 +153,13 @@ def build(config: TransformerConfig, *, grouped: bool) -> GPTModel:
 
 def run(
     model: GPTModel, layout: PackedLayout, needed: np.ndarray | None = None
-) -> tuple[torch.Tensor, np.ndarray]:
-    """Logits of the output rows, and where each position of the row is among these."""
+) -> tuple[torch.Tensor, PrefixPackedSeqParams]:
+    """Logits of the output rows, and the params of the row."""
     setup = AttentionSetup.of(model.config, torch.device("cpu"))
     size = model.config.tensor_model_parallel_size
     params = PrefixPackedSeqParams.from_layout(layout, setup, needed=needed, multiple=size)
     tokens, positions = torch.from_numpy(layout.input_ids)[None], params.position_ids[None]
-    logits = model(tokens, positions, None, packed_seq_params=params)[0]
-    place = np.full(layout.num_tokens, -1)
-    place[params.output_rows] = np.arange(len(params.output_rows))
-    return logits, place
+    return model(tokens, positions, None, packed_seq_params=params)[0], params
 
 
 def assert_equal_training(
@@ -170,7 +167,9 @@ def assert_equal_training(
 ) -> None:
     layout = pack(tree, pad_to_multiple=8)
     needed = np.flatnonzero(layout.multiplicity == 1) if trim else None
-    logits, place = run(grouped, layout, needed)
+    logits, params = run(grouped, layout, needed)
+    place = np.full(layout.num_tokens, -1)
+    place[params.output_rows] = np.arange(len(params.output_rows))
     loss = expected_loss = 0.0
     for i in range(tree.num_sequences):
         rows = place[layout.sequence_positions(i)]
@@ -295,17 +294,8 @@ def _train(parallel: ParallelConfig, layout: PackedLayout, parameters: Any) -> t
         chunks = ModelChunks(wrapped=[], bare=[model], config=config, head=None)
         if parameters is not None:
             load_full_parameters(chunks, parameters)
-        logits, _ = run(model, layout)
-        weights = torch.randn(layout.num_tokens, 62, generator=torch.Generator().manual_seed(1))
-        weights[layout.num_tokens - layout.num_padding :] = 0
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        parts = weights.tensor_split(parallel.tensor_model_parallel_size, dim=1)
-        (logits * parts[rank]).sum().backward()
-        for parameter in model.parameters():
-            if getattr(parameter, "sequence_parallel", False):
-                torch.distributed.all_reduce(parameter.grad)
-            parameter.main_grad = parameter.grad
-        return full_parameters(chunks), full_gradients(chunks)
+        logits, params = run(model, layout)
+        return full_parameters(chunks), whole_gradients(chunks, logits, params, layout)
 
 
 def _on_ranks(rank: int, world_size: int, *inputs: Any) -> Any:

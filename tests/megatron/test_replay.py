@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
@@ -19,7 +18,6 @@ from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PackedLayout, PrefixTree, pack, route_keys, routes_of_row
 from megatron_prefix.model.build import ModelChunks, build_gpt_model
 from megatron_prefix.model.full_tensors import (
-    full_gradients,
     full_parameters,
     load_full_parameters,
 )
@@ -33,6 +31,7 @@ from tests.megatron.models import (
     relative_error,
     sequence_logits,
     single_process,
+    whole_gradients,
 )
 
 try:
@@ -189,21 +188,7 @@ def _train(
         params = PrefixPackedSeqParams.from_layout(layout, setup, routes=routes)
         tokens = params.own(layout.input_ids)[None]
         logits = model(tokens, params.position_ids[None], None, packed_seq_params=params)[0]
-        weights = torch.randn(layout.num_tokens, 62, generator=torch.Generator().manual_seed(1))
-        weights[layout.num_tokens - layout.num_padding :] = 0
-        weights = params.own(weights.numpy())
-        size, rank = (
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_tensor_model_parallel_rank(),
-        )
-        (logits * weights.tensor_split(size, dim=1)[rank]).sum().backward()
-        for parameter in model.parameters():
-            if parallel.context_parallel_size > 1:
-                dist.all_reduce(parameter.grad, group=group)
-            if getattr(parameter, "sequence_parallel", False):
-                dist.all_reduce(parameter.grad)
-            parameter.main_grad = parameter.grad
-        return full_parameters(chunks), full_gradients(chunks)
+        return full_parameters(chunks), whole_gradients(chunks, logits, params, layout)
 
 
 def _on_ranks(rank: int, world_size: int, *inputs: Any) -> Any:
