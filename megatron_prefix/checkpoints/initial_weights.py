@@ -131,11 +131,16 @@ def _compare_options(
         if key not in _OF_TRAINING:
             pairs[f"model.transformer.{key}"] = (value, getattr(chunks.config, key, None))
     for name, (theirs, ours) in pairs.items():
-        if theirs != ours:
+        if _as_written(theirs) != _as_written(ours):
             raise ValueError(
                 f"{name}: {ours!r}, but the weights to start from were made for {theirs!r} "
                 f"({file}); set it so, or change that file if the difference is meant"
             )
+
+
+def _as_written(value: Any) -> Any:
+    """A value as a file of YAML holds it: a tuple is written as a list."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _compare_shapes(
