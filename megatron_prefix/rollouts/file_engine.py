@@ -21,6 +21,7 @@ Rewards may be several by name (`named_rewards`). "turn_rewards" stand in place 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -32,11 +33,23 @@ from megatron_prefix.rollouts.group_reader import GroupReader, ReadGroup, Unrewa
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.records import RolloutBatch
 from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, computed_rewards
-from megatron_prefix.rollouts.stream import RecordStream
+from megatron_prefix.rollouts.stream import RecordStream, position_kept
 from megatron_prefix.rollouts.usable import Usable
 
 RunAlone = Callable[[Callable[[], RolloutBatch]], "RolloutBatch | None"]
 """Runs a function on one rank, which gets the result. Every rank gets None or the error."""
+
+
+class _Made:
+    """A batch that is being read."""
+
+    def __init__(self) -> None:
+        self.builder = BatchBuilder()
+        self.unrewarded: list[tuple[Unrewarded, ...]] = []
+
+    def add(self, read: ReadGroup) -> None:
+        self.builder.add(read.batch)
+        self.unrewarded.append(read.unrewarded)
 
 
 class FileEngine:
@@ -121,32 +134,21 @@ class FileEngine:
     def _read(self, num_groups: int) -> RolloutBatch:
         stream = self._stream
         assert stream is not None
-        before = stream.state_dict()
-        builder = BatchBuilder()
-        unrewarded: list[tuple[Unrewarded, ...]] = []
+        with position_kept(stream):
+            made = _Made()
+            stream.take_each(num_groups, made.add)
+            return self._rewarded(made)
 
-        def add(read: ReadGroup) -> None:
-            builder.add(read.batch)
-            unrewarded.append(read.unrewarded)
-
-        stream.take_each(num_groups, add)
-        try:
-            return self._rewarded(builder.build(), unrewarded)
-        except ValueError:
-            stream.load_state_dict(before)
-            raise
-
-    def _rewarded(
-        self, batch: RolloutBatch, unrewarded: Sequence[tuple[Unrewarded, ...]]
-    ) -> RolloutBatch:
-        """The batch with the rewards that are to be computed, given for each group.
+    def _rewarded(self, made: _Made) -> RolloutBatch:
+        """The batch with the rewards that are to be computed.
 
         Raises:
             ValueError: a reward could not be computed.
         """
+        batch = made.builder.build()
         parts = [
             (int(start) + part.first, part.group)
-            for start, of_group in zip(batch.group_offsets[:-1], unrewarded, strict=True)
+            for start, of_group in zip(batch.group_offsets[:-1], made.unrewarded, strict=True)
             for part in of_group
         ]
         if not parts:
@@ -171,6 +173,19 @@ class FileEngine:
         """
         assert self._stream is not None
         return self._stream.each()
+
+    def batches(self, num_groups: int) -> Iterator[RolloutBatch]:
+        """All groups once with their rewards, at most so many at a time; the position stays.
+
+        Raises:
+            ValueError: a record that is wrong, or a reward that could not be computed.
+        """
+        groups = self.each()
+        while part := list(itertools.islice(groups, num_groups)):
+            made = _Made()
+            for read in part:
+                made.add(read)
+            yield self._rewarded(made)
 
     def metrics(self) -> dict[str, float]:
         """Nothing: the trainer's own metrics say all."""

@@ -17,8 +17,7 @@ from megatron_prefix.model.full_tensors import (
     full_parameters,
     load_full_parameters,
 )
-from megatron_prefix.rollouts.embedded.batch import SamplingOptions
-from megatron_prefix.rollouts.embedded.sampler import SampledResponse
+from megatron_prefix.rollouts.sampling import Response
 from tests.distributed import run_distributed
 from tests.megatron.models import HAS_WINDOWS, LATENT, TRAINING, model_config, single_process
 from tests.rollouts.sampling import (
@@ -66,7 +65,7 @@ def _megatron() -> Iterator[None]:
 
 
 def assert_logprobs_of(
-    responses: list[list[SampledResponse]],
+    responses: list[list[Response]],
     prompts: list[list[int]],
     config: ModelConfig,
     chunks: ModelChunks,
@@ -107,7 +106,9 @@ def test_log_probabilities_are_those_of_whole_forward_passes(common):
         prompts.append(prompts[0][:common])  # a prompt that is nothing but the common beginning
     responses = sampler(chunks).sample_with_logprobs(
         prompts,
-        SamplingOptions(max_response_length=9, temperature=0.8, stop_tokens=tuple(range(0, 61, 5))),
+        max_response_length=9,
+        temperature=0.8,
+        stop_tokens=tuple(range(0, 61, 5)),
         num_responses=4,
         seed=1,
         step=0,
@@ -231,7 +232,8 @@ def test_a_prompt_without_room_for_a_response_is_named():
 def test_an_option_out_of_its_range_is_named(option, value):
     chunks = sampling_model(model_config())
     options = {"num_responses": 1, "max_response_length": 2, "seed": 0, "step": 0}
-    with pytest.raises(ValueError, match=f"{option}={value}"):
+    named = "group_size" if option == "num_responses" else option
+    with pytest.raises(ValueError, match=f"{named}={value}"):
         sampler(chunks).sample([[1, 2]], **{**options, option: value})
 
 

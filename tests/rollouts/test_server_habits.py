@@ -17,7 +17,7 @@ import pytest
 from megatron_prefix.config import RolloutsConfig, ServerConfig
 from megatron_prefix.rollouts.server.answers import OtherWeights, ServerMismatch
 from megatron_prefix.rollouts.server.client import ServerError
-from megatron_prefix.rollouts.server.kept_weights import KeptWeights
+from megatron_prefix.rollouts.server.weights import KeptWeights
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 from tests.rollouts.asking import (
     GOOD,
