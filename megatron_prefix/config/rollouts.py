@@ -121,11 +121,13 @@ class RolloutsConfig:
         return all_files(self.paths)
 
     @property
-    def takes_servers_logprobs(self) -> bool:
-        """Whether a server's log-probabilities are those that responses were sampled with: of other
-        sampling, some give those before it, and others those after it."""
-        takes_them = self.server is not None and self.server.logprobs == "server"
-        return takes_them and self.temperature == self.top_p == 1
+    def takes_samplers_logprobs(self) -> bool:
+        """Whether log-probabilities are those that responses were sampled with, by other code than
+        the trainer's. Of a temperature or top_p other than 1, some servers give those before it,
+        and others those after it."""
+        if self.server is None:
+            return self.engine == "hf"
+        return self.server.logprobs == "server" and self.temperature == self.top_p == 1
 
     def _faults_of_agent(self) -> Iterator[str]:
         if self.agent is None:

@@ -62,6 +62,11 @@ class ServerConfig:
                 yield f"{name}: {getattr(self, name)} must be above 0"
 
     @property
+    def address(self) -> str:
+        """The URL in front of every path."""
+        return self.url.rstrip("/").removesuffix("/v1")
+
+    @property
     def loads_weights(self) -> bool:
         """Whether weights can be handed over to this kind of server."""
         return self.kind != "openai"

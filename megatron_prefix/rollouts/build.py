@@ -8,7 +8,7 @@ from megatron_prefix.config import RunConfig
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.packages import needed_by
-from megatron_prefix.rollouts.agent import AgentLoop, CanBeAsked
+from megatron_prefix.rollouts.agent import AgentLoop
 from megatron_prefix.rollouts.embedded.evaluator import Evaluator
 from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
 from megatron_prefix.rollouts.engine import RolloutEngine
@@ -22,7 +22,7 @@ from megatron_prefix.rollouts.parts import RolloutParts
 from megatron_prefix.rollouts.prompts import PromptSource
 from megatron_prefix.rollouts.rewards import check_answer
 from megatron_prefix.rollouts.sampled_groups import SampledGroups
-from megatron_prefix.rollouts.sampling import SamplingSpec
+from megatron_prefix.rollouts.sampling import Sampler, SamplingSpec
 
 _CACHED_PER_TRAINED_TOKEN = 8
 """Keys and values of so many tokens are held where one token is trained on: all that a layer keeps
@@ -41,36 +41,17 @@ def build_engine(parts: RolloutParts, chunks: ModelChunks, runtime: Runtime) -> 
         return parts.file_engine
     assert rollouts.group_size is not None
     spec = parts.sampling(group_size=rollouts.group_size, temperature=rollouts.temperature)
+    sampler = _sampler(parts, chunks, runtime, spec)
     source: PromptSource | None = None
     if parts.is_main:
         data_sets = parts.data_sets
         source = MixedPrompts(data_sets, rollouts.ratios) if rollouts.ratios else data_sets[0]
-    if rollouts.engine == "embedded":
-        sampler = _embedded_sampler(config, chunks, runtime, spec)
-        return SampledGroups(sampler, source, _maker(parts, GroupSpec.of(config, spec)))
-    folders = PolicyFolders(
-        rollouts.weights.directory or config.output.directory / "policy",
-        weights_exporter(chunks, config.model, timeout_minutes=config.training.timeout_minutes),
-        spec=spec,
-        tokenizer=parts.tokenizer,
-        weights=rollouts.weights,
-    )
-    if rollouts.engine == "hf":
-        group_spec = GroupSpec.of(config, spec, uses_logprobs=True)
-        in_process = TransformersSampler(folders, spec, device=runtime.device)
-        return SampledGroups(in_process, source, _maker(parts, group_spec))
-    with needed_by("rollouts.engine: openai", extra="rollouts"):
-        from megatron_prefix.rollouts.server.sampler import server_sampler
-    assert rollouts.server is not None
-    server = server_sampler(config, spec, parts.tokenizer, folders, os.environ)
-    group_spec = GroupSpec.of(
-        config, spec, uses_logprobs=rollouts.takes_servers_logprobs, asked=server.client.url
-    )
+    uses_logprobs = rollouts.takes_samplers_logprobs
     return SampledGroups(
-        server,
+        sampler,
         source,
-        _maker(parts, group_spec, can_be_asked=server.can_be_asked),
-        prefetch=rollouts.server.prefetch,
+        _maker(parts, GroupSpec.of(config, spec, uses_logprobs=uses_logprobs), sampler),
+        prefetch=rollouts.server is not None and rollouts.server.prefetch,
         max_staleness=rollouts.weights.max_staleness,
     )
 
@@ -88,7 +69,7 @@ def build_evaluator(parts: RolloutParts, chunks: ModelChunks, runtime: Runtime) 
         group_size=evaluation.responses_per_prompt, temperature=evaluation.temperature
     )
     sampler = _embedded_sampler(config, chunks, runtime, spec)
-    maker = _maker(parts, GroupSpec.of(config, spec))
+    maker = _maker(parts, GroupSpec.of(config, spec), sampler)
     if maker is None:
         return Evaluator(sampler, None)
     prompts, data_sets = parts.evaluation_prompts()
@@ -98,9 +79,7 @@ def build_evaluator(parts: RolloutParts, chunks: ModelChunks, runtime: Runtime) 
     return Evaluator(sampler, maker, prompts, data_sets=data_sets)
 
 
-def _maker(
-    parts: RolloutParts, spec: GroupSpec, *, can_be_asked: CanBeAsked | None = None
-) -> GroupMaker | None:
+def _maker(parts: RolloutParts, spec: GroupSpec, sampler: Sampler) -> GroupMaker | None:
     """Makes groups on rank 0; with `rollouts.agent`, its environment's first process starts."""
     if not parts.is_main:
         return None
@@ -114,9 +93,30 @@ def _maker(
             parts.config.rollouts.agent,
             max_sequence_length=spec.max_sequence_length,
             max_turn_length=spec.sampling.max_response_length,
-            can_be_asked=can_be_asked,
+            can_be_asked=sampler.can_be_asked,
         )
     return GroupMaker(spec, parts.reward, agent=agent)
+
+
+def _sampler(
+    parts: RolloutParts, chunks: ModelChunks, runtime: Runtime, spec: SamplingSpec
+) -> Sampler:
+    """Of the engine's kind."""
+    config, rollouts = parts.config, parts.config.rollouts
+    if rollouts.engine == "embedded":
+        return _embedded_sampler(config, chunks, runtime, spec)
+    folders = PolicyFolders(
+        rollouts.weights.directory or config.output.directory / "policy",
+        weights_exporter(chunks, config.model, timeout_minutes=config.training.timeout_minutes),
+        spec=spec,
+        tokenizer=parts.tokenizer,
+        weights=rollouts.weights,
+    )
+    if rollouts.engine == "hf":
+        return TransformersSampler(folders, spec, device=runtime.device)
+    with needed_by("rollouts.engine: openai", extra="rollouts"):
+        from megatron_prefix.rollouts.server.sampler import server_sampler
+    return server_sampler(config, spec, parts.tokenizer, folders, os.environ)
 
 
 def _embedded_sampler(

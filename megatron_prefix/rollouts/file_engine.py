@@ -20,19 +20,16 @@ Rewards may be several by name (`named_rewards`). "turn_rewards" stand in place 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-import numpy as np
-
 from megatron_prefix.rollouts.batch_builder import BatchBuilder
 from megatron_prefix.rollouts.group_reader import GroupReader, ReadGroup, Unrewarded
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.records import RolloutBatch
-from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, computed_rewards
+from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_batch
 from megatron_prefix.rollouts.stream import RecordStream, position_kept
 from megatron_prefix.rollouts.usable import Usable
 
@@ -146,24 +143,15 @@ class FileEngine:
             ValueError: a reward could not be computed.
         """
         batch = made.builder.build()
-        parts = [
+        unrewarded = [
             (int(start) + part.first, part.group)
             for start, of_group in zip(batch.group_offsets[:-1], made.unrewarded, strict=True)
             for part in of_group
         ]
-        if not parts:
+        if not unrewarded:
             return batch
         assert self._reward is not None
-        computed = computed_rewards(self._reward, [group for _, group in parts])
-        places = np.concatenate([first + np.arange(len(group.responses)) for first, group in parts])
-        rewards = batch.rewards.copy()
-        rewards[places] = computed.totals
-        named_rewards = dict(batch.named_rewards)
-        for name, values in computed.named.items():
-            known = named_rewards.get(name, np.full(len(rewards), np.nan))
-            named_rewards[name] = known.copy()
-            named_rewards[name][places] = values
-        return dataclasses.replace(batch, rewards=rewards, named_rewards=named_rewards)
+        return reward_batch(self._reward, batch, unrewarded)
 
     def each(self) -> Iterator[ReadGroup]:
         """All groups once, for the rank that reads; the position stays.

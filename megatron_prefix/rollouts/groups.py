@@ -73,19 +73,18 @@ class GroupSpec:
         sampling: SamplingSpec,
         *,
         uses_logprobs: bool = False,
-        asked: str = "the model",
     ) -> GroupSpec:
         """As a run's configuration has it."""
-        rollouts = config.rollouts
+        rollouts, server = config.rollouts, config.rollouts.server
         return cls(
             sampling=sampling,
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.model.max_sequence_length,
             uses_logprobs=uses_logprobs,
             is_corrected=config.objective.correction is not None,
-            partial_groups="drop" if rollouts.server is None else rollouts.server.partial_groups,
+            partial_groups="drop" if server is None else server.partial_groups,
             turn_rewards=rollouts.agent is not None and rollouts.agent.turn_rewards,
-            asked=asked,
+            asked="the model" if server is None else server.address,
         )
 
 

@@ -97,7 +97,7 @@ class ProcessReward:
 
     def _one(self, call: Call) -> Any:
         try:
-            return _reward(self._function(*self._arguments(call)))
+            return reward_of(self._function(*self._arguments(call)))
         except CallFailed as error:
             return self._on_failure(error)
 
@@ -137,7 +137,12 @@ class ProcessReward:
         self._function.close()
 
 
-def _reward(answer: dict[str, Any]) -> float:
+def reward_of(answer: dict[str, Any]) -> float:
+    """The reward that a call returned, in the form of `user_worker`.
+
+    Raises:
+        WrongValue: it is no finite number.
+    """
     if "value" not in answer:
         raise WrongValue(f"returned {answer['shown']}, a {answer['kind']}; it must return a float")
     if not math.isfinite(answer["value"]):
@@ -147,6 +152,6 @@ def _reward(answer: dict[str, Any]) -> float:
 
 def _reward_or_fault(answer: dict[str, Any]) -> float | WrongValue:
     try:
-        return _reward(answer)
+        return reward_of(answer)
     except WrongValue as wrong:
         return wrong

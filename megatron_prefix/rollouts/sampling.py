@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from megatron_prefix.distributed.rank_results import on_rank_0
 from megatron_prefix.rollouts.engine import ENGINE_ERRORS
 from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.text.tokenizer import Tokens
 
 Result = TypeVar("Result")
 
@@ -169,6 +170,10 @@ class Sampler(Protocol):
         Raises:
             ValueError: such as a prompt that is too long, naming it, or a server that refuses.
         """
+        ...
+
+    def can_be_asked(self, tokens: Tokens) -> bool:
+        """Whether responses can be sampled behind these tokens, for all that is known."""
         ...
 
     def close(self) -> None:

@@ -294,4 +294,4 @@ def test_log_probabilities_after_another_sampling_are_the_trainers(changes, take
         server=ServerConfig(url="http://localhost:1", kind="vllm"),
         **changes,
     )
-    assert config.takes_servers_logprobs == takes_them
+    assert config.takes_samplers_logprobs == takes_them

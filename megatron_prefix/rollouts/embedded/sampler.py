@@ -18,6 +18,7 @@ from megatron_prefix.rollouts.embedded.batch import ResponseBatch
 from megatron_prefix.rollouts.embedded.drawing import response_uniforms
 from megatron_prefix.rollouts.embedded.pipeline import draw, row_multiple, sampling_mode
 from megatron_prefix.rollouts.sampling import Answers, Response, SamplingSpec, Wanted
+from megatron_prefix.rollouts.text.tokenizer import Tokens
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:
@@ -88,6 +89,10 @@ class EmbeddedSampler:
 
     def hand_over(self, step: int) -> None:
         """Nothing: it samples from the trained weights themselves."""
+
+    def can_be_asked(self, tokens: Tokens) -> bool:
+        """Behind any."""
+        return True
 
     def close(self) -> None:
         """Nothing is held."""

@@ -23,6 +23,7 @@ from megatron_prefix.distributed.rank_results import gather, gather_to_rank_0
 from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.sampling import Answers, Response, SamplingSpec, Wanted
+from megatron_prefix.rollouts.text.tokenizer import Tokens
 
 
 class TransformersSampler:
@@ -63,6 +64,10 @@ class TransformersSampler:
             return None
         found = {index: responses for part in shares for index, responses in part.items()}
         return Answers(responses=[found[index] for index in range(len(wanted))])
+
+    def can_be_asked(self, tokens: Tokens) -> bool:
+        """Behind any."""
+        return True
 
     def close(self) -> None:
         """Let go of the model."""

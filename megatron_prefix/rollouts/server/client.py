@@ -61,7 +61,7 @@ class ServerClient:
             config: of the server.
             api_key: sent as a bearer token.
         """
-        self.url = config.url.rstrip("/").removesuffix("/v1")
+        self.url = config.address
         self._config = config
         self._places = threading.BoundedSemaphore(config.concurrency)
         self._closed = threading.Event()
