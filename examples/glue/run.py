@@ -35,7 +35,7 @@ from megatron_prefix.config import RunConfig
 from megatron_prefix.conversion import hf_to_megatron
 from megatron_prefix.distributed.runtime import runtime_of_run
 from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
-from megatron_prefix.rollouts.sampling import SamplingSpec, Wanted
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec, Wanted
 from megatron_prefix.training.metrics import read_metrics
 from megatron_prefix.training.run_config import load_run_config
 from megatron_prefix.training.trainer import Trainer

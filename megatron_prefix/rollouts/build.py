@@ -8,12 +8,9 @@ from megatron_prefix.config import RunConfig
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.packages import needed_by
-from megatron_prefix.rollouts.agent import AgentLoop
 from megatron_prefix.rollouts.embedded.evaluator import Evaluator
 from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
 from megatron_prefix.rollouts.engine import RolloutEngine
-from megatron_prefix.rollouts.environment import Environment
-from megatron_prefix.rollouts.groups import GroupMaker, GroupSpec
 from megatron_prefix.rollouts.hf.export import weights_exporter
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.hf.sampler import TransformersSampler
@@ -21,8 +18,11 @@ from megatron_prefix.rollouts.mixed_prompts import MixedPrompts
 from megatron_prefix.rollouts.parts import RolloutParts
 from megatron_prefix.rollouts.prompts import PromptSource
 from megatron_prefix.rollouts.rewards import check_answer
-from megatron_prefix.rollouts.sampled_groups import SampledGroups
-from megatron_prefix.rollouts.sampling import Sampler, SamplingSpec
+from megatron_prefix.rollouts.sampling.agent import AgentLoop
+from megatron_prefix.rollouts.sampling.engine import SampledGroups
+from megatron_prefix.rollouts.sampling.environment import Environment
+from megatron_prefix.rollouts.sampling.groups import GroupMaker, GroupSpec
+from megatron_prefix.rollouts.sampling.sampler import Sampler, SamplingSpec
 
 _CACHED_PER_TRAINED_TOKEN = 8
 """Keys and values of so many tokens are held where one token is trained on: all that a layer keeps

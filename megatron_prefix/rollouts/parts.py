@@ -17,7 +17,7 @@ from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.prompts import Prompt, prompt_stream, take_first
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.rewards import RewardFunction, WeightedReward, load_reward
-from megatron_prefix.rollouts.sampling import SamplingSpec
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
 from megatron_prefix.rollouts.stream import RecordStream
 from megatron_prefix.rollouts.survey import Survey, survey_groups, survey_prompts
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prefix.config import ServerConfig
-from megatron_prefix.rollouts.groups import Batch, GroupMaker, GroupSpec
 from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream
 from megatron_prefix.rollouts.rewards import exact_match
-from megatron_prefix.rollouts.sampling import SamplingSpec, answered
+from megatron_prefix.rollouts.sampling.groups import Batch, GroupMaker, GroupSpec
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec, answered
 from megatron_prefix.rollouts.server.answers import Reader
 from megatron_prefix.rollouts.server.asking import Asker
 from megatron_prefix.rollouts.server.client import ServerClient

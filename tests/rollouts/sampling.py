@@ -20,7 +20,7 @@ from megatron_prefix.model.full_tensors import (
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
 from megatron_prefix.rollouts.prompts import Prompt
-from megatron_prefix.rollouts.sampling import Response, SamplingSpec, Wanted
+from megatron_prefix.rollouts.sampling.sampler import Response, SamplingSpec, Wanted
 from tests.megatron.models import TRAINING, sequence_logits
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ from megatron_prefix.config import ServerConfig, TextConfig
 from megatron_prefix.config.agent import AgentConfig
 from megatron_prefix.config.loader import ConfigError, load_dataclass
 from megatron_prefix.config.rollouts import RolloutsConfig
-from megatron_prefix.rollouts.agent import AgentLoop
-from megatron_prefix.rollouts.environment import Environment
-from megatron_prefix.rollouts.groups import GroupMaker, GroupSpec
-from megatron_prefix.rollouts.sampling import SamplingSpec
+from megatron_prefix.rollouts.sampling.agent import AgentLoop
+from megatron_prefix.rollouts.sampling.environment import Environment
+from megatron_prefix.rollouts.sampling.groups import GroupMaker, GroupSpec
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
 from megatron_prefix.rollouts.server.answers import Reader
 from megatron_prefix.rollouts.server.asking import Asker
 from megatron_prefix.rollouts.server.client import ServerClient, ServerError

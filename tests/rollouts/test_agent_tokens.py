@@ -13,11 +13,11 @@ from megatron_prefix.config.packing import packing_of_run
 from megatron_prefix.model.build import model_shape
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig
-from megatron_prefix.rollouts.agent import AgentLoop
-from megatron_prefix.rollouts.environment import Environment
-from megatron_prefix.rollouts.groups import GroupMaker, GroupSpec
 from megatron_prefix.rollouts.records import RolloutBatch
-from megatron_prefix.rollouts.sampling import SamplingSpec
+from megatron_prefix.rollouts.sampling.agent import AgentLoop
+from megatron_prefix.rollouts.sampling.environment import Environment
+from megatron_prefix.rollouts.sampling.groups import GroupMaker, GroupSpec
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
 from megatron_prefix.rollouts.server.answers import Reader
 from megatron_prefix.rollouts.server.asking import Asker
 from megatron_prefix.rollouts.server.client import ServerClient

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_prefix.config import ServerConfig
 from megatron_prefix.rollouts.engine import EndOfRollouts
-from megatron_prefix.rollouts.sampling import SamplingSpec
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
 from megatron_prefix.rollouts.server.answers import Reader, ServerMismatch
 from megatron_prefix.rollouts.server.asking import Asker
 from megatron_prefix.rollouts.server.client import ServerClient, ServerDown, ServerError

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.rollouts.embedded.kv_cache import KeyValueCache, prompt_row
 from megatron_prefix.rollouts.embedded.pipeline import DrawRequest, Draws
-from megatron_prefix.rollouts.sampling import Response, SamplingSpec
+from megatron_prefix.rollouts.sampling.sampler import Response, SamplingSpec
 
 _KEPT_PART = 0.75
 """Rows are dropped when no more than this part of them is unfinished."""

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
-from megatron_prefix.rollouts.groups import GroupMaker
 from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.records import RolloutBatch
-from megatron_prefix.rollouts.sampling import Asking, Tally, Wanted, answered_by_ranks
+from megatron_prefix.rollouts.sampling.groups import GroupMaker
+from megatron_prefix.rollouts.sampling.sampler import Asking, Tally, Wanted, answered_by_ranks
 
 STEP = 1 << 63
 """Keys the randomness of evaluations: no step of training, and the same for all of them."""

@@ -17,7 +17,7 @@ from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.rollouts.embedded.batch import ResponseBatch
 from megatron_prefix.rollouts.embedded.drawing import response_uniforms
 from megatron_prefix.rollouts.embedded.pipeline import draw, row_multiple, sampling_mode
-from megatron_prefix.rollouts.sampling import Answers, Response, SamplingSpec, Wanted
+from megatron_prefix.rollouts.sampling.sampler import Answers, Response, SamplingSpec, Wanted
 from megatron_prefix.rollouts.text.tokenizer import Tokens
 
 

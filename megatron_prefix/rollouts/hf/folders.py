@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_prefix.config import WeightsConfig
 from megatron_prefix.distributed.rank_results import gather
-from megatron_prefix.rollouts.sampling import SamplingSpec
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
 _NAME = re.compile(r"version_\d{6,}(\.partial)?")

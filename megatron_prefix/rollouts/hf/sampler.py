@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_prefix.distributed.rank_results import gather, gather_to_rank_0
 from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
-from megatron_prefix.rollouts.sampling import Answers, Response, SamplingSpec, Wanted
+from megatron_prefix.rollouts.sampling.sampler import Answers, Response, SamplingSpec, Wanted
 from megatron_prefix.rollouts.text.tokenizer import Tokens
 
 

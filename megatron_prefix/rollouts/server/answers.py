@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prefix.rollouts.engine import ServerError
-from megatron_prefix.rollouts.sampling import Response, SamplingSpec
+from megatron_prefix.rollouts.sampling.sampler import Response, SamplingSpec
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens
 from megatron_prefix.rollouts.validation import LOWEST_LOGPROB
 

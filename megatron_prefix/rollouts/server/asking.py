@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_prefix.config import ServerConfig
 from megatron_prefix.rollouts.prompts import Prompt
-from megatron_prefix.rollouts.sampling import Response, Tally, Wanted
+from megatron_prefix.rollouts.sampling.sampler import Response, Tally, Wanted
 from megatron_prefix.rollouts.server.abilities import Abilities, Requests, choices_of
 from megatron_prefix.rollouts.server.answers import (
     OtherWeights,

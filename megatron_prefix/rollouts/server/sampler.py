@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_prefix.config import RunConfig
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
-from megatron_prefix.rollouts.sampling import Answers, SamplingSpec, Tally, Wanted
+from megatron_prefix.rollouts.sampling.sampler import Answers, SamplingSpec, Tally, Wanted
 from megatron_prefix.rollouts.server.answers import OtherWeights, Reader
 from megatron_prefix.rollouts.server.asking import Asker
 from megatron_prefix.rollouts.server.client import ServerClient

@@ -1,6 +1,6 @@
 """Rollout batches of prompts and the responses to them, made on rank 0.
 
-A batch is made by a generator, which asks for responses (see `sampling`) and does not know who
+A batch is made by a generator, which asks for responses (see `sampler`) and does not know who
 gives them.
 """
 
@@ -14,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_prefix.config import RunConfig
-from megatron_prefix.rollouts.agent import AgentLoop
 from megatron_prefix.rollouts.engine import ServerError
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_batch
-from megatron_prefix.rollouts.sampling import (
+from megatron_prefix.rollouts.sampling.agent import AgentLoop
+from megatron_prefix.rollouts.sampling.sampler import (
     Answers,
     Asking,
     Response,

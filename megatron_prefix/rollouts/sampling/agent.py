@@ -7,7 +7,7 @@ requests are completions, not chats: a server that applies the template itself w
 tokens of earlier turns.
 
 All responses of a batch take a turn together: the turn is sampled for all of them, then come the
-calls of the environment. `AgentLoop` does not know who samples (see `sampling`).
+calls of the environment. `AgentLoop` does not know who samples (see `sampler`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import numpy as np
 
 from megatron_prefix.config.agent import AgentConfig
 from megatron_prefix.rollouts.engine import ServerError
-from megatron_prefix.rollouts.environment import Environment, Reaction
 from megatron_prefix.rollouts.prompts import Prompt
-from megatron_prefix.rollouts.sampling import Answers, Response, Tally, Wanted
+from megatron_prefix.rollouts.sampling.environment import Environment, Reaction
+from megatron_prefix.rollouts.sampling.sampler import Answers, Response, Tally, Wanted
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
 from megatron_prefix.rollouts.text.messages import Message
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens

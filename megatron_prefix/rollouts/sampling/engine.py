@@ -11,10 +11,10 @@ from typing import Any
 
 from megatron_prefix.distributed.rank_results import from_rank_0, on_rank_0
 from megatron_prefix.rollouts.engine import ENGINE_ERRORS
-from megatron_prefix.rollouts.groups import Batch, GroupMaker
 from megatron_prefix.rollouts.prompts import PromptSource
 from megatron_prefix.rollouts.records import RolloutBatch
-from megatron_prefix.rollouts.sampling import Sampler, answered, answered_by_ranks
+from megatron_prefix.rollouts.sampling.groups import Batch, GroupMaker
+from megatron_prefix.rollouts.sampling.sampler import Sampler, answered, answered_by_ranks
 
 logger = logging.getLogger(__name__)
 
