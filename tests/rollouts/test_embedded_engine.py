@@ -32,7 +32,7 @@ from megatron_prefix.rollouts.sampling.groups import GroupMaker, GroupSpec
 from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
 from tests.megatron.models import model_config
 from tests.rollouts.files import FORMATS, plain, write
-from tests.rollouts.sampling.sampler import greedy_response, sampling_model, unmodified
+from tests.rollouts.sampling import greedy_response, sampling_model, unmodified
 
 SPEC = SamplingSpec(group_size=4, max_response_length=5, stop_tokens=tuple(range(0, 61, 4)), seed=8)
 PROMPTS = [{"prompt": list(range(2, 4 + n)), "answer": n, "id": f"p{n}"} for n in range(5)]

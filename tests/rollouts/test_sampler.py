@@ -20,7 +20,7 @@ from megatron_prefix.model.full_tensors import (
 from megatron_prefix.rollouts.sampling.sampler import Response
 from tests.distributed import run_distributed
 from tests.megatron.models import HAS_WINDOWS, LATENT, TRAINING, model_config, single_process
-from tests.rollouts.sampling.sampler import (
+from tests.rollouts.sampling import (
     PADDED_VOCABULARY,
     greedy_response,
     next_token_logits,
