@@ -17,8 +17,13 @@ from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.rollouts.embedded.batch import ResponseBatch
 from megatron_prefix.rollouts.embedded.drawing import response_uniforms
 from megatron_prefix.rollouts.embedded.pipeline import draw, row_multiple, sampling_mode
-from megatron_prefix.rollouts.sampling.sampler import Answers, Response, SamplingSpec, Wanted
-from megatron_prefix.rollouts.text.tokenizer import Tokens
+from megatron_prefix.rollouts.sampling.sampler import (
+    Answers,
+    Response,
+    Sampler,
+    SamplingSpec,
+    Wanted,
+)
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:
@@ -36,15 +41,13 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
             )
 
 
-class EmbeddedSampler:
+class EmbeddedSampler(Sampler):
     """A `Sampler` of the live model.
 
     Every rank calls it with the same arguments, and rank 0 gets all responses. Prompts are divided
     over data- and context-parallel ranks; each copy of the model runs a batch of prompts once, as
     one packed row, and then all their responses together, one token per step.
     """
-
-    is_remote = False
 
     def __init__(
         self,
@@ -86,16 +89,6 @@ class EmbeddedSampler:
         self._num_microbatches = (
             config.pipeline_model_parallel_size if len(chunks.wrapped) > 1 else 1
         )
-
-    def hand_over(self, step: int) -> None:
-        """Nothing: it samples from the trained weights themselves."""
-
-    def can_be_asked(self, tokens: Tokens) -> bool:
-        """Behind any."""
-        return True
-
-    def close(self) -> None:
-        """Nothing is held."""
 
     def sample(self, wanted: Sequence[Wanted], *, step: int) -> Answers | None:
         """Responses to each prompt, on rank 0; None on other ranks. Collective.

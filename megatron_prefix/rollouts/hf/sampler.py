@@ -22,14 +22,17 @@ from torch import Tensor
 from megatron_prefix.distributed.rank_results import gather, gather_to_rank_0
 from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
-from megatron_prefix.rollouts.sampling.sampler import Answers, Response, SamplingSpec, Wanted
-from megatron_prefix.rollouts.text.tokenizer import Tokens
+from megatron_prefix.rollouts.sampling.sampler import (
+    Answers,
+    Response,
+    Sampler,
+    SamplingSpec,
+    Wanted,
+)
 
 
-class TransformersSampler:
+class TransformersSampler(Sampler):
     """A `Sampler` whose ranks generate with transformers."""
-
-    is_remote = False
 
     def __init__(self, folders: PolicyFolders, spec: SamplingSpec, *, device: torch.device) -> None:
         """Nothing is loaded yet.
@@ -64,10 +67,6 @@ class TransformersSampler:
             return None
         found = {index: responses for part in shares for index, responses in part.items()}
         return Answers(responses=[found[index] for index in range(len(wanted))])
-
-    def can_be_asked(self, tokens: Tokens) -> bool:
-        """Behind any."""
-        return True
 
     def close(self) -> None:
         """Let go of the model."""

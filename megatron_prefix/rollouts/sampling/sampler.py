@@ -136,26 +136,11 @@ Asking = Generator[list[Wanted], Answers, Result]
 
 
 class Sampler(Protocol):
-    """Samples from the policy."""
+    """Samples from the policy. What stands here is for one that samples from the trained model."""
 
-    is_remote: bool
+    is_remote: bool = False
     """Whether rank 0 alone samples, somewhere else: so it may do so while ranks train, and some
     responses may not come. Otherwise all ranks sample together."""
-
-    def hand_over(self, step: int) -> int | None:
-        """Bring the policy's weights to where they are sampled from, where that is due. Collective.
-
-        Args:
-            step: rollout batches trained on so far, which is the weights' version.
-
-        Returns:
-            The version that is sampled from; None where it is always the trained model, or where
-            the weights are not this run's affair.
-
-        Raises:
-            ValueError: the weights have no form that can be handed over, or were not taken.
-        """
-        ...
 
     def sample(self, wanted: Sequence[Wanted], *, step: int) -> Answers | None:
         """Responses on rank 0. Collective, unless `is_remote`; then it is called on rank 0 alone.
@@ -172,13 +157,28 @@ class Sampler(Protocol):
         """
         ...
 
+    def hand_over(self, step: int) -> int | None:
+        """Bring the policy's weights to where they are sampled from, where that is due. Collective.
+
+        Args:
+            step: rollout batches trained on so far, which is the weights' version.
+
+        Returns:
+            The version that is sampled from; None where it is always the trained model, or where
+            the weights are not this run's affair.
+
+        Raises:
+            ValueError: the weights have no form that can be handed over, or were not taken.
+        """
+        return None
+
     def can_be_asked(self, tokens: Tokens) -> bool:
         """Whether responses can be sampled behind these tokens, for all that is known."""
-        ...
+        return True
 
     def close(self) -> None:
         """Give up what is under way, and let go of models and connections."""
-        ...
+        return None
 
 
 def answered(asking: Asking[Result], sample: Callable[[Sequence[Wanted]], Answers]) -> Result:

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 
 from megatron_prefix.config import RunConfig
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
-from megatron_prefix.rollouts.sampling.sampler import Answers, SamplingSpec, Tally, Wanted
+from megatron_prefix.rollouts.sampling.sampler import Answers, Sampler, SamplingSpec, Tally, Wanted
 from megatron_prefix.rollouts.server.answers import OtherWeights, Reader
 from megatron_prefix.rollouts.server.asking import Asker
 from megatron_prefix.rollouts.server.client import ServerClient
-from megatron_prefix.rollouts.server.loading import weight_loader
+from megatron_prefix.rollouts.server.loading import WeightLoader
 from megatron_prefix.rollouts.server.weights import ServerWeights
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens
 
 logger = logging.getLogger(__name__)
 
 
-class ServerSampler:
+class ServerSampler(Sampler):
     """A `Sampler` of a server. Only rank 0 ever asks; the other ranks need the same arguments."""
 
     is_remote = True
@@ -125,5 +125,8 @@ def server_sampler(
         is_corrected=config.objective.correction is not None,
     )
     asker = Asker(client, server, reader)
-    loader = weight_loader(server, client, timeout_s=config.rollouts.weights.load_timeout_s)
+    loader = None
+    if server.loads_weights:
+        timeout_s = config.rollouts.weights.load_timeout_s
+        loader = WeightLoader(server.kind, client, timeout_s=timeout_s)
     return ServerSampler(asker, client, ServerWeights(asker, folders, loader))

@@ -33,8 +33,8 @@ class ServerWeights:
             loader: has the server load them; None leaves the server's weights alone.
         """
         self.folders = folders
-        self.forgets = loader is not None and loader.forgets
-        """See `WeightLoader`."""
+        self.forgets = loader is not None and not loader.names_folder
+        """Whether a server that is started anew has other weights than it was told to load."""
         self._asker = asker
         self._loader = loader
         self._kept = KeptWeights(asker)
@@ -72,9 +72,8 @@ class ServerWeights:
         before = self._kept.before()
         self._loader.load(folder, version)
         self._asker.weights = str(version)
-        named = self._loader.model()
-        if named is not None:
-            self._asker.requests.model = named
+        if self._loader.names_folder:
+            self._asker.requests.model = str(folder)
         elif not self._has_checked_model:
             self._asker.find_model()
             self._has_checked_model = True
