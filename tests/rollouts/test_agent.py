@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_prefix.config import ServerConfig, TextConfig
-from megatron_prefix.config.agent import AgentConfig
 from megatron_prefix.config.loader import ConfigError, load_dataclass
-from megatron_prefix.config.rollouts import RolloutsConfig
+from megatron_prefix.config.rollouts import AgentConfig, RolloutsConfig
 from megatron_prefix.rollouts.sampling.agent import AgentLoop
 from megatron_prefix.rollouts.sampling.environment import Environment
 from megatron_prefix.rollouts.sampling.groups import GroupMaker, GroupSpec

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_prefix.config import ParallelConfig, ServerConfig, TextConfig
-from megatron_prefix.config.agent import AgentConfig
 from megatron_prefix.config.packing import packing_of_run
+from megatron_prefix.config.rollouts import AgentConfig
 from megatron_prefix.model.build import model_shape
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig

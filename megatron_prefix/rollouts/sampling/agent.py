@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_prefix.config.agent import AgentConfig
+from megatron_prefix.config.rollouts import AgentConfig
 from megatron_prefix.rollouts.engine import ServerError
 from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.sampling.environment import Environment, Reaction
