@@ -97,7 +97,7 @@ class ProcessReward:
 
     def _one(self, call: Call) -> Any:
         try:
-            return reward_of(self._function(*self._arguments(call)))
+            return _reward(self._function(*self._arguments(call)))
         except CallFailed as error:
             return self._on_failure(error)
 
@@ -137,12 +137,7 @@ class ProcessReward:
         self._function.close()
 
 
-def reward_of(answer: dict[str, Any]) -> float:
-    """The reward that a call returned, in the form of `user_worker`.
-
-    Raises:
-        WrongValue: it is no finite number.
-    """
+def _reward(answer: dict[str, Any]) -> float:
     if "value" not in answer:
         raise WrongValue(f"returned {answer['shown']}, a {answer['kind']}; it must return a float")
     if not math.isfinite(answer["value"]):
@@ -152,6 +147,6 @@ def reward_of(answer: dict[str, Any]) -> float:
 
 def _reward_or_fault(answer: dict[str, Any]) -> float | WrongValue:
     try:
-        return reward_of(answer)
+        return _reward(answer)
     except WrongValue as wrong:
         return wrong

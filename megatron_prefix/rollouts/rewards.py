@@ -8,6 +8,7 @@ Where the run has a tokenizer, `exact_match` compares text with an answer that i
 from __future__ import annotations
 
 import dataclasses
+import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,11 @@ from megatron_prefix.rollouts.names import (
     fault_of_name,
 )
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, plain_tokens
-from megatron_prefix.rollouts.reward_process import ProcessReward, reward_of
+from megatron_prefix.rollouts.reward_process import ProcessReward
 from megatron_prefix.rollouts.text.rewards import TEXT_REWARDS, TextReward
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 from megatron_prefix.rollouts.user_process import CallFailed
-from megatron_prefix.rollouts.user_worker import result_of
+from megatron_prefix.rollouts.user_worker import as_number
 
 if TYPE_CHECKING:  # reading rollouts needs NumPy only
     from megatron_prefix.config import RewardProcessConfig
@@ -267,13 +268,20 @@ def _computed_here(reward: RewardFunction, group: RolloutGroup) -> Iterator[floa
     prompt = plain_tokens(group.prompt)
     for response in group.responses:
         try:
-            yield reward_of(result_of(reward(prompt, plain_tokens(response), group.answer)))
-        except CallFailed as error:
-            yield error
+            value = reward(prompt, plain_tokens(response), group.answer)
         except Exception as error:
             failed = CallFailed(f"failed: {_described(error)}")
             failed.__cause__ = error
             yield failed
+            continue
+        number = as_number(value)
+        if number is None:
+            shown = f"{reprlib.repr(value)}, a {type(value).__name__}; it must return a float"
+            yield CallFailed(f"returned {shown}")
+        elif not math.isfinite(number):
+            yield CallFailed(f"returned {value}; it must return a finite number")
+        else:
+            yield number
 
 
 def _checked(

@@ -66,7 +66,7 @@ def main() -> None:
         except Exception as error:
             _answer(answers, {"error": f"{type(error).__name__}: {error}"})
             continue
-        _answer(answers, result_of(value))
+        _answer(answers, _result(value))
 
 
 def _answer(answers: BinaryIO, message: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ def as_number(value: Any) -> float | None:
         return float("inf")
 
 
-def result_of(value: Any) -> dict[str, Any]:
+def _result(value: Any) -> dict[str, Any]:
     """A value as JSON can hold it: a number as `value`, a list as the results of its items."""
     number = as_number(value)
     if number is not None:
@@ -112,7 +112,7 @@ def result_of(value: Any) -> dict[str, Any]:
         value = value.tolist()
     shown = {"kind": type(value).__name__, "shown": reprlib.repr(value)}
     if isinstance(value, (list, tuple)):
-        return {**shown, "items": [result_of(item) for item in value]}
+        return {**shown, "items": [_result(item) for item in value]}
     try:
         json.dumps(value)
     except (TypeError, ValueError):
