@@ -69,8 +69,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
     recurrence: Recurrence[Tensor] | None = None
     """The paths of the tokens, for recurrent layers."""
     routes: Tensor | None = None
-    """[T, layers with experts, topk] whole numbers: the experts that each token is sent to. In params
-    of a trimmed last layer [N, ...]. None: the routers choose."""
+    """[T, layers with experts, topk] whole numbers: the experts that each token is sent to, or
+    [N, ...] in params of a trimmed last layer. None: the routers choose."""
     query_rows: Tensor | None = None
     """[N] int64 ascending, in params of a trimmed last layer: the rows that attend."""
     query_rows_host: np.ndarray | None = None
