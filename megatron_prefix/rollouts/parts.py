@@ -17,6 +17,8 @@ from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.prompts import Prompt, prompt_stream, take_first
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.rewards import RewardFunction, WeightedReward, load_reward
+from megatron_prefix.rollouts.routes import FIELD as ROUTES
+from megatron_prefix.rollouts.routes import route_reader
 from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
 from megatron_prefix.rollouts.stream import RecordStream
 from megatron_prefix.rollouts.survey import Survey, survey_groups, survey_prompts
@@ -121,11 +123,13 @@ class RolloutParts:
                 rollouts.fields,
                 dialogues=self.dialogues,
                 need_rewards=config.objective.name != "supervised" or rollouts.reward is not None,
+                ignored=(ROUTES,) if config.training.replayed_routes == "ignore" else (),
             ),
             reward=self.reward if self.is_main else None,
             reward_weights=config.objective.reward_weights,
             usable=self._usable,
             is_corrected=config.objective.correction is not None,
+            routes=route_reader(config),
             reads=self.is_main,
             run_alone=functools.partial(rank_0_alone, errors=ENGINE_ERRORS),
             epochs=rollouts.epochs,
