@@ -22,18 +22,15 @@ Rewards may be several by name (`named_rewards`). "turn_rewards" stand in place 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
 from megatron_prefix.rollouts.batch_builder import BatchBuilder
 from megatron_prefix.rollouts.group_reader import GroupReader, ReadGroup, Unrewarded
-from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.records import RolloutBatch
-from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_batch
-from megatron_prefix.rollouts.routes import RouteReader
+from megatron_prefix.rollouts.rewards import close_reward, reward_batch
 from megatron_prefix.rollouts.stream import RecordStream, position_kept
-from megatron_prefix.rollouts.usable import Usable
 
 RunAlone = Callable[[Callable[[], RolloutBatch]], "RolloutBatch | None"]
 """Runs a function on one rank, which gets the result. Every rank gets None or the error."""
@@ -61,16 +58,8 @@ class FileEngine:
     def __init__(
         self,
         paths: Sequence[str | PathLike[str]],
+        reader: GroupReader,
         *,
-        vocab_size: int,
-        max_positions: int,
-        group_size: int | None = None,
-        forms: RecordForms | None = None,
-        reward: RewardFunction | None = None,
-        reward_weights: Mapping[str, float] | None = None,
-        usable: Usable | None = None,
-        is_corrected: bool = False,
-        routes: RouteReader | None = None,
         reads: bool = True,
         run_alone: RunAlone = lambda read: read(),
         epochs: int | None = None,
@@ -79,15 +68,7 @@ class FileEngine:
 
         Args:
             paths: .jsonl, .jsonl.gz and .parquet files.
-            vocab_size: token ids lie in [0, vocab_size).
-            max_positions: positions of the model (see `validate_group`).
-            group_size: responses that every group must have; None takes groups of any size.
-            forms: of the records; None: this package's own, and token ids of others.
-            reward: computes rewards where a record has an answer and no rewards.
-            reward_weights: of rewards by name; None: a response has one reward.
-            usable: what becomes of groups that the model cannot train on; None: they are errors.
-            is_corrected: see `validate_group`.
-            routes: reads the routes that all records must have; None: no record may have any.
+            reader: makes groups of their records.
             reads: whether this rank reads; a rank that does not needs no files.
             run_alone: on several ranks, what runs a function on the rank that reads; the other
                 ranks wait for it.
@@ -96,21 +77,10 @@ class FileEngine:
         Raises:
             ValueError: no paths, a file that is not there or of unknown format, or epochs below 1.
         """
-        self._reward = reward
+        self._reward = reader.reward
         self._run_alone = run_alone
         self._stream: RecordStream[ReadGroup] | None = None
         if reads:
-            reader = GroupReader(
-                vocab_size=vocab_size,
-                max_positions=max_positions,
-                group_size=group_size,
-                forms=forms,
-                has_reward=reward is not None,
-                reward_weights=reward_weights,
-                usable=usable,
-                is_corrected=is_corrected,
-                routes=routes,
-            )
             self._stream = RecordStream(paths, reader.read, epochs=epochs, as_arrays=True)
 
     @property

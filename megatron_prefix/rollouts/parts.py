@@ -14,6 +14,7 @@ from megatron_prefix.config import RunConfig
 from megatron_prefix.distributed.rank_results import rank_0_alone
 from megatron_prefix.rollouts.engine import ENGINE_ERRORS
 from megatron_prefix.rollouts.file_engine import FileEngine
+from megatron_prefix.rollouts.group_reader import GroupReader
 from megatron_prefix.rollouts.prompts import Prompt, prompt_stream, take_first
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.rewards import RewardFunction, WeightedReward, load_reward
@@ -114,22 +115,25 @@ class RolloutParts:
     def file_engine(self) -> FileEngine:
         """The engine that reads finished rollouts."""
         config, rollouts = self.config, self.config.rollouts
-        return FileEngine(
-            rollouts.files,
+        reader = GroupReader(
             vocab_size=config.model.vocab_size,
             max_positions=config.model.max_sequence_length,
             group_size=rollouts.group_size,
+            reward=self.reward if self.is_main else None,
             forms=RecordForms(
                 rollouts.fields,
                 dialogues=self.dialogues,
                 need_rewards=config.objective.name != "supervised" or rollouts.reward is not None,
                 ignored=(ROUTES,) if config.training.replayed_routes == "ignore" else (),
             ),
-            reward=self.reward if self.is_main else None,
             reward_weights=config.objective.reward_weights,
             usable=self._usable,
             is_corrected=config.objective.correction is not None,
             routes=route_reader(config),
+        )
+        return FileEngine(
+            rollouts.files,
+            reader,
             reads=self.is_main,
             run_alone=functools.partial(rank_0_alone, errors=ENGINE_ERRORS),
             epochs=rollouts.epochs,

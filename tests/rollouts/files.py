@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from megatron_prefix.rollouts.file_engine import FileEngine
+from megatron_prefix.rollouts.group_reader import GroupReader
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.turns import num_turns
 
@@ -37,8 +38,10 @@ def write(path: Path, records: Sequence[dict[str, Any]], *, row_group_size: int 
 
 
 def engine(*paths: Path, **options: Any) -> FileEngine:
-    options = {"vocab_size": VOCAB_SIZE, "max_positions": MAX_POSITIONS, **options}
-    return FileEngine(paths, **options)
+    names = ("epochs", "reads", "run_alone")
+    running = {name: options.pop(name) for name in names if name in options}
+    limits = {"vocab_size": VOCAB_SIZE, "max_positions": MAX_POSITIONS}
+    return FileEngine(paths, GroupReader(**{**limits, **options}), **running)
 
 
 def whole_record(group: RolloutGroup) -> dict[str, Any]:
