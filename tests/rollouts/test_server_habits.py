@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 
 from megatron_prefix.config import RolloutsConfig, ServerConfig
-from megatron_prefix.rollouts.server.answers import OtherWeights, ServerMismatch
+from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.sampling.groups import GroupMaker, GroupSpec
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
+from megatron_prefix.rollouts.server.answers import (
+    OtherWeights,
+    Reader,
+    SampleRejected,
+    ServerMismatch,
+)
 from megatron_prefix.rollouts.server.client import ServerError
 from megatron_prefix.rollouts.server.weights import KeptWeights
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
@@ -277,6 +285,32 @@ def test_a_server_that_loads_is_not_warned_of(path, tmp_path, caplog):
             kept.check(folder, before)
         client.close()
     assert not caplog.records
+
+
+def test_log_probabilities_that_are_none_are_taken_only_where_the_objective_corrects():
+    spec = SamplingSpec(max_response_length=4, stop_tokens=(END,))
+    choice = ids_choice(0, [1, END], [5])
+    choice["logprobs"]["token_logprobs"] = [-9999.0, -0.5]
+    with pytest.raises(SampleRejected, match="-9999 is no log-probability"):
+        Reader(tokenizer=None, spec=spec).read(choice, (5,), None)
+    response = Reader(tokenizer=None, spec=spec, is_corrected=True).read(choice, (5,), None)
+    prompt = Prompt(tokens=(5,), answer=None, source="a.jsonl:1")
+    made = {
+        corrects: GroupMaker(
+            GroupSpec(
+                sampling=spec,
+                vocab_size=16,
+                max_sequence_length=8,
+                uses_logprobs=True,
+                is_corrected=corrects,
+            ),
+            None,
+        )
+        for corrects in (False, True)
+    }
+    assert made[True].group(prompt, [response], 0).old_logprobs[0].tolist() == [-9999.0, -0.5]
+    with pytest.raises(ValueError, match=r"old_logprobs\[0\]\[0\]: -9999 is no log-probability"):
+        made[False].group(prompt, [response], 0)
 
 
 @pytest.mark.parametrize(
