@@ -27,6 +27,7 @@ from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.rewards import exact_match
 from megatron_prefix.rollouts.routes import RouteReader, RouteShape
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
+from megatron_prefix.rollouts.validation import Limits
 from tests import readmes
 from tests.commands import run_python
 from tests.megatron.models import TRAINING, model_config, single_process
@@ -156,8 +157,7 @@ def test_records_are_read(
         encoder = DialogueEncoder(tokenizer, stop_tokens=[tokenizer.end_token])
         forms = RecordForms(dialogues=encoder)
     reader = GroupReader(
-        vocab_size=size,
-        max_positions=size,
+        limits=Limits(vocab_size=size, max_positions=size),
         forms=forms,
         reward=exact_match,
         reward_weights=weights,

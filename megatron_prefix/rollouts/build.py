@@ -36,7 +36,7 @@ def build_engine(parts: RolloutParts, chunks: ModelChunks, runtime: Runtime) -> 
         ValueError: a file or tokenizer that is not there or of unknown format, a reward or
             environment that is not found, or a key that is not set.
     """
-    config, rollouts = parts.config, parts.config.rollouts
+    rollouts = parts.config.rollouts
     if rollouts.engine == "file":
         return parts.file_engine
     assert rollouts.group_size is not None
@@ -46,11 +46,12 @@ def build_engine(parts: RolloutParts, chunks: ModelChunks, runtime: Runtime) -> 
     if parts.is_main:
         data_sets = parts.data_sets
         source = MixedPrompts(data_sets, rollouts.ratios) if rollouts.ratios else data_sets[0]
-    uses_logprobs = rollouts.takes_samplers_logprobs
     return SampledGroups(
         sampler,
         source,
-        _maker(parts, GroupSpec.of(config, spec, uses_logprobs=uses_logprobs), sampler),
+        _maker(
+            parts, _group_spec(parts, spec, uses_logprobs=rollouts.takes_samplers_logprobs), sampler
+        ),
         prefetch=rollouts.server is not None and rollouts.server.prefetch,
         max_staleness=rollouts.weights.max_staleness,
     )
@@ -69,7 +70,7 @@ def build_evaluator(parts: RolloutParts, chunks: ModelChunks, runtime: Runtime) 
         group_size=evaluation.responses_per_prompt, temperature=evaluation.temperature
     )
     sampler = _embedded_sampler(config, chunks, runtime, spec)
-    maker = _maker(parts, GroupSpec.of(config, spec), sampler)
+    maker = _maker(parts, _group_spec(parts, spec), sampler)
     if maker is None:
         return Evaluator(sampler, None)
     prompts, data_sets = parts.evaluation_prompts()
@@ -77,6 +78,20 @@ def build_evaluator(parts: RolloutParts, chunks: ModelChunks, runtime: Runtime) 
         for prompt in prompts:
             check_answer(parts.reward, prompt.answer, prompt.source)
     return Evaluator(sampler, maker, prompts, data_sets=data_sets)
+
+
+def _group_spec(
+    parts: RolloutParts, sampling: SamplingSpec, *, uses_logprobs: bool = False
+) -> GroupSpec:
+    rollouts, server = parts.config.rollouts, parts.config.rollouts.server
+    return GroupSpec(
+        sampling=sampling,
+        limits=parts.limits,
+        uses_logprobs=uses_logprobs,
+        partial_groups="drop" if server is None else server.partial_groups,
+        turn_rewards=rollouts.agent is not None and rollouts.agent.turn_rewards,
+        asked="the model" if server is None else server.address,
+    )
 
 
 def _maker(parts: RolloutParts, spec: GroupSpec, sampler: Sampler) -> GroupMaker | None:
@@ -91,7 +106,7 @@ def _maker(parts: RolloutParts, spec: GroupSpec, sampler: Sampler) -> GroupMaker
             parts.tokenizer,
             parts.dialogues,
             parts.config.rollouts.agent,
-            max_sequence_length=spec.max_sequence_length,
+            max_sequence_length=spec.limits.max_positions,
             max_turn_length=spec.sampling.max_response_length,
             can_be_asked=sampler.can_be_asked,
         )

@@ -25,12 +25,7 @@ from megatron_prefix.rollouts.rewards import RewardFunction
 from megatron_prefix.rollouts.routes import FIELD as ROUTES
 from megatron_prefix.rollouts.routes import RouteReader, values_of_responses
 from megatron_prefix.rollouts.usable import Usable
-from megatron_prefix.rollouts.validation import (
-    FieldName,
-    indexed_field,
-    is_trainable,
-    validate_group,
-)
+from megatron_prefix.rollouts.validation import Limits, is_trainable, validate_group
 
 Value = TypeVar("Value")
 
@@ -59,10 +54,8 @@ class ReadGroup:
 class GroupReader:
     """Makes groups of records."""
 
-    vocab_size: int
-    """Token ids lie in [0, vocab_size)."""
-    max_positions: int
-    """Positions of the model (see `validate_group`)."""
+    limits: Limits
+    """Of the model."""
     group_size: int | None = None
     """Responses that every group must have; None takes groups of any size."""
     reward: RewardFunction | None = None
@@ -73,8 +66,6 @@ class GroupReader:
     """Of rewards by name; None: a response has one reward."""
     usable: Usable = field(default_factory=Usable)
     """What becomes of groups that the model cannot train on; without more, they are errors."""
-    is_corrected: bool = False
-    """See `validate_group`."""
     routes: RouteReader | None = None
     """Reads the routes that all records must have; None: no record may have any."""
 
@@ -96,11 +87,9 @@ class GroupReader:
     def _whole(self, record: Record) -> ReadGroup:
         """The group of a record that holds a whole one."""
         batch = batch_of_arrays(record)
-        if batch is None or not is_trainable(
-            batch, vocab_size=self.vocab_size, max_positions=self.max_positions
-        ):
+        if batch is None or not is_trainable(batch, self.limits):
             group = parse_group(record)
-            self._validate(group, indexed_field)
+            validate_group(group, self.limits)
             batch = RolloutBatch.from_groups([group])
         unrewarded: tuple[Unrewarded, ...] = ()
         if self._lacks_rewards(record, "rewards"):
@@ -123,7 +112,7 @@ class GroupReader:
         for record in records:
             end = record.end
             part = parse_response(record)
-            self._validate(part, response_field)
+            validate_group(part, self.limits, field_name=response_field)
             if self._lacks_rewards(record, "reward"):
                 unrewarded.append(Unrewarded(first=len(parts), group=part))
             routes.append((self._routes_of(record), f"{record.source}: {ROUTES}"))
@@ -177,15 +166,6 @@ class GroupReader:
                 "null"
             )
         return record.values.get(ROUTES)
-
-    def _validate(self, group: RolloutGroup, field_name: FieldName) -> None:
-        validate_group(
-            group,
-            vocab_size=self.vocab_size,
-            max_positions=self.max_positions,
-            field_name=field_name,
-            is_corrected=self.is_corrected,
-        )
 
     def _lacks_rewards(self, record: Record, field: str) -> bool:
         """Whether the rewards of a record, in the field of that name, are to be computed."""

@@ -27,6 +27,7 @@ from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
 from megatron_prefix.rollouts.text.prompts import TextPrompts
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 from megatron_prefix.rollouts.usable import Usable
+from megatron_prefix.rollouts.validation import Limits
 
 ALL_RECORDS = sys.maxsize
 """To be looked at."""
@@ -111,13 +112,21 @@ class RolloutParts:
             return None
         return DialogueEncoder(self.tokenizer, stop_tokens=self.stop_tokens)
 
+    @property
+    def limits(self) -> Limits:
+        """Of the model."""
+        return Limits(
+            vocab_size=self.config.model.vocab_size,
+            max_positions=self.config.model.max_sequence_length,
+            is_corrected=self.config.objective.correction is not None,
+        )
+
     @functools.cached_property
     def file_engine(self) -> FileEngine:
         """The engine that reads finished rollouts."""
         config, rollouts = self.config, self.config.rollouts
         reader = GroupReader(
-            vocab_size=config.model.vocab_size,
-            max_positions=config.model.max_sequence_length,
+            limits=self.limits,
             group_size=rollouts.group_size,
             reward=self.reward if self.is_main else None,
             forms=RecordForms(
@@ -128,7 +137,6 @@ class RolloutParts:
             ),
             reward_weights=config.objective.reward_weights,
             usable=self._usable,
-            is_corrected=config.objective.correction is not None,
             routes=route_reader(config),
         )
         return FileEngine(

@@ -17,6 +17,7 @@ from megatron_prefix.rollouts.server.client import ServerClient
 from megatron_prefix.rollouts.server.sampler import ServerSampler
 from megatron_prefix.rollouts.server.weights import ServerWeights
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.validation import Limits
 from tests.rollouts.replies import Reply, ReplyServer, Request
 from tests.rollouts.servers import DIGITS, END
 
@@ -44,8 +45,7 @@ def parts(
     )
     spec = GroupSpec(
         sampling=sampling,
-        vocab_size=16,
-        max_sequence_length=32,
+        limits=Limits(vocab_size=16, max_positions=32),
         uses_logprobs=True,
         partial_groups=config.partial_groups,
         asked=client.url,

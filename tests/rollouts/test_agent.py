@@ -21,6 +21,7 @@ from megatron_prefix.rollouts.server.client import ServerClient, ServerError
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
 from megatron_prefix.rollouts.text.prompts import TextPrompts
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.validation import Limits
 from tests.rollouts.asking import BatchSampler, completion, ids_choice
 from tests.rollouts.files import write
 from tests.rollouts.replies import Reply, ReplyServer, Request, reply_server
@@ -82,8 +83,7 @@ def sampler(
     )
     spec = GroupSpec(
         sampling=sampling,
-        vocab_size=16,
-        max_sequence_length=32,
+        limits=Limits(vocab_size=16, max_positions=32),
         uses_logprobs=True,
         partial_groups=partial,
         turn_rewards=turn_rewards,

@@ -24,6 +24,7 @@ from megatron_prefix.rollouts.server.client import ServerClient
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
 from megatron_prefix.rollouts.text.prompts import TextPrompts
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.validation import Limits
 from megatron_prefix.training.minibatch import build_minibatch
 from tests.megatron.models import ON_CPU, TRAINING, model_config
 from tests.rollouts.asking import BatchSampler, completion
@@ -105,7 +106,9 @@ def sampled_batch(
             shuffle=False,
             seed=0,
         )
-        spec = GroupSpec(sampling=sampling, vocab_size=VOCAB_SIZE, max_sequence_length=POSITIONS)
+        spec = GroupSpec(
+            sampling=sampling, limits=Limits(vocab_size=VOCAB_SIZE, max_positions=POSITIONS)
+        )
         sampler = BatchSampler(asker, client, prompts, GroupMaker(spec, None, agent=loop))
         batch = sampler.sample(1, step=0, version=None).rollouts
         loop.close()

@@ -30,6 +30,7 @@ from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream, take_f
 from megatron_prefix.rollouts.sampling.engine import SampledGroups
 from megatron_prefix.rollouts.sampling.groups import GroupMaker, GroupSpec
 from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
+from megatron_prefix.rollouts.validation import Limits
 from tests.megatron.models import model_config
 from tests.rollouts.files import FORMATS, plain, write
 from tests.rollouts.sampling import greedy_response, sampling_model, unmodified
@@ -54,8 +55,8 @@ def prompts_of(path: Path, *, epochs: int = 1) -> PromptSource:
 
 
 def maker(spec: SamplingSpec) -> GroupMaker:
-    limits = {"vocab_size": 61, "max_sequence_length": 64}
-    return GroupMaker(GroupSpec(sampling=spec, **limits), even_first_token)
+    limits = Limits(vocab_size=61, max_positions=64)
+    return GroupMaker(GroupSpec(sampling=spec, limits=limits), even_first_token)
 
 
 def embedded(chunks: Any, spec: SamplingSpec) -> EmbeddedSampler:

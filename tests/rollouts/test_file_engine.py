@@ -346,7 +346,8 @@ for name in {modules}:
     import_module("megatron_prefix.rollouts." + name)
 from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.group_reader import GroupReader
-reader = GroupReader(vocab_size={VOCAB_SIZE}, max_positions={MAX_POSITIONS})
+from megatron_prefix.rollouts.validation import Limits
+reader = GroupReader(limits=Limits(vocab_size={VOCAB_SIZE}, max_positions={MAX_POSITIONS}))
 engine = FileEngine([{str(path)!r}], reader)
 print(engine.next_rollouts(3, step=0).response_tokens.tolist())
 print([name for name in {PACKAGES} if name in sys.modules])

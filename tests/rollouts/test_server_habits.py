@@ -27,6 +27,7 @@ from megatron_prefix.rollouts.server.answers import (
 from megatron_prefix.rollouts.server.client import ServerError
 from megatron_prefix.rollouts.server.weights import KeptWeights
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.validation import Limits
 from tests.rollouts.asking import (
     GOOD,
     completion,
@@ -299,8 +300,7 @@ def test_log_probabilities_that_are_none_are_taken_only_where_the_objective_corr
         corrects: GroupMaker(
             GroupSpec(
                 sampling=spec,
-                vocab_size=16,
-                max_sequence_length=8,
+                limits=Limits(vocab_size=16, max_positions=8),
                 uses_logprobs=True,
                 is_corrected=corrects,
             ),

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_prefix.config import RunConfig
 from megatron_prefix.rollouts.engine import ServerError
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
@@ -28,7 +27,7 @@ from megatron_prefix.rollouts.sampling.sampler import (
     Wanted,
 )
 from megatron_prefix.rollouts.stream import position_kept
-from megatron_prefix.rollouts.validation import validate_group
+from megatron_prefix.rollouts.validation import Limits, validate_group
 
 _ATTEMPTS = 5
 """Rounds in which a batch's missing responses or groups are asked for."""
@@ -52,40 +51,17 @@ class GroupSpec:
     """What makes a group of a prompt."""
 
     sampling: SamplingSpec
-    vocab_size: int
-    max_sequence_length: int
+    limits: Limits
+    """Of the model."""
     uses_logprobs: bool = False
     """Whether the responses' log-probabilities become the old ones. Without them the trainer
     computes its own, by the code that also computes the loss."""
-    is_corrected: bool = False
-    """See `validate_group`."""
     partial_groups: Literal["resample", "drop", "keep"] = "drop"
     """Of a group that has not all of its responses."""
     turn_rewards: bool = False
     """Whether rewards of an environment are those of turns."""
     asked: str = "the model"
     """What errors call whoever is asked."""
-
-    @classmethod
-    def of(
-        cls,
-        config: RunConfig,
-        sampling: SamplingSpec,
-        *,
-        uses_logprobs: bool = False,
-    ) -> GroupSpec:
-        """As a run's configuration has it."""
-        rollouts, server = config.rollouts, config.rollouts.server
-        return cls(
-            sampling=sampling,
-            vocab_size=config.model.vocab_size,
-            max_sequence_length=config.model.max_sequence_length,
-            uses_logprobs=uses_logprobs,
-            is_corrected=config.objective.correction is not None,
-            partial_groups="drop" if server is None else server.partial_groups,
-            turn_rewards=rollouts.agent is not None and rollouts.agent.turn_rewards,
-            asked="the model" if server is None else server.address,
-        )
 
 
 @dataclass(kw_only=True)
@@ -207,12 +183,7 @@ class GroupMaker:
             policy_version=version,
             source=prompt.source,
         )
-        validate_group(
-            group,
-            vocab_size=self.spec.vocab_size,
-            max_positions=self.spec.max_sequence_length,
-            is_corrected=self.spec.is_corrected,
-        )
+        validate_group(group, self.spec.limits)
         return group
 
     def rewarded(self, groups: Sequence[RolloutGroup]) -> RolloutBatch:
