@@ -101,8 +101,7 @@ class SampledGroups:
         Raises:
             ValueError: the files have changed since.
         """
-        on_rank_0(functools.partial(self._go_to, state))
-        self._state = state
+        self._state = on_rank_0(functools.partial(self._go_to, state))
 
     def close(self) -> None:
         """Give up what is under way, close files, and end processes of rewards and environments."""
@@ -114,9 +113,12 @@ class SampledGroups:
         if self._maker is not None:
             self._maker.close()
 
-    def _go_to(self, state: dict[str, Any]) -> None:
-        if self.source is not None:
-            self.source.load_state_dict(state)
+    def _go_to(self, state: dict[str, Any]) -> dict[str, Any]:
+        """On rank 0 the state there, which names the files as they are now."""
+        if self.source is None:
+            return state
+        self.source.load_state_dict(state)
+        return self.source.state_dict()
 
     def _sampled_ahead(self, step: int) -> tuple[Batch | None, int]:
         """The batch that was under way, if it is not too old; else how many groups are dropped."""
