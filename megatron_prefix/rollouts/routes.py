@@ -14,15 +14,17 @@ import dataclasses
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prefix.config import ModelConfig, RunConfig
 from megatron_prefix.layout.routes import check_experts
 from megatron_prefix.rollouts.record import Lists
 from megatron_prefix.rollouts.records import RolloutBatch
+
+if TYPE_CHECKING:  # reading rollouts needs NumPy only
+    from megatron_prefix.config import ModelConfig, RunConfig
 
 FIELD = "routed_experts"
 """The field of a record, which has the name that inference engines give it."""
