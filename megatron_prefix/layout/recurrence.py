@@ -91,7 +91,7 @@ def _runs(shards: ContextShards, own: RankRows, states: PlacedStates | None) -> 
     layout = shards.layout
     begins = {} if states is None else states.begin_of_position
     positions = () if states is None else states.piece_positions
-    pieces: dict[int, _Run] = {}
+    pieces: dict[int, _Run | None] = dict.fromkeys(positions)
     whole: list[_Run] = []
     run_of_segment: dict[int, int] = {}
     for start, stop in itertools.pairwise(own.bounds.tolist()):
@@ -99,14 +99,14 @@ def _runs(shards: ContextShards, own: RankRows, states: PlacedStates | None) -> 
         if position < 0:
             continue
         run = _Run(start=start, length=stop - start, begin=begins.get(position, -1))
-        if position in positions:
+        if position in pieces:
             pieces[position] = dataclasses.replace(run, is_piece=True)
             continue
         segment = segment_of(layout, position)
         parent = run_of_segment.get(layout.segments[segment].parent, -1)
-        run_of_segment[segment] = len(positions) + len(whole)
+        run_of_segment[segment] = len(pieces) + len(whole)
         whole.append(dataclasses.replace(run, parent=parent))
-    return [pieces[position] for position in positions] + whole
+    return [*pieces.values(), *whole]
 
 
 def _recurrence(
