@@ -138,7 +138,8 @@ class _PrefixGatedDeltaNet:
             moved = to_packed_row(torch.cat(parts, dim=-1), paths.whole_row, paths.exchange)
             of_heads = moved.split([len(share.conv_weight), share.num_values, share.num_values], -1)
             out = self._read(*of_heads, share, paths)
-            out = from_packed_row(out, paths.whole_row, paths.exchange).flatten(1, 2)
+            out = from_packed_row(out.flatten(1), paths.whole_row, paths.exchange)
+            out = out.unflatten(2, (-1, self.value_head_dim)).flatten(1, 2)
         return out, gate.unflatten(-1, (-1, self.value_head_dim))
 
     def _channels(self) -> list[int]:

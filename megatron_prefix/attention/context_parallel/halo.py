@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_prefix.attention.context_parallel.layer import LayerExchange
+from megatron_prefix.attention.context_parallel.layer import LayerExchange, keys_and_values
 from megatron_prefix.attention.exchange import Recorder
 from megatron_prefix.attention.stage_compute import sum_of_copies
 from megatron_prefix.layout.stages import HaloRows
@@ -26,15 +26,16 @@ class RankHalo:
     def extend(self, k: Tensor, v: Tensor, *, in_backward: bool) -> tuple[Tensor, Tensor]:
         """See `Halo.extend`. Rows come in again in backward."""
         record = self.layer.backward_traffic if in_backward else self.layer.forward_traffic
-        sent = torch.stack((k[self.rows.rows], v[self.rows.rows]), dim=1)
-        received = _receive(sent, self.rows, self.layer, record)
-        return tuple(torch.cat(parts) for parts in zip((k, v), received.unbind(1), strict=True))
+        sent = torch.cat((k[self.rows.rows], v[self.rows.rows]), dim=2)
+        received = keys_and_values(_receive(sent, self.rows, self.layer, record), k)
+        return tuple(torch.cat(parts) for parts in zip((k, v), received, strict=True))
 
     def give_back(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         """See `Halo.give_back`. Each rank adds up what comes back for its rows."""
         num_own = len(gradients[0]) - self.rows.num_received
         own, received = zip(*(x.tensor_split([num_own]) for x in gradients), strict=True)
-        shares = _give_back(torch.stack(received, dim=1), self.rows, self.layer).unbind(1)
+        came_back = _give_back(torch.cat(received, dim=2), self.rows, self.layer)
+        shares = keys_and_values(came_back, gradients[0])
         return [x + share for x, share in zip(own, shares, strict=True)]
 
 

@@ -20,31 +20,34 @@ _Way = Callable[[Tensor, WholeRow[Tensor], Exchange, Recorder], Tensor]
 def attend_by_heads(
     q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, layer: RankLayer
 ) -> Tensor:
-    """[N, H, D] the attention of this rank's queries."""
+    """[N, H, Dv] the attention of this rank's queries."""
     kept = layer.stages.queries
     if kept is not None:  # heads are exchanged for all tokens of the row
         q = q.new_zeros(layer.stages.num_tokens, *q.shape[1:]).index_copy(0, kept, q)
     size = layer.exchange.size
-    heads = [x.shape[1] // size for x in (q, k, v)]
     # One message: rank i's query heads, key heads and value heads side by side.
-    parts = [x.unflatten(1, (size, -1)) for x in (q, k, v)]
+    parts = [x.unflatten(1, (size, -1)).flatten(2) for x in (q, k, v)]
     whole_row = layer.stages.whole_row
     row = to_packed_row(torch.cat(parts, dim=2), whole_row, layer)
+    of_heads = [
+        part.unflatten(1, (-1, x.shape[2]))
+        for part, x in zip(row.split([x.shape[2] for x in parts], dim=1), (q, k, v), strict=True)
+    ]
     if sink is not None:
         sink = sink.unflatten(0, (size, -1))[layer.exchange.rank]
-    out = attend_to_row(*row.split(heads, dim=1), whole_row.stages, layer.compute, sink=sink)
-    out = from_packed_row(out, whole_row, layer).flatten(1, 2)
+    out = attend_to_row(*of_heads, whole_row.stages, layer.compute, sink=sink).flatten(1)
+    out = from_packed_row(out, whole_row, layer).unflatten(2, (-1, v.shape[2])).flatten(1, 2)
     return out if kept is None else out[kept]
 
 
 def to_packed_row(x: Tensor, row: WholeRow[Tensor], layer: LayerExchange) -> Tensor:
-    """This rank's row of all heads [C, ranks, heads, ...] -> the packed row of its heads
-    [T, heads, ...]. Gradients come back the opposite way."""
+    """This rank's row of all heads [C, ranks, n] -> the packed row of its heads [T, n]. Gradients
+    come back the opposite way."""
     return _Move.apply(x, row, layer, _to_packed_row, _from_packed_row)
 
 
 def from_packed_row(x: Tensor, row: WholeRow[Tensor], layer: LayerExchange) -> Tensor:
-    """The way back: [T, heads, ...] -> [C, ranks, heads, ...]."""
+    """The way back: [T, n] -> [C, ranks, n]."""
     return _Move.apply(x, row, layer, _from_packed_row, _to_packed_row)
 
 
