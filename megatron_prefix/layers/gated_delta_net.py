@@ -60,6 +60,12 @@ class _PrefixGatedDeltaNet:
         build_without_flash_linear_attention()
         super().__init__(config, *args, **kwargs)
 
+    def _setup_variant_attrs(self) -> None:
+        """Let Megatron (0.19 and newer) build the layer where its kernel is missing."""
+        super()._setup_variant_attrs()
+        if self.gated_delta_rule is None:
+            self.gated_delta_rule = gated_delta_rule
+
     def forward(
         self,
         hidden_states: Tensor,
