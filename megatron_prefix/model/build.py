@@ -20,7 +20,7 @@ from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layout import LatentShape, ModelShape
-from megatron_prefix.megatron.expert_biases import let_experts_add_biases
+from megatron_prefix.megatron.expert_biases import let_experts_have_biases
 from megatron_prefix.megatron.latent_attention import complete_local_spec
 from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.releases import have_transformer_engine
@@ -71,7 +71,7 @@ def build_gpt_model(
         rope_scaling_factor=model.rope_scaling_factor,
         vp_stage=vp_stage,
     )
-    let_experts_add_biases(built)
+    let_experts_have_biases(built)
     return built
 
 
