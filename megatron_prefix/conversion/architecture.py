@@ -24,6 +24,7 @@ FAMILIES = (
     "deepseek_v3",
     "glm4_moe",
     "gpt_oss",
+    "minimax_m2",
 )
 """Hugging Face's model_type of each family."""
 
@@ -77,6 +78,8 @@ class Architecture:
     linear_bias: bool
     """Biases of the attention's output, of the MLP, and of routers."""
     qk_norm: bool
+    qk_norm_all_heads: bool = False
+    """It takes all heads of a token at once, and not each head alone."""
     rotary_base: int
     rotary_fraction: float = 1.0
     """Of each head's dimensions that are turned."""

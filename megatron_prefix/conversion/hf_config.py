@@ -29,6 +29,7 @@ _CLASSES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
 }
 _WINDOWS = {
     "qwen2": "by layer",
@@ -39,16 +40,14 @@ _WINDOWS = {
     "gpt_oss": "by layer",
 }
 """Families with sliding windows, and whether their layers differ in transformers."""
+_QK_NORM = ("qwen3", "qwen3_moe", "deepseek_v3", "minimax_m2")
+"""Families that norm queries and keys always."""
 _SAME_AS = {"kimi_k2": "deepseek_v3"}
 """Families that are another one under a name of their own."""
 _REASONS = {
     "deepseek_v2": "its routers choose by softmax in groups, and YaRN's factors differ",
     "deepseek_v32": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
     "glm_moe_dsa": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
-    "minimax_m2": (
-        "it normalizes queries and keys over all heads at once, and Megatron's GPTModel each head "
-        "alone"
-    ),
     "mistral3": "it reads images too; convert a folder of its text model",
 }
 """Families that are known and cannot be converted, and why."""
@@ -65,6 +64,8 @@ _UNQUANTIZE_MXFP4 = (
     ".save_pretrained(other))"
 )
 
+_PARTLY_TURNED = ("glm4_moe", "minimax_m2")
+"""Families whose heads are turned in a part of their dimensions."""
 _ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _ROPE_KEYS = {
     "default": (*_ROPE, "factor", "original_max_position_embeddings"),
@@ -75,7 +76,13 @@ _ROPE_KEYS = {
     ),
 }
 """What each kind of rotary embedding is made of here; a key beside would be lost."""
-_WITHOUT = {("deepseek_v3", "llama3"), ("glm4_moe", "llama3"), ("glm4_moe", "yarn")}
+_WITHOUT = {
+    ("deepseek_v3", "llama3"),
+    ("glm4_moe", "llama3"),
+    ("glm4_moe", "yarn"),
+    ("minimax_m2", "llama3"),
+    ("minimax_m2", "yarn"),
+}
 """Families, and the kinds that Megatron or this conversion does not have for them."""
 
 
@@ -144,6 +151,12 @@ def _architecture(config: Any, family: str) -> Architecture:
     attention_bias, mlp_bias = value("attention_bias", False), value("mlp_bias", False)
     if family == "gpt_oss":
         mlp_bias = True  # of its experts and routers, always
+    if family == "minimax_m2":
+        for name, of in (("use_qk_norm", True), ("qk_norm_type", "per_layer")):
+            if value(name, of) != of:
+                refuse(name, f"is not supported; transformers and this conversion have {of!r}")
+        if any(kind != 1 for kind in value("attn_type_list", [])):
+            refuse("attn_type_list", "has layers without full attention, which are not supported")
     if family == "qwen2_moe" and value("use_sliding_window"):
         refuse("use_sliding_window", "is not supported with qwen2_moe; set it to false")
     if attention_bias != mlp_bias and family != "glm4_moe":
@@ -168,7 +181,8 @@ def _architecture(config: Any, family: str) -> Architecture:
         tied_embeddings=bool(value("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or attention_bias or value("qkv_bias", False),
         linear_bias=attention_bias and mlp_bias,
-        qk_norm=family in ("qwen3", "qwen3_moe", "deepseek_v3") or value("use_qk_norm", False),
+        qk_norm=family in _QK_NORM or value("use_qk_norm", False),
+        qk_norm_all_heads=family == "minimax_m2",
         latent=read_latent(config) if family == "deepseek_v3" else None,
         **windows,
         **_rope(config, family),
@@ -204,7 +218,7 @@ def _rope(config: Any, family: str) -> dict[str, Any]:
     if theta != int(theta):
         raise ConversionError(f"rope_theta: {theta} is no whole number, as Megatron takes it")
     fraction = rope.get("partial_rotary_factor", 1.0)
-    if fraction != 1.0 and family != "glm4_moe":
+    if fraction != 1.0 and family not in _PARTLY_TURNED:
         raise ConversionError(f"partial_rotary_factor: {fraction} is not supported")
     found: dict[str, Any] = {"rotary_base": int(theta), "rotary_fraction": fraction}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -323,13 +337,13 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
         options.update(latent_values(a))
     if a.family == "gpt_oss":
         options["attention_bias"] = a.qkv_bias
-    if a.family == "glm4_moe":
+    if a.family in _PARTLY_TURNED:
         rope["partial_rotary_factor"] = a.rotary_fraction
-        options.update(
-            attention_bias=a.qkv_bias,
-            use_qk_norm=a.qk_norm,
-            partial_rotary_factor=a.rotary_fraction,
-        )
+        options.update(use_qk_norm=a.qk_norm, partial_rotary_factor=a.rotary_fraction)
+    if a.family == "glm4_moe":
+        options["attention_bias"] = a.qkv_bias
+    if a.family == "minimax_m2":
+        options.update(qk_norm_type="per_layer", rotary_dim=int(a.head_dim * a.rotary_fraction))
     if a.family in _WINDOWS:
         options.update(_window_values(a))
     # transformers takes the fraction from `rope_parameters`, servers from a key of its own.

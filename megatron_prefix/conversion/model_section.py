@@ -80,6 +80,7 @@ def to_model_config(architecture: Architecture) -> ModelConfig:
         rope_scaling_factor=a.llama3_rope_factor or 8.0,
         yarn=a.yarn,
         share_embeddings_and_output_weights=a.tied_embeddings,
+        qk_norm_all_heads=a.qk_norm_all_heads,
         activation="silu" if a.gate_limit is None else "quick_gelu",
         transformer=transformer,
     )
@@ -224,6 +225,7 @@ def from_model_config(model: ModelConfig) -> Architecture:
         sigmoid="routing" in experts,
         window=bool(windows),
         sinks=sinks,
+        qk_norm_all_heads=model.qk_norm_all_heads,
         shared_expert_gate=experts.get("shared_expert_gate", False),
     )
     if family in ("mixtral", "gpt_oss") and experts:
@@ -245,6 +247,7 @@ def from_model_config(model: ModelConfig) -> Architecture:
         qkv_bias=qkv_bias,
         linear_bias=linear_bias,
         qk_norm=qk_norm,
+        qk_norm_all_heads=model.qk_norm_all_heads,
         rotary_base=model.rotary_base,
         rotary_fraction=model.rotary_percent,
         llama3_rope_factor=model.rope_scaling_factor if model.rope_scaling else None,

@@ -18,6 +18,7 @@ from megatron_prefix.attention.row_attention import head_dim
 from megatron_prefix.attention.windows import model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
+from megatron_prefix.layers.all_heads_norm import norm_over_all_heads
 from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layout import LatentShape, ModelShape
 from megatron_prefix.megatron.expert_biases import let_experts_have_biases
@@ -48,6 +49,8 @@ def build_gpt_model(
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_transformer_engine(config), vp_stage=vp_stage
     )
+    if model.qk_norm_all_heads:
+        norm_over_all_heads(spec)
     if shared_prefixes:
         spec = prefix_grouped(spec)
     elif config.multi_latent_attention:

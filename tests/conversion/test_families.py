@@ -13,7 +13,7 @@ from megatron_prefix.conversion.architecture import Architecture
 from megatron_prefix.conversion.hf_config import config_values, read_architecture
 from megatron_prefix.conversion.hf_folder import write_json
 from megatron_prefix.conversion.model_section import from_model_config, to_model_config
-from tests.conversion.models import CASES, GPT_OSS, QWEN2_MOE, SIZES, YARN
+from tests.conversion.models import CASES, GPT_OSS, MINIMAX, QWEN2_MOE, SIZES, YARN
 
 DEEPSEEK, GLM, WINDOWS = "deepseek_v3, yarn", "glm4_moe", "qwen3, windows in some layers"
 
@@ -51,7 +51,12 @@ def _architecture(folder: Path, case: str, **changes: Any) -> Architecture:
         (QWEN2_MOE, {"use_sliding_window": True}, r"use_sliding_window: True"),
         (QWEN2_MOE, {"decoder_sparse_step": 4}, r"decoder_sparse_step: 4 leaves no layer"),
         (WINDOWS, {"layer_types": ["chunked_attention"] * 3}, r"layer_types"),
-        ("qwen2", {"model_type": "minimax_m2"}, r"'minimax_m2' is not supported: .*all heads"),
+        ("qwen2", {"model_type": "glm_moe_dsa"}, r"'glm_moe_dsa' is not supported: .*indexer"),
+        (MINIMAX, {"qk_norm_type": "per_head"}, r"qk_norm_type: 'per_head' .* 'per_layer'"),
+        (MINIMAX, {"attn_type_list": [1, 0]}, r"attn_type_list: \[1, 0\] has layers"),
+        (MINIMAX, {"scoring_func": "softmax"}, r"scoring_func: 'softmax'"),
+        (MINIMAX, {"shared_intermediate_size": 8}, r"shared_intermediate_size: 8"),
+        (MINIMAX, {"router_jitter_noise": 0.1}, r"router_jitter_noise: 0.1"),
     ],
 )
 def test_a_config_that_megatron_cannot_compute_is_refused(
@@ -78,6 +83,9 @@ def test_a_config_that_megatron_cannot_compute_is_refused(
         (GPT_OSS, {"add_bias_linear": False}, r"add_bias_linear: false .* gpt_oss"),
         (GPT_OSS, {"moe_layer_freq": [0, 1]}, r"a layer without experts"),
         (GPT_OSS, {"qk_layernorm": True}, r"qk_layernorm: true .* gpt_oss"),
+        (MINIMAX, {"moe_router_num_groups": 2, "moe_router_group_topk": 1}, r"router_num_groups"),
+        (MINIMAX, {"moe_router_topk_scaling_factor": 2.0}, r"topk_scaling_factor .* minimax_m2"),
+        (MINIMAX, {"add_qkv_bias": True}, r"add_qkv_bias .* minimax_m2"),
         (QWEN2_MOE, {"moe_shared_expert_intermediate_size": None}, r"no shared expert"),
         (QWEN2_MOE, {"qk_layernorm": True}, r"qk_layernorm: true .* qwen2_moe"),
         ("llama, tied", {"softmax_type": "learnable"}, r"softmax_type: learnable"),
