@@ -42,13 +42,24 @@ _WINDOWS = {
 """Families with sliding windows, and whether their layers differ in transformers."""
 _QK_NORM = ("qwen3", "qwen3_moe", "deepseek_v3", "minimax_m2")
 """Families that norm queries and keys always."""
-_SAME_AS = {"kimi_k2": "deepseek_v3"}
+SAME_AS = {"kimi_k2": "deepseek_v3"}
 """Families that are another one under a name of their own."""
-_REASONS = {
+REFUSED = {
     "deepseek_v2": "its routers choose by softmax in groups, and YaRN's factors differ",
     "deepseek_v32": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
+    "gemma3": "it reads images too; and see gemma3_text",
+    "gemma3_text": "its norms, its scaled embeddings and its two rotary bases are not converted",
+    "glm4_moe_lite": "its latent attention and routers are not compared with deepseek_v3's yet",
     "glm_moe_dsa": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
+    "llama4": "its attention in chunks and its routers are not converted",
     "mistral3": "it reads images too; convert a folder of its text model",
+    "nemotron_h": "its state-space layers (Mamba) have no shared prefixes yet",
+    "qwen2_5_vl": "it reads images too, which runs do not yet",
+    "qwen3_5": "its gated delta nets are not converted yet",
+    "qwen3_5_moe": "its gated delta nets are not converted yet",
+    "qwen3_next": "its gated delta nets are not converted yet",
+    "qwen3_vl": "it reads images too, which runs do not yet",
+    "qwen3_vl_moe": "it reads images too, which runs do not yet",
 }
 """Families that are known and cannot be converted, and why."""
 # Numbers of Llama 3's scaling that Megatron's GPTModel has no option for.
@@ -120,12 +131,12 @@ def _family(folder: Path) -> str:
     path = folder / "config.json"
     raw = read_json(path)
     name = raw.get("model_type")
-    family = _SAME_AS.get(name, name)
+    family = SAME_AS.get(name, name)
     if family not in FAMILIES:
-        reason = f": {_REASONS[name]}" if name in _REASONS else ""
+        reason = f": {REFUSED[name]}" if name in REFUSED else ""
         raise ConversionError(
             f"{path}: model_type {name!r} is not supported{reason}; supported are "
-            f"{', '.join((*FAMILIES, *_SAME_AS))}"
+            f"{', '.join((*FAMILIES, *SAME_AS))}"
         )
     quantized = raw.get("quantization_config")
     if quantized is not None:

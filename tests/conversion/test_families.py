@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_prefix.conversion import ConversionError
-from megatron_prefix.conversion.architecture import Architecture
-from megatron_prefix.conversion.hf_config import config_values, read_architecture
+from megatron_prefix.conversion.architecture import FAMILIES, Architecture
+from megatron_prefix.conversion.hf_config import (
+    REFUSED,
+    SAME_AS,
+    config_values,
+    read_architecture,
+)
 from megatron_prefix.conversion.hf_folder import write_json
 from megatron_prefix.conversion.model_section import from_model_config, to_model_config
 from tests.conversion.models import CASES, GPT_OSS, MINIMAX, QWEN2_MOE, SIZES, YARN
+from tests.readmes import ROOT
 
 DEEPSEEK, GLM, WINDOWS = "deepseek_v3, yarn", "glm4_moe", "qwen3, windows in some layers"
 
@@ -120,3 +127,22 @@ def test_a_window_in_some_layers_is_nothing_that_mistral_can_say(tmp_path: Path)
     some = dataclasses.replace(architecture, windowed_layers=(True, False))
     with pytest.raises(ConversionError, match=r"window_attn_skip_freq: .* mistral"):
         config_values(some, "bfloat16")
+
+
+def test_the_table_of_families_says_what_is_converted_and_what_is_refused(tmp_path: Path) -> None:
+    text = (ROOT / "megatron_prefix" / "conversion" / "README.md").read_text(encoding="utf-8")
+    table = text.split("| models |")[1].split("\n\n")[0]
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for row in table.splitlines()[2:]:
+        _, _, types, conversion, _, _ = row.split("|")
+        refused = conversion.strip().startswith("refused")
+        assert refused or conversion.strip().startswith("equal"), row
+        found[refused].update(re.findall(r"`(\w+)`", types))
+    assert found[False] == {*FAMILIES, *SAME_AS}
+    assert found[True] == set(REFUSED)
+    # Each that is equal is a case of the test that the README names.
+    assert {family for family, _ in CASES.values()} == set(FAMILIES)
+    for name in REFUSED:
+        write_json(tmp_path / "config.json", {"model_type": name})
+        with pytest.raises(ConversionError, match=rf"'{name}' is not supported: "):
+            read_architecture(tmp_path)

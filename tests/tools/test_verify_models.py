@@ -136,6 +136,34 @@ def test_sliding_windows_on_every_other_layer_with_learnable_sinks(
     assert_exact(tool, report)
 
 
+def test_norms_over_all_heads_of_all_ranks(tool: ModuleType) -> None:
+    """As MiniMax-M2 has them, with experts that sigmoid scores and a bias choose."""
+    model = small_model(
+        tool,
+        num_layers=2,
+        num_attention_heads=4,
+        num_query_groups=2,
+        qk_layernorm=True,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=0.0,
+        **EXPERTS,
+    )
+    report = tool.verify(
+        model=dataclasses.replace(model, qk_norm_all_heads=True, rotary_percent=0.5),
+        shapes=SHAPES,
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=2,
+            expert_model_parallel_size=2,
+            expert_tensor_parallel_size=1,
+        ),
+        recompute="full",
+        optimizer_steps=2,
+        packing=ALWAYS,
+    )
+    assert_exact(tool, report)
+
+
 @pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14, which refuses sinks")
 def test_a_model_like_gpt_oss(tool: ModuleType) -> None:
     """Biases of all linear layers, of experts and of routers, which Megatron allows where no expert
