@@ -13,7 +13,8 @@ Instead of the rewards there may be an "answer" for a reward function. Optional 
 (numbers) and "loss_mask" (true or false: whether a token is trained on), one for each token of the
 responses, and "finished" (true or false), one for each response. "prompt_keys" and "keys" (whole
 numbers), one for each token of the prompt and of the responses, tell tokens of one id apart.
-"routed_experts" are the experts that each token was sent to (`routes`).
+"routed_experts" are the experts that each token was sent to (`routes`), "prompt_positions" and
+"positions" the three positions of each token in a model with mRoPE (`positions`).
 Rewards may be several by name (`named_rewards`). "turn_rewards" stand in place of rewards, and
 "advantages" beside them. Null is as good as absent, and fields of other names are passed over.
 `record_forms` reads the records of other programs.

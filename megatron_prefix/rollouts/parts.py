@@ -138,6 +138,7 @@ class RolloutParts:
             reward_weights=config.objective.reward_weights,
             usable=self._usable,
             routes=route_reader(config),
+            has_mrope=config.model.position_embedding_type == "mrope",
         )
         return FileEngine(
             rollouts.files,
