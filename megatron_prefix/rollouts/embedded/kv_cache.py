@@ -199,16 +199,16 @@ class KeyValueCache:
         """Put k and v into a slot, and let the queries see it and everything before it.
 
         Args:
-            q: [n, H, D]; k and v: [n, Hk, D], of the responses' current tokens.
+            q: [n, H, D]; k: [n, Hk, D]; v: [n, Hk, Dv], of the responses' current tokens.
 
         Returns:
-            [n, H, D] in float32 or wider.
+            [n, H, Dv] in float32 or wider.
         """
         cached = self._layers[layer.number]
         if cached.keys is None:
-            n, num_key_heads, head_dim = k.shape
-            shape = (n, num_key_heads, self._slots, head_dim)
-            cached.keys, cached.values = k.new_empty(shape), v.new_empty(shape)
+            cached.keys, cached.values = (
+                x.new_empty(x.shape[0], x.shape[1], self._slots, x.shape[2]) for x in (k, v)
+            )
         cached.keys[:, :, slot] = k
         cached.values[:, :, slot] = v
         seen = slice(0, slot + 1)
