@@ -300,9 +300,8 @@ def test_log_probabilities_that_are_none_are_taken_only_where_the_objective_corr
         corrects: GroupMaker(
             GroupSpec(
                 sampling=spec,
-                limits=Limits(vocab_size=16, max_positions=8),
+                limits=Limits(vocab_size=16, max_positions=8, is_corrected=corrects),
                 uses_logprobs=True,
-                is_corrected=corrects,
             ),
             None,
         )
