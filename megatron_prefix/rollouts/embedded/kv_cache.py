@@ -234,10 +234,10 @@ def _attend_own(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[
     """One query per response against its own keys, which are equally many for all.
 
     Args:
-        q: [n, H, D]; keys and values: [n, Hk, length, D].
+        q: [n, H, D]; keys: [n, Hk, length, D]; values: [n, Hk, length, Dv].
 
     Returns:
-        out [n, H, D] and lse [n, H], in float32 or wider.
+        out [n, H, Dv] and lse [n, H], in float32 or wider.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     # Query heads that read the same key/value head are rows of one product.
@@ -272,7 +272,7 @@ class _DecodeAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         """Attention to the cache; 0 for padding."""
         n = self.cache.num_responses
-        out = torch.zeros_like(q)
+        out = q.new_zeros(*q.shape[:2], v.shape[2])
         if n:
             out[:n] = self.cache.attend(layer, self.slot, q[:n], k[:n], v[:n])
         return out
