@@ -13,6 +13,7 @@ Shapes: T tokens, H heads, K and V the sizes of keys and values; C chunks of c t
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -34,12 +35,67 @@ def gated_delta_rule(
     Returns:
         [T, H, V] in v's dtype; 0 on padding.
     """
-    return checkpoint(_rule, q, k, v, g, beta, row, use_reentrant=False, preserve_rng_state=False)
+    inputs = (q, k, v, g, beta, row)
+    return checkpoint(_outputs, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def rule_and_states(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    row: Recurrence[Tensor],
+    *,
+    behind: np.ndarray,
+) -> tuple[Tensor, Tensor]:
+    """The outputs of a row's tokens, and states from which its paths can go on.
+
+    Args:
+        q, k, v, g, beta, row: see `gated_delta_rule`.
+        behind: [N] numbers of chunks.
+
+    Returns:
+        The outputs, and the states [N, H, K, V] behind those chunks, in float32 or wider.
+    """
+    out, states = _rule(q, k, v, g, beta, row, behind)
+    return out, torch.stack([states[chunk] for chunk in behind.tolist()])
+
+
+def delta_rule_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+) -> Tensor:
+    """The outputs [n, H, V] of one more token of each of n sequences, in v's dtype.
+
+    Args:
+        q, k, v, g, beta: see `gated_delta_rule`, with n for T.
+        state: [n, H, K, V] before the tokens; becomes the state behind them.
+    """
+    wide = state.dtype
+    q, k, values, g, beta = (x.to(wide) for x in (q, k, v, g, beta))
+    state.mul_(g.exp()[..., None, None])
+    known = (k[..., None, :] @ state)[..., 0, :]
+    change = beta[..., None] * (values - known)
+    state.flatten(0, 1).baddbmm_(k.flatten(0, 1)[:, :, None], change.flatten(0, 1)[:, None])
+    return ((q[..., None, :] @ state)[..., 0, :] * q.shape[-1] ** -0.5).to(v.dtype)
+
+
+def _outputs(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, row: Recurrence[Tensor]
+) -> Tensor:
+    return _rule(q, k, v, g, beta, row, np.zeros(0, dtype=np.int64))[0]
 
 
 def _rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, row: Recurrence[Tensor]
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    row: Recurrence[Tensor],
+    behind: np.ndarray,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The outputs, and the states [H, K, V] behind some chunks, by their numbers."""
     wide = torch.promote_types(v.dtype, torch.float32)
     q, k, values, g, beta = (_in_chunks(x.to(wide), row.chunks) for x in (q, k, v, g, beta))
     q = q * q.shape[-1] ** -0.5
@@ -63,7 +119,7 @@ def _rule(
     scores, queries = q @ k.mT * decay, q * g.exp()[..., None]
     keys = k * decay[..., -1, :, None]
     kept = g[..., -1, None, None].exp()
-    outs, state = [], None
+    outs, states, state = [], {}, None
     for wave in row.waves:
         here = wave.chunks
         of_tokens = new[here]
@@ -78,8 +134,10 @@ def _rule(
             out = out + queries[here] @ state
             state = state * kept[here] + added
         outs.append(out)
+        for chunk in behind[(behind >= here.start) & (behind < here.stop)].tolist():
+            states[chunk] = state[chunk - here.start].clone()
     out = torch.cat(outs).transpose(1, 2).flatten(0, 1)[row.place]
-    return (out * row.real[:, None, None]).to(v.dtype)
+    return (out * row.real[:, None, None]).to(v.dtype), states
 
 
 def _in_chunks(x: Tensor, chunks: Tensor) -> Tensor:

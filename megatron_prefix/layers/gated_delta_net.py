@@ -58,14 +58,13 @@ class _PrefixGatedDeltaNet:
             return super().forward(
                 hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
             )
-        row = packed_seq_params.recurrence
-        if row is None:
+        if packed_seq_params.recurrence is None and packed_seq_params.sampled_states is None:
             raise ValueError(
                 f"layer {self.layer_number} is recurrent, but the row was not planned for that: "
                 "give the batch's AttentionSetup the model's recurrence_width, as "
                 "AttentionSetup.of does"
             )
-        out, gate = self._mix(hidden_states, row)
+        out, gate = self._mix(hidden_states, packed_seq_params)
         if packed_seq_params.query_rows is not None:
             out, gate = (x.index_select(0, packed_seq_params.query_rows) for x in (out, gate))
         normed = self._normed(out.flatten(0, 1)).view_as(out)
@@ -87,14 +86,20 @@ class _PrefixGatedDeltaNet:
         }
         return torch.func.functional_call(self.out_norm, parameters, (x,))
 
-    def _mix(self, hidden_states: Tensor, row: Any) -> tuple[Tensor, Tensor]:
+    def _mix(self, hidden_states: Tensor, params: PrefixPackedSeqParams) -> tuple[Tensor, Tensor]:
         """What each token reads from the state, and the gate of that, [T, value heads, V] both."""
         tensor, ratio = self.tp_size, self.num_value_heads // self.num_key_heads
         projected, _ = self.in_proj(hidden_states)
         heads = self.num_value_heads // tensor
         widths = [(2 * self.qk_dim + self.v_dim) // tensor, self.v_dim // tensor, heads, heads]
         qkv, gate, beta, alpha = projected[:, 0].split(widths, dim=-1)
-        qkv = self.act_fn(causal_convolution(qkv, self.conv1d.weight[:, 0], self.conv1d.bias, row))
+        weight, bias, row = self.conv1d.weight[:, 0], self.conv1d.bias, params.recurrence
+        sampled = params.sampled_states
+        if sampled is None:
+            qkv = causal_convolution(qkv, weight, bias, row)
+        else:
+            qkv = sampled.convolve(self.layer_number, qkv, weight, bias)
+        qkv = self.act_fn(qkv)
         keys = self.qk_dim // tensor
         q, k, v = qkv.split([keys, keys, self.v_dim // tensor], dim=-1)
         q, k = (x.unflatten(-1, (-1, self.key_head_dim)) for x in (q, k))
@@ -104,7 +109,10 @@ class _PrefixGatedDeltaNet:
         v, gate = (x.unflatten(-1, (-1, self.value_head_dim)) for x in (v, gate))
         wide = torch.promote_types(alpha.dtype, torch.float32)
         g = -self.A_log.exp() * F.softplus(alpha.to(wide) + self.dt_bias)
-        return gated_delta_rule(q, k, v, g, beta.sigmoid(), row), gate
+        beta = beta.sigmoid()
+        if sampled is None:
+            return gated_delta_rule(q, k, v, g, beta, row), gate
+        return sampled.delta_rule(self.layer_number, q, k, v, g, beta), gate
 
 
 def prefix_gated_delta_net(base: type) -> type:

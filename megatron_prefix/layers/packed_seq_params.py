@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -23,6 +24,20 @@ from megatron_prefix.layout import (
     rank_row,
 )
 from megatron_prefix.megatron.borrowed import OneRank
+
+
+class SampledStates(Protocol):
+    """The states of recurrent layers, of sequences that are being sampled."""
+
+    def convolve(self, layer_number: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `causal_convolution`."""
+        ...
+
+    def delta_rule(
+        self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
+    ) -> Tensor:
+        """See `gated_delta_rule`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +83,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """Params of the model's last layer, where it computes the output of some rows only."""
     recurrence: Recurrence[Tensor] | None = None
     """The paths of the tokens, for recurrent layers."""
+    sampled_states: SampledStates | None = None
+    """What runs recurrent layers instead, in rows of sequences that are being sampled."""
     routes: Tensor | None = None
     """[T, layers with experts, topk] int64: the experts that each token is sent to; [N, ...] in
     params of a trimmed last layer. None: the routers choose."""

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
+from megatron_prefix.megatron.gated_delta_net import GatedDeltaNet
 from megatron_prefix.model.build import ModelChunks, build_model_chunks
 from megatron_prefix.model.full_tensors import (
     FullTensors,
@@ -18,6 +20,8 @@ from megatron_prefix.model.full_tensors import (
     load_full_parameters,
 )
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
+from megatron_prefix.rollouts.embedded.kv_cache import KeyValueCache, prompt_row
+from megatron_prefix.rollouts.embedded.recurrent_states import state_tokens
 from megatron_prefix.rollouts.embedded.sampler import SampledResponse
 from tests.distributed import run_distributed
 from tests.megatron.models import HAS_WINDOWS, LATENT, TRAINING, model_config, single_process
@@ -54,6 +58,24 @@ MODELS: dict[str, dict[str, Any]] = {
         }
     },
 }
+
+HYBRID: dict[str, Any] = {
+    "num_layers": 4,
+    "experimental_attention_variant": "gated_delta_net",
+    "linear_attention_freq": [1, 1, 0, 1],
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+if GatedDeltaNet is not None:
+    MODELS["gated delta nets, experts"] = {
+        "transformer": {**HYBRID, "num_moe_experts": 4, "moe_router_topk": 2}
+    }
+    MODELS["gated delta nets alone"] = {
+        "transformer": {**HYBRID, "num_layers": 2, "linear_attention_freq": [1, 1]}
+    }
 
 # One-token prompts, prompts of equal length, and in any order.
 LENGTHS = [7, 1, 12, 7, 3]
@@ -98,9 +120,12 @@ def test_greedy_responses_are_those_of_naive_decoding(name):
         assert group == [expected, expected]
 
 
-@pytest.mark.parametrize("common", [0, 20])
-def test_log_probabilities_are_those_of_whole_forward_passes(common):
-    config = model_config(**PADDED_VOCABULARY)
+@pytest.mark.parametrize(
+    ("common", "hybrid"),
+    [(0, False), (20, False)] + [(20, True)] * (GatedDeltaNet is not None),
+)
+def test_log_probabilities_are_those_of_whole_forward_passes(common, hybrid):
+    config = model_config(**PADDED_VOCABULARY, transformer=HYBRID if hybrid else {})
     chunks = sampling_model(config)
     prompts = random_prompts([common + length for length in LENGTHS], common=common)
     if common:
@@ -176,6 +201,35 @@ def test_batches_change_no_response():
     assert sampler(chunks).sample(prompts[:2], **options) == whole[:2]
 
 
+@pytest.mark.skipif(GatedDeltaNet is None, reason="megatron-core 0.14 and 0.15 have none")
+def test_recurrent_states_count_as_the_tokens_that_take_as_much_memory():
+    chunks = sampling_model(model_config(**PADDED_VOCABULARY, transformer=HYBRID))
+    options = SamplingOptions(max_response_length=3)
+    cache = KeyValueCache(
+        prompt_row([[1, 2, 3], [4]]),
+        AttentionSetup.of(chunks.config, torch.device("cpu")),
+        num_responses=5,
+        slots=options.max_response_length - 1,
+    )
+    row = torch.tensor([[1, 2, 3, 4]])
+    params = cache.prefill_params(max_seqlen=8)
+    with torch.no_grad():
+        chunks.bare[0](row, params.position_ids[None], None, packed_seq_params=params)
+        cache.decode_params(torch.zeros(10, dtype=torch.int64), slot=0, max_seqlen=8)
+    held = sum(
+        tensor.numel() * tensor.itemsize
+        for layer in cache.states.layers.values()
+        for tensor in (layer.inputs, layer.state)
+    )
+    # One layer of attention, two heads of 8 channels in float64.
+    of_token = 2 * 2 * 8 * 8
+    assert held == 10 * 3 * 8 * (3 * (2 * 16 + 24) + 4 * 8 * 6)
+    assert state_tokens(chunks.config) == -(-held // (10 * of_token))
+    # A group that fits without them runs alone with them.
+    small = sampler(chunks, max_cached_tokens=2 * (4 + 5 * 3))
+    assert len(small._rounds([4, 4], [4 + 5 * (3 + state_tokens(chunks.config))] * 2)) == 2
+
+
 def test_another_step_or_seed_gives_other_responses():
     chunks = sampling_model(model_config())
     prompts = random_prompts(LENGTHS)
@@ -249,6 +303,11 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
     "experts, tp2, sequence parallel": {"tensor_model_parallel_size": 2},
     "experts, ep2": {"expert_model_parallel_size": 2},
 }
+HYBRID_LAYOUTS = {
+    f"gated delta nets, {name}": LAYOUTS[name]
+    for name in ("tp2", "pp2, vpp2")
+    if GatedDeltaNet is not None
+}
 SAMPLING = {
     "num_responses": 3,
     "max_response_length": 6,
@@ -283,16 +342,18 @@ def _sample_in_layouts(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "layouts", "expert_layouts"),
+    ("world_size", "layouts"),
     [
-        (2, LAYOUTS, EXPERT_LAYOUTS),
-        (4, {"tp2, pp2, vpp2": {**LAYOUTS["tp2"], **LAYOUTS["pp2, vpp2"]}}, {}),
+        (2, [(DENSE, LAYOUTS), (EXPERTS, EXPERT_LAYOUTS), (HYBRID, HYBRID_LAYOUTS)]),
+        (4, [(DENSE, {"tp2, pp2, vpp2": {**LAYOUTS["tp2"], **LAYOUTS["pp2, vpp2"]}})]),
     ],
     ids=["two ranks", "four ranks"],
 )
-def test_every_layout_gives_the_responses_of_one_process(world_size, layouts, expert_layouts):
+def test_every_layout_gives_the_responses_of_one_process(world_size, layouts):
     cases, expected = [], {}
-    for transformer, named in ((DENSE, layouts), (EXPERTS, expert_layouts)):
+    for transformer, named in layouts:
+        if not named:
+            continue
         config = model_config(**PADDED_VOCABULARY, transformer=transformer)
         chunks = sampling_model(config)
         weights = full_parameters(chunks)
