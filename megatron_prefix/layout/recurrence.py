@@ -18,12 +18,10 @@ import itertools
 
 import numpy as np
 
+from megatron_prefix.layout.layer_shapes import CHUNK_TOKENS
 from megatron_prefix.layout.packing import PackedLayout
 from megatron_prefix.layout.stages import Recurrence, Wave
 from megatron_prefix.layout.windows import rows_before
-
-CHUNK_TOKENS = 64
-"""Of a chunk, at most."""
 
 
 def recurrence(layout: PackedLayout, *, width: int) -> Recurrence[np.ndarray]:

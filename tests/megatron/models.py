@@ -22,6 +22,7 @@ from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PackedLayout, PrefixTree, pack
+from megatron_prefix.megatron.gated_delta_net import GatedDeltaNet
 from megatron_prefix.model.build import ModelChunks, build_gpt_model
 from megatron_prefix.model.full_tensors import full_gradients
 from megatron_prefix.model.transformer_config import transformer_config
@@ -55,6 +56,17 @@ LATENT: dict[str, Any] = {
     "qk_layernorm": True,
 }
 """Changes of `BASE` for multi-latent attention."""
+HAS_GATED_DELTA_NET = GatedDeltaNet is not None
+HYBRID: dict[str, Any] = {
+    "experimental_attention_variant": "gated_delta_net",
+    "linear_attention_freq": 2,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+"""Changes of `BASE`: every other layer attends, the first one does not."""
 
 
 def model_config(transformer: dict[str, Any] | None = None, **options: Any) -> ModelConfig:

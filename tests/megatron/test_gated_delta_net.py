@@ -20,7 +20,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import ParallelConfig
-from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
@@ -35,11 +34,8 @@ from megatron_prefix.model.full_tensors import (
     full_parameters,
     load_full_parameters,
 )
-from megatron_prefix.model.transformer_config import transformer_config
 from tests.distributed import run_distributed
 from tests.megatron.models import (
-    TRAINING,
-    model_config,
     random_groups,
     randomise,
     relative_error,
@@ -321,14 +317,3 @@ def test_what_is_not_there_yet_is_refused_by_name() -> None:
     config.context_parallel_size, config.experimental_attention_variant = 1, "dsa"
     with pytest.raises(UnsupportedOptionError, match=r"only softmax attention and gated delta"):
         refuse_unsupported(config)
-    options = {
-        "experimental_attention_variant": "gated_delta_net",
-        "linear_attention_freq": [1, 0],
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 6,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-    }
-    with pytest.raises(ConfigError, match=r"is not built by a run yet"):
-        transformer_config(model_config(options), ParallelConfig(), TRAINING)
