@@ -54,8 +54,9 @@ class ModelConfig:
     """The output layer uses the weights of the word embedding."""
     make_vocab_size_divisible_by: int = 1
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
-    activation: Literal["gelu", "silu", "relu", "squared_relu"] = "silu"
-    """The MLP's activation; with `gated_linear_unit: true`, silu makes SwiGLU."""
+    activation: Literal["gelu", "silu", "relu", "squared_relu", "quick_gelu"] = "silu"
+    """The MLP's activation; with `gated_linear_unit: true`, silu makes SwiGLU. quick_gelu(x) is
+    x sigmoid(1.702 x), as gpt-oss has it."""
     transformer: dict[str, Any] = field(default_factory=dict)
     """Any other field of Megatron's `TransformerConfig`: `num_layers`, `hidden_size`, ..."""
 

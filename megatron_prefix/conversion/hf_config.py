@@ -13,9 +13,8 @@ from megatron_prefix.conversion.hf_deepseek import (
     latent_yarn_values,
     read_latent,
     read_latent_yarn,
-    read_sigmoid_experts,
-    sigmoid_expert_values,
 )
+from megatron_prefix.conversion.hf_experts import expert_values, read_experts
 from megatron_prefix.conversion.hf_folder import read_json
 from megatron_prefix.packages import needed_by
 
@@ -23,11 +22,13 @@ _CLASSES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "mistral": "MistralForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
 }
 _WINDOWS = {
     "qwen2": "by layer",
@@ -35,6 +36,7 @@ _WINDOWS = {
     "qwen3_moe": "all layers",
     "mixtral": "all layers",
     "mistral": "all layers",
+    "gpt_oss": "by layer",
 }
 """Families with sliding windows, and whether their layers differ in transformers."""
 _SAME_AS = {"kimi_k2": "deepseek_v3"}
@@ -43,15 +45,10 @@ _REASONS = {
     "deepseek_v2": "its routers choose by softmax in groups, and YaRN's factors differ",
     "deepseek_v32": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
     "glm_moe_dsa": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
-    "gpt_oss": (
-        "the run's configuration cannot say its experts' activation (a clamped swish, plus 1 on "
-        "the linear half) nor the biases of its router"
-    ),
     "minimax_m2": (
         "it normalizes queries and keys over all heads at once, and Megatron's GPTModel each head "
         "alone"
     ),
-    "qwen2_moe": "the gate of its shared expert is not converted yet",
     "mistral3": "it reads images too; convert a folder of its text model",
 }
 """Families that are known and cannot be converted, and why."""
@@ -61,6 +58,12 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+_UNQUANTIZE_MXFP4 = (
+    "let transformers write it as bfloat16 (AutoModelForCausalLM.from_pretrained(folder, "
+    "dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True))"
+    ".save_pretrained(other))"
+)
 
 _ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _ROPE_KEYS = {
@@ -117,10 +120,12 @@ def _family(folder: Path) -> str:
             f"{path}: model_type {name!r} is not supported{reason}; supported are "
             f"{', '.join((*FAMILIES, *_SAME_AS))}"
         )
-    if raw.get("quantization_config") is not None:
-        raise ConversionError(
-            f"{path}: the model is quantized (quantization_config); convert the unquantized one"
-        )
+    quantized = raw.get("quantization_config")
+    if quantized is not None:
+        instead = "convert the unquantized one"
+        if isinstance(quantized, dict) and quantized.get("quant_method") == "mxfp4":
+            instead = f"{_UNQUANTIZE_MXFP4}, and convert that folder"
+        raise ConversionError(f"{path}: the model is quantized (quantization_config); {instead}")
     return family
 
 
@@ -137,39 +142,16 @@ def _architecture(config: Any, family: str) -> Architecture:
     if value("is_causal", True) is not True:
         refuse("is_causal", "is not supported: every token would see those after it")
     attention_bias, mlp_bias = value("attention_bias", False), value("mlp_bias", False)
+    if family == "gpt_oss":
+        mlp_bias = True  # of its experts and routers, always
+    if family == "qwen2_moe" and value("use_sliding_window"):
+        refuse("use_sliding_window", "is not supported with qwen2_moe; set it to false")
     if attention_bias != mlp_bias and family != "glm4_moe":
         refuse(
             "attention_bias",
             f"with mlp_bias: {mlp_bias} is nothing that Megatron's GPTModel has; there the "
             "attention's output and the MLP have biases both or neither",
         )
-    moe: dict[str, Any] = {}
-    if family == "mixtral":
-        moe = {
-            "num_experts": value("num_local_experts"),
-            "expert_ffn_hidden_size": value("intermediate_size"),
-            "expert_layers": (True,) * config.num_hidden_layers,
-        }
-    elif family == "qwen3_moe":
-        dense, every = value("mlp_only_layers", []), value("decoder_sparse_step", 1)
-        moe = {
-            "num_experts": value("num_experts"),
-            "expert_ffn_hidden_size": value("moe_intermediate_size"),
-            "normalized_routing": value("norm_topk_prob", False),
-            "expert_layers": tuple(
-                i not in dense and (i + 1) % every == 0 for i in range(config.num_hidden_layers)
-            ),
-        }
-    elif family == "deepseek_v3":
-        moe = {"latent": read_latent(config), **read_sigmoid_experts(config)}
-    elif family == "glm4_moe":
-        moe = read_sigmoid_experts(config)
-    if family in ("qwen3_moe", "mixtral"):
-        moe["experts_per_token"] = value("num_experts_per_tok")
-        if moe["experts_per_token"] == 1 and moe.get("normalized_routing", True):
-            refuse("num_experts_per_tok", "with normalized weights makes the router constant")
-        if not any(moe["expert_layers"]):
-            refuse("decoder_sparse_step", "leaves no layer with experts")
     windows = _windows(config, family)
     return Architecture(
         # Without a window Mistral's models are Llama's.
@@ -184,12 +166,13 @@ def _architecture(config: Any, family: str) -> Architecture:
         max_length=config.max_position_embeddings,
         norm_epsilon=config.rms_norm_eps,
         tied_embeddings=bool(value("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2" or attention_bias,
+        qkv_bias=family == "qwen2" or attention_bias or value("qkv_bias", False),
         linear_bias=attention_bias and mlp_bias,
         qk_norm=family in ("qwen3", "qwen3_moe", "deepseek_v3") or value("use_qk_norm", False),
+        latent=read_latent(config) if family == "deepseek_v3" else None,
         **windows,
         **_rope(config, family),
-        **moe,
+        **read_experts(config, family),
     )
 
 
@@ -272,8 +255,9 @@ def _window_values(a: Architecture) -> dict[str, Any]:
         values["use_sliding_window"] = a.window is not None
     if _WINDOWS[a.family] == "by layer":
         windowed = a.windowed_layers or (False,) * a.num_layers
-        # Servers read the first layer with a window; transformers each layer's kind.
-        values["max_window_layers"] = windowed.index(True) if any(windowed) else a.num_layers
+        if a.family.startswith("qwen"):
+            # Servers read the first layer with a window; transformers each layer's kind.
+            values["max_window_layers"] = windowed.index(True) if any(windowed) else a.num_layers
         values["layer_types"] = [
             "sliding_attention" if window else "full_attention" for window in windowed
         ]
@@ -332,26 +316,16 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
     }
     if a.family == "llama":
         options.update(attention_bias=a.linear_bias, mlp_bias=a.linear_bias)
-    if a.family == "mixtral":
-        options.update(
-            num_local_experts=a.num_experts,
-            num_experts_per_tok=a.experts_per_token,
-        )
-    if a.family == "qwen3_moe":
-        options.update(
-            num_experts=a.num_experts,
-            num_experts_per_tok=a.experts_per_token,
-            moe_intermediate_size=a.expert_ffn_hidden_size,
-            norm_topk_prob=a.normalized_routing,
-            decoder_sparse_step=1,
-            mlp_only_layers=[i for i, experts in enumerate(a.expert_layers) if not experts],
-        )
+    options.update(expert_values(a))
+    if a.family == "qwen2_moe":
+        options.update(qkv_bias=a.qkv_bias, use_sliding_window=False)
     if a.family == "deepseek_v3":
-        options.update(latent_values(a), **sigmoid_expert_values(a))
+        options.update(latent_values(a))
+    if a.family == "gpt_oss":
+        options["attention_bias"] = a.qkv_bias
     if a.family == "glm4_moe":
         rope["partial_rotary_factor"] = a.rotary_fraction
         options.update(
-            sigmoid_expert_values(a),
             attention_bias=a.qkv_bias,
             use_qk_norm=a.qk_norm,
             partial_rotary_factor=a.rotary_fraction,

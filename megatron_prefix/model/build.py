@@ -20,6 +20,7 @@ from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layout import LatentShape, ModelShape, RecurrentShape
+from megatron_prefix.megatron.expert_biases import let_experts_add_biases
 from megatron_prefix.megatron.gated_delta_net import hybrid_block_spec, recurrent_layers
 from megatron_prefix.megatron.latent_attention import complete_local_spec
 from megatron_prefix.megatron.moe_layers import moe_layers
@@ -53,7 +54,7 @@ def build_gpt_model(
         spec = prefix_grouped(spec)
     elif config.multi_latent_attention:
         complete_local_spec(spec)
-    return GPTModel(
+    built = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
@@ -72,6 +73,8 @@ def build_gpt_model(
         rope_scaling_factor=model.rope_scaling_factor,
         vp_stage=vp_stage,
     )
+    let_experts_add_biases(built)
+    return built
 
 
 class HasVocabulary(Protocol):

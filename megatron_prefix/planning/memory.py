@@ -66,6 +66,8 @@ class MemoryModel:
     qk_norm: bool = False
     qkv_bias: bool = False
     linear_bias: bool = False
+    sinks: bool = False
+    shared_expert_gate: bool = False
     mlp_widths: int = 3
     """Tensors of the MLP's width f that are kept from its first product's output to its second
     one's input."""
@@ -103,11 +105,12 @@ class MemoryModel:
             dense = latent_parameters(s, s.latent, tensor=tp, whole_down=self.fused)
             normed = s.latent.query_rank + s.latent.rank
         dense += h * biases + 2 * norm * h + norm * normed * self.qk_norm
+        dense += s.num_attention_heads // tp * self.sinks
         first = 2 if s.gated_linear_unit else 1
         if not self.moe_layers[layer]:
             f = s.ffn_hidden_size // tp
             return dense + (first + 1) * f * h + (first * f + h) * biases, 0
-        dense += s.num_experts * h
+        dense += s.num_experts * (h + biases) + h * self.shared_expert_gate
         shared = s.moe_shared_expert_ffn_hidden_size // tp
         dense += (first + 1) * shared * h + (first * shared + h) * (biases and shared > 0)
         f = s.moe_ffn_hidden_size // ranks.expert_tensor
@@ -315,7 +318,8 @@ class MemoryModel:
         )
         shared = self.mlp_widths * s.moe_shared_expert_ffn_hidden_size // ranks.tensor * b
         routing = s.num_experts * (b + 1) + k * (2 * _INDEX + self.wide + b)
-        return experts + tokens * shared + tokens // ranks.sequence * routing
+        gated = s.hidden_size * b * self.shared_expert_gate
+        return experts + tokens * shared + tokens // ranks.sequence * (routing + gated)
 
     def _layer_backward(
         self, layer: int, tokens: int, labels: int, ranks: RankSizes, copies: int

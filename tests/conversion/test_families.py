@@ -13,7 +13,7 @@ from megatron_prefix.conversion.architecture import Architecture
 from megatron_prefix.conversion.hf_config import config_values, read_architecture
 from megatron_prefix.conversion.hf_folder import write_json
 from megatron_prefix.conversion.model_section import from_model_config, to_model_config
-from tests.conversion.models import CASES, SIZES, YARN
+from tests.conversion.models import CASES, GPT_OSS, QWEN2_MOE, SIZES, YARN
 
 DEEPSEEK, GLM, WINDOWS = "deepseek_v3, yarn", "glm4_moe", "qwen3, windows in some layers"
 
@@ -46,6 +46,10 @@ def _architecture(folder: Path, case: str, **changes: Any) -> Architecture:
         (DEEPSEEK, {"rope_parameters": {**YARN, "truncate": False}}, r"truncate: false"),
         (DEEPSEEK, {"rope_parameters": {**YARN, "attention_factor": 2.0}}, r"attention_factor"),
         (GLM, {"rope_parameters": YARN}, r"rope_type: 'yarn' is not supported with glm4_moe"),
+        (GPT_OSS, {"attention_bias": False}, r"attention_bias: False with mlp_bias: True"),
+        (GPT_OSS, {"swiglu_alpha": 1.5}, r"swiglu_alpha: 1.5 .* 1.702"),
+        (QWEN2_MOE, {"use_sliding_window": True}, r"use_sliding_window: True"),
+        (QWEN2_MOE, {"decoder_sparse_step": 4}, r"decoder_sparse_step: 4 leaves no layer"),
         (WINDOWS, {"layer_types": ["chunked_attention"] * 3}, r"layer_types"),
         ("qwen2", {"model_type": "minimax_m2"}, r"'minimax_m2' is not supported: .*all heads"),
     ],
@@ -67,6 +71,16 @@ def test_a_config_that_megatron_cannot_compute_is_refused(
         (DEEPSEEK, {"qk_layernorm": False}, r"qk_layernorm: false"),
         (DEEPSEEK, {"window_size": [3, 0]}, r"window_size .* deepseek_v3"),
         (GLM, {"add_bias_linear": True}, r"add_bias_linear: true .* glm4_moe"),
+        (GPT_OSS, {"softmax_type": "vanilla"}, r"softmax_type: learnable and .* which has both"),
+        (GPT_OSS, {"softmax_type": "off-by-one"}, r"softmax_type: 'off-by-one'"),
+        (GPT_OSS, {"glu_linear_offset": 0.0}, r"glu_linear_offset: 0.0"),
+        (GPT_OSS, {"activation_func_clamp_value": None}, r"clamp_value: None"),
+        (GPT_OSS, {"add_bias_linear": False}, r"add_bias_linear: false .* gpt_oss"),
+        (GPT_OSS, {"moe_layer_freq": [0, 1]}, r"a layer without experts"),
+        (GPT_OSS, {"qk_layernorm": True}, r"qk_layernorm: true .* gpt_oss"),
+        (QWEN2_MOE, {"moe_shared_expert_intermediate_size": None}, r"no shared expert"),
+        (QWEN2_MOE, {"qk_layernorm": True}, r"qk_layernorm: true .* qwen2_moe"),
+        ("llama, tied", {"softmax_type": "learnable"}, r"softmax_type: learnable"),
         ("mixtral", {"moe_shared_expert_intermediate_size": 24}, r"without .*sigmoid"),
         ("mistral, window", {"add_bias_linear": True}, r"add_bias_linear: true with window_size"),
     ],
