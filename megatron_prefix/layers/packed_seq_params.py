@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -13,31 +12,17 @@ from torch import Tensor
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.row_attention import AttentionSetup, CoreAttention, RowAttention
+from megatron_prefix.attention.row_recurrence import RowPaths, RowRecurrence
 from megatron_prefix.device_copy import copy_to_device, record_to_device
 from megatron_prefix.layout import (
     ContextShards,
     ModelRow,
     PackedLayout,
     RankRow,
-    Recurrence,
     own_values,
     rank_row,
 )
 from megatron_prefix.megatron.borrowed import OneRank
-
-
-class SampledStates(Protocol):
-    """The states of recurrent layers, of sequences that are being sampled."""
-
-    def convolve(self, layer_number: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `causal_convolution`."""
-        ...
-
-    def delta_rule(
-        self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
-    ) -> Tensor:
-        """See `gated_delta_rule`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +66,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """How the row is distributed over context-parallel ranks; None: all of it is here."""
     last_layer: PrefixPackedSeqParams | None = None
     """Params of the model's last layer, where it computes the output of some rows only."""
-    recurrence: Recurrence[Tensor] | None = None
+    recurrence: RowPaths | None = None
     """The paths of the tokens, for recurrent layers."""
-    sampled_states: SampledStates | None = None
-    """What runs recurrent layers instead, in rows of sequences that are being sampled."""
     routes: Tensor | None = None
     """[T, layers with experts, topk] int64: the experts that each token is sent to; [N, ...] in
     params of a trimmed last layer. None: the routers choose."""
@@ -181,6 +164,11 @@ class PrefixPackedSeqParams(PackedSeqParams):
             root=root,
             keeps_root=keeps_root,
         )
+        recurrence = None
+        if setup.recurrence_width is not None:
+            recurrence = RowRecurrence(
+                own=tensors.recurrence, whole_row=tensors.stages.whole_row, exchange=exchange
+            )
         params = cls(
             qkv_format="thd",
             cu_seqlens_q=tensors.stages.cu_seqlens_q,
@@ -192,7 +180,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             own_rows=row.rows,
             multiplicity=tensors.multiplicity,
             router_losses=router_losses,
-            recurrence=tensors.recurrence,
+            recurrence=recurrence,
             shards=row.shards,
         )
         last = tensors.last_stages

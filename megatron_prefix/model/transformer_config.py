@@ -18,6 +18,7 @@ from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
 from megatron_prefix.megatron.comm_type_list import repair_comm_type_list
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
+from megatron_prefix.megatron.recurrent_config import config_with_context_parallelism
 from megatron_prefix.megatron.releases import option, position_embedding_types, release
 from megatron_prefix.megatron.transformer_keys import faults_of_transformer
 
@@ -117,7 +118,7 @@ def transformer_config(
         if model.transformer.get("multi_latent_attention"):
             config = MLATransformerConfig(**options, **_latent_rotary(model))
         else:
-            config = TransformerConfig(**options)
+            config = config_with_context_parallelism(TransformerConfig, **options)
         if model.yarn is not None and not config.multi_latent_attention:
             # Megatron reads these off the config, but does not declare them.
             for name, value in dataclasses.asdict(model.yarn).items():

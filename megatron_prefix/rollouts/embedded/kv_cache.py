@@ -133,16 +133,15 @@ class KeyValueCache:
             max_seqlen: of the whole responses, so that one table of rotary embeddings does.
         """
         params = PrefixPackedSeqParams.from_layout(self._row.layout, self._setup)
-        states = None
-        if params.recurrence is not None:
-            last = self._row.last_positions
-            states = PrefillStates.of(self.states, params.recurrence, last)
+        recurrence = params.recurrence
+        if recurrence is not None:
+            recurrence = PrefillStates.of(self.states, recurrence, self._row.last_positions)
         return dataclasses.replace(
             params,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
             attention=_PrefillAttention(cache=self, row=params.attention),
-            sampled_states=states,
+            recurrence=recurrence,
         )
 
     def decode_params(
@@ -166,7 +165,7 @@ class KeyValueCache:
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
             attention=_DecodeAttention(cache=self, slot=slot),
-            sampled_states=DecodeStates(states=self.states),
+            recurrence=DecodeStates(states=self.states),
             position_ids=position_ids,
             own_rows=np.arange(len(position_ids)),
         )

@@ -23,6 +23,7 @@ from megatron_prefix.attention.delta_rule import (
     rule_and_states,
 )
 from megatron_prefix.attention.row_attention import attention_dtype, head_dim
+from megatron_prefix.attention.row_recurrence import LayerPaths, RowRecurrence
 from megatron_prefix.layout import Recurrence
 from megatron_prefix.megatron.gated_delta_net import recurrent_layers
 
@@ -70,7 +71,7 @@ class RecurrentStates:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PrefillStates:
-    """`SampledStates` of a row of prompts, behind whose last tokens they stay."""
+    """`RowPaths` of a row of prompts, behind whose last tokens the states stay."""
 
     states: RecurrentStates
     row: Recurrence[Tensor]
@@ -80,59 +81,82 @@ class PrefillStates:
     """[P] the number of the chunk that this token is in."""
 
     @classmethod
-    def of(
-        cls, states: RecurrentStates, row: Recurrence[Tensor], last: np.ndarray
-    ) -> PrefillStates:
-        """Fill `states` with those behind the tokens at `last`, [P]."""
+    def of(cls, states: RecurrentStates, paths: RowRecurrence, last: np.ndarray) -> PrefillStates:
+        """Fill `states` with those behind the tokens at `last`, [P], of a whole row."""
+        row = paths.own
+        assert row is not None
         on_device = torch.from_numpy(last).to(row.place.device)
         chunks = row.place[on_device].cpu().numpy() // row.chunks.shape[1]
         return cls(states=states, row=row, last=on_device, last_chunks=chunks)
 
-    def convolve(self, layer_number: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The row's convolution, as in training."""
-        with_zeros = torch.cat((x, x.new_zeros(1, x.shape[1])))
-        inputs = with_zeros[self.row.inputs[self.last, 1:]]
-        self.states.layers[layer_number] = _LayerStates(inputs=inputs)
-        return causal_convolution(x, weight, bias, self.row)
+    def of_layer(self, number: int, *, by_heads: bool) -> LayerPaths:
+        """See `RowPaths`; the row is whole, so no heads are exchanged."""
+        return _PrefillLayer(number=number, prefill=self)
 
-    def delta_rule(
-        self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
-    ) -> Tensor:
-        """The row's outputs, as in training."""
-        layer = self.states.layers[layer_number]
-        if not len(self.last):
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _PrefillLayer:
+    """`LayerPaths` of a row of prompts."""
+
+    number: int
+    prefill: PrefillStates
+    whole_row: None = None
+    exchange: None = None
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """As in training."""
+        row, last = self.prefill.row, self.prefill.last
+        with_zeros = torch.cat((x, x.new_zeros(1, x.shape[1])))
+        layer = _LayerStates(inputs=with_zeros[row.inputs[last, 1:]])
+        self.prefill.states.layers[self.number] = layer
+        return causal_convolution(x, weight, bias, row)
+
+    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        """As in training."""
+        layer, last_chunks = self.prefill.states.layers[self.number], self.prefill.last_chunks
+        if not len(last_chunks):
             wide = torch.promote_types(v.dtype, torch.float32)
             layer.state = v.new_zeros(0, *k.shape[1:], v.shape[-1], dtype=wide)
             return torch.zeros_like(v)
-        out, layer.state = rule_and_states(q, k, v, g, beta, self.row, behind=self.last_chunks)
+        row = self.prefill.row
+        out, layer.state = rule_and_states(q, k, v, g, beta, row, behind=last_chunks)
         return out
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecodeStates:
-    """`SampledStates` of one token of each response, and padding behind them."""
+    """`RowPaths` of one token of each response, and padding behind them."""
 
     states: RecurrentStates
 
-    def convolve(self, layer_number: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def of_layer(self, number: int, *, by_heads: bool) -> LayerPaths:
+        """See `RowPaths`."""
+        return _DecodeLayer(layer=self.states.layers[number])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _DecodeLayer:
+    """`LayerPaths` of one token of each response."""
+
+    layer: _LayerStates
+    whole_row: None = None
+    exchange: None = None
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution of each response's last inputs; without meaning for padding."""
-        layer = self.states.layers[layer_number]
-        n = len(layer.inputs)
-        window = torch.cat((layer.inputs, x[:n, None]), dim=1)
-        layer.inputs = window[:, 1:]
+        n = len(self.layer.inputs)
+        window = torch.cat((self.layer.inputs, x[:n, None]), dim=1)
+        self.layer.inputs = window[:, 1:]
         out = torch.zeros_like(x)
         out[:n] = sum(window[:, i] * weight[:, i] for i in range(weight.shape[1]))
         return out if bias is None else out + bias
 
-    def delta_rule(
-        self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
-    ) -> Tensor:
+    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         """One step of each response; 0 for padding."""
-        state = self.states.layers[layer_number].state
+        state = self.layer.state
         assert state is not None
-        n = len(state)
         out = torch.zeros_like(v)
-        if n:
+        if n := len(state):
             out[:n] = delta_rule_step(*(x[:n] for x in (q, k, v, g, beta)), state)
         return out
 
