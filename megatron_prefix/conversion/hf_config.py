@@ -16,6 +16,12 @@ from megatron_prefix.conversion.hf_deepseek import (
 )
 from megatron_prefix.conversion.hf_experts import expert_values, read_experts
 from megatron_prefix.conversion.hf_folder import read_json
+from megatron_prefix.conversion.hf_qwen3_next import (
+    MROPE_KEYS,
+    WITH_DELTA_NETS,
+    delta_net_values,
+    read_delta_nets,
+)
 from megatron_prefix.packages import needed_by
 
 _CLASSES = {
@@ -29,6 +35,9 @@ _CLASSES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
 }
 _WINDOWS = {
     "qwen2": "by layer",
@@ -39,6 +48,8 @@ _WINDOWS = {
     "gpt_oss": "by layer",
 }
 """Families with sliding windows, and whether their layers differ in transformers."""
+_QK_NORM = ("qwen3", "qwen3_moe", "deepseek_v3", *WITH_DELTA_NETS)
+"""Families whose queries and keys are normalized, whatever their config says."""
 _SAME_AS = {"kimi_k2": "deepseek_v3"}
 """Families that are another one under a name of their own."""
 _REASONS = {
@@ -49,7 +60,10 @@ _REASONS = {
         "it normalizes queries and keys over all heads at once, and Megatron's GPTModel each head "
         "alone"
     ),
-    "mistral3": "it reads images too; convert a folder of its text model",
+    **dict.fromkeys(
+        ("mistral3", "qwen3_5", "qwen3_5_moe"),
+        "it reads images too; convert a folder of its text model",
+    ),
 }
 """Families that are known and cannot be converted, and why."""
 # Numbers of Llama 3's scaling that Megatron's GPTModel has no option for.
@@ -75,7 +89,12 @@ _ROPE_KEYS = {
     ),
 }
 """What each kind of rotary embedding is made of here; a key beside would be lost."""
-_WITHOUT = {("deepseek_v3", "llama3"), ("glm4_moe", "llama3"), ("glm4_moe", "yarn")}
+_PART_TURNED = ("glm4_moe", *WITH_DELTA_NETS)
+"""Families whose heads are turned in part."""
+_WITHOUT = {
+    ("deepseek_v3", "llama3"),
+    *((family, kind) for family in _PART_TURNED for kind in ("llama3", "yarn")),
+}
 """Families, and the kinds that Megatron or this conversion does not have for them."""
 
 
@@ -161,18 +180,19 @@ def _architecture(config: Any, family: str) -> Architecture:
         num_attention_heads=config.num_attention_heads,
         num_query_groups=value("num_key_value_heads", config.num_attention_heads),
         head_dim=value("head_dim", config.hidden_size // config.num_attention_heads),
-        ffn_hidden_size=config.intermediate_size,
+        ffn_hidden_size=value("intermediate_size", value("moe_intermediate_size")),
         vocab_size=config.vocab_size,
         max_length=config.max_position_embeddings,
         norm_epsilon=config.rms_norm_eps,
         tied_embeddings=bool(value("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or attention_bias or value("qkv_bias", False),
         linear_bias=attention_bias and mlp_bias,
-        qk_norm=family in ("qwen3", "qwen3_moe", "deepseek_v3") or value("use_qk_norm", False),
+        qk_norm=family in _QK_NORM or value("use_qk_norm", False),
         latent=read_latent(config) if family == "deepseek_v3" else None,
         **windows,
         **_rope(config, family),
         **read_experts(config, family),
+        **read_delta_nets(config, family),
     )
 
 
@@ -204,7 +224,7 @@ def _rope(config: Any, family: str) -> dict[str, Any]:
     if theta != int(theta):
         raise ConversionError(f"rope_theta: {theta} is no whole number, as Megatron takes it")
     fraction = rope.get("partial_rotary_factor", 1.0)
-    if fraction != 1.0 and family != "glm4_moe":
+    if fraction != 1.0 and family not in _PART_TURNED:
         raise ConversionError(f"partial_rotary_factor: {fraction} is not supported")
     found: dict[str, Any] = {"rotary_base": int(theta), "rotary_fraction": fraction}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -215,6 +235,8 @@ def _rope(config: Any, family: str) -> dict[str, Any]:
         )
     latent = family == "deepseek_v3"
     known = (*_ROPE_KEYS[kind], *(("mscale", "mscale_all_dim") if latent else ()))
+    if family.startswith("qwen3_5"):
+        known += MROPE_KEYS
     for name, number in rope.items():
         if name not in known and number is not None:
             raise ConversionError(
@@ -316,20 +338,17 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
     }
     if a.family == "llama":
         options.update(attention_bias=a.linear_bias, mlp_bias=a.linear_bias)
-    options.update(expert_values(a))
+    options.update(expert_values(a), **delta_net_values(a))
     if a.family == "qwen2_moe":
         options.update(qkv_bias=a.qkv_bias, use_sliding_window=False)
     if a.family == "deepseek_v3":
         options.update(latent_values(a))
     if a.family == "gpt_oss":
         options["attention_bias"] = a.qkv_bias
+    if a.family in _PART_TURNED:
+        rope["partial_rotary_factor"] = options["partial_rotary_factor"] = a.rotary_fraction
     if a.family == "glm4_moe":
-        rope["partial_rotary_factor"] = a.rotary_fraction
-        options.update(
-            attention_bias=a.qkv_bias,
-            use_qk_norm=a.qk_norm,
-            partial_rotary_factor=a.rotary_fraction,
-        )
+        options.update(attention_bias=a.qkv_bias, use_qk_norm=a.qk_norm)
     if a.family in _WINDOWS:
         options.update(_window_values(a))
     # transformers takes the fraction from `rope_parameters`, servers from a key of its own.

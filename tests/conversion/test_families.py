@@ -51,6 +51,7 @@ def _architecture(folder: Path, case: str, **changes: Any) -> Architecture:
         (QWEN2_MOE, {"use_sliding_window": True}, r"use_sliding_window: True"),
         (QWEN2_MOE, {"decoder_sparse_step": 4}, r"decoder_sparse_step: 4 leaves no layer"),
         (WINDOWS, {"layer_types": ["chunked_attention"] * 3}, r"layer_types"),
+        ("qwen2", {"model_type": "qwen3_5_moe"}, r"'qwen3_5_moe' is not supported: .*images too"),
         ("qwen2", {"model_type": "minimax_m2"}, r"'minimax_m2' is not supported: .*all heads"),
     ],
 )

@@ -12,7 +12,6 @@ import torch
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
-from megatron_prefix.megatron.gated_delta_net import GatedDeltaNet
 from megatron_prefix.model.build import ModelChunks, build_model_chunks
 from megatron_prefix.model.full_tensors import (
     FullTensors,
@@ -67,23 +66,12 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
-HYBRID: dict[str, Any] = {
-    "num_layers": 4,
-    "experimental_attention_variant": "gated_delta_net",
-    "linear_attention_freq": [1, 1, 0, 1],
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 6,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
-if GatedDeltaNet is not None:
+DELTA_NETS = {**HYBRID, "num_layers": 4, "linear_attention_freq": [1, 1, 0, 1]}
+if HAS_GATED_DELTA_NET:
     MODELS["gated delta nets, experts"] = {
-        "transformer": {**HYBRID, "num_moe_experts": 4, "moe_router_topk": 2}
+        "transformer": {**DELTA_NETS, "num_moe_experts": 4, "moe_router_topk": 2}
     }
-    MODELS["gated delta nets alone"] = {
-        "transformer": {**HYBRID, "num_layers": 2, "linear_attention_freq": [1, 1]}
-    }
+    MODELS["gated delta nets alone"] = {"transformer": {**HYBRID, "linear_attention_freq": [1, 1]}}
 
 # One-token prompts, prompts of equal length, and in any order.
 LENGTHS = [7, 1, 12, 7, 3]
@@ -130,10 +118,10 @@ def test_greedy_responses_are_those_of_naive_decoding(name):
 
 @pytest.mark.parametrize(
     ("common", "hybrid"),
-    [(0, False), (20, False)] + [(20, True)] * (GatedDeltaNet is not None),
+    [(0, False), (20, False)] + [(20, True)] * (HAS_GATED_DELTA_NET),
 )
 def test_log_probabilities_are_those_of_whole_forward_passes(common, hybrid):
-    config = model_config(**PADDED_VOCABULARY, transformer=HYBRID if hybrid else {})
+    config = model_config(**PADDED_VOCABULARY, transformer=DELTA_NETS if hybrid else {})
     chunks = sampling_model(config)
     prompts = random_prompts([common + length for length in LENGTHS], common=common)
     if common:
@@ -209,9 +197,9 @@ def test_batches_change_no_response():
     assert sampler(chunks).sample(prompts[:2], **options) == whole[:2]
 
 
-@pytest.mark.skipif(GatedDeltaNet is None, reason="megatron-core 0.14 and 0.15 have none")
+@pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core before 0.16")
 def test_recurrent_states_count_as_the_tokens_that_take_as_much_memory():
-    chunks = sampling_model(model_config(**PADDED_VOCABULARY, transformer=HYBRID))
+    chunks = sampling_model(model_config(**PADDED_VOCABULARY, transformer=DELTA_NETS))
     options = SamplingOptions(max_response_length=3)
     cache = KeyValueCache(
         prompt_row([[1, 2, 3], [4]]),
@@ -314,7 +302,7 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
 HYBRID_LAYOUTS = {
     f"gated delta nets, {name}": LAYOUTS[name]
     for name in ("tp2", "pp2, vpp2")
-    if GatedDeltaNet is not None
+    if HAS_GATED_DELTA_NET
 }
 SAMPLING = {
     "num_responses": 3,
@@ -352,7 +340,7 @@ def _sample_in_layouts(
 @pytest.mark.parametrize(
     ("world_size", "layouts"),
     [
-        (2, [(DENSE, LAYOUTS), (EXPERTS, EXPERT_LAYOUTS), (HYBRID, HYBRID_LAYOUTS)]),
+        (2, [(DENSE, LAYOUTS), (EXPERTS, EXPERT_LAYOUTS), (DELTA_NETS, HYBRID_LAYOUTS)]),
         (4, [(DENSE, {"tp2, pp2, vpp2": {**LAYOUTS["tp2"], **LAYOUTS["pp2, vpp2"]}})]),
     ],
     ids=["two ranks", "four ranks"],
@@ -378,15 +366,6 @@ def test_every_layout_gives_the_responses_of_one_process(world_size, layouts):
 @pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14, which refuses both by itself")
 @pytest.mark.parametrize("option", [{"window_size": [4, 0]}, {"softmax_type": "learnable"}])
 def test_a_model_with_windows_or_sinks_is_refused(option: dict[str, Any]) -> None:
-    _assert_refused(option)
-
-
-@pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core before 0.16")
-def test_a_model_with_recurrent_layers_is_refused() -> None:
-    _assert_refused(HYBRID)
-
-
-def _assert_refused(option: dict[str, Any]) -> None:
-    name = next(iter(option))
+    (name,) = option
     with pytest.raises(ValueError, match=f"^{name}=.* the embedded engine cannot sample from"):
         sampler(sampling_model(model_config(option)))
