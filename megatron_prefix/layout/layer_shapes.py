@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CHUNK_TOKENS = 64
-"""Of a chunk of a recurrent layer, at most; see `layout.recurrence`."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class LatentShape:
@@ -35,6 +32,8 @@ class RecurrentShape:
     """Size of a value's head."""
     width: int
     """Inputs that the convolution reads."""
+    chunk_tokens: int
+    """That are computed together, at most."""
 
     @property
     def keys(self) -> int:
@@ -59,5 +58,6 @@ class RecurrentShape:
     def rule_flops_per_token(self) -> int:
         """Matrix products of the delta rule for one token, in whole chunks."""
         k, v = self.key_channels, self.value_channels
-        within = CHUNK_TOKENS * (5 * k + 3 * v)  # two products of keys, a solution, one of values
-        return self.num_value_heads * (within + 6 * k * v)  # and three with a state
+        # Two products of keys, a triangular solution and a product of values; three with a state.
+        within = self.chunk_tokens * (5 * k + 3 * v)
+        return self.num_value_heads * (within + 6 * k * v)

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_prefix.layout.layer_shapes import CHUNK_TOKENS
 from megatron_prefix.layout.packing import PackedLayout
 from megatron_prefix.layout.sharding import ContextShards
 from megatron_prefix.layout.shared_states import PlacedStates, placed_states, segment_of
@@ -46,6 +45,9 @@ class _Run:
     begin: int = -1
     """State from a piece that it begins with, among those of the rank; -1: none."""
     is_piece: bool = False
+
+CHUNK_TOKENS = 64
+"""Of a chunk, at most."""
 
 
 def recurrence(layout: PackedLayout, *, width: int) -> Recurrence[np.ndarray]:

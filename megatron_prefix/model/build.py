@@ -20,6 +20,7 @@ from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layout import LatentShape, ModelShape, RecurrentShape
+from megatron_prefix.layout.recurrence import CHUNK_TOKENS
 from megatron_prefix.megatron.expert_biases import let_experts_add_biases
 from megatron_prefix.megatron.gated_delta_net import hybrid_block_spec, recurrent_layers
 from megatron_prefix.megatron.latent_attention import complete_local_spec
@@ -135,6 +136,7 @@ def _recurrent_shape(config: TransformerConfig) -> RecurrentShape:
         key_channels=config.linear_key_head_dim,
         value_channels=config.linear_value_head_dim,
         width=config.linear_conv_kernel_dim,
+        chunk_tokens=CHUNK_TOKENS,
     )
 
 

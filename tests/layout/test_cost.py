@@ -242,7 +242,7 @@ def test_sequences_one_by_one_have_windows_too():
 
 
 RECURRENT = RecurrentShape(
-    num_key_heads=2, num_value_heads=4, key_channels=3, value_channels=5, width=4
+    num_key_heads=2, num_value_heads=4, key_channels=3, value_channels=5, width=4, chunk_tokens=64
 )
 
 

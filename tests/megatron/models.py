@@ -16,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_prefix.attention.kernels import select_kernel
-from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.attention.row_attention import AttentionSetup, recurrence_width
 from megatron_prefix.attention.windows import model_window
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.distributed.runtime import runtime
@@ -126,7 +126,11 @@ def packed_logits(
 
     These then come from a last layer that computes no other rows than it must.
     """
-    setup = dataclasses.replace(ON_CPU, window=model_window(model.config))
+    setup = dataclasses.replace(
+        ON_CPU,
+        window=model_window(model.config),
+        recurrence_width=recurrence_width(model.config),
+    )
     params = PrefixPackedSeqParams.from_layout(layout, setup, needed=needed)
     logits = model(
         torch.from_numpy(layout.input_ids)[None],
