@@ -27,6 +27,7 @@ FAMILIES = (
     "qwen3_next",
     "qwen3_5_text",
     "qwen3_5_moe_text",
+    "minimax_m2",
 )
 """Hugging Face's model_type of each family."""
 
@@ -105,6 +106,8 @@ class Architecture:
     linear_bias: bool
     """Biases of the attention's output, of the MLP, and of routers."""
     qk_norm: bool
+    qk_norm_all_heads: bool = False
+    """It takes all heads of a token at once, and not each head alone."""
     rotary_base: int
     rotary_fraction: float = 1.0
     """Of each head's dimensions that are turned."""

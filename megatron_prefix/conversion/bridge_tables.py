@@ -18,6 +18,7 @@ _LAYER = "model.layers.{layer_number}."
 _REGISTERED_AS = {
     "mistral": "llama",
     "gpt_oss": "mixtral",
+    "minimax_m2": "mixtral",
     **dict.fromkeys(WITH_DELTA_NETS, "qwen3_moe"),
 }
 """Families that mbridge has no name for, and one whose tensors of attention are the same."""
@@ -33,6 +34,12 @@ _MLP_OF = {
     },
 }
 """Names of the tensors of MLPs, where mbridge does not have them."""
+_ALSO_OF = {
+    "minimax_m2": {
+        "mlp.router.expert_bias": [f"{_LAYER}block_sparse_moe.e_score_correction_bias"],
+    },
+}
+"""Further ones."""
 # mbridge knows these norms by Transformer Engine's names alone.
 _LATENT_NORMS = {
     "self_attention.q_layernorm.weight": [f"{_LAYER}self_attn.q_a_layernorm.weight"],
@@ -62,6 +69,7 @@ def bridge_of(a: Architecture) -> Any:
         _MLP_MAPPING: ClassVar[Any] = {
             **_MLP_OF.get(a.family, registered._MLP_MAPPING),
             **LLMBridge._MLP_MAPPING,
+            **_ALSO_OF.get(a.family, {}),
             "mlp.linear_fc1.bias": [
                 f"{_LAYER}mlp.gate_proj.bias",
                 f"{_LAYER}mlp.up_proj.bias",

@@ -15,6 +15,7 @@ _MADE_BY = {
     **dict.fromkeys(
         ("qwen3_next", "qwen3_5_text"), "experimental_attention_variant: gated_delta_net"
     ),
+    "minimax_m2": "qk_norm_all_heads: true and its experts",
     "qwen2_moe": "moe_shared_expert_gate: true and its experts",
 }
 """What makes a model one of a family that is known by its options."""
@@ -29,12 +30,15 @@ def family_of(
     sigmoid: bool,
     window: bool,
     sinks: bool,
+    qk_norm_all_heads: bool,
     shared_expert_gate: bool,
     delta_nets: bool,
 ) -> str:
     """Hugging Face's model_type of a model that has these."""
     if sinks:
         return "gpt_oss"
+    if qk_norm_all_heads:
+        return "minimax_m2"
     if latent:
         return "deepseek_v3"
     if sigmoid:
@@ -55,7 +59,8 @@ def family_of(
 
 def refuse_mixture(a: Architecture) -> None:
     """Combinations of options that no family has."""
-    if a.rotary_fraction != 1.0 and a.family != "glm4_moe" and a.linear is None:
+    partly_turned = a.linear is not None or a.family in ("glm4_moe", "minimax_m2")
+    if a.rotary_fraction != 1.0 and not partly_turned:
         refuse_unless(("model.rotary_percent", a.rotary_fraction, (1.0,)))
     if (a.gate_limit is not None) != (a.family == "gpt_oss"):
         raise ConversionError(
@@ -73,6 +78,9 @@ def refuse_mixture(a: Architecture) -> None:
         return
     if a.family == "glm4_moe":
         _refuse_mixture_of_sigmoid_experts(a)
+        return
+    if a.family == "minimax_m2":
+        _refuse_mixture_of_minimax(a)
         return
     if a.family == "qwen2_moe":
         _refuse_mixture_of_qwen2_experts(a)
@@ -109,6 +117,20 @@ def _refuse_mixture_of_gpt_oss(a: Architecture) -> None:
     _refuse_if(a, a.routing is not None, "moe_router_score_function: sigmoid")
     _refuse_if(a, not a.normalized_routing, "moe_router_pre_softmax: true")
     _refuse_if(a, a.shared_expert_ffn_hidden_size is not None, "a shared expert")
+
+
+def _refuse_mixture_of_minimax(a: Architecture) -> None:
+    """What MiniMax-M2 has not."""
+    _refuse_if(a, a.num_experts is None or a.mixed_layers, "a layer without experts")
+    _refuse_if(a, a.routing is None, "moe_router_score_function other than sigmoid")
+    if a.routing is not None:
+        _refuse_if(a, a.routing.num_groups is not None, "moe_router_num_groups")
+        _refuse_if(a, a.routing.scaling != 1.0, "moe_router_topk_scaling_factor")
+    _refuse_if(a, a.qkv_bias, "add_qkv_bias or add_bias_linear: true")
+    _refuse_if(a, a.window is not None, "window_size")
+    _refuse_if(a, a.shared_expert_ffn_hidden_size is not None, "a shared expert")
+    scaled = a.yarn is not None or a.llama3_rope_factor is not None
+    _refuse_if(a, scaled, "scaled rotary frequencies")
 
 
 def _refuse_mixture_of_qwen2_experts(a: Architecture) -> None:

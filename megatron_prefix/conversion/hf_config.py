@@ -38,6 +38,7 @@ _CLASSES = {
     "qwen3_next": "Qwen3NextForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
 }
 _WINDOWS = {
     "qwen2": "by layer",
@@ -48,18 +49,22 @@ _WINDOWS = {
     "gpt_oss": "by layer",
 }
 """Families with sliding windows, and whether their layers differ in transformers."""
-_QK_NORM = ("qwen3", "qwen3_moe", "deepseek_v3", *WITH_DELTA_NETS)
-"""Families whose queries and keys are normalized, whatever their config says."""
-_SAME_AS = {"kimi_k2": "deepseek_v3"}
+_QK_NORM = ("qwen3", "qwen3_moe", "deepseek_v3", "minimax_m2", *WITH_DELTA_NETS)
+"""Families that norm queries and keys always."""
+SAME_AS = {"kimi_k2": "deepseek_v3"}
 """Families that are another one under a name of their own."""
-_REASONS = {
+REFUSED = {
     "deepseek_v2": "its routers choose by softmax in groups, and YaRN's factors differ",
     "deepseek_v32": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
+    "gemma3": "it reads images too; and see gemma3_text",
+    "gemma3_text": "its norms, its scaled embeddings and its two rotary bases are not converted",
+    "glm4_moe_lite": "its latent attention and routers are not compared with deepseek_v3's yet",
     "glm_moe_dsa": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
-    "minimax_m2": (
-        "it normalizes queries and keys over all heads at once, and Megatron's GPTModel each head "
-        "alone"
-    ),
+    "llama4": "its attention in chunks and its routers are not converted",
+    "nemotron_h": "its state-space layers (Mamba) have no shared prefixes yet",
+    "qwen2_5_vl": "it reads images too, which runs do not yet",
+    "qwen3_vl": "it reads images too, which runs do not yet",
+    "qwen3_vl_moe": "it reads images too, which runs do not yet",
     **dict.fromkeys(
         ("mistral3", "qwen3_5", "qwen3_5_moe"),
         "it reads images too; convert a folder of its text model",
@@ -79,6 +84,8 @@ _UNQUANTIZE_MXFP4 = (
     ".save_pretrained(other))"
 )
 
+_PARTLY_TURNED = ("glm4_moe", "minimax_m2", *WITH_DELTA_NETS)
+"""Families whose heads are turned in a part of their dimensions."""
 _ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _ROPE_KEYS = {
     "default": (*_ROPE, "factor", "original_max_position_embeddings"),
@@ -89,11 +96,9 @@ _ROPE_KEYS = {
     ),
 }
 """What each kind of rotary embedding is made of here; a key beside would be lost."""
-_PART_TURNED = ("glm4_moe", *WITH_DELTA_NETS)
-"""Families whose heads are turned in part."""
 _WITHOUT = {
     ("deepseek_v3", "llama3"),
-    *((family, kind) for family in _PART_TURNED for kind in ("llama3", "yarn")),
+    *((family, kind) for family in _PARTLY_TURNED for kind in ("llama3", "yarn")),
 }
 """Families, and the kinds that Megatron or this conversion does not have for them."""
 
@@ -132,12 +137,12 @@ def _family(folder: Path) -> str:
     path = folder / "config.json"
     raw = read_json(path)
     name = raw.get("model_type")
-    family = _SAME_AS.get(name, name)
+    family = SAME_AS.get(name, name)
     if family not in FAMILIES:
-        reason = f": {_REASONS[name]}" if name in _REASONS else ""
+        reason = f": {REFUSED[name]}" if name in REFUSED else ""
         raise ConversionError(
             f"{path}: model_type {name!r} is not supported{reason}; supported are "
-            f"{', '.join((*FAMILIES, *_SAME_AS))}"
+            f"{', '.join((*FAMILIES, *SAME_AS))}"
         )
     quantized = raw.get("quantization_config")
     if quantized is not None:
@@ -163,6 +168,12 @@ def _architecture(config: Any, family: str) -> Architecture:
     attention_bias, mlp_bias = value("attention_bias", False), value("mlp_bias", False)
     if family == "gpt_oss":
         mlp_bias = True  # of its experts and routers, always
+    if family == "minimax_m2":
+        for name, of in (("use_qk_norm", True), ("qk_norm_type", "per_layer")):
+            if value(name, of) != of:
+                refuse(name, f"is not supported; transformers and this conversion have {of!r}")
+        if any(kind != 1 for kind in value("attn_type_list", [])):
+            refuse("attn_type_list", "has layers without full attention, which are not supported")
     if family == "qwen2_moe" and value("use_sliding_window"):
         refuse("use_sliding_window", "is not supported with qwen2_moe; set it to false")
     if attention_bias != mlp_bias and family != "glm4_moe":
@@ -188,6 +199,7 @@ def _architecture(config: Any, family: str) -> Architecture:
         qkv_bias=family == "qwen2" or attention_bias or value("qkv_bias", False),
         linear_bias=attention_bias and mlp_bias,
         qk_norm=family in _QK_NORM or value("use_qk_norm", False),
+        qk_norm_all_heads=family == "minimax_m2",
         latent=read_latent(config) if family == "deepseek_v3" else None,
         **windows,
         **_rope(config, family),
@@ -224,7 +236,7 @@ def _rope(config: Any, family: str) -> dict[str, Any]:
     if theta != int(theta):
         raise ConversionError(f"rope_theta: {theta} is no whole number, as Megatron takes it")
     fraction = rope.get("partial_rotary_factor", 1.0)
-    if fraction != 1.0 and family not in _PART_TURNED:
+    if fraction != 1.0 and family not in _PARTLY_TURNED:
         raise ConversionError(f"partial_rotary_factor: {fraction} is not supported")
     found: dict[str, Any] = {"rotary_base": int(theta), "rotary_fraction": fraction}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -345,10 +357,14 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
         options.update(latent_values(a))
     if a.family == "gpt_oss":
         options["attention_bias"] = a.qkv_bias
-    if a.family in _PART_TURNED:
+    if a.family in _PARTLY_TURNED:
         rope["partial_rotary_factor"] = options["partial_rotary_factor"] = a.rotary_fraction
+    if a.family in ("glm4_moe", "minimax_m2"):
+        options["use_qk_norm"] = a.qk_norm
     if a.family == "glm4_moe":
-        options.update(attention_bias=a.qkv_bias, use_qk_norm=a.qk_norm)
+        options["attention_bias"] = a.qkv_bias
+    if a.family == "minimax_m2":
+        options.update(qk_norm_type="per_layer", rotary_dim=int(a.head_dim * a.rotary_fraction))
     if a.family in _WINDOWS:
         options.update(_window_values(a))
     # transformers takes the fraction from `rope_parameters`, servers from a key of its own.

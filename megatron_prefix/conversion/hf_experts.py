@@ -63,7 +63,11 @@ def _read_qwen(config: Any, family: str) -> dict[str, Any]:
 
 
 def _read_minimax_routing(config: Any) -> SigmoidRouting:
-    for name, of in (("scoring_func", "sigmoid"), ("use_routing_bias", True)):
+    for name, of in (
+        ("scoring_func", "sigmoid"),
+        ("use_routing_bias", True),
+        ("shared_intermediate_size", 0),
+    ):
         if getattr(config, name, of) != of:
             raise ConversionError(
                 f"{name}: {getattr(config, name)!r} is not supported; transformers and this "

@@ -23,7 +23,7 @@ from megatron_prefix.conversion.architecture import Architecture
 from megatron_prefix.conversion.bridge_tables import bridge_of
 
 Shape = tuple[int, ...]
-BIAS_OF_ROUTER = "mlp.gate.e_score_correction_bias"
+BIAS_OF_ROUTER = ".e_score_correction_bias"
 """End of the name of a tensor that stays in float32, whatever the type of the weights."""
 
 
@@ -137,8 +137,9 @@ class Mapping:
         if a.qkv_bias:
             yield of("self_attention.linear_qkv.bias", [(n,) for n in rows])
         if a.qk_norm:
-            yield of("self_attention.q_layernorm.weight", [(a.head_dim,)])
-            yield of("self_attention.k_layernorm.weight", [(a.head_dim,)])
+            sizes = (queries, keys) if a.qk_norm_all_heads else (a.head_dim, a.head_dim)
+            yield of("self_attention.q_layernorm.weight", [(sizes[0],)])
+            yield of("self_attention.k_layernorm.weight", [(sizes[1],)])
         yield of("self_attention.linear_proj.weight", [(a.hidden_size, queries)])
         if a.linear_bias:
             yield of("self_attention.linear_proj.bias", [(a.hidden_size,)])

@@ -84,6 +84,7 @@ def to_model_config(architecture: Architecture) -> ModelConfig:
         rope_scaling_factor=a.llama3_rope_factor or 8.0,
         yarn=a.yarn,
         share_embeddings_and_output_weights=a.tied_embeddings,
+        qk_norm_all_heads=a.qk_norm_all_heads,
         activation="silu" if a.gate_limit is None else "quick_gelu",
         transformer=transformer,
     )
@@ -230,6 +231,7 @@ def from_model_config(model: ModelConfig) -> Architecture:
         sigmoid="routing" in experts,
         window=bool(windows),
         sinks=sinks,
+        qk_norm_all_heads=model.qk_norm_all_heads,
         shared_expert_gate=experts.get("shared_expert_gate", False),
         delta_nets=bool(delta_nets),
     )
@@ -252,6 +254,7 @@ def from_model_config(model: ModelConfig) -> Architecture:
         qkv_bias=qkv_bias,
         linear_bias=linear_bias,
         qk_norm=qk_norm,
+        qk_norm_all_heads=model.qk_norm_all_heads,
         rotary_base=model.rotary_base,
         rotary_fraction=model.rotary_percent,
         llama3_rope_factor=model.rope_scaling_factor if model.rope_scaling else None,

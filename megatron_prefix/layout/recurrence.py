@@ -46,6 +46,7 @@ class _Run:
     """State from a piece that it begins with, among those of the rank; -1: none."""
     is_piece: bool = False
 
+
 CHUNK_TOKENS = 64
 """Of a chunk, at most."""
 

@@ -64,6 +64,7 @@ class MemoryModel:
     """Rotated channels of a head; 0 without rotary embedding."""
     rms_norm: bool = True
     qk_norm: bool = False
+    qk_norm_all_heads: bool = False
     qkv_bias: bool = False
     linear_bias: bool = False
     sinks: bool = False
@@ -100,7 +101,7 @@ class MemoryModel:
         if s.latent is None:
             dense = (q + 2 * kv) // tp * h + q // tp * h
             dense += (q + 2 * kv) // tp * (self.qkv_bias or biases)
-            normed = 2 * s.kv_channels
+            normed = q + kv if self.qk_norm_all_heads else 2 * s.kv_channels
         else:
             dense = latent_parameters(s, s.latent, tensor=tp, whole_down=self.fused)
             normed = s.latent.query_rank + s.latent.rank
@@ -369,11 +370,15 @@ class MemoryModel:
         return self.fused or not self.rms_norm or self.element == self.wide
 
     def _head_norm(self, width: int, *, copied: bool) -> int:
-        """Bytes per token that a norm over each head of a width keeps, beside its output.
+        """Bytes per token that a norm over heads of a width keeps, beside its output.
 
         `copied`: its input is nothing else's (the queries of a group are gathered from between the
         keys).
         """
+        if self.qk_norm_all_heads:
+            same = self.element == self.wide
+            own = copied * width * self.element if same else width * self.wide
+            return own + width * self.element + self.wide
         statistics = width // self.shape.kv_channels * self.wide
         if self.fused or not self.rms_norm:
             return copied * width * self.element + statistics * (1 if self.rms_norm else 2)

@@ -37,6 +37,7 @@ def memory_model(
         rotary_channels=int(config.kv_channels * model.rotary_percent) if rotary else 0,
         rms_norm=config.normalization == "RMSNorm",
         qk_norm=config.qk_layernorm,
+        qk_norm_all_heads=model.qk_norm_all_heads,
         qkv_bias=config.add_qkv_bias,
         linear_bias=config.add_bias_linear,
         sinks=option(config, "softmax_type") == "learnable",

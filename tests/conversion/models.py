@@ -79,6 +79,7 @@ OF_GPT_OSS = {
 }
 
 GPT_OSS = "gpt_oss, yarn, windows in some layers"
+MINIMAX = "minimax_m2"
 QWEN2_MOE = "qwen2_moe, gate of the shared expert"
 DELTA_NETS = {
     "num_hidden_layers": 4,
@@ -184,6 +185,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_5_moe_text",
         {**DELTA_NETS, **WITH_SHARED_EXPERT, "num_hidden_layers": 2, "full_attention_interval": 2},
     ),
+    MINIMAX: (
+        "minimax_m2",
+        {
+            "intermediate_size": 24,
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
+        },
+    ),
     "deepseek_v3 as Moonlight": (
         "deepseek_v3",
         {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_hidden_layers": 2},
@@ -208,7 +218,7 @@ def write_model(
     """Save a random model of `family`; norms and biases random too."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    if family in ("qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss"):
+    if family in ("qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "minimax_m2"):
         options = {"num_experts_per_tok": 2, **options}
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[family](**{**SIZES, **options})

@@ -27,6 +27,7 @@ from tests.conversion.models import (
     CASES,
     GPT_OSS,
     HAS_SHARED_EXPERT_GATE,
+    MINIMAX,
     QWEN2_MOE,
     QWEN3_NEXT,
     write_model,
@@ -49,6 +50,7 @@ CASE_LAYOUTS = [
         {**TP_PP, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
     ),
 ]
+CASE_LAYOUTS.append((MINIMAX, CASE_LAYOUTS[-1][1]))
 if HAS_WINDOWS:
     CASE_LAYOUTS.append((GPT_OSS, CASE_LAYOUTS[-1][1]))
 if HAS_SHARED_EXPERT_GATE:

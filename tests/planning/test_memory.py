@@ -97,6 +97,8 @@ CASES: list[tuple[str, str, int, tuple[int, list[int]], dict[str, Any]]] = [
     ("bfloat16", "none", 64, (300, [256, 128]), {**LATENT, "qk_layernorm": False}),
     ("float32", "full", 64, (300, [256, 128]), LATENT),
 ]
+all_heads = {"qk_norm_all_heads": True, "qk_layernorm": True}
+CASES.append(("float32", "none", 64, (300, [256, 128]), all_heads))
 if HAS_WINDOWS:
     CASES.append(("float32", "none", 64, (300, [256, 128]), {**EXPERTS, **GPT_OSS}))
 if HAS_SHARED_EXPERT_GATE:
@@ -106,12 +108,16 @@ if HAS_SHARED_EXPERT_GATE:
 
 def _model(vocab_size: int = 64, **transformer: Any) -> ModelConfig:
     sizes = {"num_layers": 3, "hidden_size": 128, "ffn_hidden_size": 384}
-    activation = transformer.pop("activation", "silu")
+    own = {
+        name: transformer.pop(name)
+        for name in ("activation", "qk_norm_all_heads")
+        if name in transformer
+    }
     return model_config(
         {**sizes, **transformer},
         vocab_size=vocab_size,
         max_sequence_length=1024,
-        activation=activation,
+        **own,
     )
 
 
