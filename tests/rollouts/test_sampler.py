@@ -301,7 +301,7 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 HYBRID_LAYOUTS = {
     f"gated delta nets, {name}": LAYOUTS[name]
-    for name in ("tp2", "pp2, vpp2")
+    for name in ("tp2", "cp2", "pp2, vpp2")
     if HAS_GATED_DELTA_NET
 }
 SAMPLING = {
