@@ -39,13 +39,24 @@ RECURRENT_ONLY = {**HYBRID, "linear_attention_freq": [1, 1, 1, 1]}
         ),
         (THREE_TO_ONE, ParallelConfig(expert_model_parallel_size=2), 2, "none"),
         (
+            {**THREE_TO_ONE, "cp_comm_type": ["all_gather", "a2a", "p2p", "p2p"]},
+            ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2),
+            1,
+            "full",
+        ),
+        (
             RECURRENT_ONLY,
             ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
             1,
             "selective",
         ),
     ],
-    ids=["tensor and pipeline parallel", "expert parallel", "no attention, interleaved pipeline"],
+    ids=[
+        "tensor and pipeline parallel",
+        "expert parallel",
+        "context and expert parallel",
+        "no attention, interleaved pipeline",
+    ],
 )
 def test_gated_delta_nets(
     tool: ModuleType,
