@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_prefix.config import ModelConfig, ParallelConfig
+from megatron_prefix.megatron.gated_delta_net import is_gated_delta_net, recurrent_layers
 from megatron_prefix.model.build import ModelChunks, build_gpt_model, build_model_chunks
 from megatron_prefix.model.full_tensors import (
     FullTensors,
@@ -94,11 +95,20 @@ def sampler(chunks: ModelChunks, **options: Any) -> PromptSampler:
 
 
 def unmodified(config: ModelConfig, weights: FullTensors | ModelChunks) -> GPTModel:
-    """Megatron's own model, of the same weights."""
+    """Megatron's own model, of the same weights; its gated delta nets as their equations."""
     if isinstance(weights, ModelChunks):
         weights = full_parameters(weights)
     megatron_config = transformer_config(config, ParallelConfig(), TRAINING)
+    has_delta_nets = any(recurrent_layers(megatron_config))
+    # Megatron builds gated delta nets without flash-linear-attention only so.
+    megatron_config.deterministic_mode = has_delta_nets
     model = build_gpt_model(config, megatron_config, shared_prefixes=False)
+    if has_delta_nets:
+        from tests.megatron.test_gated_delta_net import TokenByToken
+
+        for module in model.modules():
+            if is_gated_delta_net(type(module)):
+                module.__class__ = TokenByToken
     load_full_parameters(
         ModelChunks(wrapped=[], bare=[model], config=megatron_config, head=None), weights
     )

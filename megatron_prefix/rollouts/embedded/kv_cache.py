@@ -1,9 +1,10 @@
-"""The keys and values of one batch of prompts and of the responses that are being sampled.
+"""What the layers hold of one batch of prompts and of the responses that are being sampled.
 
 All prompts run once, as one packed row; what each layer computes as their keys and values stays
 here. Then every response grows by one token per step: its query attends to its prompt's keys, which
 all responses of the prompt share, and to its own earlier tokens, merged by log-sum-exp as in
 training. If the prompts begin alike (instructions, shots), that beginning is shared by all of them.
+Recurrent layers have states instead (see `recurrent_states`).
 
 Legend: P prompts; n responses in the cache, those of a prompt adjacent and in the prompts' order;
 H query heads, Hk key/value heads, D head dimension.
@@ -25,6 +26,11 @@ from megatron_prefix.device_copy import record_to_device
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import AttentionStage, PackedLayout, PrefixTree, pack
 from megatron_prefix.layout.stages import attention_stage
+from megatron_prefix.rollouts.embedded.recurrent_states import (
+    DecodeStates,
+    PrefillStates,
+    RecurrentStates,
+)
 
 _SHORTEST_COMMON = 16
 """A common beginning of fewer tokens is not worth an attention stage of its own."""
@@ -94,7 +100,7 @@ class _LayerCache:
 
 
 class KeyValueCache:
-    """Keys and values of the layers of this rank, for one row of prompts and their responses."""
+    """Keys and values, or states, of this rank's layers, for a row of prompts and its responses."""
 
     def __init__(
         self, row: PromptRow, setup: AttentionSetup, *, num_responses: int, slots: int
@@ -111,6 +117,7 @@ class KeyValueCache:
         self._row = row
         self._slots = slots
         self._layers: dict[int, _LayerCache] = {}
+        self.states = RecurrentStates()
         self._stages: tuple[AttentionStage[Tensor], ...] = ()
         self._set_counts(np.full(len(row.last_positions), num_responses))
 
@@ -126,11 +133,15 @@ class KeyValueCache:
             max_seqlen: of the whole responses, so that one table of rotary embeddings does.
         """
         params = PrefixPackedSeqParams.from_layout(self._row.layout, self._setup)
+        recurrence = params.recurrence
+        if recurrence is not None:
+            recurrence = PrefillStates.of(self.states, recurrence, self._row.last_positions)
         return dataclasses.replace(
             params,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
             attention=_PrefillAttention(cache=self, row=params.attention),
+            recurrence=recurrence,
         )
 
     def decode_params(
@@ -143,6 +154,7 @@ class KeyValueCache:
             slot: how many tokens of each response are in the cache already.
             max_seqlen: as for `prefill_params`.
         """
+        self.states.hand_over(self._counts)
         cu_seqlens = torch.tensor([0, len(position_ids)], dtype=torch.int32).to(
             position_ids.device, non_blocking=True
         )
@@ -153,6 +165,7 @@ class KeyValueCache:
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
             attention=_DecodeAttention(cache=self, slot=slot),
+            recurrence=DecodeStates(states=self.states),
             position_ids=position_ids,
             own_rows=np.arange(len(position_ids)),
         )
@@ -165,6 +178,7 @@ class KeyValueCache:
         """
         prompts = np.repeat(np.arange(len(self._counts)), self._counts)
         self._set_counts(np.bincount(prompts[rows], minlength=len(self._counts)))
+        self.states.keep(rows)
         for layer in self._layers.values():
             if layer.keys is not None:
                 index = torch.from_numpy(rows).to(layer.keys.device)

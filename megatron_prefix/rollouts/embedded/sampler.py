@@ -17,6 +17,7 @@ from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.rollouts.embedded.batch import ResponseBatch
 from megatron_prefix.rollouts.embedded.drawing import response_uniforms
 from megatron_prefix.rollouts.embedded.pipeline import draw, row_multiple, sampling_mode
+from megatron_prefix.rollouts.embedded.recurrent_states import state_tokens
 from megatron_prefix.rollouts.sampling.sampler import (
     Answers,
     Response,
@@ -27,13 +28,11 @@ from megatron_prefix.rollouts.sampling.sampler import (
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:
-    """Attention to cached keys has no windows and no sinks, and requests have no images. States
-    of recurrent layers are not cached."""
+    """Attention to cached keys has no windows and no sinks, and requests have no images."""
     for name, without in (
         ("window_size", None),
         ("softmax_type", "vanilla"),
         ("mrope_section", None),
-        ("experimental_attention_variant", None),
     ):
         value = option(config, name)
         if value not in (None, without):
@@ -69,10 +68,11 @@ class EmbeddedSampler(Sampler):
             kernel: attention kernel by name; None takes the best for the device.
             max_cached_tokens: prompts are taken in batches whose prompts and (longest possible)
                 responses have together so many tokens at most, but at least one prompt at a time;
-                None takes all at once.
+                a response's recurrent states count as the tokens whose keys and values are as
+                large; None takes all at once.
 
         Raises:
-            ValueError: the model has sliding windows, attention sinks, mRoPE or recurrent layers.
+            ValueError: the model has sliding windows, attention sinks or mRoPE.
         """
         _refuse_unsupported(chunks.config)
         self._chunks = chunks
@@ -80,6 +80,7 @@ class EmbeddedSampler(Sampler):
         self._device = device
         self._setup = AttentionSetup.of(chunks.config, device, kernel=kernel)
         self._max_cached_tokens = max_cached_tokens
+        self._state_tokens = state_tokens(chunks.config)
         # Rows of a few tokens per response are not worth distributing: each context-parallel rank
         # samples for prompts of its own.
         self._data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -111,7 +112,8 @@ class EmbeddedSampler(Sampler):
         assert all(item.count == count for item in wanted)
         prompts = [item.prompt.tokens for item in wanted]
         mine: dict[int, list[Response]] = {}
-        costs = [len(prompt) + count * spec.max_response_length for prompt in prompts]
+        of_response = spec.max_response_length + self._state_tokens
+        costs = [len(prompt) + count * of_response for prompt in prompts]
         with sampling_mode(self._chunks):
             for indices_of_batches in self._rounds([len(prompt) for prompt in prompts], costs):
                 batches = [
