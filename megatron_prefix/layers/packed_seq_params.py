@@ -12,13 +12,13 @@ from torch import Tensor
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.row_attention import AttentionSetup, CoreAttention, RowAttention
+from megatron_prefix.attention.row_recurrence import RowRecurrence
 from megatron_prefix.device_copy import copy_to_device, record_to_device
 from megatron_prefix.layout import (
     ContextShards,
     ModelRow,
     PackedLayout,
     RankRow,
-    Recurrence,
     own_values,
     rank_row,
 )
@@ -66,7 +66,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """How the row is distributed over context-parallel ranks; None: all of it is here."""
     last_layer: PrefixPackedSeqParams | None = None
     """Params of the model's last layer, where it computes the output of some rows only."""
-    recurrence: Recurrence[Tensor] | None = None
+    recurrence: RowRecurrence | None = None
     """The paths of the tokens, for recurrent layers."""
     routes: Tensor | None = None
     """[T, layers with experts, topk] whole numbers: the experts that each token is sent to, or
@@ -171,6 +171,11 @@ class PrefixPackedSeqParams(PackedSeqParams):
             root=root,
             keeps_root=keeps_root,
         )
+        recurrence = None
+        if setup.recurrence_width is not None:
+            recurrence = RowRecurrence(
+                own=tensors.recurrence, whole_row=tensors.stages.whole_row, exchange=exchange
+            )
         params = cls(
             qkv_format="thd",
             cu_seqlens_q=tensors.stages.cu_seqlens_q,
@@ -182,7 +187,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             own_rows=row.rows,
             multiplicity=tensors.multiplicity,
             router_losses=router_losses,
-            recurrence=tensors.recurrence,
+            recurrence=recurrence,
             shards=row.shards,
             routes=routes,
         )

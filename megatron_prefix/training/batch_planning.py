@@ -26,6 +26,7 @@ def plan_batch(
     num_ranks: int = 1,
     comm_types: Collection[CommType] = ("all_gather",),
     window: int | None = None,
+    recurrence_width: int | None = None,
     trim_last_layer: bool = False,
     output_multiple: int = 1,
     router_losses: RouterLossScale | None = None,
@@ -43,6 +44,7 @@ def plan_batch(
         rank, num_ranks: of the context-parallel ranks that the row is distributed over.
         comm_types: how the model's layers communicate.
         window: of the model's layers with a sliding window; None: it has none.
+        recurrence_width: of the model's recurrent layers; None: it has none.
         trim_last_layer: the model's output has only the rows that are trained on (and some that
             come with them), and its last layer computes no others; see `rank_row`.
         output_multiple: such an output's length is a multiple of this.
@@ -65,6 +67,7 @@ def plan_batch(
         needed=entries.positions if trim_last_layer else None,
         multiple=output_multiple,
         window=window,
+        recurrence_width=recurrence_width,
     )
     positions = None
     if position_shifts:
@@ -97,6 +100,7 @@ def build_batch(
         num_ranks=setup.num_ranks,
         comm_types=setup.comm_types,
         window=setup.window,
+        recurrence_width=setup.recurrence_width,
         trim_last_layer=trim_last_layer,
         output_multiple=output_multiple,
         router_losses=router_losses,

@@ -100,6 +100,7 @@ class RowPlanner:
             num_ranks=attention.num_ranks,
             comm_types=attention.comm_types,
             window=attention.window,
+            recurrence_width=attention.recurrence_width,
             trim_last_layer=packing.trim_last_layer,
             output_multiple=packing.pad_to_multiple // attention.num_ranks,
             router_losses=router_losses,
