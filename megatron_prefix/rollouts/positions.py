@@ -14,14 +14,69 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prefix.rollouts.record import plain_value
+from megatron_prefix.rollouts.record import Record, of_each_response, plain_value
 from megatron_prefix.rollouts.records import RolloutBatch
 
 FIELDS = ("prompt_positions", "positions")
 """Of a record: those of the prompt, and those of each response."""
 
 
-def read_positions(value: Any, where: str, num_tokens: int) -> NDArray[np.int32]:
+def with_positions_of_group(batch: RolloutBatch, record: Record) -> RolloutBatch:
+    """The batch of a record that holds a whole group, with its positions.
+
+    Raises:
+        ValueError: see `_read`.
+    """
+    prompt = _read_optional(record, FIELDS[0], len(batch.prompt_tokens))
+    lengths = np.diff(batch.response_offsets).tolist()
+    found: list[NDArray | None] = [None] * len(lengths)
+    if FIELDS[1] in record.values:
+        where = f"{record.source}: {FIELDS[1]}"
+        values = of_each_response(record.values[FIELDS[1]], where, len(lengths))
+        found = [_read(value, f"{where}[{i}]", lengths[i]) for i, value in enumerate(values)]
+    return _with_positions(batch, prompt, found)
+
+
+class PositionsOfParts:
+    """Positions of a group whose records are of one response each."""
+
+    def __init__(self, name: str | int) -> None:
+        """Of the group with this name; there are no records yet."""
+        self._name = name
+        self._first_source = ""
+        self._prompt: NDArray[np.int32] | None = None
+        self._responses: list[NDArray[np.int32] | None] = []
+
+    def add(self, record: Record, prompt_length: int, response_length: int) -> None:
+        """Those of the next record.
+
+        Raises:
+            ValueError: see `_read`; or the prompt's are not those of the first record.
+        """
+        prompt = _read_optional(record, FIELDS[0], prompt_length)
+        if not self._responses:
+            self._prompt, self._first_source = prompt, record.source
+        elif (prompt is None) != (self._prompt is None) or not np.array_equal(prompt, self._prompt):
+            raise ValueError(
+                f"{record.source}: {FIELDS[0]}: group {self._name!r} of different prompts; their "
+                f"positions differ from those of {self._first_source}"
+            )
+        self._responses.append(_read_optional(record, FIELDS[1], response_length))
+
+    def joined(self, batch: RolloutBatch) -> RolloutBatch:
+        """The batch of the group, with positions where a record has any."""
+        if self._prompt is None and all(of is None for of in self._responses):
+            return batch
+        return _with_positions(batch, self._prompt, self._responses)
+
+
+def _read_optional(record: Record, name: str, num_tokens: int) -> NDArray[np.int32] | None:
+    if name not in record.values:
+        return None
+    return _read(record.values[name], f"{record.source}: {name}", num_tokens)
+
+
+def _read(value: Any, where: str, num_tokens: int) -> NDArray[np.int32]:
     """[num_tokens, 3] of three lists in a record: time, height and width of each token.
 
     Raises:
@@ -42,7 +97,7 @@ def read_positions(value: Any, where: str, num_tokens: int) -> NDArray[np.int32]
     return np.ascontiguousarray(found.T, dtype=np.int32)
 
 
-def with_positions(
+def _with_positions(
     batch: RolloutBatch,
     prompt: NDArray[np.int32] | None,
     responses: Sequence[NDArray[np.int32] | None],

@@ -8,6 +8,7 @@ of number, such as a list that holds a null.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,21 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     return value.plain() if isinstance(value, Lists) else value
+
+
+def of_each_response(value: Any, where: str, count: int) -> list[Any]:
+    """The field of a record that holds a whole group, by response.
+
+    Raises:
+        ValueError: it does not have one for each response.
+    """
+    if isinstance(value, Lists):
+        value = np.split(value.values, value.offsets[1:-1])
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: {reprlib.repr(value)} is not a list of those of each response")
+    if len(value) != count:
+        raise ValueError(f"{where}: {len(value)} for {count} responses; there must be one for each")
+    return value
 
 
 class RecordFile(Protocol):

@@ -10,7 +10,6 @@ sequences: the tokens of each prompt and response together, but the last.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,8 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prefix.rollouts.summary import PromptRoutes, RolloutSummary, offsets_of
-from megatron_prefix.rollouts.turns import at_turn_ends
+from megatron_prefix.rollouts.identity import prompt_routes, repeated_responses
+from megatron_prefix.rollouts.joining import (
+    joined,
+    named_rewards_of,
+    of_tokens,
+    position_shifts_of,
+    routes_of,
+    turn_rewards_of,
+)
+from megatron_prefix.rollouts.summary import RolloutSummary, offsets_of
 
 Tokens = Sequence[int] | NDArray
 """Token ids."""
@@ -152,7 +159,7 @@ class RolloutBatch:
         responses = [response for group in groups for response in group.responses]
         turn_rewards = prompt_keys = None
         if any(group.turn_rewards is not None for group in groups):
-            turn_rewards = [_turn_rewards(group) for group in groups]
+            turn_rewards = [turn_rewards_of(group) for group in groups]
         if any(group.prompt_keys is not None for group in groups):
             prompt_keys = [
                 [0] * len(group.prompt) if group.prompt_keys is None else group.prompt_keys
@@ -162,22 +169,22 @@ class RolloutBatch:
         if groups and groups[0].old_logprobs is not None:
             old = [values for group in groups for values in group.old_logprobs or ()]
         return cls(
-            prompt_tokens=_joined([group.prompt for group in groups], np.int32),
+            prompt_tokens=joined([group.prompt for group in groups], np.int32),
             prompt_offsets=offsets_of([len(group.prompt) for group in groups]),
             group_offsets=offsets_of([len(group.responses) for group in groups]),
-            response_tokens=_joined(responses, np.int32),
+            response_tokens=joined(responses, np.int32),
             response_offsets=offsets_of([len(response) for response in responses]),
-            rewards=_joined([group.rewards for group in groups], np.float64),
-            named_rewards=_named_rewards(groups),
-            old_logprobs=None if old is None else _joined(old, np.float32),
-            loss_mask=_of_tokens(groups, "loss_mask", np.bool_, absent=True),
-            turn_rewards=None if turn_rewards is None else _joined(turn_rewards, np.float64),
-            advantages=_of_tokens(groups, "advantages", np.float64, absent=np.nan),
-            prompt_keys=None if prompt_keys is None else _joined(prompt_keys, np.int64),
-            keys=_of_tokens(groups, "keys", np.int64, absent=0),
-            **_position_shifts(groups),
-            routes=_routes(groups),
-            finished=_joined([_finished(group) for group in groups], np.int8),
+            rewards=joined([group.rewards for group in groups], np.float64),
+            named_rewards=named_rewards_of(groups),
+            old_logprobs=None if old is None else joined(old, np.float32),
+            loss_mask=of_tokens(groups, "loss_mask", np.bool_, absent=True),
+            turn_rewards=None if turn_rewards is None else joined(turn_rewards, np.float64),
+            advantages=of_tokens(groups, "advantages", np.float64, absent=np.nan),
+            prompt_keys=None if prompt_keys is None else joined(prompt_keys, np.int64),
+            keys=of_tokens(groups, "keys", np.int64, absent=0),
+            **position_shifts_of(groups),
+            routes=routes_of(groups),
+            finished=joined([_finished(group) for group in groups], np.int8),
             policy_versions=np.array(
                 [UNKNOWN if g.policy_version is None else g.policy_version for g in groups],
                 dtype=np.int64,
@@ -227,7 +234,7 @@ class RolloutBatch:
         """One group by itself; its arrays are views."""
         responses = self.responses_of(index)
         tokens = [self.tokens_of(response) for response in responses]
-        old, mask, version = self.old_logprobs, self.loss_mask, int(self.policy_versions[index])
+        version = int(self.policy_versions[index])
         finished = self.finished[responses.start : responses.stop]
         turn_rewards, advantages = (
             self._of_responses(values, responses) for values in (self.turn_rewards, self.advantages)
@@ -242,24 +249,14 @@ class RolloutBatch:
                 name: values[responses.start : responses.stop]
                 for name, values in self.named_rewards.items()
             },
-            old_logprobs=None if old is None else tuple(old[part] for part in tokens),
-            loss_mask=None if mask is None else tuple(mask[part] for part in tokens),
+            old_logprobs=_parts(self.old_logprobs, tokens),
+            loss_mask=_parts(self.loss_mask, tokens),
             turn_rewards=turn_rewards,
             advantages=advantages,
-            prompt_keys=(
-                None if self.prompt_keys is None else self.prompt_keys[self._prompt_range(index)]
-            ),
-            keys=None if self.keys is None else tuple(self.keys[part] for part in tokens),
-            prompt_position_shifts=(
-                None
-                if self.prompt_position_shifts is None
-                else self.prompt_position_shifts[self._prompt_range(index)]
-            ),
-            position_shifts=(
-                None
-                if self.position_shifts is None
-                else tuple(self.position_shifts[part] for part in tokens)
-            ),
+            prompt_keys=_part(self.prompt_keys, self._prompt_range(index)),
+            keys=_parts(self.keys, tokens),
+            prompt_position_shifts=_part(self.prompt_position_shifts, self._prompt_range(index)),
+            position_shifts=_parts(self.position_shifts, tokens),
             routes=None if self.routes is None else tuple(map(self.routes_of, responses)),
             finished=None if (finished == UNKNOWN).any() else finished == 1,
             answer=self.answers[index],
@@ -296,7 +293,7 @@ class RolloutBatch:
             rewards=self.rewards,
             named_rewards=self.named_rewards,
             finished=self.finished,
-            repeated=self._repeated(),
+            repeated=repeated_responses(self),
             largest_advantages=self._largest_advantages(),
             sources=self.sources,
             has_old_logprobs=self.old_logprobs is not None,
@@ -305,37 +302,8 @@ class RolloutBatch:
             has_keys=self.keys is not None,
             has_position_shifts=self.position_shifts is not None,
             no_routes=None if self.routes is None else np.empty_like(self.routes[:0]),
-            prompt_routes=None if self.routes is None else self._prompt_routes(),
+            prompt_routes=None if self.routes is None else prompt_routes(self),
         )
-
-    def _prompt_routes(self) -> PromptRoutes:
-        orders, shared = [], []
-        for group in range(self.num_groups):
-            length = len(self.prompt(group))
-            routes = [self.routes_of(response)[:length] for response in self.responses_of(group)]
-            order = sorted(range(len(routes)), key=[of.tobytes() for of in routes].__getitem__)
-            orders += order
-            shared += [0, *(_common(routes[a], routes[b]) for a, b in itertools.pairwise(order))]
-        return PromptRoutes(
-            order=np.array(orders, dtype=np.int32), shared=np.array(shared, dtype=np.int32)
-        )
-
-    def _repeated(self) -> NDArray[np.bool_]:
-        """See `RolloutSummary.repeated`."""
-        repeated = np.zeros(self.num_responses, dtype=np.bool_)
-        for group in range(self.num_groups):
-            seen: set[tuple[bytes, ...]] = set()
-            for response in self.responses_of(group):
-                where = self.tokens_of(response)
-                keys = b"" if self.keys is None else self.keys[where].tobytes()
-                routes = b"" if self.routes is None else self.routes_of(response).tobytes()
-                shifts = b""
-                if self.position_shifts is not None:
-                    shifts = self.position_shifts[where].tobytes()
-                identity = (self.response_tokens[where].tobytes(), keys, routes, shifts)
-                repeated[response] = identity in seen
-                seen.add(identity)
-        return repeated
 
     def _largest_advantages(self) -> NDArray[np.float64] | None:
         """See `RolloutSummary.largest_advantages`."""
@@ -355,89 +323,17 @@ def plain_tokens(tokens: Tokens) -> tuple[int, ...]:
     return tuple(tokens.tolist() if isinstance(tokens, np.ndarray) else tokens)
 
 
-def _joined(parts: Sequence[Any], dtype: type) -> NDArray:
-    """The parts one behind the other, in an array that cannot be written to."""
-    arrays = [np.asarray(part, dtype=dtype) for part in parts]
-    joined = np.concatenate([np.zeros(0, dtype=dtype), *arrays])
-    joined.flags.writeable = False
-    return joined
+def _part(values: NDArray | None, where: slice) -> NDArray | None:
+    return None if values is None else values[where]
 
 
-def _named_rewards(groups: Sequence[RolloutGroup]) -> dict[str, NDArray[np.float64]]:
-    names = dict.fromkeys(name for group in groups for name in group.named_rewards)
-    return {
-        name: _joined(
-            [g.named_rewards.get(name, np.full(len(g.responses), np.nan)) for g in groups],
-            np.float64,
-        )
-        for name in names
-    }
+def _parts(values: NDArray | None, where: Sequence[slice]) -> tuple[NDArray, ...] | None:
+    return None if values is None else tuple(values[part] for part in where)
 
 
 def records_of(found: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
     """As `RolloutBatch` has them."""
     return tuple(found) if any(found) else ()
-
-
-def _position_shifts(groups: Sequence[RolloutGroup]) -> dict[str, NDArray[np.int32]]:
-    """Those of prompts and of responses by their names, 0 for groups without; none: no group has
-    any."""
-    if all(g.prompt_position_shifts is None and g.position_shifts is None for g in groups):
-        return {}
-    prompts, responses = [], []
-    for group in groups:
-        of_prompt, of_responses = group.prompt_position_shifts, group.position_shifts
-        prompts.append(_zeros(group.prompt) if of_prompt is None else of_prompt)
-        responses += map(_zeros, group.responses) if of_responses is None else of_responses
-    return {
-        "prompt_position_shifts": np.concatenate(prompts).astype(np.int32, copy=False),
-        "position_shifts": np.concatenate(responses).astype(np.int32, copy=False),
-    }
-
-
-def _zeros(tokens: Tokens) -> NDArray[np.int32]:
-    return np.zeros((len(tokens), 3), dtype=np.int32)
-
-
-def _routes(groups: Sequence[RolloutGroup]) -> NDArray | None:
-    """[S, layers, topk]; all groups have them, or none has."""
-    if all(group.routes is None for group in groups):
-        return None
-    joined = np.concatenate([values for group in groups for values in group.routes or ()])
-    joined.flags.writeable = False
-    return joined
-
-
-def _common(one: NDArray, other: NDArray) -> int:
-    """Items that two arrays of one shape begin with alike."""
-    differs = (one != other).any(axis=tuple(range(1, one.ndim)))
-    return int(differs.argmax()) if differs.any() else len(one)
-
-
-def _of_tokens(
-    groups: Sequence[RolloutGroup], name: str, dtype: type, *, absent: float
-) -> NDArray | None:
-    """[T] a field of the tokens of responses, `absent` for groups without it; None: all are"""
-    if all(getattr(group, name) is None for group in groups):
-        return None
-    return _joined(
-        [
-            np.full(len(response), absent) if values is None else values[r]
-            for group in groups
-            for values in [getattr(group, name)]
-            for r, response in enumerate(group.responses)
-        ],
-        dtype,
-    )
-
-
-def _turn_rewards(group: RolloutGroup) -> NDArray[np.float64]:
-    """[tokens of the group]"""
-    offsets = offsets_of([len(response) for response in group.responses])
-    if group.turn_rewards is None:
-        return np.full(int(offsets[-1]), np.nan)
-    mask = None if group.loss_mask is None else _joined(group.loss_mask, np.bool_)
-    return at_turn_ends(_joined(group.turn_rewards, np.float64), mask, offsets)
 
 
 def _finished(group: RolloutGroup) -> Sequence[Any] | NDArray:

@@ -139,21 +139,6 @@ def route_reader(config: RunConfig) -> RouteReader | None:
     return RouteReader(shape=RouteShape.of_model(config.model), prompts_as_first=kind == "first")
 
 
-def of_each_response(value: Any, where: str, count: int) -> list[Any]:
-    """The field of a record that holds a whole group, by response.
-
-    Raises:
-        ValueError: it does not have one for each response.
-    """
-    if isinstance(value, Lists):
-        value = np.split(value.values, value.offsets[1:-1])
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: {reprlib.repr(value)} is not a list of those of each response")
-    if len(value) != count:
-        raise ValueError(f"{where}: {len(value)} for {count} responses; there must be one for each")
-    return value
-
-
 def _numbers(value: Any, where: str) -> NDArray:
     """Whole numbers, as an array of any shape."""
     if isinstance(value, str):

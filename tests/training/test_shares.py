@@ -20,7 +20,9 @@ def _batch(
     loss_mask: bool = True,
     advantages: bool = True,
     keys: bool = True,
+    routes: bool = False,
 ) -> RolloutBatch:
+    """With routes, which are wider than a byte, tokens have positions of mRoPE too."""
     rng = np.random.default_rng(seed)
     groups = []
     for index in range(7):
@@ -40,9 +42,20 @@ def _batch(
                 if advantages and index % 2
                 else None,
                 source=f"group {index}",
+                **(_routes_and_positions(rng, len(prompt), lengths) if routes else {}),
             )
         )
     return RolloutBatch.from_groups(groups)
+
+
+def _routes_and_positions(
+    rng: np.random.Generator, prompt: int, lengths: list[int]
+) -> dict[str, Any]:
+    return {
+        "routes": [rng.integers(0, 300, (prompt + n - 1, 2, 3), dtype=np.int16) for n in lengths],
+        "prompt_position_shifts": rng.integers(-9, 9, (prompt, 3), dtype=np.int32),
+        "position_shifts": [rng.integers(-9, 9, (n, 3), dtype=np.int32) for n in lengths],
+    }
 
 
 def _assert_holds(share: Share, batch: RolloutBatch, responses: np.ndarray) -> None:
@@ -52,6 +65,9 @@ def _assert_holds(share: Share, batch: RolloutBatch, responses: np.ndarray) -> N
         tokens = batch.tokens_of(response)
         expected = [*batch.prompt(group).tolist(), *batch.response_tokens[tokens].tolist()]
         assert share.sequence(group, response).tolist() == expected
+        if batch.routes is not None:
+            _assert_holds_routes(share, batch, group, response)
+            continue
         keys = share.sequence_keys(group, response)
         assert (keys is None) == (batch.keys is None)
         if keys is not None and batch.keys is not None and batch.prompt_keys is not None:
@@ -65,6 +81,16 @@ def _assert_holds(share: Share, batch: RolloutBatch, responses: np.ndarray) -> N
             assert (found is None) == (values is None)
             if found is not None and values is not None:
                 assert np.array_equal(found, values[tokens])
+
+
+def _assert_holds_routes(share: Share, batch: RolloutBatch, group: int, response: int) -> None:
+    whole = batch.group(group)
+    index = response - int(batch.group_offsets[group])
+    assert whole.routes is not None and whole.position_shifts is not None
+    found = share.routes_of(response)
+    assert found.dtype == np.int16 and np.array_equal(found, whole.routes[index])
+    shifts = np.concatenate([whole.prompt_position_shifts, whole.position_shifts[index]])
+    assert np.array_equal(share.position_shifts_of(group, response), shifts)
 
 
 @pytest.mark.parametrize("old_logprobs", [False, True])
@@ -96,8 +122,14 @@ def test_a_response_of_another_rank_is_not_there() -> None:
         share.old_logprobs_of(1)
 
 
-def _scatter(rank: int, world_size: int, data_parallel_rank_of: list[int]) -> dict[str, Any]:
-    batch = _batch(3)
+def _scatter(rank: int, world_size: int, data_parallel_rank_of: list[int]) -> list[dict[str, Any]]:
+    return [
+        _scattered(_batch(3, routes=routes), rank, data_parallel_rank_of)
+        for routes in (False, True)
+    ]
+
+
+def _scattered(batch: RolloutBatch, rank: int, data_parallel_rank_of: list[int]) -> dict[str, Any]:
     sizes = [
         ShareSizes.of(batch.summary(), np.arange(start, batch.num_responses, 3))
         for start in range(3)
