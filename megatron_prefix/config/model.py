@@ -39,7 +39,8 @@ class ModelConfig:
     max_sequence_length: int
     """Tokens of the longest prompt with its response."""
     position_embedding_type: Literal["rope", "mrope", "yarn", "learned_absolute", "none"] = "rope"
-    """How positions enter the model; no run has `mrope` yet, since it reads no images."""
+    """How positions enter the model. `mrope` has three positions a token, which records of `file`
+    may give; a run has no image encoder, and embeds placeholders of images as any token."""
     rotary_percent: float = 1.0
     """Fraction of each head's dimensions that is rotated."""
     rotary_base: int = 10000

@@ -20,8 +20,10 @@ from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layers.all_heads_norm import norm_over_all_heads
 from megatron_prefix.layers.router import has_statistics
-from megatron_prefix.layout import LatentShape, ModelShape
+from megatron_prefix.layout import LatentShape, ModelShape, RecurrentShape
+from megatron_prefix.layout.recurrence import CHUNK_TOKENS
 from megatron_prefix.megatron.expert_biases import let_experts_have_biases
+from megatron_prefix.megatron.gated_delta_net import hybrid_block_spec, recurrent_layers
 from megatron_prefix.megatron.latent_attention import complete_local_spec
 from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.releases import have_transformer_engine
@@ -46,7 +48,8 @@ def build_gpt_model(
     stage = {} if vp_stage is None else {"vp_stage": vp_stage}
     pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage)
     post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage)
-    spec = get_gpt_decoder_block_spec(
+    make_spec = hybrid_block_spec if any(recurrent_layers(config)) else get_gpt_decoder_block_spec
+    spec = make_spec(
         config, use_transformer_engine=use_transformer_engine(config), vp_stage=vp_stage
     )
     if model.qk_norm_all_heads:
@@ -96,6 +99,10 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
             "moe_shared_expert_ffn_hidden_size": config.moe_shared_expert_intermediate_size or 0,
             "whole_last_layer": moe_layers(config)[-1] and has_statistics(config),
         }
+    recurrent = recurrent_layers(config)
+    windowed = windowed_layers(config)
+    if windowed and recurrent:
+        windowed = tuple(w and not r for w, r in zip(windowed, recurrent, strict=True))
     return ModelShape(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -105,9 +112,11 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         kv_channels=head_dim(config),
         vocab_size=model.vocab_size,
         gated_linear_unit=config.gated_linear_unit,
-        windowed_layers=windowed_layers(config),
+        windowed_layers=windowed,
         window=model_window(config) or 0,
         latent=_latent_shape(config),
+        recurrent_layers=recurrent,
+        recurrent=_recurrent_shape(config) if any(recurrent) else None,
         **experts,
     )
 
@@ -120,6 +129,17 @@ def _latent_shape(config: TransformerConfig) -> LatentShape | None:
         rank=config.kv_lora_rank,
         shared_channels=config.qk_pos_emb_head_dim,
         value_channels=config.v_head_dim,
+    )
+
+
+def _recurrent_shape(config: TransformerConfig) -> RecurrentShape:
+    return RecurrentShape(
+        num_key_heads=config.linear_num_key_heads,
+        num_value_heads=config.linear_num_value_heads,
+        key_channels=config.linear_key_head_dim,
+        value_channels=config.linear_value_head_dim,
+        width=config.linear_conv_kernel_dim,
+        chunk_tokens=CHUNK_TOKENS,
     )
 
 

@@ -18,6 +18,7 @@ from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
 from megatron_prefix.megatron.comm_type_list import repair_comm_type_list
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
+from megatron_prefix.megatron.recurrent_config import config_with_context_parallelism
 from megatron_prefix.megatron.releases import (
     option,
     position_embedding_types,
@@ -122,7 +123,7 @@ def transformer_config(
         if model.transformer.get("multi_latent_attention"):
             config = MLATransformerConfig(**options, **_latent_rotary(model))
         else:
-            config = TransformerConfig(**options)
+            config = config_with_context_parallelism(TransformerConfig, **options)
         if model.yarn is not None and not config.multi_latent_attention:
             # Megatron reads these off the config, but does not declare them.
             for name, value in dataclasses.asdict(model.yarn).items():
@@ -138,12 +139,7 @@ def transformer_config(
             f"model.transformer: mrope_section={config.mrope_section} does not go with "
             f"model.position_embedding_type: {model.position_embedding_type}; give both or neither"
         )
-    if getattr(config, "experimental_attention_variant", None) is not None:
-        raise ConfigError(
-            "model.transformer.experimental_attention_variant: "
-            f"{config.experimental_attention_variant} is not built by a run yet, only in a model "
-            "of your own whose spec goes through prefix_grouped; set it to null"
-        )
+    _check_recurrent_layers(model, config, training)
     if training.share_across_microbatches and auxiliary_losses(config):
         raise ConfigError(
             f"training.share_across_microbatches: true with model.transformer.moe_aux_loss_coeff: "
@@ -220,6 +216,32 @@ def _latent_rotary(model: ModelConfig) -> dict[str, Any]:
             "rounds; set it to true"
         )
     return {**common, **yarn}
+
+
+def _check_recurrent_layers(
+    model: ModelConfig, config: TransformerConfig, training: TrainingConfig
+) -> None:
+    """What does not go with gated delta nets, and where they are in the model."""
+    every = option(config, "linear_attention_freq")
+    name = "model.transformer.linear_attention_freq"
+    if option(config, "experimental_attention_variant") is None:
+        if every is not None:
+            raise ConfigError(
+                f"{name}: {every} needs model.transformer.experimental_attention_variant: "
+                "gated_delta_net; set that, or remove it"
+            )
+        return
+    if isinstance(every, list) and len(every) != config.num_layers:
+        raise ConfigError(f"{name}: {every} needs one entry for each of {config.num_layers} layers")
+    if isinstance(every, int) and every < 1:
+        raise ConfigError(f"{name}: {every} must be at least 1: one in so many layers attends")
+    if training.share_across_microbatches:
+        raise ConfigError(
+            "training.share_across_microbatches: true with "
+            "model.transformer.experimental_attention_variant: "
+            f"{config.experimental_attention_variant}: the state behind a prompt is not handed to "
+            "later rows yet; set share_across_microbatches: false"
+        )
 
 
 def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:

@@ -20,7 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prefix.layout.cost import LatentShape, ModelShape
+from megatron_prefix.layout.cost import ModelShape
+from megatron_prefix.layout.layer_shapes import LatentShape
 from megatron_prefix.planning.latent_memory import (
     latent_expansion,
     latent_kept,

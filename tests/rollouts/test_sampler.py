@@ -20,7 +20,15 @@ from megatron_prefix.model.full_tensors import (
 from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.sampler import SampledResponse
 from tests.distributed import run_distributed
-from tests.megatron.models import HAS_WINDOWS, LATENT, TRAINING, model_config, single_process
+from tests.megatron.models import (
+    HAS_GATED_DELTA_NET,
+    HAS_WINDOWS,
+    HYBRID,
+    LATENT,
+    TRAINING,
+    model_config,
+    single_process,
+)
 from tests.rollouts.sampling import (
     PADDED_VOCABULARY,
     greedy_response,
@@ -309,6 +317,15 @@ def test_every_layout_gives_the_responses_of_one_process(world_size, layouts, ex
 @pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14, which refuses both by itself")
 @pytest.mark.parametrize("option", [{"window_size": [4, 0]}, {"softmax_type": "learnable"}])
 def test_a_model_with_windows_or_sinks_is_refused(option: dict[str, Any]) -> None:
-    (name,) = option
+    _assert_refused(option)
+
+
+@pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core before 0.16")
+def test_a_model_with_recurrent_layers_is_refused() -> None:
+    _assert_refused(HYBRID)
+
+
+def _assert_refused(option: dict[str, Any]) -> None:
+    name = next(iter(option))
     with pytest.raises(ValueError, match=f"^{name}=.* the embedded engine cannot sample from"):
         sampler(sampling_model(model_config(option)))
