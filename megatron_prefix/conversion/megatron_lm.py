@@ -30,7 +30,7 @@ def common_state(a: Architecture) -> dict[str, Any]:
         add_bias_linear=a.linear_bias,
         add_qkv_bias=a.qkv_bias,
         qk_layernorm=a.qk_norm,
-        swiglu=True,
+        swiglu=a.gate_limit is None,
         normalization="RMSNorm",
         norm_epsilon=a.norm_epsilon,
         position_embedding_type="rope" if a.yarn is None else "yarn",

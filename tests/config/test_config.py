@@ -52,6 +52,18 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     ),
     (ModelConfig, {"yarn": YARN}, "does not go with position_embedding_type: rope"),
     *(
+        (
+            ModelConfig,
+            {"qk_norm_all_heads": True, "transformer": {"qk_layernorm": True, **transformer}},
+            f"qk_norm_all_heads: true needs transformer.{message}",
+        )
+        for transformer, message in (
+            ({"qk_layernorm": False}, "qk_layernorm: True, and it is False"),
+            ({"normalization": "LayerNorm"}, "normalization: RMSNorm, and it is 'LayerNorm'"),
+            ({"multi_latent_attention": True}, "multi_latent_attention: False, and it is True"),
+        )
+    ),
+    *(
         (ParallelConfig, {name: 0}, f"{name}: 0 must be at least 1")
         for name in (
             "tensor_model_parallel_size",
