@@ -166,7 +166,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, layers: int) -> Non
     parser.add_argument("--json", action="store_true", help="print the JSON line as well")
 
 
-def model_sizes(args: argparse.Namespace, *, qkv_bias: bool = False) -> ModelSizes:
+def model_sizes(
+    args: argparse.Namespace, *, qkv_bias: bool = False, attends_every: int | None = None
+) -> ModelSizes:
     """From the common arguments."""
     return ModelSizes(
         layers=args.layers,
@@ -176,6 +178,7 @@ def model_sizes(args: argparse.Namespace, *, qkv_bias: bool = False) -> ModelSiz
         ffn=args.ffn,
         vocab=args.vocab,
         qkv_bias=qkv_bias,
+        attends_every=attends_every,
     )
 
 
@@ -213,6 +216,13 @@ def main() -> int:
         default=["grouped", "ungrouped"],
         help="what is compared; grouped must be one of them",
     )
+    parser.add_argument(
+        "--attends-every",
+        type=int,
+        metavar="N",
+        help="one in N layers attends, and the others are gated delta nets (grouped and ungrouped "
+        "at --level step)",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where it runs")
     parser.add_argument("--dtype", choices=TOLERANCES, default="float32", help="of the weights")
     parser.add_argument("--kernel", help="attention kernel by name, of grouped and ungrouped")
@@ -235,6 +245,12 @@ def main() -> int:
     peers = [side for side in args.sides if side in PEERS]
     if peers and args.level != "step":
         parser.error(f"--sides {peers[0]}: only at --level step, not {args.level}")
+    others = [side for side in args.sides if side not in ("grouped", "ungrouped")]
+    if args.attends_every is not None and (others or args.level != "step"):
+        parser.error(
+            f"--attends-every {args.attends_every}: only --sides grouped and ungrouped at --level "
+            f"step, not {' '.join([args.level, *others])}"
+        )
     if "flex" in args.sides and args.device == "cpu":
         parser.error("--sides flex: FlexAttention has no backward on the CPU; needs --device cuda")
     require_megatron(parser)
@@ -248,7 +264,7 @@ def main() -> int:
         case = Case(
             level=args.level,
             shape=shape,
-            sizes=model_sizes(args, qkv_bias=bool(peers)),
+            sizes=model_sizes(args, qkv_bias=bool(peers), attends_every=args.attends_every),
             device=args.device,
             dtype=args.dtype,
             kernel=args.kernel,

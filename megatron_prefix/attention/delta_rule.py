@@ -93,11 +93,19 @@ def causal_convolution(
 ) -> Tensor:
     """[T, d] of each channel, the sum of a token's last inputs along its path, weighted.
 
+    Only x is kept for backward.
+
     Args:
         x: [T, d] inputs.
         weight: [d, width], that of the token's own input last.
         bias: [d]
     """
+    return checkpoint(
+        _convolution, x, weight, bias, row, use_reentrant=False, preserve_rng_state=False
+    )
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, row: Recurrence[Tensor]) -> Tensor:
     with_zeros = torch.cat((x, x.new_zeros(1, x.shape[1])))
     out = sum(with_zeros[row.inputs[:, i]] * weight[:, i] for i in range(weight.shape[1]))
     return out if bias is None else out + bias
