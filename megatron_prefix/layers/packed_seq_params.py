@@ -12,13 +12,13 @@ from torch import Tensor
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.row_attention import AttentionSetup, CoreAttention, RowAttention
+from megatron_prefix.attention.row_recurrence import RowRecurrence
 from megatron_prefix.device_copy import copy_to_device, record_to_device
 from megatron_prefix.layout import (
     ContextShards,
     ModelRow,
     PackedLayout,
     RankRow,
-    Recurrence,
     own_values,
     rank_row,
 )
@@ -66,11 +66,11 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """How the row is distributed over context-parallel ranks; None: all of it is here."""
     last_layer: PrefixPackedSeqParams | None = None
     """Params of the model's last layer, where it computes the output of some rows only."""
-    recurrence: Recurrence[Tensor] | None = None
+    recurrence: RowRecurrence | None = None
     """The paths of the tokens, for recurrent layers."""
     routes: Tensor | None = None
-    """[T, layers with experts, topk] int64: the experts that each token is sent to; [N, ...] in
-    params of a trimmed last layer. None: the routers choose."""
+    """[T, layers with experts, topk] whole numbers: the experts that each token is sent to, or
+    [N, ...] in params of a trimmed last layer. None: the routers choose."""
     query_rows: Tensor | None = None
     """[N] int64 ascending, in params of a trimmed last layer: the rows that attend."""
     query_rows_host: np.ndarray | None = None
@@ -119,7 +119,10 @@ class PrefixPackedSeqParams(PackedSeqParams):
             recurrence_width=setup.recurrence_width,
         )
         tensors = record_to_device(row.model, setup.device)
-        params = cls.from_row(row, tensors, setup, router_losses=router_losses)
+        own = None
+        if routes is not None:
+            (own,) = copy_to_device([own_routes(routes, row.rows)], setup.device)
+        params = cls.from_row(row, tensors, setup, router_losses=router_losses, routes=own)
         if mrope_positions is not None:
             if mrope_positions.shape != (3, layout.num_tokens):
                 raise ValueError(
@@ -127,8 +130,6 @@ class PrefixPackedSeqParams(PackedSeqParams):
                     "time, height and width of each token of the row"
                 )
             params.set_mrope_positions(params.own(mrope_positions.T).T.contiguous())
-        if routes is not None:
-            params.set_routes(routes)
         return params
 
     @classmethod
@@ -141,6 +142,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
         root: RootKeys | None = None,
         keeps_root: bool = False,
         router_losses: RouterLossScale | None = None,
+        routes: Tensor | None = None,
     ) -> PrefixPackedSeqParams:
         """Params of a rank's row.
 
@@ -151,6 +153,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             root: of the series that the row belongs to, if it does.
             keeps_root: whether it is the series' first row.
             router_losses: see the field.
+            routes: [T, layers, topk] of this rank's tokens, from `own_routes`.
         """
         exchange = None
         if row.shards is not None:
@@ -164,6 +167,11 @@ class PrefixPackedSeqParams(PackedSeqParams):
             root=root,
             keeps_root=keeps_root,
         )
+        recurrence = None
+        if setup.recurrence_width is not None:
+            recurrence = RowRecurrence(
+                own=tensors.recurrence, whole_row=tensors.stages.whole_row, exchange=exchange
+            )
         params = cls(
             qkv_format="thd",
             cu_seqlens_q=tensors.stages.cu_seqlens_q,
@@ -175,8 +183,9 @@ class PrefixPackedSeqParams(PackedSeqParams):
             own_rows=row.rows,
             multiplicity=tensors.multiplicity,
             router_losses=router_losses,
-            recurrence=tensors.recurrence,
+            recurrence=recurrence,
             shards=row.shards,
+            routes=routes,
         )
         last = tensors.last_stages
         if last is not None:
@@ -186,8 +195,14 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 cu_seqlens_q=last.cu_seqlens_q,
                 query_rows=last.queries,
                 query_rows_host=row.output_rows,
+                routes=None if routes is None else routes[last.queries],
             )
         return params
+
+    def without_routes(self) -> PrefixPackedSeqParams:
+        """The same batch, whose tokens the routers send where they choose."""
+        last = self.last_layer
+        return dataclasses.replace(self, routes=None, last_layer=last and last.without_routes())
 
     def set_mrope_positions(self, positions: Tensor) -> None:
         """Give a model with mRoPE the time, height and width of this rank's tokens, [3, T]."""
@@ -197,14 +212,6 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 if self.shards is not None:
                     # Otherwise Megatron's embedding takes a slice of what is this rank's already.
                     params.cp_group = OneRank()
-
-    def set_routes(self, routes: np.ndarray) -> None:
-        """Give every layer with experts the routes of the whole row, [tokens, layers, topk]."""
-        own = own_values(routes, self.own_rows)
-        own[self.own_rows < 0] = np.arange(routes.shape[-1])
-        (self.routes,) = copy_to_device([own], self.position_ids.device)
-        if self.last_layer is not None:
-            self.last_layer.routes = self.routes[self.last_layer.query_rows]
 
     @property
     def model_position_ids(self) -> Tensor:
@@ -230,3 +237,15 @@ class PrefixPackedSeqParams(PackedSeqParams):
             [T, ...], on the params' device.
         """
         return copy_to_device([own_values(values, self.own_rows)], self.position_ids.device)[0]
+
+
+def own_routes(routes: np.ndarray, own_rows: np.ndarray) -> np.ndarray:
+    """[T, layers, topk] a rank's part of a packed row's routes; padding goes to the first experts.
+
+    Args:
+        routes: of the whole row, [tokens, layers, topk].
+        own_rows: of the rank, see `PrefixPackedSeqParams.own_rows`.
+    """
+    own = own_values(routes, own_rows)
+    own[own_rows < 0] = np.arange(routes.shape[-1])
+    return own

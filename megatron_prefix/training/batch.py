@@ -19,7 +19,11 @@ from torch import Tensor
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.device_copy import record_to_device
-from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams, RouterLossScale
+from megatron_prefix.layers.packed_seq_params import (
+    PrefixPackedSeqParams,
+    RouterLossScale,
+    own_routes,
+)
 from megatron_prefix.layout import ModelRow, RankRow
 from megatron_prefix.layout.stages import Array
 from megatron_prefix.training.entries import RowEntries
@@ -47,7 +51,8 @@ class TrainedEntries(Generic[Array]):
     """[E] float64; None: not known yet."""
 
 
-BatchArrays = tuple[ModelRow[Array], TrainedEntries[Array]]
+BatchArrays = tuple[ModelRow[Array], TrainedEntries[Array], Array | None]
+"""The row, what is trained on in it, and its routes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,11 +63,14 @@ class HostBatch:
     entries: TrainedEntries[np.ndarray]
     num_sequences: int
     router_losses: RouterLossScale | None = None
+    routes: np.ndarray | None = None
+    """[T, layers with experts, topk] the experts that each token is sent to; None: the routers
+    choose."""
 
     @property
     def arrays(self) -> BatchArrays[np.ndarray]:
         """All that goes to the device."""
-        return self.row.model, self.entries
+        return self.row.model, self.entries, self.routes
 
 
 @dataclass(kw_only=True)
@@ -109,6 +117,7 @@ def host_batch(
     *,
     num_sequences: int,
     router_losses: RouterLossScale | None = None,
+    routes: np.ndarray | None = None,
 ) -> HostBatch:
     """A microbatch of what is trained on in a rank's part of a row.
 
@@ -117,6 +126,7 @@ def host_batch(
         entries: of the whole packed row.
         num_sequences: of the packed row.
         router_losses: see `PrefixPackedSeqParams`.
+        routes: of the whole packed row, see `HostBatch`.
     """
     # Where this rank has each position of the packed row, -1 for those of other ranks.
     last = int(max(row.rows.max(initial=-1), entries.positions.max(initial=-1)))
@@ -138,6 +148,7 @@ def host_batch(
         ),
         num_sequences=num_sequences,
         router_losses=router_losses,
+        routes=None if routes is None else own_routes(routes, row.rows),
     )
 
 
@@ -167,7 +178,7 @@ def packed_batch(
         setup: of the model.
         root, keeps_root: see `PrefixPackedSeqParams.from_row`.
     """
-    model, entries = tensors
+    model, entries, routes = tensors
     return PackedBatch(
         input_ids=model.input_ids[None],
         params=PrefixPackedSeqParams.from_row(
@@ -177,6 +188,7 @@ def packed_batch(
             root=root,
             keeps_root=keeps_root,
             router_losses=host.router_losses,
+            routes=routes,
         ),
         num_sequences=host.num_sequences,
         context_parallel_group=setup.context_parallel_group,

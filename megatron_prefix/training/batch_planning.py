@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.layers.packed_seq_params import RouterLossScale
 from megatron_prefix.layout import CommType, PackedLayout, rank_row
+from megatron_prefix.layout.routes import scatter_routes
 from megatron_prefix.training.batch import HostBatch, PackedBatch, host_batch, to_device
 from megatron_prefix.training.entries import TrainedSequence, row_entries
 
@@ -27,6 +30,7 @@ def plan_batch(
     trim_last_layer: bool = False,
     output_multiple: int = 1,
     router_losses: RouterLossScale | None = None,
+    routes: Sequence[np.ndarray] | None = None,
 ) -> HostBatch:
     """Plan this rank's part of a packed row, and what is trained on in it.
 
@@ -44,6 +48,8 @@ def plan_batch(
             come with them), and its last layer computes no others; see `rank_row`.
         output_multiple: such an output's length is a multiple of this.
         router_losses: see `PrefixPackedSeqParams`.
+        routes: of each sequence [length - 1, layers, topk], that have been checked; None: the
+            routers choose.
 
     Raises:
         ValueError: a sequence's old log-probabilities do not match its trained tokens, or the row
@@ -60,7 +66,14 @@ def plan_batch(
         window=window,
         recurrence_width=recurrence_width,
     )
-    return host_batch(row, entries, num_sequences=len(sequences), router_losses=router_losses)
+    return host_batch(
+        row,
+        entries,
+        num_sequences=len(sequences),
+        router_losses=router_losses,
+        # A row without sequences is padding, which may go anywhere.
+        routes=scatter_routes(layout, routes) if routes else None,
+    )
 
 
 def build_batch(

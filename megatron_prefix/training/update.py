@@ -231,7 +231,8 @@ class PolicyUpdate:
             passes += 1
             with self.reference.in_place():
                 for minibatch in minibatches:
-                    self._fill(minibatch, "reference_logprobs")
+                    # The experts of the records are those of the policy that sampled.
+                    self._fill(minibatch, "reference_logprobs", replays=False)
         if objective.kl_in == "reward":
             put_kl_into_advantages(
                 minibatches,
@@ -242,9 +243,9 @@ class PolicyUpdate:
             )
         return passes
 
-    def _fill(self, minibatch: Minibatch, name: str) -> None:
+    def _fill(self, minibatch: Minibatch, name: str, *, replays: bool = True) -> None:
         """Compute a kind of log-probabilities of every microbatch (on the last stage)."""
-        found = compute_logprobs(self._chunks, minibatch.batches, self._objective)
+        found = compute_logprobs(self._chunks, minibatch.batches, self._objective, replays=replays)
         for row, log_probs in zip(minibatch.rows, found, strict=False):
             setattr(row, name, log_probs)
 

@@ -202,18 +202,25 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def whole_gradients(
-    chunks: ModelChunks, logits: Tensor, params: PrefixPackedSeqParams, layout: PackedLayout
+    chunks: ModelChunks,
+    logits: Tensor,
+    params: PrefixPackedSeqParams,
+    layout: PackedLayout,
+    needed: np.ndarray | None = None,
 ) -> dict[str, Tensor] | None:
     """On rank 0 the gradients of all parameters, gathered from the ranks of a row.
 
-    The loss is linear in the logits, with the same weights in every layout.
+    The loss is linear in the logits of the `needed` positions, or of all, with the same weights in
+    every layout.
     """
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(layout.num_tokens, logits.shape[1] * tensor, generator=generator)
     weights[layout.num_tokens - layout.num_padding :] = 0
-    weights = params.own(weights.numpy())
+    if needed is not None:
+        weights[np.setdiff1d(np.arange(layout.num_tokens), needed)] = 0
+    weights = params.own(weights.numpy())[params.output_rows]
     (logits * weights.tensor_split(tensor, dim=1)[rank]).sum().backward()
     for parameter in chunks.bare[0].parameters():
         if params.shards is not None:

@@ -115,7 +115,10 @@ def _comm_type(kinds: Any, config: Any) -> Reason | None:
                 instead="Set cp_comm_type to all_gather, p2p or a2a",
             )
         tensor = config.tensor_model_parallel_size
-        for option in ("num_attention_heads", "num_query_groups"):
+        options = ["num_attention_heads", "num_query_groups"]
+        if getattr(config, "experimental_attention_variant", None) == "gated_delta_net":
+            options += ["linear_num_key_heads", "linear_num_value_heads"]
+        for option in options:
             heads = getattr(config, option)
             if kind == "a2a" and heads % (tensor * size):
                 return Reason(
@@ -133,12 +136,6 @@ def _variant(name: Any, config: Any) -> Reason | None:
         return Reason(
             why="only softmax attention and gated delta nets can be computed for shared prefixes",
             instead=set_to("experimental_attention_variant", None),
-        )
-    if config.context_parallel_size > 1:
-        return Reason(
-            why="the state of a recurrent layer is not handed between ranks yet",
-            instead="Set context_parallel_size to 1",
-            beside=f"context_parallel_size={config.context_parallel_size}",
         )
     return None
 
