@@ -163,19 +163,22 @@ class _Chunks:
         outs, ends, state = [], [], None
         if begins is not None and len(begins):
             state = torch.cat((begins, begins.new_zeros(1, *begins.shape[1:])))
-        for wave, going_on in zip(row.waves, _pieces_going_on(row), strict=True):
-            here = wave.chunks
-            of_tokens = self.new[here]
+        # Split once: backward of a slice would fill a tensor of all chunks for every wave.
+        sizes = [wave.chunks.stop - wave.chunks.start for wave in row.waves]
+        of_waves = (self.new, self.reads, self.scores, self.queries, self.keys, self.kept)
+        parts = zip(*(x.split(sizes) for x in of_waves), strict=True)
+        for wave, going_on, of_wave in zip(row.waves, _pieces_going_on(row), parts, strict=True):
+            of_tokens, reads, scores, queries, keys, kept = of_wave
             if state is not None:
                 state = state[wave.before]
-                of_tokens = of_tokens - self.reads[here] @ state
-            out = self.scores[here] @ of_tokens
-            added = self.keys[here].mT @ of_tokens
+                of_tokens = of_tokens - reads @ state
+            out = scores @ of_tokens
+            added = keys.mT @ of_tokens
             if state is None:
                 state = added
             else:
-                out = out + self.queries[here] @ state
-                state = state * self.kept[here] + added
+                out = out + queries @ state
+                state = state * kept + added
             outs.append(out)
             ends.append(state[going_on : wave.pieces])
         out = torch.cat(outs).transpose(1, 2).flatten(0, 1)[row.place]

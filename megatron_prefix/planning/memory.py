@@ -250,7 +250,7 @@ class MemoryModel:
                 again = self._all_of_layer(layer, tokens, labels, ranks)
             # Gathered, in the order of the stages, and the gradients of both.
             windowed = any(s.windowed_layers[layer : layer + 1])
-            width = 2 * self._kv // ranks.tensor
+            width = 2 * self._kv // ranks.tensor * (self._recurrent(layer) is None)
             gathered = (halo_tokens if windowed else travelling) * width * 2 * (b + self.wide)
             # The row's share of the gradients of the root's keys and values.
             gathered += root_tokens * width * b
