@@ -58,6 +58,8 @@ class _PrefixGatedDeltaNet:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         refuse_unsupported(config)
         build_without_flash_linear_attention()
+        # Of Megatron's layers only attention reads it; before 0.19 this one does not take it.
+        kwargs.pop("cp_comm_type", None)
         super().__init__(config, *args, **kwargs)
 
     def _setup_variant_attrs(self) -> None:

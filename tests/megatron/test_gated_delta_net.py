@@ -311,8 +311,11 @@ def test_tensor_parallel_ranks_have_heads_of_their_own(sequence_parallel: bool) 
 
 
 def test_what_is_not_there_yet_is_refused_by_name() -> None:
-    config = config_of([1, 0], num_query_groups=4, context_parallel_size=4, cp_comm_type="a2a")
+    config = config_of([1, 0], context_parallel_size=4, cp_comm_type=["a2a", "p2p"])
     with pytest.raises(UnsupportedOptionError, match=r"linear_num_key_heads=2 to be a multiple"):
+        refuse_unsupported(config)
+    config.cp_comm_type = ["p2p", "a2a"]
+    with pytest.raises(UnsupportedOptionError, match=r"num_query_groups=2 to be a multiple"):
         refuse_unsupported(config)
     config.context_parallel_size, config.experimental_attention_variant = 1, "dsa"
     with pytest.raises(UnsupportedOptionError, match=r"only softmax attention and gated delta"):

@@ -18,6 +18,7 @@ from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PackedLayout, PrefixTree, pack, shard_layout
+from megatron_prefix.megatron.comm_type_list import repair_comm_type_list
 from megatron_prefix.megatron.gated_delta_net import GatedDeltaNet
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.model.full_tensors import full_parameters, load_full_parameters
@@ -63,7 +64,7 @@ class Case:
         options = dict(self.options)
         if parallel.context_parallel_size > 1:
             options.update(self.on_ranks, cp_comm_type=self.kinds)
-        return config_of(
+        config = config_of(
             self.pattern,
             num_query_groups=4,
             linear_num_key_heads=4,
@@ -73,6 +74,8 @@ class Case:
             context_parallel_size=parallel.context_parallel_size,
             **options,
         )
+        repair_comm_type_list(config)
+        return config
 
 
 CASES = {
@@ -221,6 +224,7 @@ def _of_one_layer() -> dict[str, Any]:
     found = {}
     with runtime(parallel, device="cpu", seed=3, timeout_minutes=2, float64=True) as place:
         config = config_of([1, 1], context_parallel_size=2, cp_comm_type=["p2p", "a2a"])
+        repair_comm_type_list(config)
         layers = [layer.self_attention for layer in build(config, grouped=True).decoder.layers]
         setup = AttentionSetup.of(
             config, torch.device("cpu"), context_parallel_group=place.context_parallel_group

@@ -25,8 +25,6 @@ SHAPES: list[dict[str, Any]] = [
 ]
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
 THREE_TO_ONE = {**HYBRID, "linear_attention_freq": 4, **EXPERTS}
-# Layers that exchange heads, and layers that gather states.
-BY_TURNS = {**THREE_TO_ONE, "cp_comm_type": ["a2a", "all_gather", "p2p", "a2a"]}
 RECURRENT_ONLY = {**HYBRID, "linear_attention_freq": [1, 1, 1, 1]}
 
 
@@ -40,7 +38,12 @@ RECURRENT_ONLY = {**HYBRID, "linear_attention_freq": [1, 1, 1, 1]}
             "full",
         ),
         (THREE_TO_ONE, ParallelConfig(expert_model_parallel_size=2), 2, "none"),
-        (BY_TURNS, ParallelConfig(context_parallel_size=2), 1, "full"),
+        (
+            {**THREE_TO_ONE, "cp_comm_type": ["all_gather", "a2a", "p2p", "p2p"]},
+            ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2),
+            1,
+            "full",
+        ),
         (
             RECURRENT_ONLY,
             ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
@@ -51,7 +54,7 @@ RECURRENT_ONLY = {**HYBRID, "linear_attention_freq": [1, 1, 1, 1]}
     ids=[
         "tensor and pipeline parallel",
         "expert parallel",
-        "context parallel",
+        "context and expert parallel",
         "no attention, interleaved pipeline",
     ],
 )

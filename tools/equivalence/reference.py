@@ -134,9 +134,9 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
         float64=training.dtype == "float64",
     ):
         config = transformer_config(model_config, ParallelConfig(), training)
-        use_exact_delta_rule(config)
         if case.training.replayed_routes is not None:
             config.moe_enable_routing_replay = True
+        use_exact_delta_rule(config)
         model = build_gpt_model(model_config, config, shared_prefixes=False)
         if config.bf16:
             model.bfloat16()
