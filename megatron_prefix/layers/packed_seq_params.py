@@ -101,7 +101,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 puts out `output_rows` only. None: the model's output has all T rows.
             multiple: the number of output rows is a multiple of this: the tensor-parallel size,
                 under sequence parallelism.
-            mrope_positions: [3, T] of the whole row, from `layout.scatter`, for a model with mRoPE.
+            mrope_positions: [3, T] of the whole row, from `layout.scatter`, for a model with mRoPE;
+                None: all three are `layout.position_ids`, as of text.
             router_losses: see the field.
             routes: [T, layers, topk] of the whole row, from `routes_of_row`, to replay.
 
@@ -143,6 +144,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
         keeps_root: bool = False,
         router_losses: RouterLossScale | None = None,
         routes: Tensor | None = None,
+        mrope_positions: Tensor | None = None,
     ) -> PrefixPackedSeqParams:
         """Params of a rank's row.
 
@@ -154,6 +156,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
             keeps_root: whether it is the series' first row.
             router_losses: see the field.
             routes: [T, layers, topk] of this rank's tokens, from `own_routes`.
+            mrope_positions: [3, T] of this rank's tokens, for a model with mRoPE; None: all three
+                are `position_ids`.
         """
         exchange = None
         if row.shards is not None:
@@ -197,6 +201,10 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 query_rows_host=row.output_rows,
                 routes=None if routes is None else routes[last.queries],
             )
+        if mrope_positions is None and setup.mrope:
+            mrope_positions = tensors.position_ids.expand(3, -1)
+        if mrope_positions is not None:
+            params.set_mrope_positions(mrope_positions)
         return params
 
     def without_routes(self) -> PrefixPackedSeqParams:

@@ -18,9 +18,11 @@ from megatron_prefix.attention.row_attention import head_dim
 from megatron_prefix.attention.windows import model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
+from megatron_prefix.layers.all_heads_norm import norm_over_all_heads
 from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layout import LatentShape, ModelShape, RecurrentShape
 from megatron_prefix.layout.recurrence import CHUNK_TOKENS
+from megatron_prefix.megatron.expert_biases import let_experts_have_biases
 from megatron_prefix.megatron.gated_delta_net import hybrid_block_spec, recurrent_layers
 from megatron_prefix.megatron.latent_attention import complete_local_spec
 from megatron_prefix.megatron.moe_layers import moe_layers
@@ -50,11 +52,13 @@ def build_gpt_model(
     spec = make_spec(
         config, use_transformer_engine=use_transformer_engine(config), vp_stage=vp_stage
     )
+    if model.qk_norm_all_heads:
+        norm_over_all_heads(spec)
     if shared_prefixes:
         spec = prefix_grouped(spec)
     elif config.multi_latent_attention:
         complete_local_spec(spec)
-    return GPTModel(
+    built = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
@@ -73,6 +77,8 @@ def build_gpt_model(
         rope_scaling_factor=model.rope_scaling_factor,
         vp_stage=vp_stage,
     )
+    let_experts_have_biases(built)
+    return built
 
 
 class HasVocabulary(Protocol):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions import fused_bias_geglu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
@@ -33,6 +34,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "squared_relu": lambda x: torch.pow(F.relu(x), 2),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 
@@ -75,7 +77,7 @@ def transformer_config(
         # Microbatches differ in length, which Megatron's variable lengths only allow with it.
         "moe_token_dispatcher_type": "alltoall",
         **model.transformer,
-        "activation_func": _ACTIVATIONS[model.activation],
+        "activation_func": _activation(model.activation, on_cpu=on_cpu),
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": (
@@ -164,6 +166,13 @@ def transformer_config(
                 "stages and chunks; change one of them"
             )
     return config
+
+
+def _activation(name: str, *, on_cpu: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    if name == "quick_gelu" and not on_cpu:
+        # Megatron's fusions look for this very function, which torch compiles at its first call.
+        return getattr(fused_bias_geglu, name, _ACTIVATIONS[name])
+    return _ACTIVATIONS[name]
 
 
 def _check_replay(training: TrainingConfig, config: TransformerConfig) -> None:

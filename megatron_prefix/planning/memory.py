@@ -69,8 +69,11 @@ class MemoryModel:
     """Rotated channels of a head; 0 without rotary embedding."""
     rms_norm: bool = True
     qk_norm: bool = False
+    qk_norm_all_heads: bool = False
     qkv_bias: bool = False
     linear_bias: bool = False
+    sinks: bool = False
+    shared_expert_gate: bool = False
     mlp_widths: int = 3
     """Tensors of the MLP's width f that are kept from its first product's output to its second
     one's input."""
@@ -100,16 +103,16 @@ class MemoryModel:
         biases = self.linear_bias
         norm = 1 if self.rms_norm else 2
         recurrent = self._recurrent(layer)
-        if recurrent is not None:
-            dense = recurrent_parameters(recurrent, h, tensor=tp) + norm * recurrent.value_channels
-            dense += 2 * norm * h
+        if recurrent is None:
+            dense = self._attention_parameters(tp) + h * biases
         else:
-            dense = self._attention_parameters(tp) + h * biases + 2 * norm * h
+            dense = recurrent_parameters(recurrent, h, tensor=tp) + norm * recurrent.value_channels
+        dense += 2 * norm * h
         first = 2 if s.gated_linear_unit else 1
         if not self.moe_layers[layer]:
             f = s.ffn_hidden_size // tp
             return dense + (first + 1) * f * h + (first * f + h) * biases, 0
-        dense += s.num_experts * h
+        dense += s.num_experts * (h + biases) + h * self.shared_expert_gate
         shared = s.moe_shared_expert_ffn_hidden_size // tp
         dense += (first + 1) * shared * h + (first * shared + h) * (biases and shared > 0)
         f = s.moe_ffn_hidden_size // ranks.expert_tensor
@@ -119,12 +122,15 @@ class MemoryModel:
     def _attention_parameters(self, tensor: int) -> int:
         """Of a layer that attends, without the bias of its last projection."""
         s, q, kv = self.shape, self._q, self._kv
-        norm = (1 if self.rms_norm else 2) * self.qk_norm
         if s.latent is None:
             count = (q + 2 * kv) // tensor * (s.hidden_size + (self.qkv_bias or self.linear_bias))
-            return count + q // tensor * s.hidden_size + norm * 2 * s.kv_channels
-        count = latent_parameters(s, s.latent, tensor=tensor, whole_down=self.fused)
-        return count + norm * (s.latent.query_rank + s.latent.rank)
+            count += q // tensor * s.hidden_size
+            normed = q + kv if self.qk_norm_all_heads else 2 * s.kv_channels
+        else:
+            count = latent_parameters(s, s.latent, tensor=tensor, whole_down=self.fused)
+            normed = s.latent.query_rank + s.latent.rank
+        count += (1 if self.rms_norm else 2) * normed * self.qk_norm
+        return count + s.num_attention_heads // tensor * self.sinks
 
     def _recurrent(self, layer: int) -> RecurrentShape | None:
         """Of a recurrent layer; None: the layer attends."""
@@ -339,7 +345,8 @@ class MemoryModel:
         )
         shared = self.mlp_widths * s.moe_shared_expert_ffn_hidden_size // ranks.tensor * b
         routing = s.num_experts * (b + 1) + k * (2 * _INDEX + self.wide + b)
-        return experts + tokens * shared + tokens // ranks.sequence * routing
+        gated = s.hidden_size * b * self.shared_expert_gate
+        return experts + tokens * shared + tokens // ranks.sequence * (routing + gated)
 
     def _layer_backward(
         self, layer: int, tokens: int, labels: int, ranks: RankSizes, copies: int
@@ -394,11 +401,15 @@ class MemoryModel:
         return self.fused or not self.rms_norm or self.element == self.wide
 
     def _head_norm(self, width: int, *, copied: bool, size: int | None = None) -> int:
-        """Bytes per token that a norm over each head of a width keeps, beside its output.
+        """Bytes per token that a norm over heads of a width keeps, beside its output.
 
         `copied`: its input is nothing else's (the queries of a group are gathered from between the
         keys). `size`: of a head, where it is not that of the attention.
         """
+        if self.qk_norm_all_heads and size is None:
+            same = self.element == self.wide
+            own = copied * width * self.element if same else width * self.wide
+            return own + width * self.element + self.wide
         statistics = width // (size or self.shape.kv_channels) * self.wide
         if self.fused or not self.rms_norm:
             return copied * width * self.element + statistics * (1 if self.rms_norm else 2)

@@ -24,7 +24,7 @@ from megatron_prefix.layers.packed_seq_params import (
     RouterLossScale,
     own_routes,
 )
-from megatron_prefix.layout import ModelRow, RankRow
+from megatron_prefix.layout import ModelRow, RankRow, own_values
 from megatron_prefix.layout.stages import Array
 from megatron_prefix.training.entries import RowEntries
 
@@ -51,8 +51,8 @@ class TrainedEntries(Generic[Array]):
     """[E] float64; None: not known yet."""
 
 
-BatchArrays = tuple[ModelRow[Array], TrainedEntries[Array], Array | None]
-"""The row, what is trained on in it, and its routes."""
+BatchArrays = tuple[ModelRow[Array], TrainedEntries[Array], Array | None, Array | None]
+"""The row, what is trained on in it, its routes and its positions."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,11 +66,14 @@ class HostBatch:
     routes: np.ndarray | None = None
     """[T, layers with experts, topk] the experts that each token is sent to; None: the routers
     choose."""
+    mrope_positions: np.ndarray | None = None
+    """[3, T] int64: time, height and width of each token; None: all are its place, or the model
+    has no mRoPE."""
 
     @property
     def arrays(self) -> BatchArrays[np.ndarray]:
         """All that goes to the device."""
-        return self.row.model, self.entries, self.routes
+        return self.row.model, self.entries, self.routes, self.mrope_positions
 
 
 @dataclass(kw_only=True)
@@ -118,6 +121,7 @@ def host_batch(
     num_sequences: int,
     router_losses: RouterLossScale | None = None,
     routes: np.ndarray | None = None,
+    mrope_positions: np.ndarray | None = None,
 ) -> HostBatch:
     """A microbatch of what is trained on in a rank's part of a row.
 
@@ -127,6 +131,7 @@ def host_batch(
         num_sequences: of the packed row.
         router_losses: see `PrefixPackedSeqParams`.
         routes: of the whole packed row, see `HostBatch`.
+        mrope_positions: [tokens, 3] of the whole packed row.
     """
     # Where this rank has each position of the packed row, -1 for those of other ranks.
     last = int(max(row.rows.max(initial=-1), entries.positions.max(initial=-1)))
@@ -149,6 +154,11 @@ def host_batch(
         num_sequences=num_sequences,
         router_losses=router_losses,
         routes=None if routes is None else own_routes(routes, row.rows),
+        mrope_positions=(
+            None
+            if mrope_positions is None
+            else np.ascontiguousarray(own_values(mrope_positions, row.rows).T)
+        ),
     )
 
 
@@ -178,7 +188,7 @@ def packed_batch(
         setup: of the model.
         root, keeps_root: see `PrefixPackedSeqParams.from_row`.
     """
-    model, entries, routes = tensors
+    model, entries, routes, positions = tensors
     return PackedBatch(
         input_ids=model.input_ids[None],
         params=PrefixPackedSeqParams.from_row(
@@ -189,6 +199,7 @@ def packed_batch(
             keeps_root=keeps_root,
             router_losses=host.router_losses,
             routes=routes,
+            mrope_positions=positions,
         ),
         num_sequences=host.num_sequences,
         context_parallel_group=setup.context_parallel_group,

@@ -31,6 +31,7 @@ def plan_batch(
     output_multiple: int = 1,
     router_losses: RouterLossScale | None = None,
     routes: Sequence[np.ndarray] | None = None,
+    position_shifts: Sequence[np.ndarray] | None = None,
 ) -> HostBatch:
     """Plan this rank's part of a packed row, and what is trained on in it.
 
@@ -50,6 +51,8 @@ def plan_batch(
         router_losses: see `PrefixPackedSeqParams`.
         routes: of each sequence [length - 1, layers, topk], that have been checked; None: the
             routers choose.
+        position_shifts: of each sequence [length - 1, 3], for a model with mRoPE: by how much its
+            inputs' positions differ from their places; None: all are 0.
 
     Raises:
         ValueError: a sequence's old log-probabilities do not match its trained tokens, or the row
@@ -66,6 +69,9 @@ def plan_batch(
         window=window,
         recurrence_width=recurrence_width,
     )
+    positions = None
+    if position_shifts:
+        positions = layout.scatter_inputs(position_shifts) + layout.position_ids[:, None]
     return host_batch(
         row,
         entries,
@@ -73,6 +79,7 @@ def plan_batch(
         router_losses=router_losses,
         # A row without sequences is padding, which may go anywhere.
         routes=scatter_routes(layout, routes) if routes else None,
+        mrope_positions=positions,
     )
 
 

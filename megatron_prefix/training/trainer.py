@@ -14,7 +14,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_prefix.attention.comm_types import model_comm_types
-from megatron_prefix.attention.row_attention import AttentionSetup, recurrence_width
+from megatron_prefix.attention.row_attention import (
+    AttentionSetup,
+    has_mrope,
+    recurrence_width,
+)
 from megatron_prefix.attention.windows import model_window
 from megatron_prefix.checkpoints.folder import CheckpointFolder
 from megatron_prefix.checkpoints.initial_weights import check_initial_weights
@@ -106,6 +110,7 @@ class Trainer:
                 comm_types=model_comm_types(self.chunks.config),
                 window=model_window(self.chunks.config),
                 recurrence_width=recurrence_width(self.chunks.config),
+                mrope=has_mrope(self.chunks.config),
             ),
         )
         with raise_together():
