@@ -29,6 +29,7 @@ import json
 import platform
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ GRID = tuple(
     for response in (128, 512)
 )
 SMALL = ("1,1024,512", "1,64,256", "4,64,256", "8,16,256", "16,64,512")
+CLOCKS = {"wall": "perf_counter", "cpu": "process_time"}
 CASES = {"default": DEFAULT_CASES, "grid": GRID, "small": SMALL}
 
 
@@ -91,7 +93,7 @@ def flops_ratio(case: Case, side: str) -> float | None:
 
 
 def measure_times(
-    case: Case, sides: list[str], repeats: int, seconds: float
+    case: Case, sides: list[str], repeats: int, seconds: float, clock: str
 ) -> dict[str, list[float]]:
     """Seconds of each repeat of each side, interleaved in one process."""
     from benchmarks.levels import build_runners
@@ -99,7 +101,9 @@ def measure_times(
 
     with build_runners(case, sides) as runners:
         check_equal(runners, tolerance=TOLERANCES[case.dtype])
-        return interleaved_seconds(runners, repeats=repeats, seconds=seconds)
+        return interleaved_seconds(
+            runners, repeats=repeats, seconds=seconds, clock=getattr(time, CLOCKS[clock])
+        )
 
 
 def measure_peak_mb(case: Case, side: str) -> float:
@@ -119,10 +123,12 @@ def benchmark(args: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
     """A row for each side."""
     from benchmarks.measuring import in_fresh_process, ratios
 
-    seconds = in_fresh_process(measure_times, case, args.sides, args.repeats, args.seconds)
+    seconds = in_fresh_process(
+        measure_times, case, args.sides, args.repeats, args.seconds, args.clock
+    )
     rows = []
     for side in args.sides:
-        time = ratios(seconds, side, "grouped")
+        times = ratios(seconds, side, "grouped")
         flops = flops_ratio(case, side)
         rows.append(
             {
@@ -133,11 +139,11 @@ def benchmark(args: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
                 "side": side,
                 "seconds": statistics.median(seconds[side]),
                 "all_seconds": seconds[side],
-                "time_ratio": time["median"],
-                "time_ratio_least": time["least"],
-                "time_ratio_most": time["most"],
+                "time_ratio": times["median"],
+                "time_ratio_least": times["least"],
+                "time_ratio_most": times["most"],
                 "flops_ratio": flops,
-                "share": None if flops is None else time["median"] / flops,
+                "share": None if flops is None else times["median"] / flops,
                 "peak_mb": (in_fresh_process(measure_peak_mb, case, side) if args.memory else None),
             }
         )
@@ -166,7 +172,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, layers: int) -> Non
     parser.add_argument("--json", action="store_true", help="print the JSON line as well")
 
 
-def model_sizes(args: argparse.Namespace, *, qkv_bias: bool = False) -> ModelSizes:
+def model_sizes(
+    args: argparse.Namespace, *, qkv_bias: bool = False, attends_every: int | None = None
+) -> ModelSizes:
     """From the common arguments."""
     return ModelSizes(
         layers=args.layers,
@@ -176,6 +184,7 @@ def model_sizes(args: argparse.Namespace, *, qkv_bias: bool = False) -> ModelSiz
         ffn=args.ffn,
         vocab=args.vocab,
         qkv_bias=qkv_bias,
+        attends_every=attends_every,
     )
 
 
@@ -213,6 +222,13 @@ def main() -> int:
         default=["grouped", "ungrouped"],
         help="what is compared; grouped must be one of them",
     )
+    parser.add_argument(
+        "--attends-every",
+        type=int,
+        metavar="N",
+        help="one in N layers attends, and the others are gated delta nets (grouped and ungrouped "
+        "at --level step)",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where it runs")
     parser.add_argument("--dtype", choices=TOLERANCES, default="float32", help="of the weights")
     parser.add_argument("--kernel", help="attention kernel by name, of grouped and ungrouped")
@@ -224,6 +240,12 @@ def main() -> int:
     )
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each side")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each side in a repeat")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: seconds of CPU time, which other work on the machine moves less",
+    )
     parser.add_argument("--threads", type=int, help="of torch; left out: torch's own number")
     parser.add_argument(
         "--no-memory", dest="memory", action="store_false", help="do not measure peak memory"
@@ -235,6 +257,12 @@ def main() -> int:
     peers = [side for side in args.sides if side in PEERS]
     if peers and args.level != "step":
         parser.error(f"--sides {peers[0]}: only at --level step, not {args.level}")
+    others = [side for side in args.sides if side not in ("grouped", "ungrouped")]
+    if args.attends_every is not None and (others or args.level != "step"):
+        parser.error(
+            f"--attends-every {args.attends_every}: only --sides grouped and ungrouped at --level "
+            f"step, not {' '.join([args.level, *others])}"
+        )
     if "flex" in args.sides and args.device == "cpu":
         parser.error("--sides flex: FlexAttention has no backward on the CPU; needs --device cuda")
     require_megatron(parser)
@@ -248,7 +276,7 @@ def main() -> int:
         case = Case(
             level=args.level,
             shape=shape,
-            sizes=model_sizes(args, qkv_bias=bool(peers)),
+            sizes=model_sizes(args, qkv_bias=bool(peers), attends_every=args.attends_every),
             device=args.device,
             dtype=args.dtype,
             kernel=args.kernel,

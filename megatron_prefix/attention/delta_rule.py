@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from megatron_prefix.attention.context_parallel.states import RankStates
 from megatron_prefix.layout import Recurrence
@@ -211,19 +212,22 @@ class _Chunks:
         outs, ends, state = [], [], None
         if begins is not None and len(begins):
             state = torch.cat((begins, begins.new_zeros(1, *begins.shape[1:])))
-        for wave, going_on in zip(row.waves, _pieces_going_on(row), strict=True):
-            here = wave.chunks
-            of_tokens = self.new[here]
+        # Split once: backward of a slice would fill a tensor of all chunks for every wave.
+        sizes = [wave.chunks.stop - wave.chunks.start for wave in row.waves]
+        of_waves = (self.new, self.reads, self.scores, self.queries, self.keys, self.kept)
+        parts = zip(*(x.split(sizes) for x in of_waves), strict=True)
+        for wave, going_on, of_wave in zip(row.waves, _pieces_going_on(row), parts, strict=True):
+            of_tokens, reads, scores, queries, keys, kept = of_wave
             if state is not None:
                 state = state[wave.before]
-                of_tokens = of_tokens - self.reads[here] @ state
-            out = self.scores[here] @ of_tokens
-            added = self.keys[here].mT @ of_tokens
+                of_tokens = of_tokens - reads @ state
+            out = scores @ of_tokens
+            added = keys.mT @ of_tokens
             if state is None:
                 state = added
             else:
-                out = out + self.queries[here] @ state
-                state = state * self.kept[here] + added
+                out = out + queries @ state
+                state = state * kept + added
             outs.append(out)
             ends.append(state[going_on : wave.pieces])
             for chunk in kept_states or ():
@@ -274,11 +278,19 @@ def causal_convolution(
 ) -> Tensor:
     """[T, d] of each channel, the sum of a token's last inputs along its path, weighted.
 
+    Only x is kept for backward.
+
     Args:
         x: [T, d] inputs, and behind them those of other ranks, see `Recurrence.halo`.
         weight: [d, width], that of the token's own input last.
         bias: [d]
     """
+    return checkpoint(
+        _convolution, x, weight, bias, row, use_reentrant=False, preserve_rng_state=False
+    )
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, row: Recurrence[Tensor]) -> Tensor:
     with_zeros = torch.cat((x, x.new_zeros(1, x.shape[1])))
     out = sum(with_zeros[row.inputs[:, i]] * weight[:, i] for i in range(weight.shape[1]))
     return out if bias is None else out + bias

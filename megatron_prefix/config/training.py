@@ -40,7 +40,7 @@ class TrainingConfig:
     """The pieces of a group that exceeds the budget follow one another on their rank and run the
     prompt once, where that makes the busiest rank less busy; each layer's keys and values of the
     prompt are kept until the last piece is done. Not with pipeline, context or expert
-    parallelism."""
+    parallelism, and not with gated delta nets."""
     replayed_routes: Literal["exact", "first", "ignore"] | None = None
     """What becomes of the experts that records of `file` say tokens were sent to
     (`routed_experts`). `exact`: the policy's routers send each token there; responses share their

@@ -69,8 +69,11 @@ class StepEstimate:
     def context_parallel_bytes(self) -> int:
         """Received in a layer by the busiest rank, in its largest row.
 
-        That is a layer without a sliding window, if there is one.
+        That is a layer without a sliding window, if there is one, that attends. What recurrent
+        layers receive is not counted.
         """
+        if all(self.setup.memory.shape.recurrent_layers or (False,)):
+            return 0
         windowed = self.setup.memory.shape.windowed_layers
         if windowed and all(windowed):
             return max((row.windows.received_per_layer for row in self._rows), default=0)
@@ -125,7 +128,8 @@ class StepEstimate:
         if bytes_per_second is not None:
             shape = setup.memory.shape
             num_windowed = sum(shape.windowed_layers)
-            received = m.received_per_layer * (shape.num_layers - num_windowed)
+            others = shape.num_layers - num_windowed - sum(shape.recurrent_layers)
+            received = m.received_per_layer * others
             received += m.windows.received_per_layer * num_windowed
             seconds += received / stages / bytes_per_second
         return seconds

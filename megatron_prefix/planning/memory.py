@@ -21,13 +21,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_prefix.layout.cost import ModelShape
-from megatron_prefix.layout.layer_shapes import LatentShape
+from megatron_prefix.layout.layer_shapes import LatentShape, RecurrentShape
 from megatron_prefix.planning.latent_memory import (
     latent_expansion,
     latent_kept,
     latent_parameters,
 )
 from megatron_prefix.planning.rank_sizes import RankSizes
+from megatron_prefix.planning.recurrent_memory import (
+    recurrent_backward,
+    recurrent_kept,
+    recurrent_parameters,
+)
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -94,19 +99,15 @@ class MemoryModel:
 
     def layer_parameters(self, layer: int, ranks: RankSizes) -> tuple[int, int]:
         """(dense, expert) parameters of a layer on a rank."""
-        s, tp = self.shape, ranks.tensor
-        h, q, kv = s.hidden_size, self._q, self._kv
+        s, tp, h = self.shape, ranks.tensor, self.shape.hidden_size
         biases = self.linear_bias
         norm = 1 if self.rms_norm else 2
-        if s.latent is None:
-            dense = (q + 2 * kv) // tp * h + q // tp * h
-            dense += (q + 2 * kv) // tp * (self.qkv_bias or biases)
-            normed = q + kv if self.qk_norm_all_heads else 2 * s.kv_channels
+        recurrent = self._recurrent(layer)
+        if recurrent is None:
+            dense = self._attention_parameters(tp) + h * biases
         else:
-            dense = latent_parameters(s, s.latent, tensor=tp, whole_down=self.fused)
-            normed = s.latent.query_rank + s.latent.rank
-        dense += h * biases + 2 * norm * h + norm * normed * self.qk_norm
-        dense += s.num_attention_heads // tp * self.sinks
+            dense = recurrent_parameters(recurrent, h, tensor=tp) + norm * recurrent.value_channels
+        dense += 2 * norm * h
         first = 2 if s.gated_linear_unit else 1
         if not self.moe_layers[layer]:
             f = s.ffn_hidden_size // tp
@@ -117,6 +118,23 @@ class MemoryModel:
         f = s.moe_ffn_hidden_size // ranks.expert_tensor
         expert = (first + 1) * f * h + (first * f + h) * biases
         return dense, s.num_experts // ranks.expert * expert
+
+    def _attention_parameters(self, tensor: int) -> int:
+        """Of a layer that attends, without the bias of its last projection."""
+        s, q, kv = self.shape, self._q, self._kv
+        if s.latent is None:
+            count = (q + 2 * kv) // tensor * (s.hidden_size + (self.qkv_bias or self.linear_bias))
+            count += q // tensor * s.hidden_size
+            normed = q + kv if self.qk_norm_all_heads else 2 * s.kv_channels
+        else:
+            count = latent_parameters(s, s.latent, tensor=tensor, whole_down=self.fused)
+            normed = s.latent.query_rank + s.latent.rank
+        count += (1 if self.rms_norm else 2) * normed * self.qk_norm
+        return count + s.num_attention_heads // tensor * self.sinks
+
+    def _recurrent(self, layer: int) -> RecurrentShape | None:
+        """Of a recurrent layer; None: the layer attends."""
+        return self.shape.recurrent if any(self.shape.recurrent_layers[layer : layer + 1]) else None
 
     def outer_parameters(self, ranks: RankSizes, *, first: bool, last: bool) -> int:
         """Parameters of the first stage's embeddings and the last one's norm and output layer."""
@@ -238,7 +256,7 @@ class MemoryModel:
                 again = self._all_of_layer(layer, tokens, labels, ranks)
             # Gathered, in the order of the stages, and the gradients of both.
             windowed = any(s.windowed_layers[layer : layer + 1])
-            width = 2 * self._kv // ranks.tensor
+            width = 2 * self._kv // ranks.tensor * (self._recurrent(layer) is None)
             gathered = (halo_tokens if windowed else travelling) * width * 2 * (b + self.wide)
             # The row's share of the gradients of the root's keys and values.
             gathered += root_tokens * width * b
@@ -260,6 +278,15 @@ class MemoryModel:
         rows = self._rows(layer, tokens, labels, ranks)
         # Both norms, and the first products' inputs.
         kept = (tokens + rows) // ranks.sequence * (self._norm + h * b)
+        recurrent = self._recurrent(layer)
+        if recurrent is not None:
+            kept += recurrent_kept(
+                recurrent, tokens=tokens, rows=rows, tensor=tp, element=b, wide=self.wide
+            )
+            kept += rows * self._head_norm(
+                recurrent.values // tp, copied=True, size=recurrent.value_channels
+            )
+            return kept + self._of_mlp(layer, rows, ranks)
         if s.latent is not None:
             kept += self._of_latent_attention(s.latent, tokens, rows, ranks)
             return kept + self._of_mlp(layer, rows, ranks)
@@ -342,6 +369,10 @@ class MemoryModel:
         # its factors, when the second product's input is gone.
         factors = 2 if s.gated_linear_unit else 1
         mlp = row + max(width + f * s.hidden_size, factors * width) * b
+        recurrent = self._recurrent(layer)
+        if recurrent is not None:
+            again = recurrent_backward(recurrent, tokens=tokens, tensor=tp, wide=self.wide)
+            return max(mlp, row + again - self._of_mlp(layer, rows, ranks))
         # dq, dk and dv in a wide dtype, then in their own, and dout; the MLP's activations are
         # gone by then.
         heads = (rows * self._q + tokens * 2 * self._kv) // tp * (self.wide + b)
@@ -369,17 +400,17 @@ class MemoryModel:
     def _norm_keeps_input(self) -> bool:
         return self.fused or not self.rms_norm or self.element == self.wide
 
-    def _head_norm(self, width: int, *, copied: bool) -> int:
+    def _head_norm(self, width: int, *, copied: bool, size: int | None = None) -> int:
         """Bytes per token that a norm over heads of a width keeps, beside its output.
 
         `copied`: its input is nothing else's (the queries of a group are gathered from between the
-        keys).
+        keys). `size`: of a head, where it is not that of the attention.
         """
-        if self.qk_norm_all_heads:
+        if self.qk_norm_all_heads and size is None:
             same = self.element == self.wide
             own = copied * width * self.element if same else width * self.wide
             return own + width * self.element + self.wide
-        statistics = width // self.shape.kv_channels * self.wide
+        statistics = width // (size or self.shape.kv_channels) * self.wide
         if self.fused or not self.rms_norm:
             return copied * width * self.element + statistics * (1 if self.rms_norm else 2)
         if self.element == self.wide:

@@ -115,7 +115,8 @@ def step_flops(
     attention = shape.flops(tokens=0, pairs=pairs, labels=0, windowed_pairs=windowed_pairs)
     attention -= shape.last_layer_flops(tokens=0, pairs=trimmed_pairs)
     head = labels * shape.head_flops_per_label()
-    total = 3 * (linear + attention) + 4 * head  # the head's logits are made again in backward
+    # The head's logits and the chunks of the delta rule are made again in backward.
+    total = 3 * (linear + attention) + 4 * head + tokens * shape.rule_flops_per_token()
     return total + {"none": 0, "selective": attention, "full": linear + attention}[again]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,6 +60,8 @@ class ModelSizes:
     vocab: int
     qkv_bias: bool = False
     """As in Qwen2."""
+    attends_every: int | None = None
+    """One in so many layers attends, and the others are gated delta nets; None: all attend."""
 
     def config(self) -> ModelConfig:
         """As a run's config has it."""
@@ -75,8 +77,22 @@ class ModelSizes:
                 "ffn_hidden_size": self.ffn,
                 "gated_linear_unit": True,
                 "add_qkv_bias": self.qkv_bias,
+                **self._gated_delta_nets(),
             },
         )
+
+    def _gated_delta_nets(self) -> dict[str, Any]:
+        """With keys as wide as the hidden size and values twice that, as in Qwen3-Next."""
+        if self.attends_every is None:
+            return {}
+        return {
+            "experimental_attention_variant": "gated_delta_net",
+            "linear_attention_freq": self.attends_every,
+            "linear_num_key_heads": self.heads // 2,
+            "linear_num_value_heads": self.heads,
+            "linear_key_head_dim": 2 * self.hidden // self.heads,
+            "linear_value_head_dim": 2 * self.hidden // self.heads,
+        }
 
 
 def training_config(
