@@ -62,12 +62,14 @@ class RowRecurrence:
         Raises:
             ValueError: the row was not planned for that.
         """
-        layer = None
+        layer = whole_row = None
+        row = self.own
         if self.exchange is not None:
             layer = LayerExchange(number=number, exchange=self.exchange)
-        whole_row = self.whole_row if by_heads and layer is not None else None
-        row = self.own if whole_row is None else whole_row.recurrence
-        if row is None or (whole_row is None and by_heads and layer is not None):
+            if by_heads:
+                whole_row = self.whole_row
+                row = None if whole_row is None else whole_row.recurrence
+        if row is None:
             raise ValueError(
                 f"layer {number}: the row was planned for layers with another cp_comm_type; give "
                 "the batch's AttentionSetup the comm_types of all layers"
