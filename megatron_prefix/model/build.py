@@ -9,7 +9,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +21,7 @@ from megatron_prefix.attention.row_attention import head_dim
 from megatron_prefix.attention.windows import model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
+from megatron_prefix.layers.predicting_model import prefix_gpt_model
 from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layout import LatentShape, ModelShape
 from megatron_prefix.megatron.latent_attention import complete_local_spec
@@ -44,16 +48,25 @@ def build_gpt_model(
     stage = {} if vp_stage is None else {"vp_stage": vp_stage}
     pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage)
     post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage)
+    transformer_engine = use_transformer_engine(config)
     spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=use_transformer_engine(config), vp_stage=vp_stage
+        config, use_transformer_engine=transformer_engine, vp_stage=vp_stage
     )
+    predictions = None
+    if config.mtp_num_layers:
+        predictions = get_gpt_mtp_block_spec(
+            config, spec, use_transformer_engine=transformer_engine, vp_stage=vp_stage
+        )
     if shared_prefixes:
         spec = prefix_grouped(spec)
+        predictions = predictions and prefix_grouped(predictions)
     elif config.multi_latent_attention:
         complete_local_spec(spec)
-    return GPTModel(
+    with_predictions = shared_prefixes and config.mtp_num_layers
+    return (prefix_gpt_model() if with_predictions else GPTModel)(
         config=config,
         transformer_layer_spec=spec,
+        mtp_block_spec=predictions,
         vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
         max_sequence_length=model.max_sequence_length,
         pre_process=pre_process,
@@ -90,6 +103,8 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
             "moe_shared_expert_ffn_hidden_size": config.moe_shared_expert_intermediate_size or 0,
             "whole_last_layer": moe_layers(config)[-1] and has_statistics(config),
         }
+    if config.mtp_num_layers:
+        experts |= {"whole_last_layer": True, "prediction_depths": config.mtp_num_layers}
     return ModelShape(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -162,6 +177,8 @@ def build_model_chunks(
     for chunk in bare:
         if training.device == "cuda":
             chunk.cuda(torch.cuda.current_device())
+    if config.mtp_num_layers:
+        bare[-1].detach_predictions = training.detach_mtp
     head = LogProbHead.of(
         bare[-1],
         vocab_size=model.vocab_size,

@@ -17,6 +17,7 @@ from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
 from megatron_prefix.megatron.comm_type_list import repair_comm_type_list
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
+from megatron_prefix.megatron.options.layers import MARK_OF_PREDICTING_MODELS
 from megatron_prefix.megatron.releases import position_embedding_types, release
 from megatron_prefix.megatron.transformer_keys import faults_of_transformer
 
@@ -120,6 +121,8 @@ def transformer_config(
             # Megatron reads these off the config, but does not declare them.
             for name, value in dataclasses.asdict(model.yarn).items():
                 setattr(config, f"yarn_{name}", value)
+        # `build_gpt_model` builds it by `prefix_gpt_model`.
+        setattr(config, MARK_OF_PREDICTING_MODELS, True)
         refuse_unsupported(config)
         repair_comm_type_list(config)
     except UnsupportedOptionError as error:
@@ -136,6 +139,12 @@ def transformer_config(
             "model.transformer.experimental_attention_variant: "
             f"{config.experimental_attention_variant} is not built by a run yet, only in a model "
             "of your own whose spec goes through prefix_grouped; set it to null"
+        )
+    if training.share_across_microbatches and config.mtp_num_layers:
+        raise ConfigError(
+            "training.share_across_microbatches: true with model.transformer.mtp_num_layers: "
+            f"{config.mtp_num_layers}: the rows of multi-token prediction have the prompt's too; "
+            "set share_across_microbatches: false, or mtp_num_layers: null"
         )
     if training.share_across_microbatches and auxiliary_losses(config):
         raise ConfigError(

@@ -28,6 +28,8 @@ class PolicyMetrics:
     """Sum of weight * KL estimate against the reference; 0 where no reference was given."""
     entropy: Tensor
     """Sum of weight * entropy in nats; 0 where no entropy was given."""
+    prediction_loss: Tensor
+    """Of multi-token prediction, weighted, without its coefficient; 0 without it."""
     weight: Tensor
     """Sum of the weights: 1 over the whole batch for the mean aggregations."""
     tokens: Tensor
@@ -90,10 +92,10 @@ class PolicyMetrics:
     def means(self) -> dict[str, float]:
         """What to log: call it once everything is added up, since it waits for the device.
 
-        `policy_loss` is the sum itself, whose weights already normalise it. `kl` and `entropy`
-        are divided by the sum of the weights, what concerns the ratio by the number of entries
-        whose old log-probability is known, fractions of tokens by the number of entries. Without
-        entries everything is 0, and ratios at a fraction of the entries are 1.
+        `policy_loss` and `mtp_loss` are the sums themselves, whose weights already normalise them.
+        `kl` and `entropy` are divided by the sum of the weights, what concerns the ratio by the
+        number of entries whose old log-probability is known, fractions of tokens by the number of
+        entries. Without entries everything is 0, and ratios at a fraction of the entries are 1.
         """
         host = PolicyMetrics.from_stack(self.stack().cpu())
         sums = {
@@ -111,6 +113,7 @@ class PolicyMetrics:
             "policy_loss": sums["policy_loss"],
             "kl": sums["kl"] / weight,
             "entropy": sums["entropy"] / weight,
+            "mtp_loss": sums["prediction_loss"],
             "clip_fraction": clipped / tokens,
             "clip_fraction_low": sums["clipped_low"] / tokens,
             "clip_fraction_high": sums["clipped_high"] / tokens,

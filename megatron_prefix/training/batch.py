@@ -20,9 +20,15 @@ from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.device_copy import record_to_device
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams, RouterLossScale
+from megatron_prefix.layers.predictions import prediction_depths
 from megatron_prefix.layout import ModelRow, RankRow
 from megatron_prefix.layout.stages import Array
 from megatron_prefix.training.entries import RowEntries
+from megatron_prefix.training.predicted import (
+    HostPredictions,
+    PredictedTokens,
+    PredictionArrays,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,7 +53,7 @@ class TrainedEntries(Generic[Array]):
     """[E] float64; None: not known yet."""
 
 
-BatchArrays = tuple[ModelRow[Array], TrainedEntries[Array]]
+BatchArrays = tuple[ModelRow[Array], TrainedEntries[Array], tuple[PredictionArrays[Array], ...]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,11 +64,14 @@ class HostBatch:
     entries: TrainedEntries[np.ndarray]
     num_sequences: int
     router_losses: RouterLossScale | None = None
+    predictions: tuple[HostPredictions, ...] = ()
+    """Of a model with multi-token prediction, by depth."""
 
     @property
     def arrays(self) -> BatchArrays[np.ndarray]:
         """All that goes to the device."""
-        return self.row.model, self.entries
+        predictions = tuple(of_depth.arrays for of_depth in self.predictions)
+        return self.row.model, self.entries, predictions
 
 
 @dataclass(kw_only=True)
@@ -91,6 +100,8 @@ class PackedBatch:
     recomputed_logprobs: Tensor | None = None
     """Of the trainer's own old policy, where a correction tells the two apart."""
     reference_logprobs: Tensor | None = None
+    predicted: tuple[PredictedTokens[Tensor], ...] = ()
+    """What `params.predictions` train on, by depth."""
 
     @property
     def num_tokens(self) -> int:
@@ -109,6 +120,7 @@ def host_batch(
     *,
     num_sequences: int,
     router_losses: RouterLossScale | None = None,
+    predictions: tuple[HostPredictions, ...] = (),
 ) -> HostBatch:
     """A microbatch of what is trained on in a rank's part of a row.
 
@@ -117,6 +129,7 @@ def host_batch(
         entries: of the whole packed row.
         num_sequences: of the packed row.
         router_losses: see `PrefixPackedSeqParams`.
+        predictions: of the rank, see `HostBatch`.
     """
     # Where this rank has each position of the packed row, -1 for those of other ranks.
     last = int(max(row.rows.max(initial=-1), entries.positions.max(initial=-1)))
@@ -138,6 +151,7 @@ def host_batch(
         ),
         num_sequences=num_sequences,
         router_losses=router_losses,
+        predictions=predictions,
     )
 
 
@@ -167,17 +181,26 @@ def packed_batch(
         setup: of the model.
         root, keeps_root: see `PrefixPackedSeqParams.from_row`.
     """
-    model, entries = tensors
+    model, entries, predictions = tensors
+    params = PrefixPackedSeqParams.from_row(
+        host.row,
+        model,
+        setup,
+        root=root,
+        keeps_root=keeps_root,
+        router_losses=host.router_losses,
+    )
+    if host.predictions:
+        params.predictions = prediction_depths(
+            params,
+            [of_depth.plan for of_depth in host.predictions],
+            [arrays for arrays, _ in predictions],
+            setup,
+        )
     return PackedBatch(
         input_ids=model.input_ids[None],
-        params=PrefixPackedSeqParams.from_row(
-            host.row,
-            model,
-            setup,
-            root=root,
-            keeps_root=keeps_root,
-            router_losses=host.router_losses,
-        ),
+        params=params,
+        predicted=tuple(tokens for _, tokens in predictions),
         num_sequences=host.num_sequences,
         context_parallel_group=setup.context_parallel_group,
         **{field.name: getattr(entries, field.name) for field in dataclasses.fields(entries)},

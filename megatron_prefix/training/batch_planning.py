@@ -13,6 +13,7 @@ from megatron_prefix.layers.packed_seq_params import RouterLossScale
 from megatron_prefix.layout import CommType, PackedLayout, rank_row
 from megatron_prefix.training.batch import HostBatch, PackedBatch, host_batch, to_device
 from megatron_prefix.training.entries import TrainedSequence, row_entries
+from megatron_prefix.training.predicted import PredictionPlan, plan_predictions
 
 
 def plan_batch(
@@ -26,6 +27,7 @@ def plan_batch(
     trim_last_layer: bool = False,
     output_multiple: int = 1,
     router_losses: RouterLossScale | None = None,
+    prediction: PredictionPlan | None = None,
 ) -> HostBatch:
     """Plan this rank's part of a packed row, and what is trained on in it.
 
@@ -42,6 +44,7 @@ def plan_batch(
             come with them), and its last layer computes no others; see `rank_row`.
         output_multiple: such an output's length is a multiple of this.
         router_losses: see `PrefixPackedSeqParams`.
+        prediction: of a model with multi-token prediction; not with a trimmed last layer.
 
     Raises:
         ValueError: a sequence's old log-probabilities do not match its trained tokens, or the row
@@ -57,7 +60,24 @@ def plan_batch(
         multiple=output_multiple,
         window=window,
     )
-    return host_batch(row, entries, num_sequences=len(sequences), router_losses=router_losses)
+    predictions = ()
+    if prediction is not None:
+        predictions = plan_predictions(
+            layout,
+            sequences,
+            prediction,
+            rank=rank,
+            num_ranks=num_ranks,
+            comm_types=comm_types,
+            window=window,
+        )
+    return host_batch(
+        row,
+        entries,
+        num_sequences=len(sequences),
+        router_losses=router_losses,
+        predictions=predictions,
+    )
 
 
 def build_batch(
