@@ -17,6 +17,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
@@ -130,6 +131,18 @@ class _PrefixGPTModel:
                 mtp_in_postprocess=False,
                 **kwargs,
             )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> Any:
+        """See Megatron's `GPTModel.sharded_state_dict`.
+
+        On a last stage with an embedding of its own Megatron reads a group in the metadata.
+        """
+        if metadata is None:
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            metadata = {"dp_cp_group": group}
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 
     def _predict(
         self, hidden: Tensor, depths: tuple[PredictionDepth, ...], **tables: Tensor | None

@@ -89,6 +89,8 @@ def transformer_config(
         "use_cpu_initialization": on_cpu,
         "deterministic_mode": training.deterministic,
     }
+    # Before release 0.17 Megatron takes 0 for a model whose layers are missing.
+    options["mtp_num_layers"] = options.get("mtp_num_layers") or None
     if isinstance(options.get("window_size"), list):
         # Megatron 0.15 remembers masks by it, which a list of YAML cannot be.
         options["window_size"] = tuple(options["window_size"])

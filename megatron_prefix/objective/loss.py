@@ -128,6 +128,7 @@ def policy_loss(
         kl=_total(zeros if kl is None else kl),
         entropy=_total(zeros if entropy is None else entropy),
         prediction_loss=_total(zeros),
+        prediction_weight=_total(zeros),
         weight=_total(weights),
         tokens=_total(torch.ones_like(weights)),
         old_kl=_total(kl_per_token(old.logprobs, current, "k3")),

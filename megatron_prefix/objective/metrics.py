@@ -29,7 +29,9 @@ class PolicyMetrics:
     entropy: Tensor
     """Sum of weight * entropy in nats; 0 where no entropy was given."""
     prediction_loss: Tensor
-    """Of multi-token prediction, weighted, without its coefficient; 0 without it."""
+    """Sum of weight * cross-entropy of multi-token prediction; 0 without it."""
+    prediction_weight: Tensor
+    """Sum of its weights."""
     weight: Tensor
     """Sum of the weights: 1 over the whole batch for the mean aggregations."""
     tokens: Tensor
@@ -92,10 +94,11 @@ class PolicyMetrics:
     def means(self) -> dict[str, float]:
         """What to log: call it once everything is added up, since it waits for the device.
 
-        `policy_loss` and `mtp_loss` are the sums themselves, whose weights already normalise them.
-        `kl` and `entropy` are divided by the sum of the weights, what concerns the ratio by the
-        number of entries whose old log-probability is known, fractions of tokens by the number of
-        entries. Without entries everything is 0, and ratios at a fraction of the entries are 1.
+        `policy_loss` is the sum itself, whose weights already normalise it. `kl` and `entropy`
+        are divided by the sum of the weights, and so is `mtp_loss` by that of its own; what
+        concerns the ratio by the number of entries whose old log-probability is known, fractions of
+        tokens by the number of entries. Without entries everything is 0, and ratios at a fraction
+        of the entries are 1.
         """
         host = PolicyMetrics.from_stack(self.stack().cpu())
         sums = {
@@ -113,7 +116,7 @@ class PolicyMetrics:
             "policy_loss": sums["policy_loss"],
             "kl": sums["kl"] / weight,
             "entropy": sums["entropy"] / weight,
-            "mtp_loss": sums["prediction_loss"],
+            "mtp_loss": sums["prediction_loss"] / (sums["prediction_weight"] or 1.0),
             "clip_fraction": clipped / tokens,
             "clip_fraction_low": sums["clipped_low"] / tokens,
             "clip_fraction_high": sums["clipped_high"] / tokens,

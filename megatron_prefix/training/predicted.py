@@ -130,12 +130,14 @@ def _counts(layout: PackedLayout, sequences: Sequence[TrainedSequence]) -> np.nd
     return counts
 
 
-def prediction_loss(logprobs: Tensor, tokens: Sequence[PredictedTokens[Tensor]]) -> Tensor:
-    """The weighted cross-entropy of all depths, without the coefficient.
+def prediction_loss(
+    logprobs: Tensor, tokens: Sequence[PredictedTokens[Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """The weighted cross-entropy of all depths, without the coefficient, and the sum of weights.
 
     Args:
         logprobs: [M of all depths] log-probabilities of their labels, depth after depth.
         tokens: of each depth.
     """
     weights = torch.cat([of_depth.weights for of_depth in tokens])
-    return -(weights.to(logprobs.dtype) * logprobs).sum()
+    return -(weights.to(logprobs.dtype) * logprobs).sum(), weights.sum()

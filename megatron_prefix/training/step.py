@@ -203,9 +203,11 @@ def _loss(
         context_parallel_group=batch.context_parallel_group,
     )
     if batch.predicted:
-        predicted = prediction_loss(output[0, len(batch.labels) :, 0], batch.predicted)
+        predicted, weight = prediction_loss(output[0, len(batch.labels) :, 0], batch.predicted)
         loss = loss + prediction_coefficient * predicted
-        metrics = dataclasses.replace(metrics, prediction_loss=predicted.detach().double())
+        metrics = dataclasses.replace(
+            metrics, prediction_loss=predicted.detach().double(), prediction_weight=weight
+        )
     return loss, _no_count(loss), metrics
 
 

@@ -21,6 +21,8 @@ _INITIAL = "it says where weights begin, not what is computed with them"
 MARK_OF_PREDICTING_MODELS = "built_by_prefix_gpt_model"
 """Attribute that a config has whose model is built so; Megatron's own GPTModel rolls labels."""
 
+_COUNTED_ROWS = "Megatron counts rows for it that predict nothing"
+
 
 def _predictions(value: Any, config: Any) -> Reason | None:
     """Why a model that predicts further tokens cannot share prefixes."""
@@ -42,23 +44,23 @@ def _predictions(value: Any, config: Any) -> Reason | None:
         ("pipeline_model_parallel_layout", "these layers have to be on the last stage"),
         ("mrope_section", "the rows of each depth would need positions of images"),
         ("experimental_attention_variant", "recurrent layers have not been seen right there"),
-        ("moe_z_loss_coeff", "Megatron counts rows for it that predict nothing"),
+        ("window_attn_skip_freq", "releases number these layers differently"),
+        ("moe_z_loss_coeff", _COUNTED_ROWS),
     ):
         if getattr(config, name, None):
             return Reason(why=why, instead=without, beside=f"{name}={getattr(config, name)!r}")
-    if getattr(config, "num_moe_experts", None) and auxiliary_losses(config):
-        return Reason(
-            why="Megatron counts rows for it that predict nothing",
-            instead=without,
-            beside=f"moe_aux_loss_coeff={config.moe_aux_loss_coeff!r}",
-        )
-    if config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate:
-        return Reason(
-            why="Megatron counts rows for it that predict nothing",
-            instead=without,
-            beside=f"moe_router_bias_update_rate={config.moe_router_bias_update_rate!r}",
-        )
+    for name, differs, why in (
+        ("cp_comm_type", isinstance(config.cp_comm_type, list), "it has none for these layers"),
+        ("moe_aux_loss_coeff", bool(auxiliary_losses(config)), _COUNTED_ROWS),
+        ("moe_router_bias_update_rate", _bias_moves(config), _COUNTED_ROWS),
+    ):
+        if differs:
+            return Reason(why=why, instead=without, beside=f"{name}={getattr(config, name)!r}")
     return None
+
+
+def _bias_moves(config: Any) -> bool:
+    return bool(config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate)
 
 
 OPTIONS: list[Option] = [
