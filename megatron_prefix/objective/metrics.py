@@ -116,7 +116,6 @@ class PolicyMetrics:
             "policy_loss": sums["policy_loss"],
             "kl": sums["kl"] / weight,
             "entropy": sums["entropy"] / weight,
-            "mtp_loss": sums["prediction_loss"] / (sums["prediction_weight"] or 1.0),
             "clip_fraction": clipped / tokens,
             "clip_fraction_low": sums["clipped_low"] / tokens,
             "clip_fraction_high": sums["clipped_high"] / tokens,
@@ -140,6 +139,8 @@ class PolicyMetrics:
                 "correction_mean": sums["correction_weight"] / sums["corrected"],
                 "correction_changed_fraction": sums["correction_changed"] / sums["corrected"],
             }
+        if sums["prediction_weight"]:
+            found["mtp_loss"] = sums["prediction_loss"] / sums["prediction_weight"]
         return found
 
 

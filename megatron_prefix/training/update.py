@@ -247,8 +247,6 @@ class PolicyUpdate:
         means = PolicyMetrics.from_stack(sums).means()
         if not self._objective.needs_entropy:
             del means["entropy"]
-        if not self._chunks.config.mtp_num_layers:
-            del means["mtp_loss"]
         return means
 
     def _work_metrics(

@@ -14,7 +14,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prefix.config import ParallelConfig
@@ -27,9 +26,16 @@ from megatron_prefix.layout import PackedLayout, PrefixTree, pack
 from megatron_prefix.megatron.latent_attention import complete_local_spec
 from megatron_prefix.model.head import LogProbHead, PredictedLabels
 from megatron_prefix.model.transformer_config import transformer_config
-from tests.megatron.models import ON_CPU, TRAINING, model_config, randomise, single_process
+from tests.megatron.models import (
+    HAS_PREDICTIONS,
+    ON_CPU,
+    TRAINING,
+    model_config,
+    randomise,
+    single_process,
+)
 
-if not hasattr(TransformerConfig, "mtp_standalone"):
+if not HAS_PREDICTIONS:
     pytest.skip("megatron-core before 0.16 has another model", allow_module_level=True)
 
 DEPTHS = 3

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.layers.predicting_model import is_prediction_layer
 from megatron_prefix.model.full_tensors import FullTensors, full_parameters
+from tests.megatron.models import HAS_PREDICTIONS
 from tests.training.runs import (
     good_records,
     read_rows,
@@ -20,7 +20,7 @@ from tests.training.runs import (
     write_records,
 )
 
-if not hasattr(TransformerConfig, "mtp_standalone"):
+if not HAS_PREDICTIONS:
     pytest.skip("megatron-core before 0.16 has another model", allow_module_level=True)
 
 
