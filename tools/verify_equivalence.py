@@ -37,6 +37,7 @@ from equivalence.case import (
     trained_tokens,
     with_comm_types,
     with_outcomes,
+    with_routes,
 )
 from equivalence.comparison import TOLERANCES, compare
 from tool_help import HelpFormatter, require_megatron
@@ -130,6 +131,8 @@ def verify(
     longest = max(len(response) for group in drawn for response in group.responses)
     config = objective_of(objective, objective_options or {}, longest=longest)
     groups = with_outcomes(drawn, config, seed)
+    if (packing or {}).get("replayed_routes") is not None:
+        groups = with_routes(groups, model, seed)
     largest = max(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
     training = TrainingConfig(
         steps=optimizer_steps,
@@ -212,6 +215,8 @@ def packing_options(args: argparse.Namespace) -> dict[str, Any]:
         options["trim_last_layer"] = False
     if args.share_across_microbatches:
         options["share_across_microbatches"] = True
+    if args.replay:
+        options["replayed_routes"] = "exact"
     return options
 
 
@@ -284,6 +289,12 @@ def main() -> int:
         action="store_true",
         help="pieces of a group that is over the token budget run its prefix once, as in a run",
     )
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="records say which experts tokens go to (training.replayed_routes: exact); the model "
+        "has experts",
+    )
     parser.add_argument("--token-budget", type=int, help="tokens of one microbatch at most")
     parser.add_argument("--seed", type=int, help="of weights and rollouts; a fresh one by default")
     args = parser.parse_args()
@@ -316,6 +327,8 @@ def main() -> int:
         refuse(faults_of_layout(training, parallel))
         require_megatron(parser)
         check_layout(model, parallel, args.dp, args.optimizer_steps, packing_options(args))
+        if args.replay and not model.transformer.get("num_moe_experts"):
+            raise ValueError("--replay: the model has no experts")
     except (ValueError, OSError) as error:
         print(f"verify_equivalence: {error}", file=sys.stderr)
         return 2

@@ -2,8 +2,9 @@
 
     python examples/reasoning_gym/get_model.py outputs/reasoning_gym/model
 
-The package holds the weights in 4 bits as GGUF, which transformers reads by the package gguf; they
-are written as float32. The package's own code is not imported: it needs llama.cpp.
+The package holds the weights in 4 bits as GGUF, which transformers reads with the packages of
+requirements.txt; they are written as float32. The package's own code is not imported: it needs
+llama.cpp.
 """
 
 from __future__ import annotations

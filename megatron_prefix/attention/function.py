@@ -1,7 +1,7 @@
 """Exact attention over a packed row with shared prefixes: stages, merged by log-sum-exp.
 
 Shapes: T packed tokens, N of them attend (all, but for a trimmed last layer), H query heads, Hk
-key/value heads, D head dimension.
+key/value heads, D head dimension, Dv that of values.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def prefix_attention(
     """Attention in which every token sees its ancestors' segments, and its own causally.
 
     Args:
-        q: [N, H, D], with N = T unless the stages are trimmed; k and v: [T, Hk, D] with H a
-            multiple of Hk. Views are not copied as long as their last dimension is contiguous.
+        q: [N, H, D], with N = T unless the stages are trimmed; k: [T, Hk, D] with H a multiple of
+            Hk; v: [T, Hk, Dv] with Dv at most D. Views are not copied as long as their last
+            dimension is contiguous.
         stages: of this packed row, on q's device.
         scale: factor of q k^T before the softmax.
         kernel: what computes a stage, from `select_kernel`.
@@ -53,7 +54,7 @@ def prefix_attention(
         sink: [H] the score of one more key of each query head, whose value is zero; None: none.
 
     Returns:
-        [N, H, D] in q's dtype. Merging, and adding up gradients of more than one stage, is done in
+        [N, H, Dv] in q's dtype. Merging, and adding up gradients of more than one stage, is done in
         float32 or wider, always in the same order.
 
     Raises:
@@ -97,7 +98,7 @@ def attend_to_row(
 
 
 class _PrefixAttention(torch.autograd.Function):
-    """Saves q, k, v, out [N, H, D] and lse [N, H], whatever the number of stages."""
+    """Saves q, k, v, out [N, H, Dv] and lse [N, H], whatever the number of stages."""
 
     @staticmethod
     def forward(
@@ -156,10 +157,10 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, *, num_queries: int, num_toke
     if not (q.shape[0] == num_queries and k.shape[0] == v.shape[0] == num_tokens):
         queries = "" if num_queries == num_tokens else f" and {num_queries} queries"
         raise ValueError(f"{shapes}: the attention plan is for {num_tokens} tokens{queries}")
-    if not q.shape[2] == k.shape[2] == v.shape[2]:
+    if not q.shape[2] == k.shape[2] >= v.shape[2]:
         raise ValueError(
-            f"{shapes}: head_dim {q.shape[2]}, {k.shape[2]}, {v.shape[2]} must be the same for q, "
-            "k and v"
+            f"{shapes}: head_dim {q.shape[2]}, {k.shape[2]}, {v.shape[2]} must be the same for q "
+            "and k, and no larger for v"
         )
     if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(

@@ -7,7 +7,7 @@ here. Backward of the root's row comes last and takes these gradients as what fl
 and values from later rows. So the root runs once, forward and backward, and the sum of all
 gradients is the same as if it were in one row with all responses.
 
-Shapes: R tokens of the root, Hk key/value heads, D head dimension.
+Shapes: R tokens of the root, Hk key/value heads, D head dimension, Dv that of values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LayerRootKeys:
     keys: Tensor
     """[R, Hk, D]"""
     values: Tensor
-    """[R, Hk, D]"""
+    """[R, Hk, Dv]"""
     d_keys: Tensor | None = None
     """[R, Hk, D] what later rows have added up so far, in float32 or wider; None: nothing yet."""
     d_values: Tensor | None = None
@@ -77,7 +77,11 @@ class RootKeys:
         return self._layers[number]
 
     def keep(self, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep a layer's keys and values [T, Hk, D] of the root's row, whose first R tokens it is.
+        """Keep a layer's keys and values of the root's row, whose first R tokens are the root.
+
+        Args:
+            number: of the layer.
+            k, v: [T, Hk, D] and [T, Hk, Dv] of the row.
 
         Returns:
             k and v; what flows back into them includes the gradient of later rows.

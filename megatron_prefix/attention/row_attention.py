@@ -107,7 +107,7 @@ def attention_dtype(config: Any) -> torch.dtype:
 def head_dim(config: Any) -> int:
     """The size of the heads that a kernel is given in a model with Megatron's config `config`.
 
-    Values of multi-latent attention are padded to the size of its keys.
+    Values of multi-latent attention may be smaller than its keys, whose size it is.
     """
     if config.multi_latent_attention:
         return config.qk_head_dim + config.qk_pos_emb_head_dim
@@ -153,11 +153,11 @@ class CoreAttention(Protocol):
         """The core attention of one layer.
 
         Args:
-            q: [T, heads, dim], or [N, heads, dim] in a trimmed last layer, rotated; k and v:
-                [T, kv heads, dim], k rotated.
+            q: [T, heads, dim], or [N, heads, dim] in a trimmed last layer, rotated; k: [T, kv
+                heads, dim], rotated; v: [T, kv heads, value dim].
 
         Returns:
-            Shaped like q, in its dtype.
+            [T or N, heads, value dim] in q's dtype.
         """
         ...
 

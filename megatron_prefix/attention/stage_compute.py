@@ -5,16 +5,19 @@ A token's keys lie in several stages. Each returns its out and lse over its own 
 yields that stage's share of dq, dk and dv, and the shares add up (see `Kernel.backward`).
 
 Shapes: T tokens of the row, N of them attend (all, but for a trimmed last layer), H query heads, Hk
-key/value heads, D head dimension.
+key/value heads, D head dimension, Dv that of values. Where a kernel takes no Dv below D, values and
+what else has their size are filled up with zeros for the call alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_prefix.attention.kernels import CallOptions, Kernel, MergedAttention
@@ -49,7 +52,7 @@ class StageCompute:
         *,
         wide: bool,
     ) -> tuple[Tensor, Tensor]:
-        """out [N, H, D] and lse [N, H] of stages of which the first has all queries."""
+        """out [N, H, Dv] and lse [N, H] of stages of which the first has all queries."""
         out, lse = self._first(stages[0], q, k, v, wide=wide)
         self.merge(stages[1:], q, k, v, out, lse)
         return out, lse
@@ -71,7 +74,7 @@ class StageCompute:
     def _first(
         self, stage: AttentionStage[Tensor], q: Tensor, k: Tensor, v: Tensor, *, wide: bool
     ) -> tuple[Tensor, Tensor]:
-        """out [N, H, D] and lse [N, H] of a stage of all queries."""
+        """out [N, H, Dv] and lse [N, H] of a stage of all queries."""
         out, lse = self._forward(stage, q, k, v)
         return (out.to(lse.dtype) if wide else out), lse
 
@@ -135,13 +138,32 @@ class StageCompute:
         self, stage: AttentionStage[Tensor], q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         queries, keys, values = q[stage.queries], k[stage.keys], v[stage.keys]
-        return self.kernel.forward(queries, keys, values, stage.on, self._options)
+        missing, size = self._missing(k, v), v.shape[2]
+        if not missing:
+            return self.kernel.forward(queries, keys, values, stage.on, self._options)
+        values = F.pad(values, (0, missing))
+        out, lse = self.kernel.forward(queries, keys, values, stage.on, self._options)
+        return out[..., :size].contiguous(), lse
 
     def _backward(
         self, stage: AttentionStage[Tensor], merged: MergedAttention, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = k[stage.keys], v[stage.keys]
-        return self.kernel.backward(merged[stage.queries], keys, values, stage.on, self._options)
+        keys, values, of_queries = k[stage.keys], v[stage.keys], merged[stage.queries]
+        missing, size = self._missing(k, v), v.shape[2]
+        if not missing:
+            return self.kernel.backward(of_queries, keys, values, stage.on, self._options)
+        of_queries = dataclasses.replace(
+            of_queries,
+            dout=F.pad(of_queries.dout, (0, missing)),
+            out=F.pad(of_queries.out, (0, missing)),
+        )
+        values = F.pad(values, (0, missing))
+        dq, dk, dv = self.kernel.backward(of_queries, keys, values, stage.on, self._options)
+        return dq, dk, dv[..., :size]
+
+    def _missing(self, k: Tensor, v: Tensor) -> int:
+        """Zeros that the kernel needs behind each value."""
+        return 0 if self.kernel.value_sizes else k.shape[2] - v.shape[2]
 
     @property
     def _options(self) -> CallOptions:

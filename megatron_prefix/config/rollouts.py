@@ -40,7 +40,7 @@ class RolloutsConfig:
     several by names of yours (`{correct: numeric, brief: my_rewards:brevity}`), which
     `objective.reward_weights` weighs."""
     reward_process: RewardProcessConfig = field(default_factory=RewardProcessConfig)
-    """The processes that a `module:function`, `math` and `reasoning_gym` run in."""
+    """The processes that a `module:function`, `math`, `code` and `reasoning_gym` run in."""
     unusable: Literal["refuse", "leave_out"] = "refuse"
     """What becomes of records that the model cannot train on: too long, or with log-probabilities
     that are none (-100, -9999). `leave_out` passes over them."""

@@ -47,6 +47,7 @@ class RunConfig:
                 "model.position_embedding_type: mrope is for models that see images, which a run "
                 "does not read yet; choose another one"
             )
+        yield from self._faults_of_routes()
         yield from self._faults_of_sampling()
         yield from self._faults_of_rewards()
         yield from faults_of_layout(self.training, self.parallel)
@@ -69,6 +70,24 @@ class RunConfig:
                 f"optimizer.lr_warmup_steps: {self.optimizer.lr_warmup_steps} exceeds the {steps} "
                 f"optimizer steps of the run (training.steps: {self.training.steps}); lower it, or "
                 "set optimizer.lr_decay_steps where the run is to go on later"
+            )
+
+    def _faults_of_routes(self) -> Iterator[str]:
+        kind = self.training.replayed_routes
+        if kind is None:
+            return
+        key = f"training.replayed_routes: {kind}"
+        if self.rollouts.engine != "file":
+            yield (
+                f"{key} with rollouts.engine: {self.rollouts.engine}: only records of engine: file "
+                "have routes; set it to null"
+            )
+        if kind != "ignore" and not self.model.transformer.get("num_moe_experts"):
+            yield f"{key} needs a model with experts (model.transformer.num_moe_experts)"
+        if kind != "ignore" and self.model.transformer.get("moe_router_fusion"):
+            yield (
+                f"{key} with model.transformer.moe_router_fusion: true: the fused router chooses "
+                "experts by itself; set moe_router_fusion: false"
             )
 
     def _faults_of_sampling(self) -> Iterator[str]:

@@ -36,7 +36,7 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardProcessConfig:
-    """The processes that a reward function of your own (`module:function`), `math` and
+    """The processes that a reward function of your own (`module:function`), `math`, `code` and
     `reasoning_gym` run in."""
 
     processes: int = 2
@@ -45,8 +45,8 @@ class RewardProcessConfig:
     """Seconds of a call at most; a longer call is ended, with its process."""
     on_failure: float | None = None
     """Reward of a response whose call raised, crashed or took too long; null: the run ends with an
-    error that names the record, but with `math` and `reasoning_gym` what crashed or took too long
-    counts as 0."""
+    error that names the record, but with `math`, `code` and `reasoning_gym` what crashed or took
+    too long counts as 0."""
 
     def __post_init__(self) -> None:
         refuse(self._faults())

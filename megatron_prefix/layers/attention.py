@@ -13,7 +13,6 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
@@ -193,11 +192,7 @@ class _PrefixCoreAttention:
             latents=self.prefix_latents,
         )
         self.prefix_latents = None
-        size = value.shape[-1]
-        if size < query.shape[-1]:
-            # Kernels take one size of heads; multi-latent attention has smaller values.
-            value = F.pad(value, (0, query.shape[-1] - size))
-        out = packed_seq_params.attention(query, key, value, layer)[..., :size]
+        out = packed_seq_params.attention(query, key, value, layer)
         return out.reshape(out.shape[0], -1)
 
 

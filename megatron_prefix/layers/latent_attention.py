@@ -72,6 +72,16 @@ class _PrefixLatentAttention:
             tensors = row.expand(of_queries, latents, shared)
         return (*tensors, of_queries, latents) if returns_latents() else tensors
 
+    def _run_core_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> Tensor:
+        """See Megatron 0.18 and newer, which fills the values of packed rows up to keys' size."""
+        if not isinstance(kwargs.get("packed_seq_params"), PrefixPackedSeqParams):
+            return super()._run_core_attention(query, key, value, attention_mask, **kwargs)
+        if kwargs.get("attn_mask_type") is None:
+            kwargs["attn_mask_type"] = self.attn_mask_type
+        return self.core_attention(query, key, value, attention_mask, **kwargs)
+
 
 def prefix_latent_attention(base: type) -> type:
     """The subclass of a Megatron multi-latent self attention class that takes shared prefixes.

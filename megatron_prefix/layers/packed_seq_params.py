@@ -73,8 +73,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
     recurrence: Recurrence[Tensor] | None = None
     """The paths of the tokens, for recurrent layers."""
     routes: Tensor | None = None
-    """[T, layers with experts, topk] int64: the experts that each token is sent to; [N, ...] in
-    params of a trimmed last layer. None: the routers choose."""
+    """[T, layers with experts, topk] whole numbers: the experts that each token is sent to, or
+    [N, ...] in params of a trimmed last layer. None: the routers choose."""
     query_rows: Tensor | None = None
     """[N] int64 ascending, in params of a trimmed last layer: the rows that attend."""
     query_rows_host: np.ndarray | None = None
@@ -125,7 +125,10 @@ class PrefixPackedSeqParams(PackedSeqParams):
             recurrence_width=setup.recurrence_width,
         )
         tensors = record_to_device(row.model, setup.device)
-        params = cls.from_row(row, tensors, setup, router_losses=router_losses)
+        own = None
+        if routes is not None:
+            (own,) = copy_to_device([own_routes(routes, row.rows)], setup.device)
+        params = cls.from_row(row, tensors, setup, router_losses=router_losses, routes=own)
         if mrope_positions is not None:
             if mrope_positions.shape != (3, layout.num_tokens):
                 raise ValueError(
@@ -133,8 +136,6 @@ class PrefixPackedSeqParams(PackedSeqParams):
                     "time, height and width of each token of the row"
                 )
             params.set_mrope_positions(params.own(mrope_positions.T).T.contiguous())
-        if routes is not None:
-            params.set_routes(routes)
         return params
 
     @classmethod
@@ -147,6 +148,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
         root: RootKeys | None = None,
         keeps_root: bool = False,
         router_losses: RouterLossScale | None = None,
+        routes: Tensor | None = None,
     ) -> PrefixPackedSeqParams:
         """Params of a rank's row.
 
@@ -157,6 +159,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             root: of the series that the row belongs to, if it does.
             keeps_root: whether it is the series' first row.
             router_losses: see the field.
+            routes: [T, layers, topk] of this rank's tokens, from `own_routes`.
         """
         exchange = None
         if row.shards is not None:
@@ -183,6 +186,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             router_losses=router_losses,
             recurrence=tensors.recurrence,
             shards=row.shards,
+            routes=routes,
         )
         last = tensors.last_stages
         if last is not None:
@@ -192,8 +196,14 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 cu_seqlens_q=last.cu_seqlens_q,
                 query_rows=last.queries,
                 query_rows_host=row.output_rows,
+                routes=None if routes is None else routes[last.queries],
             )
         return params
+
+    def without_routes(self) -> PrefixPackedSeqParams:
+        """The same batch, whose tokens the routers send where they choose."""
+        last = self.last_layer
+        return dataclasses.replace(self, routes=None, last_layer=last and last.without_routes())
 
     def set_mrope_positions(self, positions: Tensor) -> None:
         """Give a model with mRoPE the time, height and width of this rank's tokens, [3, T]."""
@@ -203,14 +213,6 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 if self.shards is not None:
                     # Otherwise Megatron's embedding takes a slice of what is this rank's already.
                     params.cp_group = OneRank()
-
-    def set_routes(self, routes: np.ndarray) -> None:
-        """Give every layer with experts the routes of the whole row, [tokens, layers, topk]."""
-        own = own_values(routes, self.own_rows)
-        own[self.own_rows < 0] = np.arange(routes.shape[-1])
-        (self.routes,) = copy_to_device([own], self.position_ids.device)
-        if self.last_layer is not None:
-            self.last_layer.routes = self.routes[self.last_layer.query_rows]
 
     @property
     def model_position_ids(self) -> Tensor:
@@ -236,3 +238,15 @@ class PrefixPackedSeqParams(PackedSeqParams):
             [T, ...], on the params' device.
         """
         return copy_to_device([own_values(values, self.own_rows)], self.position_ids.device)[0]
+
+
+def own_routes(routes: np.ndarray, own_rows: np.ndarray) -> np.ndarray:
+    """[T, layers, topk] a rank's part of a packed row's routes; padding goes to the first experts.
+
+    Args:
+        routes: of the whole row, [tokens, layers, topk].
+        own_rows: of the rank, see `PrefixPackedSeqParams.own_rows`.
+    """
+    own = own_values(routes, own_rows)
+    own[own_rows < 0] = np.arange(routes.shape[-1])
+    return own

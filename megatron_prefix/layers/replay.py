@@ -44,4 +44,4 @@ def replaying(layer: Any, params: PrefixPackedSeqParams) -> contextlib.AbstractC
             "given routes. Set moe_router_fusion to False"
         )
     routes = params.routes[:, sum(with_experts[: layer.layer_number - 1])]
-    return routed_as(router, own_rows(routes, config))
+    return routed_as(router, own_rows(routes, config).long())

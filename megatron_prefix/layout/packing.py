@@ -120,28 +120,51 @@ class PackedLayout:
             ValueError: there are not as many as sequences or tokens, or two sequences share a
                 token and have different values for it.
         """
-        assert self.root_stage is None, "the root's inputs are in an earlier row"
-        assert self.shift == 1, "inputs of other shifts are not theirs alone"
-        if len(values) != self.tree.num_sequences:
-            raise ValueError(f"{len(values)} values for {self.tree.num_sequences} sequences")
-        row = np.zeros((*np.shape(values[0])[:-1], self.num_tokens), dtype=values[0].dtype)
-        writers = np.full(self.num_tokens, -1)
-        for i, of_sequence in enumerate(values):
-            positions = self.sequence_positions(i)
-            expected = (*row.shape[:-1], len(positions) + 1)
+        lengths = self.tree.sequence_lengths.tolist()
+        for i, of_sequence in enumerate(values[: len(lengths)]):
+            expected = (*np.shape(values[0])[:-1], lengths[i])
             if of_sequence.shape != expected:
                 raise ValueError(f"sequence {i}: values {of_sequence.shape}, expected {expected}")
-            of_inputs = of_sequence[..., :-1]
-            differs = row[..., positions] != of_inputs
-            differs = differs.reshape(-1, len(positions)).any(0) & (writers[positions] >= 0)
-            if differs.any():
-                token = int(differs.argmax())
+        row = self.scatter_inputs([np.moveaxis(found[..., :-1], -1, 0) for found in values])
+        return np.ascontiguousarray(np.moveaxis(row, 0, -1))
+
+    def scatter_inputs(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """[T, ...] the same of values whose first axis are the inputs of each sequence.
+
+        Args:
+            values: of each sequence, [length - 1, ...]. Those of a root that ran in an earlier row
+                are not used.
+
+        Raises:
+            ValueError: see `scatter`.
+        """
+        assert self.shift == 1, "inputs of other shifts are not theirs alone"
+        tree = self.tree
+        if len(values) != tree.num_sequences:
+            raise ValueError(f"{len(values)} values for {tree.num_sequences} sequences")
+        shape, dtype = values[0].shape[1:], values[0].dtype
+        row = np.zeros((self.num_tokens, *shape), dtype=dtype)
+        writers = np.full(self.num_tokens, -1)
+        for i, (of_inputs, length) in enumerate(
+            zip(values, tree.sequence_lengths.tolist(), strict=True)
+        ):
+            if of_inputs.shape != (length - 1, *shape):
                 raise ValueError(
-                    f"sequences {writers[positions[token]]} and {i} share token {token}, but have "
-                    "different values for it; only what is equal can be shared: build the tree "
-                    "with keys of the tokens that differ there"
+                    f"sequence {i}: values {of_inputs.shape}, expected {(length - 1, *shape)}"
                 )
-            row[..., positions] = of_inputs
+            positions = self.sequence_positions(i)
+            elsewhere = length - 1 - len(positions)
+            shared = np.flatnonzero(writers[positions] >= 0)
+            before = row[positions[shared]] != of_inputs[shared + elsewhere]
+            differs = before.any(axis=tuple(range(1, before.ndim)))
+            if differs.any():
+                token = int(shared[differs.argmax()])
+                raise ValueError(
+                    f"sequences {writers[positions[token]]} and {i} share token "
+                    f"{token + elsewhere}, but have different values for it; only what is equal "
+                    "can be shared: build the tree with keys of the tokens that differ there"
+                )
+            row[positions] = of_inputs[elsewhere:]
             writers[positions] = i
         return row
 

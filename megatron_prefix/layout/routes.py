@@ -7,6 +7,7 @@ token where their ids and routes agree, for which `route_keys` makes keys.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +32,33 @@ def route_keys(routes: Sequence[np.ndarray]) -> list[np.ndarray]:
     ends = np.cumsum([len(of_sequence) for of_sequence in flat])
     parts = np.split(numbers.reshape(-1).astype(np.int64) + 1, ends[:-1])
     return [np.append(part, 0) for part in parts]
+
+
+def hashed_route_keys(routes: np.ndarray, keys: np.ndarray | None = None) -> np.ndarray:
+    """Keys of one sequence, which may be compared with those of sequences that come later.
+
+    Args:
+        routes: [length - 1, layers, topk]
+        keys: [length] of what else ids leave open; None: nothing.
+
+    Returns:
+        [length] int64: hashes. Of two routes that differ they are equal by a chance of some 2^-56;
+        `scatter_routes` then raises an error.
+    """
+    flat = routes.reshape(len(routes), -1)
+    factors = _factors(flat.shape[1] + 1)
+    # Sums of products modulo 2^64; the array is not copied to a wider type at once.
+    sums = np.einsum("ij,j->i", flat, factors[1:], dtype=np.uint64, casting="unsafe")
+    found = np.append(sums, np.uint64(0))
+    if keys is not None:
+        found += keys.astype(np.int64, copy=False).view(np.uint64) * factors[0]
+    return found.view(np.int64)
+
+
+@functools.lru_cache(maxsize=8)
+def _factors(count: int) -> np.ndarray:
+    """[count] uint64: random and odd, the same ones in every process."""
+    return np.random.default_rng(0).integers(0, 2**64, count, dtype=np.uint64) | np.uint64(1)
 
 
 def _flat(index: int, routes: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -62,22 +90,33 @@ def routes_of_row(
     """
     for index, of_sequence in enumerate(routes):
         _flat(index, of_sequence, routes[0])
-        _check_experts(index, of_sequence, num_experts)
-    # `scatter` takes a value of the last token too, and does not use it.
-    values = [
-        np.moveaxis(np.concatenate([r, r[-1:]]).astype(np.int64, copy=False), 0, -1) for r in routes
-    ]
-    row = np.ascontiguousarray(np.moveaxis(layout.scatter(values), -1, 0))
+        check_experts(f"sequence {index}", of_sequence, num_experts)
+    return scatter_routes(layout, [found.astype(np.int64, copy=False) for found in routes])
+
+
+def scatter_routes(layout: PackedLayout, routes: Sequence[np.ndarray]) -> np.ndarray:
+    """The same as `routes_of_row` of routes that have been checked, in their own type."""
+    row = layout.scatter_inputs(routes)
     row[layout.num_tokens - layout.num_padding :] = np.arange(row.shape[-1])
     return row
 
 
-def _check_experts(index: int, routes: np.ndarray, num_experts: int) -> None:
+def check_experts(where: str, routes: np.ndarray, num_experts: int) -> None:
+    """Refuse routes that a model cannot take.
+
+    Args:
+        where: how the error begins.
+        routes: [inputs, layers, topk]
+        num_experts: of the model.
+
+    Raises:
+        ValueError: an expert that the model does not have, or the same one twice for a token.
+    """
     wrong = (routes < 0) | (routes >= num_experts)
     if wrong.any():
         token, layer, place = np.argwhere(wrong)[0].tolist()
         raise ValueError(
-            f"sequence {index}: token {token}: layer {layer}: expert "
+            f"{where}: token {token}: layer {layer}: expert "
             f"{routes[token, layer, place]} is none of the model's {num_experts}"
         )
     ordered = np.sort(routes, axis=-1)
@@ -85,6 +124,6 @@ def _check_experts(index: int, routes: np.ndarray, num_experts: int) -> None:
     if twice.any():
         token, layer = np.argwhere(twice)[0].tolist()
         raise ValueError(
-            f"sequence {index}: token {token}: layer {layer}: the experts "
+            f"{where}: token {token}: layer {layer}: the experts "
             f"{routes[token, layer].tolist()} name one twice"
         )

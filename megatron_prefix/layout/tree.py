@@ -12,6 +12,7 @@ ids and keys are. A token without a key has key 0.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -122,35 +123,13 @@ class PrefixTree(TreeShape):
             arrays.append(_integers(sequence, names[-1], at_least=2))
         key_arrays = _keys_like(arrays, None if keys is None else list(keys), names)
         if key_arrays is None:
-            trie = _sorted_trie(arrays)
+            order, shared = _common_prefixes(arrays)
         else:
-            trie = _sorted_trie(
+            order, shared = _common_prefixes(
                 [np.stack(pair, axis=-1) for pair in zip(arrays, key_arrays, strict=True)]
             )
-        # Renumber: follow each sequence's path up to the first node that an earlier one has named.
-        number: dict[int, int] = {-1: -1}
-        parents: list[int] = []
-        paths: list[tuple[int, ...]] = []
-        path_of_node: dict[int, tuple[int, ...]] = {-1: ()}
-        lengths: list[int] = []
-        for last in trie.last_nodes:
-            new = []
-            node = last
-            while node not in path_of_node:
-                new.append(node)
-                node = trie.parents[node]
-            for child in reversed(new):
-                number[child] = len(parents)
-                path_of_node[child] = (*path_of_node[node], number[child])
-                parents.append(number[node])
-                lengths.append(trie.ends[child] - (trie.ends[node] if node >= 0 else 0))
-                node = child
-            paths.append(path_of_node[last])
-        shape = TreeShape(
-            parents=tuple(parents),
-            node_lengths=np.array(lengths, dtype=np.int64),
-            sequences=tuple(paths),
-        )
+        lengths = [len(array) for array in arrays]
+        shape = TreeShape.of_common_beginnings(lengths, order, shared)
         return cls.of_shape(shape, arrays, keys=key_arrays)
 
     @classmethod
@@ -224,57 +203,20 @@ class PrefixTree(TreeShape):
         return tuple(map(np.zeros_like, self.tokens)) if self.keys is None else self.keys
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Trie:
-    """Nodes in no particular order; node n holds the tokens from its parent's end to its own."""
+def _common_prefixes(arrays: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
+    """The sequences in lexicographic order, and what each has in common with the one before it.
 
-    parents: list[int]
-    ends: list[int]
-    last_nodes: list[int]
-    """The node where each sequence ends."""
-
-
-def _sorted_trie(arrays: Sequence[np.ndarray]) -> _Trie:
-    """Build the compressed trie from the sorted sequences and their neighbours' common prefixes.
-
-    In lexicographic order each sequence shares the most with its predecessor, so one stack of the
-    nodes on the predecessor's path suffices. All comparisons of tokens are over whole arrays.
+    There each sequence shares the most with its predecessor. All comparisons of tokens are over
+    whole arrays.
 
     Args:
         arrays: [length], or [length, 2] where each token has a key.
     """
     # Records of eight or sixteen bytes compared byte by byte: not the order of the numbers, but an
-    # order of the tokens, and a prefix comes before what continues it. That is all the stack needs.
+    # order of the tokens, and a prefix comes before what continues it. That is all that is needed.
     order = sorted(range(len(arrays)), key=[a.tobytes() for a in arrays].__getitem__)
-    parents: list[int] = []
-    ends: list[int] = []
-    last_nodes = [-1] * len(arrays)
-    stack: list[int] = []
-
-    def close_to(depth: int) -> None:
-        # Take the nodes that reach below `depth` off the stack; cut the one that spans it.
-        while stack and ends[stack[-1]] > depth:
-            node = stack.pop()
-            above = ends[stack[-1]] if stack else 0
-            if above < depth:
-                stack.append(len(parents))
-                parents.append(-1)
-                ends.append(depth)
-            parents[node] = stack[-1] if stack else -1
-
-    previous: np.ndarray | None = None
-    for i in order:
-        array = arrays[i]
-        shared = 0 if previous is None else _common_prefix(previous, array)
-        close_to(shared)
-        if len(array) > shared:
-            stack.append(len(parents))
-            parents.append(-1)
-            ends.append(len(array))
-        last_nodes[i] = stack[-1]
-        previous = array
-    close_to(0)
-    return _Trie(parents=parents, ends=ends, last_nodes=last_nodes)
+    shared = [_common_prefix(arrays[a], arrays[b]) for a, b in itertools.pairwise(order)]
+    return order, [0, *shared][: len(order)]
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -69,6 +69,46 @@ class TreeShape:
         lengths[0], lengths[1:] = prefix_length, response_lengths
         return TreeShape(parents=parents, node_lengths=lengths, sequences=sequences)
 
+    @staticmethod
+    def of_common_beginnings(
+        lengths: Sequence[int], order: Sequence[int], shared: Sequence[int]
+    ) -> TreeShape:
+        """The compressed trie of sequences that are known by how many tokens they share.
+
+        Nodes are numbered by the first sequence that uses them, from its root on.
+
+        Args:
+            lengths: tokens of each sequence.
+            order: the sequences so that each shares the most tokens with the one before it.
+            shared: for each of them, in that order, tokens that it shares with the one before it.
+        """
+        trie = _sorted_trie([lengths[i] for i in order], shared)
+        last_nodes = dict(zip(order, trie.last_nodes, strict=True))
+        # Renumber: follow each sequence's path up to the first node that an earlier one has named.
+        number: dict[int, int] = {-1: -1}
+        parents: list[int] = []
+        paths: list[tuple[int, ...]] = []
+        path_of_node: dict[int, tuple[int, ...]] = {-1: ()}
+        node_lengths: list[int] = []
+        for sequence in range(len(lengths)):
+            new = []
+            node = last_nodes[sequence]
+            while node not in path_of_node:
+                new.append(node)
+                node = trie.parents[node]
+            for child in reversed(new):
+                number[child] = len(parents)
+                path_of_node[child] = (*path_of_node[node], number[child])
+                parents.append(number[node])
+                node_lengths.append(trie.ends[child] - (trie.ends[node] if node >= 0 else 0))
+                node = child
+            paths.append(path_of_node[last_nodes[sequence]])
+        return TreeShape(
+            parents=tuple(parents),
+            node_lengths=np.array(node_lengths, dtype=np.int64),
+            sequences=tuple(paths),
+        )
+
     @classmethod
     def concat(cls: type[AnyTree], trees: Iterable[AnyTree]) -> AnyTree:
         """One forest of several trees, their nodes and sequences in order. Nothing is merged."""
@@ -243,3 +283,49 @@ class TreeShape:
 def _group_structure(responses: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Parents and sequences of a group: the same objects for all groups of a size."""
     return (-1, *[0] * responses), tuple((0, 1 + i) for i in range(responses))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trie:
+    """Nodes in no particular order; node n holds the tokens from its parent's end to its own."""
+
+    parents: list[int]
+    ends: list[int]
+    last_nodes: list[int]
+    """The node where each sequence ends."""
+
+
+def _sorted_trie(lengths: Sequence[int], shared: Sequence[int]) -> _Trie:
+    """The compressed trie of sequences each of which shares the most with its predecessor.
+
+    So one stack of the nodes on the predecessor's path suffices.
+
+    Args:
+        lengths: of each.
+        shared: tokens that each shares with its predecessor.
+    """
+    parents: list[int] = []
+    ends: list[int] = []
+    last_nodes: list[int] = []
+    stack: list[int] = []
+
+    def close_to(depth: int) -> None:
+        # Take the nodes that reach below `depth` off the stack; cut the one that spans it.
+        while stack and ends[stack[-1]] > depth:
+            node = stack.pop()
+            above = ends[stack[-1]] if stack else 0
+            if above < depth:
+                stack.append(len(parents))
+                parents.append(-1)
+                ends.append(depth)
+            parents[node] = stack[-1] if stack else -1
+
+    for length, common in zip(lengths, shared, strict=True):
+        close_to(common)
+        if length > common:
+            stack.append(len(parents))
+            parents.append(-1)
+            ends.append(length)
+        last_nodes.append(stack[-1])
+    close_to(0)
+    return _Trie(parents=parents, ends=ends, last_nodes=last_nodes)

@@ -30,6 +30,11 @@ def has_global_auxiliary_loss() -> bool:
     return hasattr(TopKRouter, "_apply_global_aux_loss")
 
 
+def replays_routes() -> bool:
+    """Whether routers can be given the experts of each token (0.16 and newer)."""
+    return "moe_enable_routing_replay" in {f.name for f in dataclasses.fields(TransformerConfig)}
+
+
 def position_embedding_types() -> tuple[str, ...]:
     """The kinds of position embedding that GPTModel declares."""
     parameter = inspect.signature(GPTModel.__init__).parameters["position_embedding_type"]

@@ -18,7 +18,12 @@ from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
 from megatron_prefix.megatron.comm_type_list import repair_comm_type_list
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
 from megatron_prefix.megatron.options.layers import MARK_OF_PREDICTING_MODELS
-from megatron_prefix.megatron.releases import position_embedding_types, release
+from megatron_prefix.megatron.releases import (
+    option,
+    position_embedding_types,
+    release,
+    replays_routes,
+)
 from megatron_prefix.megatron.transformer_keys import faults_of_transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -155,6 +160,8 @@ def transformer_config(
             "microbatch, whose rows then run one after the other; set "
             "share_across_microbatches: false, or moe_aux_loss_coeff: 0"
         )
+    if training.replayed_routes in ("exact", "first"):
+        _check_replay(training, config)
     _check_sizes(model, config)
     if config.pipeline_model_parallel_size > 1:
         layers, stages = (
@@ -172,6 +179,20 @@ def transformer_config(
                 "stages and chunks; change one of them"
             )
     return config
+
+
+def _check_replay(training: TrainingConfig, config: TransformerConfig) -> None:
+    key = f"training.replayed_routes: {training.replayed_routes}"
+    if not replays_routes():
+        raise ConfigError(
+            f"{key}: the routers of megatron-core {release()} cannot be given routes; install 0.16 "
+            "or newer"
+        )
+    if option(config, "mtp_num_layers"):
+        raise ConfigError(
+            f"{key} with model.transformer.mtp_num_layers: {config.mtp_num_layers}: records have "
+            "no routes of these layers; set one of them to null"
+        )
 
 
 def _latent_rotary(model: ModelConfig) -> dict[str, Any]:

@@ -41,7 +41,6 @@ def latent_kept(
     tensor: int,
     sequence: int,
     element: int,
-    core_attention: bool,
 ) -> int:
     """Bytes that autograd keeps between the layer's input and its output projection.
 
@@ -49,7 +48,6 @@ def latent_kept(
         tokens, rows: T and N.
         tensor, sequence: tensor-parallel ranks; the same under sequence parallelism, else 1.
         element: bytes of an element.
-        core_attention: of the core attention too; it is not recomputed.
     """
     heads = shape.num_attention_heads // tensor
     keys, values = heads * shape.kv_channels, heads * latent.value_channels
@@ -59,8 +57,4 @@ def latent_kept(
     angles = tokens if rows == tokens and element >= 4 else tokens + rows
     kept += angles * 2 * latent.shared_channels
     kept += rows * keys + tokens * keys  # queries and keys
-    if core_attention:
-        kept += tokens * keys + rows * keys  # values and output, as large as keys
-    else:
-        kept += tokens * values
-    return (kept + rows * values) * element  # the output, cut to the size of values
+    return (kept + tokens * values + rows * values) * element  # values and the output

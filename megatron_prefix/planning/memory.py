@@ -292,7 +292,6 @@ class MemoryModel:
             tensor=ranks.tensor,
             sequence=ranks.sequence,
             element=self.element,
-            core_attention=self.recompute == "none",
         )
         if self.qk_norm:
             norms = self._norm_of(latent.query_rank) * (latent.query_rank > 0)

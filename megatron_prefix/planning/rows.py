@@ -255,7 +255,8 @@ def _copied_keys(layout: PackedLayout, held: RankRows, window: int) -> int:
 def _key_width(setup: StepSetup) -> int:
     """Elements of a token's keys and values on a tensor-parallel rank."""
     shape = setup.memory.shape
-    return 2 * shape.num_query_groups * shape.kv_channels // setup.ranks.tensor
+    size = shape.kv_channels + shape.value_channels
+    return shape.num_query_groups * size // setup.ranks.tensor
 
 
 def _received_per_layer(setup: StepSetup, tokens_per_rank: int, shard_tokens: list[int]) -> int:
@@ -267,8 +268,10 @@ def _received_per_layer(setup: StepSetup, tokens_per_rank: int, shard_tokens: li
         assert shape.latent is not None
         key_width = shape.latent.rank + shape.latent.shared_channels
     if setup.comm_type == "a2a":
-        query_width = shape.num_attention_heads * shape.kv_channels // setup.ranks.tensor
-        once = tokens_per_rank * (2 * query_width + key_width) * (size - 1) // size * b
+        # Queries there, and the output back.
+        head = shape.kv_channels + shape.value_channels
+        width = shape.num_attention_heads * head // setup.ranks.tensor + key_width
+        once = tokens_per_rank * width * (size - 1) // size * b
         return 2 * once
     # Keys and values in forward and again in backward, then the gradients of the rank's own from
     # every other rank.

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy import typing as npt
 from numpy.typing import NDArray
 
 from megatron_prefix.rollouts.records import (
@@ -36,6 +37,7 @@ class BatchBuilder:
             "keys": _OptionalArray(np.int64, absent=0),
         }
         self._prompt_keys = _OptionalArray(np.int64, absent=0)
+        self._routes: _GrowingArray | None = None
         self._named_rewards: dict[str, _OptionalArray] = {}
         self._known: dict[bool, str] = {}
         self._prompt_lengths = _GrowingArray(np.int64)
@@ -59,6 +61,7 @@ class BatchBuilder:
         for name, array in self._optional.items():
             array.extend(getattr(batch, name), len(batch.response_tokens))
         self._prompt_keys.extend(batch.prompt_keys, len(batch.prompt_tokens))
+        self._add_routes(batch)
         self._add_named_rewards(batch)
         self._prompt_tokens.extend(batch.prompt_tokens)
         self._response_tokens.extend(batch.response_tokens)
@@ -73,6 +76,16 @@ class BatchBuilder:
         self._answers.extend(batch.answers)
         self._sources.extend(batch.sources)
         self._records.extend(batch.records or [{}] * batch.num_groups)
+
+    def _add_routes(self, batch: RolloutBatch) -> None:
+        """All batches have routes, of one model, or none has any."""
+        routes = batch.routes
+        assert (routes is None) == (self._routes is None) or not self._sources
+        if routes is None:
+            return
+        if self._routes is None:
+            self._routes = _GrowingArray(routes.dtype, routes.shape[1:])
+        self._routes.extend(routes)
 
     def _add_named_rewards(self, batch: RolloutBatch) -> None:
         for name in batch.named_rewards:
@@ -99,6 +112,7 @@ class BatchBuilder:
             old_logprobs=self._old_logprobs.finish() if True in self._known else None,
             **{name: array.finish() for name, array in self._optional.items()},
             prompt_keys=self._prompt_keys.finish(),
+            routes=None if self._routes is None else self._routes.finish(),
             finished=self._finished.finish(),
             policy_versions=self._policy_versions.finish(),
             answers=tuple(self._answers),
@@ -110,8 +124,8 @@ class BatchBuilder:
 class _GrowingArray:
     """An array with room at its end."""
 
-    def __init__(self, dtype: type) -> None:
-        self._array = np.empty(_FIRST_ITEMS, dtype=dtype)
+    def __init__(self, dtype: npt.DTypeLike, of_item: tuple[int, ...] = ()) -> None:
+        self._array = np.empty((_FIRST_ITEMS, *of_item), dtype=dtype)
         self.size = 0
         """Items that are there."""
 
@@ -119,14 +133,17 @@ class _GrowingArray:
         stop = self.size + len(values)
         if stop > len(self._array):
             # The system moves the pages of a large array and copies nothing. No view of it exists.
-            self._array.resize(max(stop, len(self._array) * 5 // 4), refcheck=False)
+            self._resize(max(stop, len(self._array) * 5 // 4))
         self._array[self.size : stop] = values
         self.size = stop
 
     def finish(self) -> NDArray:
-        self._array.resize(self.size, refcheck=False)
+        self._resize(self.size)
         self._array.flags.writeable = False
         return self._array
+
+    def _resize(self, size: int) -> None:
+        self._array.resize((size, *self._array.shape[1:]), refcheck=False)
 
 
 class _OptionalArray:

@@ -32,6 +32,8 @@ from megatron_prefix.rollouts.rewards import (
     close_reward,
     load_reward,
 )
+from megatron_prefix.rollouts.routes import FIELD as ROUTES
+from megatron_prefix.rollouts.routes import route_reader
 from megatron_prefix.rollouts.stream import RecordStream
 from megatron_prefix.rollouts.survey import survey_groups, survey_prompts
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
@@ -201,6 +203,7 @@ def _forms(config: RunConfig, tokenizer: TextTokenizer | None) -> RecordForms:
         config.rollouts.fields,
         dialogues=dialogues,
         need_rewards=config.objective.name != "supervised" or config.rollouts.reward is not None,
+        ignored=(ROUTES,) if config.training.replayed_routes == "ignore" else (),
     )
 
 
@@ -246,6 +249,7 @@ def _file_engine(
         reward=reward,
         reward_weights=config.objective.reward_weights,
         is_corrected=config.objective.correction is not None,
+        routes=route_reader(config),
         **reading,
     )
 

@@ -13,6 +13,7 @@ Instead of the rewards there may be an "answer" for a reward function. Optional 
 (numbers) and "loss_mask" (true or false: whether a token is trained on), one for each token of the
 responses, and "finished" (true or false), one for each response. "prompt_keys" and "keys" (whole
 numbers), one for each token of the prompt and of the responses, tell tokens of one id apart.
+"routed_experts" are the experts that each token was sent to (`routes`).
 Rewards may be several by name (`named_rewards`). "turn_rewards" stand in place of rewards, and
 "advantages" beside them. Null is as good as absent, and fields of other names are passed over.
 `record_forms` reads the records of other programs.
@@ -32,6 +33,7 @@ from megatron_prefix.rollouts.group_reader import GroupReader, ReadGroup, Unrewa
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.records import RolloutBatch
 from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, computed_rewards
+from megatron_prefix.rollouts.routes import RouteReader
 from megatron_prefix.rollouts.stream import RecordStream
 from megatron_prefix.rollouts.usable import Usable
 
@@ -58,6 +60,7 @@ class FileEngine:
         reward_weights: Mapping[str, float] | None = None,
         usable: Usable | None = None,
         is_corrected: bool = False,
+        routes: RouteReader | None = None,
         reads: bool = True,
         run_alone: RunAlone = lambda read: read(),
         epochs: int | None = None,
@@ -74,6 +77,7 @@ class FileEngine:
             reward_weights: of rewards by name; None: a response has one reward.
             usable: what becomes of groups that the model cannot train on; None: they are errors.
             is_corrected: see `validate_group`.
+            routes: reads the routes that all records must have; None: no record may have any.
             reads: whether this rank reads; a rank that does not needs no files.
             run_alone: on several ranks, what runs a function on the rank that reads; the other
                 ranks wait for it.
@@ -95,6 +99,7 @@ class FileEngine:
                 reward_weights=reward_weights,
                 usable=usable,
                 is_corrected=is_corrected,
+                routes=routes,
             )
             self._stream = RecordStream(paths, reader.read, epochs=epochs, as_arrays=True)
 

@@ -21,6 +21,8 @@ from megatron_prefix.rollouts.parsing import (
 from megatron_prefix.rollouts.record import START, FilePosition, Record
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, plain_tokens
+from megatron_prefix.rollouts.routes import FIELD as ROUTES
+from megatron_prefix.rollouts.routes import RouteReader, values_of_responses
 from megatron_prefix.rollouts.usable import Usable
 from megatron_prefix.rollouts.validation import (
     FieldName,
@@ -66,6 +68,7 @@ class GroupReader:
         reward_weights: Mapping[str, float] | None = None,
         usable: Usable | None = None,
         is_corrected: bool = False,
+        routes: RouteReader | None = None,
     ) -> None:
         """Nothing is read yet.
 
@@ -78,7 +81,9 @@ class GroupReader:
             reward_weights: of rewards by name; None: a response has one reward.
             usable: what becomes of groups that the model cannot train on; None: they are errors.
             is_corrected: see `validate_group`.
+            routes: reads the routes that all records must have; None: no record may have any.
         """
+        self._routes = routes
         self._is_corrected = is_corrected
         self._usable = usable or Usable()
         self._reward_weights = reward_weights
@@ -116,12 +121,19 @@ class GroupReader:
         if self._lacks_rewards(record, "rewards"):
             unrewarded = (Unrewarded(first=0, group=batch.group(0)),)
         self._check_size(record.source, batch.num_responses)
+        routes = self._routes_of(record)
+        if self._routes is not None:
+            where = f"{record.source}: {ROUTES}"
+            values = values_of_responses(routes, where, batch.num_responses)
+            names = [f"{where}[{response}]" for response in range(len(values))]
+            batch = self._routes.of_group(batch, values, names)
         return ReadGroup(batch=batch, unrewarded=unrewarded)
 
     def _join(self, name: str | int, records: Iterable[Record]) -> tuple[ReadGroup, FilePosition]:
         """One group of the consecutive records of one response each, and the position after it."""
         parts: list[RolloutGroup] = []
         unrewarded: list[Unrewarded] = []
+        routes: list[tuple[Any, str]] = []
         end = START
         for record in records:
             end = record.end
@@ -129,6 +141,7 @@ class GroupReader:
             self._validate(part, response_field)
             if self._lacks_rewards(record, "reward"):
                 unrewarded.append(Unrewarded(first=len(parts), group=part))
+            routes.append((self._routes_of(record), f"{record.source}: {ROUTES}"))
             parts.append(part)
             _check_same_group(name, parts[0], part)
             # At once: a file in which every record has the same group must not be read to its end.
@@ -160,7 +173,25 @@ class GroupReader:
         )
         self._check_size(group.source, len(parts))
         batch = RolloutBatch.from_groups([group])
+        if self._routes is not None:
+            batch = self._routes.of_group(batch, *zip(*routes, strict=True))
         return ReadGroup(batch=batch, unrewarded=tuple(unrewarded)), end
+
+    def _routes_of(self, record: Record) -> Any:
+        """The field of a record; None where no record has it."""
+        is_there = ROUTES in record.values
+        if self._routes is None and is_there:
+            raise ValueError(
+                f"{record.source}: {ROUTES}: given, but training.replayed_routes: null does not "
+                "say what to do with them; set it to exact, first or ignore"
+            )
+        if self._routes is not None and not is_there:
+            raise ValueError(
+                f"{record.source}: {ROUTES}: missing, and training.replayed_routes replays those "
+                "of all records; have the engine that samples give them, or set replayed_routes: "
+                "null"
+            )
+        return record.values.get(ROUTES)
 
     def _validate(self, group: RolloutGroup, field_name: FieldName) -> None:
         validate_group(

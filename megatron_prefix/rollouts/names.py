@@ -23,15 +23,15 @@ TEXT_REWARD_NAMES = ("exact_match", "numeric", "multiple_choice")
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryReward:
-    """A reward that sees text and computes by a library, in processes of its own."""
+    """A reward that sees text and is computed in processes of its own."""
 
     function: str
     """As module:function."""
-    package: str
-    """Name of the library where Python imports it."""
-    project: str
+    package: str | None = None
+    """Name of the library that computes it, where Python imports it; None: Python's own."""
+    project: str = ""
     """Its name on the package index."""
-    extra: str
+    extra: str = ""
     """Of megatron-prefix, which holds it."""
 
 
@@ -48,6 +48,7 @@ LIBRARY_REWARDS = {
         project="reasoning-gym",
         extra="reasoning-gym",
     ),
+    "code": LibraryReward(function="megatron_prefix.rollouts.code.reward:passes_tests"),
 }
 """By the name that a configuration gives."""
 

@@ -38,6 +38,7 @@ FIELDS = (
     "finished",
     "prompt_keys",
     "keys",
+    "routed_experts",
 )
 _FLAT_NAMES = {"responses": "response", "rewards": "reward"}
 

@@ -29,6 +29,7 @@ ARRAY_FIELDS: dict[str, Kind] = {
     "loss_mask": "flags",
     "prompt_keys": "tokens",
     "keys": "tokens",
+    "routed_experts": "tokens",
     "finished": "flags",
 }
 """Fields that may come as arrays, and what is in them."""

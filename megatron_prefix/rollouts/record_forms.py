@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class _Form:
 
 
 _TOKENS_OF_OTHERS = ("response_mask", "rollout_log_probs", "old_log_probs", "token_level_scores")
-_KEYS = ("prompt_keys", "keys")
+_KEYS = ("prompt_keys", "keys", "routed_experts")
 _VERL = _Form(
     known_by=("prompts", "response_mask"),
     not_read=("loss_mask", "old_logprobs", "logprobs", *_KEYS),
@@ -99,6 +99,7 @@ class RecordForms:
         *,
         dialogues: DialogueEncoder | None = None,
         need_rewards: bool = True,
+        ignored: Collection[str] = (),
     ) -> None:
         """Read records whose fields have these names.
 
@@ -107,6 +108,7 @@ class RecordForms:
             dialogues: for records of messages.
             need_rewards: False where the objective looks at no rewards: a record without has
                 reward 0, and one that names no group is a group of its own.
+            ignored: fields that are taken out of every record.
 
         Raises:
             ValueError: a name that no form of record has.
@@ -120,6 +122,7 @@ class RecordForms:
         self._fields = dict(fields or {})
         self._dialogues = dialogues
         self._need_rewards = need_rewards
+        self._ignored = frozenset(ignored)
 
     def __call__(self, record: Record) -> Record:
         """The record in this package's form.
@@ -127,10 +130,16 @@ class RecordForms:
         Raises:
             ValueError: a field that its form needs is missing or wrong, naming it.
         """
-        record = self._in_own_form(self._renamed(record))
+        record = self._in_own_form(self._without_ignored(self._renamed(record)))
         if self._need_rewards:
             return record
         return dataclasses.replace(record, values=_as_taught(record.values))
+
+    def _without_ignored(self, record: Record) -> Record:
+        if not self._ignored.intersection(record.values):
+            return record
+        kept = {n: value for n, value in record.values.items() if n not in self._ignored}
+        return dataclasses.replace(record, values=kept)
 
     def _in_own_form(self, record: Record) -> Record:
         values = record.values
@@ -232,6 +241,13 @@ _WHOLE = {"response": "responses", "reward": "rewards"}
 """Fields of one response by their names in a record of a whole group."""
 
 
+_OF_RESPONSES = (
+    *("old_logprobs", "loss_mask", "turn_rewards", "advantages", "finished"),
+    *("keys", "routed_experts"),
+)
+"""Fields of one response that have the same name there."""
+
+
 def _as_taught(values: Mapping[str, Any]) -> dict[str, Any]:
     """A record that needs no reward, and no group of its response."""
     found = dict(values)
@@ -246,7 +262,7 @@ def _as_taught(values: Mapping[str, Any]) -> dict[str, Any]:
         return found
     whole = {
         _WHOLE.get(name, name): [plain_value(found.pop(name))]
-        for name in (*_WHOLE, "old_logprobs", "loss_mask", "turn_rewards", "advantages", "finished")
+        for name in (*_WHOLE, *_OF_RESPONSES)
         if name in found
     }
     return {**found, **whole}

@@ -4,19 +4,22 @@ A batch is what travels through a run. It is arrays from the reader to the devic
 stands for a token. Offsets say where each item begins: item i of `tokens` is
 `tokens[offsets[i] : offsets[i + 1]]`.
 
-Legend: G groups, R responses of all groups, P prompt tokens, T response tokens.
+Legend: G groups, R responses of all groups, P prompt tokens, T response tokens, S inputs of all
+sequences: the tokens of each prompt and response together, but the last.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prefix.rollouts.summary import RolloutSummary, offsets_of
+from megatron_prefix.rollouts.summary import PromptRoutes, RolloutSummary, offsets_of
 from megatron_prefix.rollouts.turns import at_turn_ends
 
 Tokens = Sequence[int] | NDArray
@@ -53,6 +56,9 @@ class RolloutGroup:
     whole number. Tokens are shared where ids and keys agree. None: all are 0."""
     keys: Sequence[Tokens] | None = None
     """The same for each response and each of its tokens."""
+    routes: Sequence[NDArray] | None = None
+    """For each response [inputs, layers with experts, topk]: the experts that each token of the
+    prompt and of the response, but the last, is sent to; None: the model's routers choose."""
     finished: Sequence[bool] | NDArray | None = None
     """For each response, whether it ended by itself, rather than at a limit of length."""
     answer: Any = None
@@ -96,6 +102,8 @@ class RolloutBatch:
     """[P] what the ids of tokens leave open, see `RolloutGroup.prompt_keys`; None: all are 0."""
     keys: NDArray[np.int64] | None = None
     """[T] the same for responses."""
+    routes: NDArray | None = None
+    """[S, layers with experts, topk] see `RolloutGroup.routes`; None: no group has any."""
     finished: NDArray[np.int8]
     """[R] 1: the response ended by itself; 0: at a limit of length; `UNKNOWN`."""
     policy_versions: NDArray[np.int64]
@@ -119,6 +127,7 @@ class RolloutBatch:
         for values in (*per_token, self.keys):
             assert values is None or len(values) == len(self.response_tokens)
         assert self.prompt_keys is None or len(self.prompt_keys) == len(self.prompt_tokens)
+        assert self.routes is None or len(self.routes) == self.sequence_offsets[-1]
 
     @classmethod
     def from_groups(cls, groups: Iterable[RolloutGroup]) -> RolloutBatch:
@@ -155,6 +164,7 @@ class RolloutBatch:
             advantages=_of_tokens(groups, "advantages", np.float64, absent=np.nan),
             prompt_keys=None if prompt_keys is None else _joined(prompt_keys, np.int64),
             keys=_of_tokens(groups, "keys", np.int64, absent=0),
+            routes=_routes(groups),
             finished=_joined([_finished(group) for group in groups], np.int8),
             policy_versions=np.array(
                 [UNKNOWN if g.policy_version is None else g.policy_version for g in groups],
@@ -190,6 +200,17 @@ class RolloutBatch:
         """Where a response's tokens are in the arrays of T."""
         return slice(int(self.response_offsets[response]), int(self.response_offsets[response + 1]))
 
+    @cached_property
+    def sequence_offsets(self) -> NDArray[np.int64]:
+        """[R + 1] into the S inputs."""
+        prompts = np.repeat(np.diff(self.prompt_offsets), np.diff(self.group_offsets))
+        return offsets_of(prompts + np.diff(self.response_offsets) - 1)
+
+    def routes_of(self, response: int) -> NDArray:
+        """The routes of a response's sequence, which the batch has; a view."""
+        assert self.routes is not None
+        return self.routes[self.sequence_offsets[response] : self.sequence_offsets[response + 1]]
+
     def group(self, index: int) -> RolloutGroup:
         """One group by itself; its arrays are views."""
         responses = self.responses_of(index)
@@ -217,6 +238,7 @@ class RolloutBatch:
                 None if self.prompt_keys is None else self.prompt_keys[self._prompt_range(index)]
             ),
             keys=None if self.keys is None else tuple(self.keys[part] for part in tokens),
+            routes=None if self.routes is None else tuple(map(self.routes_of, responses)),
             finished=None if (finished == UNKNOWN).any() else finished == 1,
             answer=self.answers[index],
             record=self.records[index] if self.records else {},
@@ -259,17 +281,32 @@ class RolloutBatch:
             has_loss_mask=self.loss_mask is not None,
             has_prompt_keys=self.prompt_keys is not None,
             has_keys=self.keys is not None,
+            no_routes=None if self.routes is None else np.empty_like(self.routes[:0]),
+            prompt_routes=None if self.routes is None else self._prompt_routes(),
+        )
+
+    def _prompt_routes(self) -> PromptRoutes:
+        orders, shared = [], []
+        for group in range(self.num_groups):
+            length = len(self.prompt(group))
+            routes = [self.routes_of(response)[:length] for response in self.responses_of(group)]
+            order = sorted(range(len(routes)), key=[of.tobytes() for of in routes].__getitem__)
+            orders += order
+            shared += [0, *(_common(routes[a], routes[b]) for a, b in itertools.pairwise(order))]
+        return PromptRoutes(
+            order=np.array(orders, dtype=np.int32), shared=np.array(shared, dtype=np.int32)
         )
 
     def _repeated(self) -> NDArray[np.bool_]:
-        """[R] whether an earlier response of its group has the same tokens and keys."""
+        """[R] whether an earlier response of its group has the same tokens, keys and routes."""
         repeated = np.zeros(self.num_responses, dtype=np.bool_)
         for group in range(self.num_groups):
-            seen: set[tuple[bytes, bytes]] = set()
+            seen: set[tuple[bytes, bytes, bytes]] = set()
             for response in self.responses_of(group):
                 where = self.tokens_of(response)
                 keys = b"" if self.keys is None else self.keys[where].tobytes()
-                identity = (self.response_tokens[where].tobytes(), keys)
+                routes = b"" if self.routes is None else self.routes_of(response).tobytes()
+                identity = (self.response_tokens[where].tobytes(), keys, routes)
                 repeated[response] = identity in seen
                 seen.add(identity)
         return repeated
@@ -314,6 +351,21 @@ def _named_rewards(groups: Sequence[RolloutGroup]) -> dict[str, NDArray[np.float
 def records_of(found: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
     """As `RolloutBatch` has them."""
     return tuple(found) if any(found) else ()
+
+
+def _routes(groups: Sequence[RolloutGroup]) -> NDArray | None:
+    """[S, layers, topk]; all groups have them, or none has."""
+    if all(group.routes is None for group in groups):
+        return None
+    joined = np.concatenate([values for group in groups for values in group.routes or ()])
+    joined.flags.writeable = False
+    return joined
+
+
+def _common(one: NDArray, other: NDArray) -> int:
+    """Items that two arrays of one shape begin with alike."""
+    differs = (one != other).any(axis=tuple(range(1, one.ndim)))
+    return int(differs.argmax()) if differs.any() else len(one)
 
 
 def _of_tokens(

@@ -159,7 +159,7 @@ def load_reward(
     library = LIBRARY_REWARDS.get(spec)
     if library is None:
         return ProcessReward(spec, process, tokenizer=tokenizer)
-    if not is_installed(library.package):
+    if library.package is not None and not is_installed(library.package):
         raise ValueError(missing_line(f"reward {spec!r}", library.project, library.extra))
     # A response that takes the library too long, or all the memory, is a wrong one.
     return ProcessReward(library.function, process, tokenizer=tokenizer, name=spec, when_ended=0.0)

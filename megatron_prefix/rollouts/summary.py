@@ -11,6 +11,44 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prefix.layout import TreeShape
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptRoutes:
+    """How far the routes of a group's prompt agree between its responses."""
+
+    order: NDArray[np.int32]
+    """[R] indices within the group: its responses so that each shares the most of the prompt with
+    the one before it."""
+    shared: NDArray[np.int32]
+    """[R] in this order: tokens of the prompt from its beginning whose routes are those of the
+    response before; 0 for the first."""
+
+    def of_responses(self, responses: slice) -> PromptRoutes:
+        """Of consecutive groups."""
+        return PromptRoutes(order=self.order[responses], shared=self.shared[responses])
+
+    def tree(self, chosen: Sequence[int], prompt_length: int, lengths: Sequence[int]) -> TreeShape:
+        """Some responses of the one group that is here, each in a leaf of its own.
+
+        Args:
+            chosen: ascending indices within the group.
+            prompt_length: of the group.
+            lengths: of the chosen responses.
+        """
+        places = {index: place for place, index in enumerate(chosen)}
+        order, shared, least = [], [], prompt_length
+        for index, common in zip(self.order.tolist(), self.shared.tolist(), strict=True):
+            least = min(least, common)
+            if index in places:
+                order.append(places[index])
+                shared.append(least if shared else 0)
+                least = prompt_length
+        return TreeShape.of_common_beginnings(
+            [prompt_length + int(length) for length in lengths], order, shared
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RolloutSummary:
@@ -31,7 +69,7 @@ class RolloutSummary:
     finished: NDArray[np.int8]
     """[R] as in `RolloutBatch`."""
     repeated: NDArray[np.bool_]
-    """[R] whether an earlier response of its group has the same tokens and keys."""
+    """[R] whether an earlier response of its group has the same tokens, keys and routes."""
     largest_advantages: NDArray[np.float64] | None
     """[R] of the advantages of each response's trained tokens, where they are given for tokens, the
     one farthest from 0; NaN: they come from the reward; None: those of all responses do."""
@@ -41,6 +79,10 @@ class RolloutSummary:
     has_loss_mask: bool
     has_prompt_keys: bool = False
     has_keys: bool = False
+    no_routes: NDArray | None = None
+    """[0, layers with experts, topk] of the type of the batch's routes; None: it has none."""
+    prompt_routes: PromptRoutes | None = None
+    """None: there are no routes."""
 
     @property
     def num_groups(self) -> int:
@@ -73,6 +115,8 @@ class RolloutSummary:
             has_loss_mask=self.has_loss_mask,
             has_prompt_keys=self.has_prompt_keys,
             has_keys=self.has_keys,
+            no_routes=self.no_routes,
+            prompt_routes=self.prompt_routes and self.prompt_routes.of_responses(responses),
         )
 
 

@@ -19,7 +19,11 @@ from torch import Tensor
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.device_copy import record_to_device
-from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams, RouterLossScale
+from megatron_prefix.layers.packed_seq_params import (
+    PrefixPackedSeqParams,
+    RouterLossScale,
+    own_routes,
+)
 from megatron_prefix.layers.predictions import prediction_depths
 from megatron_prefix.layout import ModelRow, RankRow
 from megatron_prefix.layout.stages import Array
@@ -53,7 +57,10 @@ class TrainedEntries(Generic[Array]):
     """[E] float64; None: not known yet."""
 
 
-BatchArrays = tuple[ModelRow[Array], TrainedEntries[Array], tuple[PredictionArrays[Array], ...]]
+BatchArrays = tuple[
+    ModelRow[Array], TrainedEntries[Array], Array | None, tuple[PredictionArrays[Array], ...]
+]
+"""The row, what is trained on in it, its routes, and what each depth of prediction reads."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,12 +73,15 @@ class HostBatch:
     router_losses: RouterLossScale | None = None
     predictions: tuple[HostPredictions, ...] = ()
     """Of a model with multi-token prediction, by depth."""
+    routes: np.ndarray | None = None
+    """[T, layers with experts, topk] the experts that each token is sent to; None: the routers
+    choose."""
 
     @property
     def arrays(self) -> BatchArrays[np.ndarray]:
         """All that goes to the device."""
         predictions = tuple(of_depth.arrays for of_depth in self.predictions)
-        return self.row.model, self.entries, predictions
+        return self.row.model, self.entries, self.routes, predictions
 
 
 @dataclass(kw_only=True)
@@ -121,6 +131,7 @@ def host_batch(
     num_sequences: int,
     router_losses: RouterLossScale | None = None,
     predictions: tuple[HostPredictions, ...] = (),
+    routes: np.ndarray | None = None,
 ) -> HostBatch:
     """A microbatch of what is trained on in a rank's part of a row.
 
@@ -130,6 +141,7 @@ def host_batch(
         num_sequences: of the packed row.
         router_losses: see `PrefixPackedSeqParams`.
         predictions: of the rank, see `HostBatch`.
+        routes: of the whole packed row, see `HostBatch`.
     """
     # Where this rank has each position of the packed row, -1 for those of other ranks.
     last = int(max(row.rows.max(initial=-1), entries.positions.max(initial=-1)))
@@ -152,6 +164,7 @@ def host_batch(
         num_sequences=num_sequences,
         router_losses=router_losses,
         predictions=predictions,
+        routes=None if routes is None else own_routes(routes, row.rows),
     )
 
 
@@ -181,7 +194,7 @@ def packed_batch(
         setup: of the model.
         root, keeps_root: see `PrefixPackedSeqParams.from_row`.
     """
-    model, entries, predictions = tensors
+    model, entries, routes, predictions = tensors
     params = PrefixPackedSeqParams.from_row(
         host.row,
         model,
@@ -189,6 +202,7 @@ def packed_batch(
         root=root,
         keeps_root=keeps_root,
         router_losses=host.router_losses,
+        routes=routes,
     )
     if host.predictions:
         params.predictions = prediction_depths(

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.layers.packed_seq_params import RouterLossScale
 from megatron_prefix.layout import CommType, PackedLayout, rank_row
+from megatron_prefix.layout.routes import scatter_routes
 from megatron_prefix.training.batch import HostBatch, PackedBatch, host_batch, to_device
 from megatron_prefix.training.entries import TrainedSequence, row_entries
 from megatron_prefix.training.predicted import PredictionPlan, plan_predictions
@@ -28,6 +31,7 @@ def plan_batch(
     output_multiple: int = 1,
     router_losses: RouterLossScale | None = None,
     prediction: PredictionPlan | None = None,
+    routes: Sequence[np.ndarray] | None = None,
 ) -> HostBatch:
     """Plan this rank's part of a packed row, and what is trained on in it.
 
@@ -45,6 +49,8 @@ def plan_batch(
         output_multiple: such an output's length is a multiple of this.
         router_losses: see `PrefixPackedSeqParams`.
         prediction: of a model with multi-token prediction; not with a trimmed last layer.
+        routes: of each sequence [length - 1, layers, topk], that have been checked; None: the
+            routers choose.
 
     Raises:
         ValueError: a sequence's old log-probabilities do not match its trained tokens, or the row
@@ -77,6 +83,8 @@ def plan_batch(
         num_sequences=len(sequences),
         router_losses=router_losses,
         predictions=predictions,
+        # A row without sequences is padding, which may go anywhere.
+        routes=scatter_routes(layout, routes) if routes else None,
     )
 
 

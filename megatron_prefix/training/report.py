@@ -143,10 +143,24 @@ def _start_lines(
         f"layout: {_layout(config, runtime)}, on {training.device}",
         f"rollouts: engine {rollouts.engine}, {_files(config)}, "
         f"{_count(rollouts.groups_per_step, 'group', 'groups')} a step",
+        *_routes(training.replayed_routes),
         f"steps: {left} to do of {training.steps}, "
         f"{_count(updates, 'optimizer step', 'optimizer steps')} each",
         f"output: {config.output.directory.absolute()}",
     ]
+
+
+def _routes(kind: str | None) -> list[str]:
+    """What becomes of the routes in records, where there are any."""
+    if kind is None:
+        return []
+    said = {
+        "exact": "replayed as the records have them",
+        "first": "replayed, and a group's prompt has those of its first response: another run than "
+        "one without sharing",
+        "ignore": "those of the records are not replayed",
+    }[kind]
+    return [f"routes: {said} (training.replayed_routes: {kind})"]
 
 
 def _count(number: int, one: str, many: str) -> str:

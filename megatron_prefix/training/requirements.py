@@ -65,7 +65,8 @@ def _needs(config: RunConfig) -> Iterator[_Need]:
             packages += ("datasets",)
         yield _Need(what="rollouts.text", extra="rollouts", packages=packages)
     for key, spec in rollouts.reward_specs.items():
-        if library := LIBRARY_REWARDS.get(spec):
+        library = LIBRARY_REWARDS.get(spec)
+        if library is not None and library.package is not None:
             what = f"rollouts.{key}: {spec}"
             yield _Need(what=what, extra=library.extra, packages=(library.project,))
     for key, paths in task_files(config).items():

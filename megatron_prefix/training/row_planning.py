@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.layers.packed_seq_params import RouterLossScale
 from megatron_prefix.layout import (
@@ -42,6 +44,8 @@ class _Row:
     tree: PrefixTree
     sequences: Sequence[TrainedSequence]
     """Of the tree."""
+    routes: Sequence[np.ndarray] | None
+    """Of the tree's sequences, see `plan_batch`."""
     flops: int
     """Forward FLOPs of what the row runs."""
     root_elsewhere: bool = False
@@ -100,6 +104,7 @@ class RowPlanner:
             output_multiple=packing.pad_to_multiple // attention.num_ranks,
             router_losses=router_losses,
             prediction=self._prediction(),
+            routes=row.routes,
         )
         return PlannedMicrobatch(batch=batch, tokens=layout.num_tokens, flops=row.flops)
 
@@ -123,20 +128,26 @@ class RowPlanner:
         count = sum(row.tree.num_sequences for row in parts)
         tree, nothing = PrefixTree.from_sequences([root] * count), [none] * count
         flops = self._node_flops(tree, nothing)[0]
-        return [_Row(tree=tree, sequences=nothing, flops=flops), *parts]
+        routes = parts[0].routes and [parts[0].routes[0][: len(root) - 1]] * count
+        return [_Row(tree=tree, sequences=nothing, routes=routes, flops=flops), *parts]
 
     def _row(
         self, tree: PrefixTree, slices: Sequence[GroupSlice], *, root_elsewhere: bool = False
     ) -> _Row:
-        sequences = [
-            self._trained_sequence(self.step.group_of_unit[part.group], response)
+        responses = [
+            (self.step.group_of_unit[part.group], response)
             for part in slices
             for response in self._responses(part)
         ]
+        sequences = [self._trained_sequence(group, response) for group, response in responses]
+        routes = None
+        if self.share.routes is not None:
+            routes = [self.share.routes_of(response) for _, response in responses]
         flops = self._node_flops(tree, sequences)
         return _Row(
             tree=tree,
             sequences=sequences,
+            routes=routes,
             flops=sum(flops[1:] if root_elsewhere else flops),
             root_elsewhere=root_elsewhere,
         )

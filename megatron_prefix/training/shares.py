@@ -3,21 +3,23 @@
 Rank 0 has the whole rollout batch. Every rank knows the lengths of all of it, so all come to the
 same plan, and each knows how much it will get: the responses that its data-parallel rank runs, and
 the prompts of their groups, in the order of the batch. Prompts, responses, and what there is of
-log-probabilities, masks, advantages and keys of tokens are sent one after the other, each to all
-ranks in one scatter, for which shorter shares are padded. The plan has made the ranks' work, and so
-nearly their lengths, even. Ranks of one model replica get the same.
+log-probabilities, masks, advantages, keys and routes of tokens are sent one after the other, each
+to all ranks in one scatter, for which shorter shares are padded. The plan has made the ranks' work,
+and so nearly their lengths, even. Ranks of one model replica get the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from megatron_prefix.layout.routes import hashed_route_keys
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary, offsets_of
 
 
@@ -33,6 +35,10 @@ class ShareSizes:
     """[g + 1]"""
     response_offsets: NDArray[np.int64]
     """[r + 1]"""
+    sequence_offsets: NDArray[np.int64]
+    """[r + 1] into the inputs of the sequences."""
+    no_routes: NDArray | None
+    """See `RolloutSummary`."""
     optional: frozenset[str]
     """Which of the fields are there that a batch may have or not."""
 
@@ -40,12 +46,16 @@ class ShareSizes:
     def of(cls, summary: RolloutSummary, responses: NDArray[np.int64]) -> ShareSizes:
         """The sizes of a share of these responses."""
         responses = np.unique(responses)
-        groups = np.unique(np.searchsorted(summary.group_offsets, responses, side="right") - 1)
+        group_of = np.searchsorted(summary.group_offsets, responses, side="right") - 1
+        groups = np.unique(group_of)
+        lengths = summary.response_lengths[responses]
         return cls(
             groups=groups,
             responses=responses,
             prompt_offsets=offsets_of(summary.prompt_lengths[groups]),
-            response_offsets=offsets_of(summary.response_lengths[responses]),
+            response_offsets=offsets_of(lengths),
+            sequence_offsets=offsets_of(summary.prompt_lengths[group_of] + lengths - 1),
+            no_routes=summary.no_routes,
             optional=frozenset(
                 name
                 for name, is_there in (
@@ -54,6 +64,7 @@ class ShareSizes:
                     ("advantages", summary.largest_advantages is not None),
                     ("prompt_keys", summary.has_prompt_keys),
                     ("keys", summary.has_keys),
+                    ("routes", summary.no_routes is not None),
                 )
                 if is_there
             ),
@@ -73,6 +84,8 @@ class Share:
     """NaN where they come from the response's reward; None: all do."""
     prompt_keys: NDArray[np.int64] | None = None
     keys: NDArray[np.int64] | None = None
+    routes: NDArray | None = None
+    """[inputs, layers with experts, topk] of the sequences."""
 
     def sequence(self, group: int, response: int) -> NDArray[np.int32]:
         """Prompt and response as one array.
@@ -87,7 +100,18 @@ class Share:
         return np.concatenate([prompt, own])
 
     def sequence_keys(self, group: int, response: int) -> NDArray[np.int64] | None:
-        """The keys of what `sequence` returns; None where the batch has none."""
+        """The keys of what `sequence` returns, in which its routes are; None where there are
+        neither."""
+        keys = self._sequence_keys(group, response)
+        return keys if self.routes is None else hashed_route_keys(self.routes_of(response), keys)
+
+    def routes_of(self, response: int) -> NDArray:
+        """[inputs, layers with experts, topk] of a response's sequence, where there are routes."""
+        assert self.routes is not None
+        sizes = self.sizes
+        return _part(self.routes, sizes.sequence_offsets, sizes.responses, response)
+
+    def _sequence_keys(self, group: int, response: int) -> NDArray[np.int64] | None:
         if self.prompt_keys is None and self.keys is None:
             return None
         sizes = self.sizes
@@ -170,9 +194,10 @@ class Distribution:
     def _scatter(
         self, field: _Field, batch: RolloutBatch | None, sizes: Sequence[ShareSizes]
     ) -> NDArray:
-        counts = [int(field.offsets_of_share(share)[-1]) for share in sizes]
-        empty = np.zeros(max(counts), dtype=field.dtype)
-        received = torch.from_numpy(empty).to(self._device)
+        counts = [int(field.offsets_of(share)[-1]) for share in sizes]
+        like = field.empty(sizes[0])
+        empty = np.zeros((max(counts), *like.shape[1:]), dtype=like.dtype)
+        received = self._bytes(empty)
         sent = None
         if dist.get_rank() == 0:
             assert batch is not None
@@ -181,10 +206,15 @@ class Distribution:
             for share, count in zip(sizes, counts, strict=True):
                 of_rank = np.zeros_like(empty)
                 of_rank[:count] = _taken(values, offsets, field.items_of(share))
-                padded.append(torch.from_numpy(of_rank).to(self._device))
+                padded.append(self._bytes(of_rank))
             sent = [padded[rank] for rank in self._rank_of]
         dist.scatter(received, sent, src=0)
-        return received.cpu().numpy()[: counts[self._data_parallel_rank]]
+        values = received.cpu().numpy().view(empty.dtype).reshape(empty.shape)
+        return values[: counts[self._data_parallel_rank]]
+
+    def _bytes(self, values: NDArray) -> torch.Tensor:
+        """What is sent of an array of any type, not all of which collectives know."""
+        return torch.from_numpy(values.reshape(-1).view(np.uint8)).to(self._device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,31 +222,42 @@ class _Field:
     """An array of a batch, and of a share of it."""
 
     name: str
-    dtype: type
-    of_groups: bool = False
-    """One item for each group, not for each response."""
+    dtype: type | None
+    """None: that of routes."""
+    of: Literal["prompt", "response", "sequence"] = "response"
+    """What has so many values as tokens, or as inputs."""
 
-    def offsets_of(self, batch: RolloutBatch) -> NDArray[np.int64]:
-        return batch.prompt_offsets if self.of_groups else batch.response_offsets
+    @property
+    def of_groups(self) -> bool:
+        """Whether there is one item for each group, not for each response."""
+        return self.of == "prompt"
 
-    def offsets_of_share(self, sizes: ShareSizes) -> NDArray[np.int64]:
-        return sizes.prompt_offsets if self.of_groups else sizes.response_offsets
+    def offsets_of(self, batch: RolloutBatch | ShareSizes) -> NDArray[np.int64]:
+        return getattr(batch, f"{self.of}_offsets")
+
+    def empty(self, sizes: ShareSizes) -> NDArray:
+        """[0, ...] of the field's type and shape."""
+        if self.dtype is not None:
+            return np.zeros(0, dtype=self.dtype)
+        assert sizes.no_routes is not None
+        return sizes.no_routes
 
     def items_of(self, sizes: ShareSizes) -> NDArray[np.int64]:
         return sizes.groups if self.of_groups else sizes.responses
 
 
 _FIELDS = (
-    _Field(name="prompt_tokens", dtype=np.int32, of_groups=True),
+    _Field(name="prompt_tokens", dtype=np.int32, of="prompt"),
     _Field(name="response_tokens", dtype=np.int32),
     _Field(name="old_logprobs", dtype=np.float32),
     _Field(name="loss_mask", dtype=np.bool_),
     _Field(name="advantages", dtype=np.float64),
-    _Field(name="prompt_keys", dtype=np.int64, of_groups=True),
+    _Field(name="prompt_keys", dtype=np.int64, of="prompt"),
     _Field(name="keys", dtype=np.int64),
+    _Field(name="routes", dtype=None, of="sequence"),
 )
 
-_OPTIONAL = ("old_logprobs", "loss_mask", "advantages", "prompt_keys", "keys")
+_OPTIONAL = ("old_logprobs", "loss_mask", "advantages", "prompt_keys", "keys", "routes")
 
 
 def _part(values: NDArray, offsets: NDArray, indices: NDArray, index: int) -> NDArray:

@@ -58,12 +58,14 @@ def run_schedule(
     objective: ObjectiveConfig,
     *,
     with_gradients: bool,
+    replays: bool = True,
 ) -> list[Any]:
     """Run the microbatches through the pipeline.
 
     Args:
         batches: this data-parallel rank's microbatches, as many as on every other rank.
         with_gradients: run backward too, and let gradients accumulate.
+        replays: routes of the microbatches are replayed, where they have any.
 
     Returns:
         On the last pipeline stage one item per microbatch: its `PolicyMetrics`, or (without
@@ -75,7 +77,11 @@ def run_schedule(
     iterators: list[Iterator[PackedBatch | BatchSeries]] = [iter(batches) for _ in chunks.wrapped]
     return forward_backward(
         forward_step_func=functools.partial(
-            _forward_step, chunks=chunks, objective=objective, with_gradients=with_gradients
+            _forward_step,
+            chunks=chunks,
+            objective=objective,
+            with_gradients=with_gradients,
+            replays=replays,
         ),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=chunks.wrapped if len(chunks.wrapped) > 1 else chunks.wrapped[0],
@@ -95,6 +101,7 @@ def _forward_step(
     chunks: ModelChunks,
     objective: ObjectiveConfig,
     with_gradients: bool,
+    replays: bool,
 ) -> tuple[Tensor, Any]:
     batch = next(data_iterator)
     run = functools.partial(
@@ -104,6 +111,7 @@ def _forward_step(
         objective=objective,
         with_entropy=with_gradients and objective.needs_entropy,
         with_predictions=with_gradients,
+        replays=replays,
     )
     if isinstance(batch, PackedBatch):
         loss = functools.partial(
@@ -140,10 +148,11 @@ def _run_row(
     objective: ObjectiveConfig,
     with_entropy: bool,
     with_predictions: bool,
+    replays: bool,
 ) -> Tensor:
     """The output of a model chunk: on the last stage [1, N, 2], or [1, N, 1] without entropies;
     behind these N what multi-token prediction trains on, depth after depth."""
-    params = batch.params
+    params = batch.params if replays else batch.params.without_routes()
     if params.predictions is not None and not with_predictions:
         params = dataclasses.replace(params, predictions=None)
     call = functools.partial(
@@ -217,16 +226,23 @@ def _no_count(loss: Tensor) -> Tensor:
 
 
 def compute_logprobs(
-    chunks: ModelChunks, batches: Sequence[PackedBatch | BatchSeries], objective: ObjectiveConfig
+    chunks: ModelChunks,
+    batches: Sequence[PackedBatch | BatchSeries],
+    objective: ObjectiveConfig,
+    *,
+    replays: bool = True,
 ) -> list[Tensor]:
     """Log-probabilities of the entries under the current weights, without gradients.
+
+    Args:
+        replays: see `run_schedule`.
 
     Returns:
         On the last pipeline stage one [E] tensor for each of the microbatches' `rows`; elsewhere
         an empty list.
     """
     with torch.no_grad():
-        found = run_schedule(chunks, batches, objective, with_gradients=False)
+        found = run_schedule(chunks, batches, objective, with_gradients=False, replays=replays)
     return [of_row for of_batch in found for of_row in of_batch]
 
 

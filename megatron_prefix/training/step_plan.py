@@ -147,7 +147,10 @@ def _plan_step(
     whole = [
         TreeShape.of_group(prompts[group], batch.response_lengths[running[group]]) for group in kept
     ]
-    units, responses, owners = packing.units(whole, [running[group] for group in kept])
+    trees = whole
+    if summary.prompt_routes is not None:
+        trees = [_tree_of_routes(summary, group, terms[group].computed) for group in kept]
+    units, responses, owners = packing.units(trees, [running[group] for group in kept])
     owners = [kept[owner] for owner in owners]
     spans = [
         trained_labels(unit, [prompts[owner]] * unit.num_sequences)
@@ -180,6 +183,23 @@ def _plan_step(
             )
             for tree, group in zip(whole, kept, strict=True)
         ),
+    )
+
+
+def _tree_of_routes(summary: RolloutSummary, group: int, computed: NDArray[np.bool_]) -> TreeShape:
+    """The tree of a group's computed responses, which share of their prompt what is routed alike.
+
+    Args:
+        summary: of all groups.
+        group: index into them.
+        computed: [responses of the group]
+    """
+    assert summary.prompt_routes is not None
+    responses = slice(*summary.group_offsets[[group, group + 1]].tolist())
+    return summary.prompt_routes.of_responses(responses).tree(
+        np.flatnonzero(computed).tolist(),
+        int(summary.prompt_lengths[group]),
+        summary.response_lengths[responses][computed].tolist(),
     )
 
 

@@ -21,10 +21,12 @@ from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.layout import Packing
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.objective import ObjectiveConfig, PolicyMetrics
+from megatron_prefix.objective.losses import OBJECTIVES
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
 from megatron_prefix.training.batch_statistics import BatchStatistics, TeachingWatch, reward_spread
 from megatron_prefix.training.kl_reward import put_kl_into_advantages
 from megatron_prefix.training.minibatch import Minibatch
+from megatron_prefix.training.other_policy import OtherPolicyWatch
 from megatron_prefix.training.phases import Phases
 from megatron_prefix.training.shares import Distribution
 from megatron_prefix.training.step import compute_logprobs, reduce_sums, train_step
@@ -99,6 +101,7 @@ class PolicyUpdate:
         self.phases = Phases()
         """Where the time goes; what runs beside the update may be measured too."""
         self._watch = TeachingWatch()
+        self._other_policy = OtherPolicyWatch()
         self._distribution = Distribution(runtime.data_parallel_rank, runtime.device)
 
     def minibatches(
@@ -171,7 +174,7 @@ class PolicyUpdate:
         objective = self._objective.at_step(step)
         with self.phases.measured("logprob"):
             passes = self._prepare(minibatches, summary, objective)
-        reports: list[PolicyMetrics] = []
+        reports: list[list[PolicyMetrics]] = []
         grad_norms = []
         for minibatch in [*minibatches] * self._training.epochs_per_rollout:
             with self.phases.measured("optimizer"):
@@ -186,8 +189,13 @@ class PolicyUpdate:
                     f"({_largest_advantage(summary, minibatch.step)}), and continue from the last "
                     "checkpoint"
                 )
-            reports += result.metrics
+            reports.append(result.metrics)
             grad_norms.append(result.grad_norm)
+        if summary.has_old_logprobs and OBJECTIVES[objective.name].uses_advantages:
+            first_step = self._policy_metrics(reports[0])
+            if self._runtime.is_main:
+                corrects = objective.correction is not None
+                self._other_policy.see(first_step, step=step, corrects=corrects)
         statistics = BatchStatistics.of(summary, [m.step for m in minibatches], self._objective)
         if self._runtime.is_main:
             self._watch.see(statistics, step=step)
@@ -197,7 +205,7 @@ class PolicyUpdate:
             **{f"reward/{n}": float(values.mean()) for n, values in summary.named_rewards.items()},
             "response_length": float(summary.response_lengths.mean()),
             **statistics.metrics(),
-            **self._policy_metrics(reports),
+            **self._policy_metrics([report for of_step in reports for report in of_step]),
             "kl_coefficient": objective.kl_coefficient,
             "grad_norm": sum(grad_norms) / len(grad_norms),
             "lr": result.lr,  # of the last optimizer step
@@ -223,7 +231,8 @@ class PolicyUpdate:
             passes += 1
             with self.reference.in_place():
                 for minibatch in minibatches:
-                    self._fill(minibatch, "reference_logprobs")
+                    # The experts of the records are those of the policy that sampled.
+                    self._fill(minibatch, "reference_logprobs", replays=False)
         if objective.kl_in == "reward":
             put_kl_into_advantages(
                 minibatches,
@@ -234,9 +243,9 @@ class PolicyUpdate:
             )
         return passes
 
-    def _fill(self, minibatch: Minibatch, name: str) -> None:
+    def _fill(self, minibatch: Minibatch, name: str, *, replays: bool = True) -> None:
         """Compute a kind of log-probabilities of every microbatch (on the last stage)."""
-        found = compute_logprobs(self._chunks, minibatch.batches, self._objective)
+        found = compute_logprobs(self._chunks, minibatch.batches, self._objective, replays=replays)
         for row, log_probs in zip(minibatch.rows, found, strict=False):
             setattr(row, name, log_probs)
 

@@ -49,10 +49,13 @@ def check_against_oracle(
     heads: int = 4,
     kv_heads: int = 4,
     head_dim: int = 32,
+    value_dim: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    inputs = random_qkv(layout.num_tokens, heads, kv_heads, head_dim, dtype)
-    dout = torch.randn(layout.num_tokens, heads, head_dim, dtype=torch.float64).to(dtype)
+    q, k, v = random_qkv(layout.num_tokens, heads, kv_heads, head_dim, dtype)
+    inputs = (q, k, v[..., :value_dim])
+    dout = torch.randn(layout.num_tokens, heads, head_dim, dtype=torch.float64)
+    dout = dout[..., :value_dim].to(dtype)
     scale = head_dim**-0.5
 
     exact = tuple(x.double().requires_grad_() for x in inputs)
@@ -63,7 +66,7 @@ def check_against_oracle(
     out = run(layout, inputs, kernel=kernel, scale=scale)
     grads = gradients(out, dout, inputs)
 
-    assert out.dtype == dtype
+    assert out.dtype == dtype and out.is_contiguous()
     assert_close(out, expected, TOLERANCES[dtype], "out")
     for name, grad, expected_grad in zip(("dq", "dk", "dv"), grads, expected_grads, strict=True):
         assert grad.dtype == dtype
@@ -96,6 +99,16 @@ def test_random_trees_of_each_depth(rng, kernel, depth):
 def test_head_dims_with_grouped_and_single_key_heads(rng, kernel, head_dim, heads, kv_heads):
     layout = pack(random_tree(rng, max_depth=3, num_nodes=10, max_length=20))
     check_against_oracle(layout, kernel=kernel, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_values_smaller_than_keys(rng, kernel, dtype, heads, kv_heads):
+    layout = pack(random_tree(rng, max_depth=3, num_nodes=10, max_length=20))
+    check_against_oracle(
+        layout, kernel=kernel, heads=heads, kv_heads=kv_heads, value_dim=21, dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -205,7 +218,7 @@ def test_any_strides_are_accepted(rng):
 class SharesThatBfloat16WouldLose:
     """Gradients of 1 from the self stage, and of 2^-9 from the others: 1 + 2^-9 rounds to 1."""
 
-    name, automatic = "stub", False
+    name, automatic, value_sizes = "stub", False, False
 
     def forward(self, q, k, v, on, options):
         return torch.zeros_like(q), torch.zeros(q.shape[:2])
@@ -348,7 +361,7 @@ def test_every_stage_of_the_layout_is_on_the_device_in_the_dtypes_of_kernels(rng
         ((1, 19, 4, 32), (19, 4, 32), (19, 4, 32), r"expected \[tokens, heads, head_dim\]"),
         ((18, 4, 32), (18, 4, 32), (18, 4, 32), "the attention plan is for 19 tokens"),
         ((19, 4, 32), (19, 4, 16), (19, 4, 16), "head_dim 32, 16, 16"),
-        ((19, 4, 32), (19, 4, 32), (19, 4, 16), "head_dim 32, 32, 16"),
+        ((19, 4, 32), (19, 4, 32), (19, 4, 48), "head_dim 32, 32, 48"),
         ((19, 4, 32), (19, 3, 32), (19, 3, 32), "q a multiple of them"),
         ((19, 4, 32), (19, 4, 32), (19, 2, 32), "equally many heads"),
     ],

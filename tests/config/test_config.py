@@ -160,6 +160,7 @@ def test_a_section_refuses_what_it_cannot_use(
         section(**{**VALID[section], **changes})
 
 
+SAMPLED = {"max_response_length": 2, "reward": "exact_match"}
 WEIGHTED = ObjectiveConfig(reward_weights={"a": 1.0})
 
 
@@ -183,6 +184,17 @@ def _rollouts(**options: Any) -> RolloutsConfig:
         (
             {"model": ModelConfig(**VALID[ModelConfig], position_embedding_type="mrope")},
             "model.position_embedding_type: mrope is for models that see images",
+        ),
+        (
+            {
+                "training": TrainingConfig(**VALID[TrainingConfig], replayed_routes="exact"),
+                "rollouts": _rollouts(engine="embedded", group_size=2, **SAMPLED),
+            },
+            "training.replayed_routes: exact with rollouts.engine: embedded: only records of",
+        ),
+        (
+            {"training": TrainingConfig(**VALID[TrainingConfig], replayed_routes="first")},
+            "training.replayed_routes: first needs a model with experts",
         ),
         (
             {"objective": ObjectiveConfig(temperature=0.7)},

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.megatron.options.attention import params_have_cp_group
-from megatron_prefix.megatron.releases import has_global_auxiliary_loss
+from megatron_prefix.megatron.releases import has_global_auxiliary_loss, replays_routes
 from tests.megatron.models import HAS_WINDOWS
 from tests.tools.proofs import (
     ALWAYS,
@@ -160,6 +160,47 @@ def test_mrope(tool: ModuleType, parallel: ParallelConfig) -> None:
         shapes=SHAPES_OF_RANKS,
         parallel=parallel,
         packing={**ALWAYS, "sharing": "everything"},
+    )
+    assert_exact(tool, report)
+
+
+@pytest.mark.skipif(not replays_routes(), reason="megatron-core before 0.16")
+@pytest.mark.parametrize(
+    ("parallel", "options"),
+    [
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "context_parallel_size": 2,
+                "expert_model_parallel_size": 2,
+            },
+            {"optimizer_steps": 2, "recompute": "full"},
+        ),
+        ({}, {"token_budget": 34, "packing": SERIES}),
+    ],
+    ids=["pipeline and context parallel", "series"],
+)
+def test_replayed_routes(
+    tool: ModuleType, parallel: dict[str, Any], options: dict[str, Any]
+) -> None:
+    model = small_model(
+        tool,
+        num_moe_experts=6,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=24,
+        moe_layer_freq=[0, 1, 1, 1],
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=1e-3,
+    )
+    report = tool.verify(
+        model=model,
+        shapes=SHAPES_OVER_THE_BUDGET,
+        parallel=ParallelConfig(**parallel),
+        **{
+            **options,
+            "packing": {**ALWAYS, **options.get("packing", {}), "replayed_routes": "exact"},
+        },
     )
     assert_exact(tool, report)
 

@@ -18,6 +18,7 @@ from megatron_prefix.config import (
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.planning.shapes import longest_sequence, responses_of
 from megatron_prefix.rollouts.records import RolloutGroup
+from megatron_prefix.rollouts.routes import RouteShape
 
 DEFAULT_SHAPES: list[dict[str, Any]] = [
     {"prefix": 24, "responses": [5, 9, 3, 7]},
@@ -106,6 +107,31 @@ def draw_groups(shapes: list[dict[str, Any]], vocab_size: int, seed: int) -> lis
 
     system = tokens(max(shape.get("system", 0) for shape in shapes))
     return [group(shape, index) for index, shape in enumerate(shapes)]
+
+
+def with_routes(groups: list[RolloutGroup], model: ModelConfig, seed: int) -> list[RolloutGroup]:
+    """Random experts for each token, the same where sequences begin alike; but every third response
+    goes ways of its own from somewhere in its prompt on."""
+    shape = RouteShape.of_model(model)
+    rng = np.random.default_rng(seed + 3)
+    drawn: dict[tuple[tuple[int, ...], int], np.ndarray] = {}
+
+    def route(begun: tuple[int, ...], way: int) -> np.ndarray:
+        if (begun, way) not in drawn:
+            scores = rng.random((sum(shape.with_experts), shape.num_experts))
+            drawn[begun, way] = np.sort(scores.argsort(-1)[:, : shape.topk]).astype(shape.dtype)
+        return drawn[begun, way]
+
+    found = []
+    for g, group in enumerate(groups):
+        routes = []
+        for r, response in enumerate(group.responses):
+            tokens = (*group.prompt, *response)
+            parted = int(rng.integers(0, len(group.prompt))) if r % 3 == 2 else len(tokens)
+            ways = [0 if i < parted else 1000 * g + r for i in range(len(tokens) - 1)]
+            routes.append(np.stack([route(tokens[: i + 1], way) for i, way in enumerate(ways)]))
+        found.append(dataclasses.replace(group, routes=routes))
+    return found
 
 
 def trained_tokens(group: RolloutGroup, response: int) -> np.ndarray:

@@ -44,6 +44,8 @@ def sequence_logprobs(
     positions = torch.arange(length)[None]
     if case.model.position_embedding_type == "mrope":
         positions = torch.tensor(mrope_positions(length))[:, None]
+    if group.routes is not None:
+        _replay(group.routes[index])
     if predictions is None:
         logits = model(inputs, positions, causal)
     else:
@@ -57,6 +59,16 @@ def sequence_logprobs(
     logprobs = torch.log_softmax(logits / case.objective.temperature, dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(1, tokens[len(group.prompt) :][:, None])[:, 0], entropy
+
+
+def _replay(routes: np.ndarray) -> None:
+    """Give Megatron's own replay the routes of a sequence, [tokens, layers, topk]."""
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+    RouterReplay.set_replay_data(
+        [torch.from_numpy(of.astype(np.int64)) for of in routes.swapaxes(0, 1)]
+    )
+    RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
 
 
 def reference_loss(
@@ -135,6 +147,8 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
         float64=training.dtype == "float64",
     ):
         config = transformer_config(model_config, ParallelConfig(), training)
+        if case.training.replayed_routes is not None:
+            config.moe_enable_routing_replay = True
         model = build_gpt_model(model_config, config, shared_prefixes=False)
         if config.bf16:
             model.bfloat16()

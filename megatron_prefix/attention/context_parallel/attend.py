@@ -28,7 +28,7 @@ def attend_across_ranks(
     """Attention of this rank's queries. Collective over the group, backward too.
 
     Args:
-        q: [N, H, D]; k and v: [C, Hk, D].
+        q: [N, H, D]; k: [C, Hk, D]; v: [C, Hk, Dv].
         layer: its stages are those of `comm_type`, if not of all kinds.
         comm_type: the kind of communication.
         windowed: within the sliding window that the row was planned for: only halos travel then,
@@ -39,7 +39,7 @@ def attend_across_ranks(
             `all_gather`.
 
     Returns:
-        [N, H, D] in q's dtype.
+        [N, H, Dv] in q's dtype.
 
     Raises:
         ValueError: the shapes or dtypes of q, k, v and the stages do not belong together, or the

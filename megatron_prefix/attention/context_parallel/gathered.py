@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_prefix.attention.context_parallel.layer import RankLayer, add_to_shard
+from megatron_prefix.attention.context_parallel.layer import (
+    RankLayer,
+    add_to_shard,
+    keys_and_values,
+)
 from megatron_prefix.attention.stage_compute import (
     gradients_like,
     save_for_backward,
@@ -29,7 +33,7 @@ class GatheredAttention(torch.autograd.Function):
         pending = layer.exchange.gather(layer.shard(k, v), layer.forward_traffic)
         out, lse = compute.attend(layer.stages.local, q, k, v, wide=True)
         shards = pending.wait()[gathered.source]
-        compute.merge(gathered.stages, q, *shards.unbind(1), out, lse)
+        compute.merge(gathered.stages, q, *keys_and_values(shards, k), out, lse)
         return save_for_backward(ctx, q, k, v, out, lse, sink)
 
     @staticmethod
@@ -44,7 +48,8 @@ class GatheredAttention(torch.autograd.Function):
         all_shards = pending.wait()
         shards = all_shards[gathered.source]
         d_shards = torch.zeros_like(shards, dtype=wide)
-        compute.add_shares(gathered.stages, merged, *shards.unbind(1), dq, *d_shards.unbind(1))
+        of_shards = (*keys_and_values(shards, k), dq, *keys_and_values(d_shards, k))
+        compute.add_shares(gathered.stages, merged, *of_shards)
         shares = torch.zeros_like(all_shards, dtype=wide)
         shares[gathered.source] = d_shards
         pending = layer.exchange.reduce(shares, layer.backward_traffic)

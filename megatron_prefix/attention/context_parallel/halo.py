@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_prefix.attention.context_parallel.layer import RankLayer
+from megatron_prefix.attention.context_parallel.layer import RankLayer, keys_and_values
 from megatron_prefix.attention.stage_compute import sum_of_copies
 from megatron_prefix.layout.stages import HaloRows
 
@@ -24,9 +24,10 @@ class RankHalo:
         """See `Halo.extend`. Rows come in again in backward."""
         rows, layer = self.rows, self.layer
         record = layer.backward_traffic if in_backward else layer.forward_traffic
-        sent = torch.stack((k[rows.rows], v[rows.rows]), dim=1)
+        sent = torch.cat((k[rows.rows], v[rows.rows]), dim=2)
         received = layer.exchange.send_rows(sent, rows.sent, rows.received, record)
-        return tuple(torch.cat(parts) for parts in zip((k, v), received.unbind(1), strict=True))
+        received = keys_and_values(received, k)
+        return tuple(torch.cat(parts) for parts in zip((k, v), received, strict=True))
 
     def give_back(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         """See `Halo.give_back`. Each rank adds up what comes back for its rows."""
@@ -35,7 +36,7 @@ class RankHalo:
         own, received = zip(*(x.tensor_split([num_own]) for x in gradients), strict=True)
         # The same numbers of rows, the other way round.
         came_back = layer.exchange.send_rows(
-            torch.stack(received, dim=1), rows.received, rows.sent, layer.backward_traffic
+            torch.cat(received, dim=2), rows.received, rows.sent, layer.backward_traffic
         )
-        shares = sum_of_copies(came_back, rows.copies).unbind(1)
+        shares = keys_and_values(sum_of_copies(came_back, rows.copies), gradients[0])
         return [x + share for x, share in zip(own, shares, strict=True)]

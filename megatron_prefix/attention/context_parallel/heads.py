@@ -19,20 +19,24 @@ _Way = Callable[[Tensor, RankLayer, Recorder], Tensor]
 def attend_by_heads(
     q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, layer: RankLayer
 ) -> Tensor:
-    """[N, H, D] the attention of this rank's queries."""
+    """[N, H, Dv] the attention of this rank's queries."""
     kept = layer.stages.queries
     if kept is not None:  # heads are exchanged for all tokens of the row
         q = q.new_zeros(layer.stages.num_tokens, *q.shape[1:]).index_copy(0, kept, q)
     size = layer.exchange.size
-    heads = [x.shape[1] // size for x in (q, k, v)]
     # One message: rank i's query heads, key heads and value heads side by side.
-    parts = [x.unflatten(1, (size, -1)) for x in (q, k, v)]
+    parts = [x.unflatten(1, (size, -1)).flatten(2) for x in (q, k, v)]
     row = _Move.apply(torch.cat(parts, dim=2), layer, _to_packed_row, _from_packed_row)
+    of_heads = [
+        part.unflatten(1, (-1, x.shape[2]))
+        for part, x in zip(row.split([x.shape[2] for x in parts], dim=1), (q, k, v), strict=True)
+    ]
     if sink is not None:
         sink = sink.unflatten(0, (size, -1))[layer.exchange.rank]
     stages = layer.stages.whole_row.stages
-    out = attend_to_row(*row.split(heads, dim=1), stages, layer.compute, sink=sink)
-    out = _Move.apply(out, layer, _from_packed_row, _to_packed_row).flatten(1, 2)
+    out = attend_to_row(*of_heads, stages, layer.compute, sink=sink).flatten(1)
+    out = _Move.apply(out, layer, _from_packed_row, _to_packed_row)
+    out = out.unflatten(2, (-1, v.shape[2])).flatten(1, 2)
     return out if kept is None else out[kept]
 
 
@@ -53,13 +57,12 @@ class _Move(torch.autograd.Function):
 
 
 def _to_packed_row(x: Tensor, layer: RankLayer, record: Recorder) -> Tensor:
-    """This rank's row of all heads [C, ranks, heads, D] -> the packed row of its heads
-    [T, heads, D]."""
+    """This rank's row of all heads [C, ranks, n] -> the packed row of its heads [T, n]."""
     parts = layer.exchange.swap(x.transpose(0, 1).contiguous(), record)
     return parts.flatten(0, 1)[layer.stages.whole_row.from_ranks]
 
 
 def _from_packed_row(x: Tensor, layer: RankLayer, record: Recorder) -> Tensor:
-    """The way back: [T, heads, D] -> [C, ranks, heads, D]."""
+    """The way back: [T, n] -> [C, ranks, n]."""
     parts = x[layer.stages.whole_row.to_ranks].unflatten(0, (layer.exchange.size, -1))
     return layer.exchange.swap(parts, record).transpose(0, 1)

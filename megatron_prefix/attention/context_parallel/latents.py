@@ -34,12 +34,12 @@ class LatentKeys:
     value_size: int
 
     def expand(self, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """[m, r + p] -> keys [m, H, D], and values [m, H, D] with zeros up to the keys' size."""
+        """[m, r + p] -> keys [m, H, D], and values [m, H, Dv]."""
         latents, rotated = rows.tensor_split([weight.shape[1]], dim=1)
         expanded = F.linear(latents, weight).unflatten(1, (self.num_heads, -1))
         plain, values = expanded.tensor_split([expanded.shape[2] - self.value_size], dim=2)
         keys = torch.cat((plain, rotated[:, None].expand(-1, self.num_heads, -1)), dim=2)
-        return keys, F.pad(values, (0, keys.shape[2] - self.value_size))
+        return keys, values
 
 
 class LatentAttention(torch.autograd.Function):

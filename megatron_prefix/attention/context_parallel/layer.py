@@ -33,13 +33,18 @@ class RankLayer:
         return self.exchange.recorder(self.number, "backward")
 
     def shard(self, k: Tensor, v: Tensor) -> Tensor:
-        """[n, 2, Hk, D] contiguous, of its own memory: the keys and values that travel."""
+        """[n, Hk, D + Dv] contiguous, of its own memory: the keys and values that travel."""
         n = self.exchange.own_tokens
-        return torch.stack((k[:n], v[:n]), dim=1)
+        return torch.cat((k[:n], v[:n]), dim=2)
+
+
+def keys_and_values(shard: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Views [m, Hk, D] and [m, Hk, Dv] of keys as large as k, and values, that have travelled."""
+    return shard.tensor_split([k.shape[2]], dim=2)
 
 
 def add_to_shard(dk: Tensor, dv: Tensor, d_shard: Tensor) -> None:
-    """Add the gradient [n, 2, Hk, D] of the rank's shard to dk and dv of its row."""
+    """Add the gradient [n, Hk, D + Dv] of the rank's shard to dk and dv of its row."""
     n = d_shard.shape[0]
-    dk[:n] += d_shard[:, 0]
-    dv[:n] += d_shard[:, 1]
+    for total, share in zip((dk, dv), keys_and_values(d_shard, dk), strict=True):
+        total[:n] += share

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_prefix.attention.context_parallel.layer import RankLayer, add_to_shard
+from megatron_prefix.attention.context_parallel.layer import (
+    RankLayer,
+    add_to_shard,
+    keys_and_values,
+)
 from megatron_prefix.attention.stage_compute import (
     gradients_like,
     save_for_backward,
@@ -36,7 +40,7 @@ class RingAttention(torch.autograd.Function):
                 pending = exchange.rotate(held, coming, record)
             if step == 0:
                 out, lse = compute.attend(layer.stages.local, q, k, v, wide=True)
-            compute.merge(layer.stages.ring[source], q, *held.unbind(1), out, lse)
+            compute.merge(layer.stages.ring[source], q, *keys_and_values(held, k), out, lse)
             if pending is not None:
                 held = pending.wait()
         return save_for_backward(ctx, q, k, v, out, lse, sink)
@@ -56,14 +60,14 @@ class RingAttention(torch.autograd.Function):
             pending = None
             if step + 1 < exchange.size:
                 pending = exchange.rotate(held, coming, record)
-            stages = layer.stages.ring[source]
+            stages, keys = layer.stages.ring[source], keys_and_values(held, k)
             if step == 0:
                 dq, dk, dv = compute.shares(layer.stages.local, merged, k, v, wide=True)
                 n = exchange.own_tokens
-                compute.add_shares(stages, merged, *held.unbind(1), dq, dk[:n], dv[:n])
+                compute.add_shares(stages, merged, *keys, dq, dk[:n], dv[:n])
             else:
                 d_held = torch.zeros_like(held, dtype=wide)
-                compute.add_shares(stages, merged, *held.unbind(1), dq, *d_held.unbind(1))
+                compute.add_shares(stages, merged, *keys, dq, *keys_and_values(d_held, k))
                 if travelling is not None:
                     d_held += travelling.wait()
                 travelling = exchange.rotate(d_held, coming, record)

@@ -5,9 +5,10 @@ cu_k[i]:cu_k[i+1]; the rectangles cover q and k, in order, without gaps. One may
 never no keys.
 
 Shapes of this folder: tq, tk are packed tokens; H query heads, Hk key/value heads, H % Hk == 0,
-query head h reads key/value head h // (H // Hk); D is the head dimension.
+query head h reads key/value head h // (H // Hk); D is the head dimension, Dv that of values.
 
-    q, out, dout [tq, H, D]    k, v [tk, Hk, D]    lse [tq, H]    cu_q, cu_k [n+1] int32
+    q [tq, H, D]    k [tk, Hk, D]    v [tk, Hk, Dv]    out, dout [tq, H, Dv]
+    lse [tq, H]     cu_q, cu_k [n+1] int32
 
 All are on one device. q, k and v may be views of which only the last dimension is contiguous, such
 as slices of Megatron's fused query-key-value projection; dout is contiguous.
@@ -32,11 +33,11 @@ class MergedAttention:
     attends to, in this call and in other calls."""
 
     dout: Tensor
-    """[tq, H, D], contiguous"""
+    """[tq, H, Dv], contiguous"""
     q: Tensor
     """[tq, H, D]"""
     out: Tensor
-    """[tq, H, D]"""
+    """[tq, H, Dv]"""
     lse: Tensor
     """[tq, H]"""
 
@@ -86,6 +87,9 @@ class Kernel(Protocol):
 
     windows: bool
     """Whether it computes rectangles with a sliding window; the registry asks it for no others."""
+
+    value_sizes: bool
+    """Whether it takes Dv < D; others are called with values that are filled up with zeros."""
 
     def unsupported(self, inputs: KernelInputs) -> str | None:
         """Why this kernel cannot run here, as the end of a sentence; None if it can."""

@@ -48,6 +48,7 @@ class CudaVarlenKernel:
 
     automatic = True
     windows = False
+    value_sizes = False
 
     def run_forward(
         self, q: Tensor, k: Tensor, v: Tensor, on: Rectangles, options: CallOptions

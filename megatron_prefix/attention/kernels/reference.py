@@ -23,6 +23,7 @@ class ReferenceKernel:
     name = "reference"
     automatic = False
     windows = True
+    value_sizes = True
 
     def unsupported(self, inputs: KernelInputs) -> str | None:
         """See `Kernel.unsupported`. It always is deterministic."""
@@ -34,7 +35,8 @@ class ReferenceKernel:
     ) -> OutAndLse:
         """See `Kernel.forward`."""
         wide = torch.promote_types(q.dtype, torch.float32)
-        out, lse = q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:2], dtype=wide)
+        shape = (*q.shape[:2], v.shape[2])
+        out, lse = q.new_empty(shape, dtype=wide), q.new_empty(q.shape[:2], dtype=wide)
         for queries, keys in _slices(on):
             scores = _scores(q[queries], k[keys], wide, on, options.scale)
             lse[queries] = scores.logsumexp(-1).T

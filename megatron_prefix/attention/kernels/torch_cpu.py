@@ -44,6 +44,7 @@ class TorchCpuKernel:
     name = "torch_cpu"
     automatic = True
     windows = True
+    value_sizes = False
 
     def unsupported(self, inputs: KernelInputs) -> str | None:
         """See `Kernel.unsupported`. It always is deterministic."""
