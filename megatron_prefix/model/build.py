@@ -40,9 +40,11 @@ def build_gpt_model(
 ) -> GPTModel:
     """This rank's GPTModel (chunk) in the current parallel state.
 
+    With `mtp_num_layers` and shared prefixes it is a `prefix_gpt_model`.
+
     Args:
         vp_stage: the chunk's index under interleaved pipelining.
-        shared_prefixes: False builds Megatron's unmodified spec.
+        shared_prefixes: False builds Megatron's unmodified model.
     """
     # Releases before 0.15 know no vp_stage in is_pipeline_*_stage's signature order; by name only.
     stage = {} if vp_stage is None else {"vp_stage": vp_stage}
@@ -93,9 +95,9 @@ class HasVocabulary(Protocol):
 
 def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
     """The sizes that the cost model counts FLOPs by."""
-    experts: dict[str, Any] = {}
+    of_kind: dict[str, Any] = {}
     if config.num_moe_experts is not None:
-        experts = {
+        of_kind = {
             "num_moe_layers": sum(moe_layers(config)),
             "num_experts": config.num_moe_experts,
             "num_experts_per_token": config.moe_router_topk,
@@ -104,7 +106,7 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
             "whole_last_layer": moe_layers(config)[-1] and has_statistics(config),
         }
     if config.mtp_num_layers:
-        experts |= {"whole_last_layer": True, "prediction_depths": config.mtp_num_layers}
+        of_kind |= {"whole_last_layer": True, "prediction_depths": config.mtp_num_layers}
     return ModelShape(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -117,7 +119,7 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         windowed_layers=windowed_layers(config),
         window=model_window(config) or 0,
         latent=_latent_shape(config),
-        **experts,
+        **of_kind,
     )
 
 

@@ -14,6 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prefix.config import ParallelConfig
@@ -180,7 +181,20 @@ LATENT_EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, LATENT_EXPERTS], ids=["dense", "latent with experts"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        LATENT_EXPERTS,
+        pytest.param(
+            {"mtp_use_repeated_layer": True},
+            marks=pytest.mark.skipif(
+                not hasattr(TransformerConfig, "mtp_use_repeated_layer"), reason="0.17 and newer"
+            ),
+        ),
+    ],
+    ids=["dense", "latent with experts", "one layer for all depths"],
+)
 def test_every_depth_trains_as_on_whole_sequences(options: dict[str, Any]) -> None:
     tree = three_levels()
     layout = pack(tree, pad_to_multiple=8)
