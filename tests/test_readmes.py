@@ -143,7 +143,7 @@ def test_records_are_read(
     if block.mark == "prompts":
         _read_prompts(file, num_prompts=len(block.text.splitlines()))
         return
-    assert block.mark in ("", "file", "messages", "named rewards", "routes")
+    assert block.mark in ("", "file", "messages", "named rewards", "routes", "positions")
     size, forms, routes = 64, None, None
     if block.mark == "routes":
         shape = RouteShape(with_experts=(True,), topk=2, num_experts=4)
@@ -162,6 +162,7 @@ def test_records_are_read(
         reward=exact_match,
         reward_weights=weights,
         routes=routes,
+        has_mrope=block.mark == "positions",
         epochs=1,
     )
     # Records of one response make one group.

@@ -37,6 +37,7 @@ from equivalence.case import (
     trained_tokens,
     with_comm_types,
     with_outcomes,
+    with_positions,
     with_routes,
 )
 from equivalence.comparison import TOLERANCES, compare
@@ -131,6 +132,8 @@ def verify(
     longest = max(len(response) for group in drawn for response in group.responses)
     config = objective_of(objective, objective_options or {}, longest=longest)
     groups = with_outcomes(drawn, config, seed)
+    if model.position_embedding_type == "mrope":
+        groups = with_positions(groups)
     if (packing or {}).get("replayed_routes") is not None:
         groups = with_routes(groups, model, seed)
     largest = max(len(g.prompt) + sum(map(len, g.responses)) for g in groups)

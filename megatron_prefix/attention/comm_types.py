@@ -7,6 +7,8 @@ p2p             shards go round a ring, one at a time: memory for two of them, m
 a2a             heads are exchanged: every rank computes its share of the heads over the whole row.
 latent_gather   as all_gather, but what travels are the latents of multi-latent attention, which
                 are expanded where they arrive. The default there; no kind of Megatron's.
+
+Recurrent layers have two ways: a2a exchanges heads as above, every other kind gathers states.
 """
 
 from __future__ import annotations
@@ -42,6 +44,15 @@ def layer_comm_type(config: Any, layer_number: int) -> CommType:
         else kinds[layer_number - 1 + len(kinds) - config.num_layers]
     )
     return RUN_AS.get(kind, kind)
+
+
+def exchanges_heads(config: Any, layer_number: int) -> bool:
+    """Whether a recurrent layer exchanges heads; otherwise it gathers states.
+
+    Args:
+        config, layer_number: as for `layer_comm_type`.
+    """
+    return layer_comm_type(config, layer_number) == "a2a"
 
 
 def model_comm_types(config: Any) -> tuple[CommType, ...]:

@@ -83,9 +83,15 @@ class Exchange:
 
         return record
 
-    def gather(self, shard: Tensor, record: Recorder) -> Pending:
-        """Start gathering the shards of all ranks, [all tokens, ...], in the order of the ranks."""
-        counts = self.shard_tokens
+    def gather(
+        self, shard: Tensor, record: Recorder, counts: Sequence[int] | None = None
+    ) -> Pending:
+        """Start gathering the shards of all ranks, [all tokens, ...], in the order of the ranks.
+
+        Args:
+            counts: rows that come from each rank; None: the tokens of its shard.
+        """
+        counts = self.shard_tokens if counts is None else tuple(counts)
         gathered = shard.new_empty(sum(counts), *shard.shape[1:])
         parts = gathered.split(counts)
         if len(set(counts)) == 1:

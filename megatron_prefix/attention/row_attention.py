@@ -46,6 +46,8 @@ class AttentionSetup:
     has no such layer."""
     recurrence_width: int | None = None
     """Inputs that the convolution of recurrent layers reads; None: the model has no such layer."""
+    mrope: bool = False
+    """The model has mRoPE: each token has three positions."""
 
     @classmethod
     def of(
@@ -75,6 +77,7 @@ class AttentionSetup:
             comm_types=model_comm_types(config),
             window=model_window(config),
             recurrence_width=recurrence_width(config),
+            mrope=has_mrope(config),
         )
 
     @property
@@ -88,6 +91,11 @@ class AttentionSetup:
         """Of this process among them."""
         group = self.context_parallel_group
         return 0 if group is None else dist.get_rank(group)
+
+
+def has_mrope(config: Any) -> bool:
+    """Whether a model with Megatron's config `config` has mRoPE."""
+    return config.mrope_section is not None
 
 
 def recurrence_width(config: Any) -> int | None:

@@ -39,7 +39,8 @@ class ModelConfig:
     max_sequence_length: int
     """Tokens of the longest prompt with its response."""
     position_embedding_type: Literal["rope", "mrope", "yarn", "learned_absolute", "none"] = "rope"
-    """How positions enter the model; no run has `mrope` yet, since it reads no images."""
+    """How positions enter the model. `mrope` has three positions a token, which records of `file`
+    may give; a run has no image encoder, and embeds placeholders of images as any token."""
     rotary_percent: float = 1.0
     """Fraction of each head's dimensions that is rotated."""
     rotary_base: int = 10000
@@ -54,8 +55,12 @@ class ModelConfig:
     """The output layer uses the weights of the word embedding."""
     make_vocab_size_divisible_by: int = 1
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
-    activation: Literal["gelu", "silu", "relu", "squared_relu"] = "silu"
-    """The MLP's activation; with `gated_linear_unit: true`, silu makes SwiGLU."""
+    activation: Literal["gelu", "silu", "relu", "squared_relu", "quick_gelu"] = "silu"
+    """The MLP's activation; with `gated_linear_unit: true`, silu makes SwiGLU. quick_gelu(x) is
+    x sigmoid(1.702 x), as gpt-oss has it."""
+    qk_norm_all_heads: bool = False
+    """The norms that `qk_layernorm: true` asks for take all heads of a token at once, as
+    MiniMax-M2's do, and not each head alone."""
     transformer: dict[str, Any] = field(default_factory=dict)
     """Any other field of Megatron's `TransformerConfig`: `num_layers`, `hidden_size`, ..."""
 
@@ -73,6 +78,20 @@ class ModelConfig:
                 f"yarn: {self.yarn} does not go with position_embedding_type: "
                 f"{self.position_embedding_type}; give both or neither"
             )
+
+        if self.qk_norm_all_heads:
+            for key, needed, default in (
+                ("qk_layernorm", True, False),
+                ("normalization", "RMSNorm", "RMSNorm"),
+                ("qk_l2_norm", False, False),
+                ("multi_latent_attention", False, False),
+            ):
+                found = self.transformer.get(key, default)
+                if found != needed:
+                    yield (
+                        f"qk_norm_all_heads: true needs transformer.{key}: {needed}, and it is "
+                        f"{found!r}"
+                    )
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """The vocabulary that the embedding is built for."""

@@ -43,10 +43,17 @@ class RunConfig:
             )
         yield from (f"objective.{fault}" for fault in unused_options(self.objective))
         if self.model.position_embedding_type == "mrope":
-            yield (
-                "model.position_embedding_type: mrope is for models that see images, which a run "
-                "does not read yet; choose another one"
-            )
+            if self.rollouts.engine != "file":
+                yield (
+                    "model.position_embedding_type: mrope with rollouts.engine: "
+                    f"{self.rollouts.engine}: no engine that samples has positions of images yet; "
+                    "set rollouts.engine: file"
+                )
+            if self.evaluation is not None:
+                yield (
+                    "model.position_embedding_type: mrope with evaluation, which samples from the "
+                    "model and has no positions of images yet; remove evaluation"
+                )
         yield from self._faults_of_routes()
         yield from self._faults_of_sampling()
         yield from self._faults_of_rewards()

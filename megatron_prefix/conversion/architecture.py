@@ -13,7 +13,19 @@ from dataclasses import dataclass
 
 from megatron_prefix.config import YarnConfig
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "mistral")
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "mixtral",
+    "mistral",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "minimax_m2",
+)
 """Hugging Face's model_type of each family."""
 
 
@@ -64,8 +76,10 @@ class Architecture:
     qkv_bias: bool
     """Biases of query, key and value."""
     linear_bias: bool
-    """Biases of the attention's output and of the MLP."""
+    """Biases of the attention's output, of the MLP, and of routers."""
     qk_norm: bool
+    qk_norm_all_heads: bool = False
+    """It takes all heads of a token at once, and not each head alone."""
     rotary_base: int
     rotary_fraction: float = 1.0
     """Of each head's dimensions that are turned."""
@@ -76,6 +90,11 @@ class Architecture:
     """Keys that a query sees in layers with a sliding window, its own among them."""
     windowed_layers: tuple[bool, ...] = ()
     """For each layer whether it has the window; empty: none has."""
+    sinks: bool = False
+    """Every head learns a score of no key, which its softmax adds to those of the keys."""
+    gate_limit: float | None = None
+    """The MLP is gpt-oss': what enters it is clamped at this, its activation is quick GELU, and
+    its linear half is 1 larger. None: the MLP is SwiGLU."""
     num_experts: int | None = None
     expert_ffn_hidden_size: int | None = None
     experts_per_token: int | None = None
@@ -85,6 +104,8 @@ class Architecture:
     """For each layer whether its MLP is made of experts."""
     shared_expert_ffn_hidden_size: int | None = None
     """Of the experts that every token passes, together."""
+    shared_expert_gate: bool = False
+    """A gate says for each token how much of the shared expert's output it takes."""
     routing: SigmoidRouting | None = None
     """None: routers choose by softmax."""
     latent: LatentAttention | None = None

@@ -13,9 +13,8 @@ from megatron_prefix.conversion.hf_deepseek import (
     latent_yarn_values,
     read_latent,
     read_latent_yarn,
-    read_sigmoid_experts,
-    sigmoid_expert_values,
 )
+from megatron_prefix.conversion.hf_experts import expert_values, read_experts
 from megatron_prefix.conversion.hf_folder import read_json
 from megatron_prefix.packages import needed_by
 
@@ -23,11 +22,14 @@ _CLASSES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "mistral": "MistralForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
 }
 _WINDOWS = {
     "qwen2": "by layer",
@@ -35,24 +37,29 @@ _WINDOWS = {
     "qwen3_moe": "all layers",
     "mixtral": "all layers",
     "mistral": "all layers",
+    "gpt_oss": "by layer",
 }
 """Families with sliding windows, and whether their layers differ in transformers."""
-_SAME_AS = {"kimi_k2": "deepseek_v3"}
+_QK_NORM = ("qwen3", "qwen3_moe", "deepseek_v3", "minimax_m2")
+"""Families that norm queries and keys always."""
+SAME_AS = {"kimi_k2": "deepseek_v3"}
 """Families that are another one under a name of their own."""
-_REASONS = {
+REFUSED = {
     "deepseek_v2": "its routers choose by softmax in groups, and YaRN's factors differ",
     "deepseek_v32": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
+    "gemma3": "it reads images too; and see gemma3_text",
+    "gemma3_text": "its norms, its scaled embeddings and its two rotary bases are not converted",
+    "glm4_moe_lite": "its latent attention and routers are not compared with deepseek_v3's yet",
     "glm_moe_dsa": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
-    "gpt_oss": (
-        "the run's configuration cannot say its experts' activation (a clamped swish, plus 1 on "
-        "the linear half) nor the biases of its router"
-    ),
-    "minimax_m2": (
-        "it normalizes queries and keys over all heads at once, and Megatron's GPTModel each head "
-        "alone"
-    ),
-    "qwen2_moe": "the gate of its shared expert is not converted yet",
+    "llama4": "its attention in chunks and its routers are not converted",
     "mistral3": "it reads images too; convert a folder of its text model",
+    "nemotron_h": "its state-space layers (Mamba) have no shared prefixes yet",
+    "qwen2_5_vl": "it reads images too, which runs do not yet",
+    "qwen3_5": "its gated delta nets are not converted yet",
+    "qwen3_5_moe": "its gated delta nets are not converted yet",
+    "qwen3_next": "its gated delta nets are not converted yet",
+    "qwen3_vl": "it reads images too, which runs do not yet",
+    "qwen3_vl_moe": "it reads images too, which runs do not yet",
 }
 """Families that are known and cannot be converted, and why."""
 # Numbers of Llama 3's scaling that Megatron's GPTModel has no option for.
@@ -62,6 +69,14 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+_UNQUANTIZE_MXFP4 = (
+    "let transformers write it as bfloat16 (AutoModelForCausalLM.from_pretrained(folder, "
+    "dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True))"
+    ".save_pretrained(other))"
+)
+
+_PARTLY_TURNED = ("glm4_moe", "minimax_m2")
+"""Families whose heads are turned in a part of their dimensions."""
 _ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _ROPE_KEYS = {
     "default": (*_ROPE, "factor", "original_max_position_embeddings"),
@@ -72,7 +87,13 @@ _ROPE_KEYS = {
     ),
 }
 """What each kind of rotary embedding is made of here; a key beside would be lost."""
-_WITHOUT = {("deepseek_v3", "llama3"), ("glm4_moe", "llama3"), ("glm4_moe", "yarn")}
+_WITHOUT = {
+    ("deepseek_v3", "llama3"),
+    ("glm4_moe", "llama3"),
+    ("glm4_moe", "yarn"),
+    ("minimax_m2", "llama3"),
+    ("minimax_m2", "yarn"),
+}
 """Families, and the kinds that Megatron or this conversion does not have for them."""
 
 
@@ -110,17 +131,19 @@ def _family(folder: Path) -> str:
     path = folder / "config.json"
     raw = read_json(path)
     name = raw.get("model_type")
-    family = _SAME_AS.get(name, name)
+    family = SAME_AS.get(name, name)
     if family not in FAMILIES:
-        reason = f": {_REASONS[name]}" if name in _REASONS else ""
+        reason = f": {REFUSED[name]}" if name in REFUSED else ""
         raise ConversionError(
             f"{path}: model_type {name!r} is not supported{reason}; supported are "
-            f"{', '.join((*FAMILIES, *_SAME_AS))}"
+            f"{', '.join((*FAMILIES, *SAME_AS))}"
         )
-    if raw.get("quantization_config") is not None:
-        raise ConversionError(
-            f"{path}: the model is quantized (quantization_config); convert the unquantized one"
-        )
+    quantized = raw.get("quantization_config")
+    if quantized is not None:
+        instead = "convert the unquantized one"
+        if isinstance(quantized, dict) and quantized.get("quant_method") == "mxfp4":
+            instead = f"{_UNQUANTIZE_MXFP4}, and convert that folder"
+        raise ConversionError(f"{path}: the model is quantized (quantization_config); {instead}")
     return family
 
 
@@ -137,39 +160,22 @@ def _architecture(config: Any, family: str) -> Architecture:
     if value("is_causal", True) is not True:
         refuse("is_causal", "is not supported: every token would see those after it")
     attention_bias, mlp_bias = value("attention_bias", False), value("mlp_bias", False)
+    if family == "gpt_oss":
+        mlp_bias = True  # of its experts and routers, always
+    if family == "minimax_m2":
+        for name, of in (("use_qk_norm", True), ("qk_norm_type", "per_layer")):
+            if value(name, of) != of:
+                refuse(name, f"is not supported; transformers and this conversion have {of!r}")
+        if any(kind != 1 for kind in value("attn_type_list", [])):
+            refuse("attn_type_list", "has layers without full attention, which are not supported")
+    if family == "qwen2_moe" and value("use_sliding_window"):
+        refuse("use_sliding_window", "is not supported with qwen2_moe; set it to false")
     if attention_bias != mlp_bias and family != "glm4_moe":
         refuse(
             "attention_bias",
             f"with mlp_bias: {mlp_bias} is nothing that Megatron's GPTModel has; there the "
             "attention's output and the MLP have biases both or neither",
         )
-    moe: dict[str, Any] = {}
-    if family == "mixtral":
-        moe = {
-            "num_experts": value("num_local_experts"),
-            "expert_ffn_hidden_size": value("intermediate_size"),
-            "expert_layers": (True,) * config.num_hidden_layers,
-        }
-    elif family == "qwen3_moe":
-        dense, every = value("mlp_only_layers", []), value("decoder_sparse_step", 1)
-        moe = {
-            "num_experts": value("num_experts"),
-            "expert_ffn_hidden_size": value("moe_intermediate_size"),
-            "normalized_routing": value("norm_topk_prob", False),
-            "expert_layers": tuple(
-                i not in dense and (i + 1) % every == 0 for i in range(config.num_hidden_layers)
-            ),
-        }
-    elif family == "deepseek_v3":
-        moe = {"latent": read_latent(config), **read_sigmoid_experts(config)}
-    elif family == "glm4_moe":
-        moe = read_sigmoid_experts(config)
-    if family in ("qwen3_moe", "mixtral"):
-        moe["experts_per_token"] = value("num_experts_per_tok")
-        if moe["experts_per_token"] == 1 and moe.get("normalized_routing", True):
-            refuse("num_experts_per_tok", "with normalized weights makes the router constant")
-        if not any(moe["expert_layers"]):
-            refuse("decoder_sparse_step", "leaves no layer with experts")
     windows = _windows(config, family)
     return Architecture(
         # Without a window Mistral's models are Llama's.
@@ -184,12 +190,14 @@ def _architecture(config: Any, family: str) -> Architecture:
         max_length=config.max_position_embeddings,
         norm_epsilon=config.rms_norm_eps,
         tied_embeddings=bool(value("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2" or attention_bias,
+        qkv_bias=family == "qwen2" or attention_bias or value("qkv_bias", False),
         linear_bias=attention_bias and mlp_bias,
-        qk_norm=family in ("qwen3", "qwen3_moe", "deepseek_v3") or value("use_qk_norm", False),
+        qk_norm=family in _QK_NORM or value("use_qk_norm", False),
+        qk_norm_all_heads=family == "minimax_m2",
+        latent=read_latent(config) if family == "deepseek_v3" else None,
         **windows,
         **_rope(config, family),
-        **moe,
+        **read_experts(config, family),
     )
 
 
@@ -221,7 +229,7 @@ def _rope(config: Any, family: str) -> dict[str, Any]:
     if theta != int(theta):
         raise ConversionError(f"rope_theta: {theta} is no whole number, as Megatron takes it")
     fraction = rope.get("partial_rotary_factor", 1.0)
-    if fraction != 1.0 and family != "glm4_moe":
+    if fraction != 1.0 and family not in _PARTLY_TURNED:
         raise ConversionError(f"partial_rotary_factor: {fraction} is not supported")
     found: dict[str, Any] = {"rotary_base": int(theta), "rotary_fraction": fraction}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -272,8 +280,9 @@ def _window_values(a: Architecture) -> dict[str, Any]:
         values["use_sliding_window"] = a.window is not None
     if _WINDOWS[a.family] == "by layer":
         windowed = a.windowed_layers or (False,) * a.num_layers
-        # Servers read the first layer with a window; transformers each layer's kind.
-        values["max_window_layers"] = windowed.index(True) if any(windowed) else a.num_layers
+        if a.family.startswith("qwen"):
+            # Servers read the first layer with a window; transformers each layer's kind.
+            values["max_window_layers"] = windowed.index(True) if any(windowed) else a.num_layers
         values["layer_types"] = [
             "sliding_attention" if window else "full_attention" for window in windowed
         ]
@@ -332,30 +341,20 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
     }
     if a.family == "llama":
         options.update(attention_bias=a.linear_bias, mlp_bias=a.linear_bias)
-    if a.family == "mixtral":
-        options.update(
-            num_local_experts=a.num_experts,
-            num_experts_per_tok=a.experts_per_token,
-        )
-    if a.family == "qwen3_moe":
-        options.update(
-            num_experts=a.num_experts,
-            num_experts_per_tok=a.experts_per_token,
-            moe_intermediate_size=a.expert_ffn_hidden_size,
-            norm_topk_prob=a.normalized_routing,
-            decoder_sparse_step=1,
-            mlp_only_layers=[i for i, experts in enumerate(a.expert_layers) if not experts],
-        )
+    options.update(expert_values(a))
+    if a.family == "qwen2_moe":
+        options.update(qkv_bias=a.qkv_bias, use_sliding_window=False)
     if a.family == "deepseek_v3":
-        options.update(latent_values(a), **sigmoid_expert_values(a))
-    if a.family == "glm4_moe":
+        options.update(latent_values(a))
+    if a.family == "gpt_oss":
+        options["attention_bias"] = a.qkv_bias
+    if a.family in _PARTLY_TURNED:
         rope["partial_rotary_factor"] = a.rotary_fraction
-        options.update(
-            sigmoid_expert_values(a),
-            attention_bias=a.qkv_bias,
-            use_qk_norm=a.qk_norm,
-            partial_rotary_factor=a.rotary_fraction,
-        )
+        options.update(use_qk_norm=a.qk_norm, partial_rotary_factor=a.rotary_fraction)
+    if a.family == "glm4_moe":
+        options["attention_bias"] = a.qkv_bias
+    if a.family == "minimax_m2":
+        options.update(qk_norm_type="per_layer", rotary_dim=int(a.head_dim * a.rotary_fraction))
     if a.family in _WINDOWS:
         options.update(_window_values(a))
     # transformers takes the fraction from `rope_parameters`, servers from a key of its own.

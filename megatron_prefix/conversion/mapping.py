@@ -1,9 +1,9 @@
 """Which Hugging Face tensors make which Megatron parameter, and how.
 
 Names and the layout of fused tensors are mbridge's; only its tables and its two functions per
-tensor are used, without a model or process groups. What it lacks is added here: keys of
-distributed checkpoints (all layers stacked along a first axis), shapes, tied embeddings in every
-family, biases of all linear layers, and dense layers between layers of experts.
+tensor are used, without a model or process groups (see `bridge_tables.py`). What it lacks is added
+here: keys of distributed checkpoints (all layers stacked along a first axis), shapes, tied
+embeddings in every family, dense layers between layers of experts, and experts in one tensor.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from megatron_prefix.conversion import fused_experts
 from megatron_prefix.conversion.architecture import Architecture
-from megatron_prefix.packages import needed_by
+from megatron_prefix.conversion.bridge_tables import bridge_of
 
 Shape = tuple[int, ...]
-BIAS_OF_ROUTER = "mlp.gate.e_score_correction_bias"
+BIAS_OF_ROUTER = ".e_score_correction_bias"
 """End of the name of a tensor that stays in float32, whatever the type of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One layer's (and expert's) Megatron parameter, and the tensors that it is made of."""
+    """One layer's (and expert's) Megatron parameter, and the tensors that it is made of.
+
+    Where a folder keeps the experts of a layer in one tensor, it is that of all experts.
+    """
 
     name: str
     """As mbridge and Megatron's unsharded state dict have it."""
@@ -43,11 +45,17 @@ class Parameter:
     """Without the leading axes."""
     sources: tuple[tuple[str, Shape], ...]
     """Hugging Face names and shapes."""
+    of_all_experts: bool = False
 
     @property
     def is_bias_of_router(self) -> bool:
         """One that Megatron keeps in float32, whatever the type of the weights."""
         return self.name.endswith("mlp.router.expert_bias")
+
+    @property
+    def is_gated(self) -> bool:
+        """One with the two halves of a gated MLP."""
+        return ".linear_fc1." in self.name
 
 
 class Mapping:
@@ -55,7 +63,7 @@ class Mapping:
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
-        self._bridge = _bridge(architecture)
+        self._bridge = bridge_of(architecture)
 
     def parameters(self) -> list[Parameter]:
         """Every parameter, in the order of the layers."""
@@ -63,10 +71,15 @@ class Mapping:
 
     def to_megatron(self, parameter: Parameter, tensors: Sequence[Tensor]) -> Tensor:
         """Fuse the tensors of `parameter.sources`; of the same dtype."""
+        if parameter.of_all_experts:
+            return fused_experts.to_megatron(tensors[0], gated=parameter.is_gated)
         return self._bridge._weight_to_mcore_format(parameter.name, list(tensors))
 
     def to_hf(self, parameter: Parameter, tensor: Tensor) -> dict[str, Tensor]:
         """Take a parameter apart again; rows that only pad the vocabulary are left out."""
+        if parameter.of_all_experts:
+            ((name, _),) = parameter.sources
+            return {name: fused_experts.to_hf(tensor, gated=parameter.is_gated)}
         if tensor.shape[0] > parameter.shape[0]:
             tensor = tensor[: parameter.shape[0]]
         names, tensors = self._bridge._weight_to_hf_format(parameter.name, tensor)
@@ -93,11 +106,14 @@ class Mapping:
         if a.qkv_bias:
             yield of("self_attention.linear_qkv.bias", [(n,) for n in rows])
         if a.qk_norm:
-            yield of("self_attention.q_layernorm.weight", [(a.head_dim,)])
-            yield of("self_attention.k_layernorm.weight", [(a.head_dim,)])
+            sizes = (queries, keys) if a.qk_norm_all_heads else (a.head_dim, a.head_dim)
+            yield of("self_attention.q_layernorm.weight", [(sizes[0],)])
+            yield of("self_attention.k_layernorm.weight", [(sizes[1],)])
         yield of("self_attention.linear_proj.weight", [(a.hidden_size, queries)])
         if a.linear_bias:
             yield of("self_attention.linear_proj.bias", [(a.hidden_size,)])
+        if a.sinks:
+            yield of("self_attention.core_attention.softmax_offset", [(a.num_attention_heads,)])
 
     def _latent(self, layer: int) -> Iterator[Parameter]:
         a = self.architecture
@@ -150,14 +166,43 @@ class Mapping:
         yield self._parameter("mlp.router.weight", [(a.num_experts, h)], layer)
         if a.routing is not None:
             yield self._parameter("mlp.router.expert_bias", [(a.num_experts,)], layer)
+        if a.linear_bias:
+            yield self._parameter("mlp.router.bias", [(a.num_experts,)], layer)
         if a.shared_expert_ffn_hidden_size is not None:
             s = a.shared_expert_ffn_hidden_size
             yield self._parameter("mlp.shared_experts.linear_fc1.weight", [(s, h), (s, h)], layer)
             yield self._parameter("mlp.shared_experts.linear_fc2.weight", [(h, s)], layer)
+        if a.shared_expert_gate:
+            yield self._parameter("mlp.shared_experts.gate_weight", [(1, h)], layer)
+        if a.family == "gpt_oss":
+            yield from self._fused_experts(layer)
+            return
         for expert in range(a.num_experts):
             of = functools.partial(self._parameter, layer=layer, expert=expert)
             yield of("mlp.experts.linear_fc1.weight", [(f, h), (f, h)])
             yield of("mlp.experts.linear_fc2.weight", [(h, f)])
+
+    def _fused_experts(self, layer: int) -> Iterator[Parameter]:
+        a = self.architecture
+        h, f, experts = a.hidden_size, a.expert_ffn_hidden_size, a.num_experts
+        assert experts is not None and f is not None
+        for name, shape in (
+            ("linear_fc1.weight", (2 * f, h)),
+            ("linear_fc1.bias", (2 * f,)),
+            ("linear_fc2.weight", (h, f)),
+            ("linear_fc2.bias", (h,)),
+        ):
+            own = f"mlp.experts.{name}"
+            full = f"decoder.layers.{layer}.{own}"
+            (source,) = self._bridge._weight_name_mapping_mcore_to_hf(full)
+            yield Parameter(
+                name=full,
+                places=tuple(self._places(own, layer, None)),
+                leading=self._leading(layer, None),
+                shape=(experts, *shape),
+                sources=((source, (experts, *reversed(shape))),),
+                of_all_experts=True,
+            )
 
     def _norm_before_mlp(self, layer: int) -> Parameter:
         # Transformer Engine's specs store this norm under one name, the local spec under another:
@@ -288,61 +333,6 @@ _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 def is_no_weight(name: str) -> bool:
     """Buffers that old checkpoints hold and every release computes anew."""
     return _IGNORED.fullmatch(name) is not None
-
-
-# mbridge knows these norms by Transformer Engine's names alone.
-_LATENT_NORMS = {
-    "self_attention.q_layernorm.weight": [
-        "model.layers.{layer_number}.self_attn.q_a_layernorm.weight"
-    ],
-    "self_attention.kv_layernorm.weight": [
-        "model.layers.{layer_number}.self_attn.kv_a_layernorm.weight"
-    ],
-}
-
-
-def _bridge(a: Architecture) -> Any:
-    """mbridge's bridge of the family, as far as names and single tensors go."""
-    with needed_by("converting", extra="hf"):
-        import mbridge  # noqa: F401  (registers the families)
-        from mbridge.core import LLMBridge
-        from mbridge.core.bridge import _MODEL_REGISTRY
-        from mbridge.core.parallel_states import ParallelStates
-    # Mistral's tensors are Llama's, and mbridge has no name for it.
-    registered = _MODEL_REGISTRY["llama" if a.family == "mistral" else a.family]
-
-    class Bridge(registered):  # type: ignore[misc, valid-type]
-        # Copies: mbridge changes the tables of its classes for tied embeddings.
-        _DIRECT_MAPPING: ClassVar[Any] = dict(registered._DIRECT_MAPPING)
-        _ATTENTION_MAPPING: ClassVar[Any] = {
-            **registered._ATTENTION_MAPPING,
-            "self_attention.linear_proj.bias": [
-                "model.layers.{layer_number}.self_attn.o_proj.bias"
-            ],
-            **(_LATENT_NORMS if a.latent is not None else {}),
-        }
-        _MLP_MAPPING: ClassVar[Any] = {
-            **registered._MLP_MAPPING,
-            **LLMBridge._MLP_MAPPING,
-            "mlp.linear_fc1.bias": [
-                "model.layers.{layer_number}.mlp.gate_proj.bias",
-                "model.layers.{layer_number}.mlp.up_proj.bias",
-            ],
-            "mlp.linear_fc2.bias": ["model.layers.{layer_number}.mlp.down_proj.bias"],
-        }
-
-        def _build_config(self) -> Any:
-            """No Megatron config, since no model is built; what the tables ask of it."""
-            return SimpleNamespace(num_layers=a.num_layers, mtp_num_layers=None)
-
-    sizes = SimpleNamespace(
-        hidden_size=a.hidden_size,
-        num_attention_heads=a.num_attention_heads,
-        num_key_value_heads=a.num_query_groups,
-        head_dim=a.head_dim,
-        tie_word_embeddings=False,
-    )
-    return Bridge(sizes, dtype=None, parallel_states=ParallelStates())
 
 
 def dtype_name(dtype: torch.dtype) -> str:

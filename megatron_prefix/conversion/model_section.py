@@ -15,6 +15,7 @@ from megatron_prefix.conversion.architecture import (
     SigmoidRouting,
 )
 from megatron_prefix.conversion.errors import ConversionError
+from megatron_prefix.conversion.family import family_of, refuse_mixture, refuse_unless
 
 
 def to_model_config(architecture: Architecture) -> ModelConfig:
@@ -48,6 +49,10 @@ def to_model_config(architecture: Architecture) -> ModelConfig:
         transformer["window_size"] = [a.window - 1, 0]
         if not all(a.windowed_layers):
             transformer["window_attn_skip_freq"] = [int(window) for window in a.windowed_layers]
+    if a.sinks:
+        transformer["softmax_type"] = "learnable"
+    if a.gate_limit is not None:
+        transformer.update(glu_linear_offset=1.0, activation_func_clamp_value=a.gate_limit)
     if a.num_experts is not None:
         transformer.update(
             num_moe_experts=a.num_experts,
@@ -61,6 +66,8 @@ def to_model_config(architecture: Architecture) -> ModelConfig:
             transformer["moe_layer_freq"] = [int(experts) for experts in a.expert_layers]
         if a.shared_expert_ffn_hidden_size is not None:
             transformer["moe_shared_expert_intermediate_size"] = a.shared_expert_ffn_hidden_size
+        if a.shared_expert_gate:
+            transformer["moe_shared_expert_gate"] = True
         if a.routing is not None:
             transformer.update(_sigmoid_routing(a.routing))
     return ModelConfig(
@@ -73,7 +80,8 @@ def to_model_config(architecture: Architecture) -> ModelConfig:
         rope_scaling_factor=a.llama3_rope_factor or 8.0,
         yarn=a.yarn,
         share_embeddings_and_output_weights=a.tied_embeddings,
-        activation="silu",
+        qk_norm_all_heads=a.qk_norm_all_heads,
+        activation="silu" if a.gate_limit is None else "quick_gelu",
         transformer=transformer,
     )
 
@@ -163,6 +171,10 @@ _READ = {
     "v_head_dim",
     "window_size",
     "window_attn_skip_freq",
+    "softmax_type",
+    "glu_linear_offset",
+    "activation_func_clamp_value",
+    "moe_shared_expert_gate",
 }
 
 
@@ -175,16 +187,17 @@ def from_model_config(model: ModelConfig) -> Architecture:
     t = model.transformer
     if t.get("moe_router_score_function") == "sigmoid":
         # Its bias is a tensor of the family.
-        _refuse_unless(
+        refuse_unless(
             (
                 "model.transformer.moe_router_enable_expert_bias",
                 t.get("moe_router_enable_expert_bias", False),
                 (True,),
             )
         )
-    _refuse_unless(
+    refuse_unless(
         ("model.position_embedding_type", model.position_embedding_type, ("rope", "yarn")),
-        ("model.activation", model.activation, ("silu",)),
+        ("model.activation", model.activation, ("silu", "quick_gelu")),
+        ("model.transformer.softmax_type", t.get("softmax_type", "vanilla"), _SOFTMAXES),
         ("model.transformer.gated_linear_unit", t.get("gated_linear_unit", False), (True,)),
         ("model.transformer.normalization", t.get("normalization", "RMSNorm"), ("RMSNorm",)),
     )
@@ -203,15 +216,19 @@ def from_model_config(model: ModelConfig) -> Architecture:
     latent = _latent_of(t)
     experts = _experts_of(t, ffn)
     windows = _windows_of(t)
-    family = _family(
+    sinks = t.get("softmax_type") == "learnable"
+    family = family_of(
         experts=bool(experts),
         qk_norm=qk_norm,
         qkv_bias_only=qkv_bias and not linear_bias,
         latent=latent is not None,
         sigmoid="routing" in experts,
         window=bool(windows),
+        sinks=sinks,
+        qk_norm_all_heads=model.qk_norm_all_heads,
+        shared_expert_gate=experts.get("shared_expert_gate", False),
     )
-    if family == "mixtral":
+    if family in ("mixtral", "gpt_oss") and experts:
         ffn = experts["expert_ffn_hidden_size"]  # one size, and no layer without experts
     head_dim = t.get("kv_channels") or hidden // heads
     architecture = Architecture(
@@ -230,18 +247,22 @@ def from_model_config(model: ModelConfig) -> Architecture:
         qkv_bias=qkv_bias,
         linear_bias=linear_bias,
         qk_norm=qk_norm,
+        qk_norm_all_heads=model.qk_norm_all_heads,
         rotary_base=model.rotary_base,
         rotary_fraction=model.rotary_percent,
         llama3_rope_factor=model.rope_scaling_factor if model.rope_scaling else None,
         yarn=model.yarn,
         latent=latent,
+        sinks=sinks,
+        gate_limit=_gate_limit_of(model),
         **windows,
         **experts,
     )
-    _refuse_mixture(architecture)
+    refuse_mixture(architecture)
     return architecture
 
 
+_SOFTMAXES = ("vanilla", "learnable")
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(MLATransformerConfig)}
 
 
@@ -256,6 +277,21 @@ def _latent_of(t: dict[str, Any]) -> LatentAttention | None:
         "value_channels": "v_head_dim",
     }
     return LatentAttention(**{ours: t.get(key, _DEFAULTS[key]) for ours, key in sizes.items()})
+
+
+def _gate_limit_of(model: ModelConfig) -> float | None:
+    """What the MLP's halves are clamped at, where it is gpt-oss'."""
+    t = model.transformer
+    limit, offset = t.get("activation_func_clamp_value"), t.get("glu_linear_offset", 0.0)
+    if model.activation == "silu" and limit is None and offset == 0.0:
+        return None
+    if model.activation == "silu" or limit is None or offset != 1.0:
+        raise ConversionError(
+            f"model.activation: {model.activation!r} with activation_func_clamp_value: {limit} and "
+            f"glu_linear_offset: {offset} is no supported Hugging Face family; silu has neither, "
+            "and quick_gelu (gpt-oss) has a clamp value and an offset of 1.0"
+        )
+    return limit
 
 
 def _windows_of(t: dict[str, Any]) -> dict[str, Any]:
@@ -286,6 +322,7 @@ def _experts_of(t: dict[str, Any], ffn: int) -> dict[str, Any]:
             for i in range(t["num_layers"])
         ),
         "shared_expert_ffn_hidden_size": t.get("moe_shared_expert_intermediate_size"),
+        "shared_expert_gate": t.get("moe_shared_expert_gate", False),
     }
     if t.get("moe_router_score_function", "softmax") == "sigmoid":
         # How a softmax would be taken is nothing to sigmoid scores.
@@ -296,103 +333,3 @@ def _experts_of(t: dict[str, Any], ffn: int) -> dict[str, Any]:
             chosen_groups=t.get("moe_router_group_topk"),
         )
     return found
-
-
-def _family(
-    *,
-    experts: bool,
-    qk_norm: bool,
-    qkv_bias_only: bool,
-    latent: bool,
-    sigmoid: bool,
-    window: bool,
-) -> str:
-    if latent:
-        return "deepseek_v3"
-    if sigmoid:
-        return "glm4_moe"
-    if experts:
-        return "qwen3_moe" if qk_norm else "mixtral"
-    if qk_norm:
-        return "qwen3"
-    if qkv_bias_only:
-        return "qwen2"
-    # Without a window Mistral's models are Llama's.
-    return "mistral" if window else "llama"
-
-
-def _refuse_mixture(a: Architecture) -> None:
-    """Combinations of options that no family has."""
-    if a.rotary_fraction != 1.0 and a.family != "glm4_moe":
-        _refuse_unless(("model.rotary_percent", a.rotary_fraction, (1.0,)))
-    if a.latent is not None:
-        _refuse_mixture_with_latent(a)
-        return
-    if a.family == "glm4_moe":
-        _refuse_mixture_of_sigmoid_experts(a)
-        return
-    if a.family == "mistral" and a.linear_bias:
-        raise ConversionError(
-            "model.transformer.add_bias_linear: true with window_size is no supported Hugging Face "
-            f"family ({', '.join(FAMILIES)})"
-        )
-    if a.qkv_bias and (a.qk_norm or a.num_experts is not None):
-        raise ConversionError(
-            "model.transformer.add_qkv_bias: true with qk_layernorm or experts is no supported "
-            f"Hugging Face family ({', '.join(FAMILIES)})"
-        )
-    if a.family == "mixtral" and (a.mixed_layers or not a.normalized_routing):
-        raise ConversionError(
-            "model.transformer: experts without qk_layernorm are Mixtral's, which has no "
-            "moe_layer_freq other than 1 and no moe_router_pre_softmax: true"
-        )
-    if a.shared_expert_ffn_hidden_size is not None:
-        raise ConversionError(
-            "model.transformer.moe_shared_expert_intermediate_size without "
-            "moe_router_score_function: sigmoid is no supported Hugging Face family "
-            f"({', '.join(FAMILIES)})"
-        )
-
-
-def _refuse_mixture_with_latent(a: Architecture) -> None:
-    """What DeepSeek-V3 has not."""
-    _refuse_if(a, not a.qk_norm, "qk_layernorm: false")
-    _refuse_if(a, a.qkv_bias, "add_qkv_bias or add_bias_linear: true")
-    _refuse_if(a, a.num_query_groups != a.num_attention_heads, "num_query_groups")
-    _refuse_if(a, a.routing is None, "moe_router_score_function other than sigmoid")
-    _refuse_mixture_of_sigmoid_experts(a)
-
-
-def _refuse_mixture_of_sigmoid_experts(a: Architecture) -> None:
-    """What neither DeepSeek-V3 nor GLM-4.5 has."""
-    _refuse_if(a, a.window is not None, "window_size")
-    layers = list(a.expert_layers)
-    _refuse_if(a, a.linear_bias, "add_bias_linear: true")
-    _refuse_if(a, layers != sorted(layers), "moe_layer_freq with a dense layer after experts")
-    shared, size = a.shared_expert_ffn_hidden_size, a.expert_ffn_hidden_size
-    _refuse_if(
-        a,
-        not shared or not size or shared % size != 0,
-        f"moe_shared_expert_intermediate_size: {shared} that is no multiple of "
-        f"moe_ffn_hidden_size: {size}",
-    )
-    scaled = a.yarn is not None or a.llama3_rope_factor is not None
-    _refuse_if(a, a.latent is None and scaled, "scaled rotary frequencies")
-
-
-def _refuse_if(a: Architecture, found: bool, what: str) -> None:
-    if found:
-        raise ConversionError(
-            f"model: {what} is nothing that a config.json of {a.family} can say, the family that "
-            "multi_latent_attention and moe_router_score_function: sigmoid make this model"
-        )
-
-
-def _refuse_unless(*options: tuple[str, Any, tuple[Any, ...]]) -> None:
-    for name, value, accepted in options:
-        if value not in accepted:
-            raise ConversionError(
-                f"{name}: {value!r} is nothing that a Hugging Face config.json of the supported "
-                f"families ({', '.join(FAMILIES)}) can say; they have "
-                f"{' or '.join(map(repr, accepted))}"
-            )

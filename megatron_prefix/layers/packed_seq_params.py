@@ -13,13 +13,13 @@ from torch import Tensor
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.row_attention import AttentionSetup, CoreAttention, RowAttention
+from megatron_prefix.attention.row_recurrence import RowRecurrence
 from megatron_prefix.device_copy import copy_to_device, record_to_device
 from megatron_prefix.layout import (
     ContextShards,
     ModelRow,
     PackedLayout,
     RankRow,
-    Recurrence,
     own_values,
     rank_row,
 )
@@ -70,7 +70,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """How the row is distributed over context-parallel ranks; None: all of it is here."""
     last_layer: PrefixPackedSeqParams | None = None
     """Params of the model's last layer, where it computes the output of some rows only."""
-    recurrence: Recurrence[Tensor] | None = None
+    recurrence: RowRecurrence | None = None
     """The paths of the tokens, for recurrent layers."""
     routes: Tensor | None = None
     """[T, layers with experts, topk] whole numbers: the experts that each token is sent to, or
@@ -107,7 +107,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 puts out `output_rows` only. None: the model's output has all T rows.
             multiple: the number of output rows is a multiple of this: the tensor-parallel size,
                 under sequence parallelism.
-            mrope_positions: [3, T] of the whole row, from `layout.scatter`, for a model with mRoPE.
+            mrope_positions: [3, T] of the whole row, from `layout.scatter`, for a model with mRoPE;
+                None: all three are `layout.position_ids`, as of text.
             router_losses: see the field.
             routes: [T, layers, topk] of the whole row, from `routes_of_row`, to replay.
 
@@ -149,6 +150,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
         keeps_root: bool = False,
         router_losses: RouterLossScale | None = None,
         routes: Tensor | None = None,
+        mrope_positions: Tensor | None = None,
     ) -> PrefixPackedSeqParams:
         """Params of a rank's row.
 
@@ -160,6 +162,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
             keeps_root: whether it is the series' first row.
             router_losses: see the field.
             routes: [T, layers, topk] of this rank's tokens, from `own_routes`.
+            mrope_positions: [3, T] of this rank's tokens, for a model with mRoPE; None: all three
+                are `position_ids`.
         """
         exchange = None
         if row.shards is not None:
@@ -173,6 +177,11 @@ class PrefixPackedSeqParams(PackedSeqParams):
             root=root,
             keeps_root=keeps_root,
         )
+        recurrence = None
+        if setup.recurrence_width is not None:
+            recurrence = RowRecurrence(
+                own=tensors.recurrence, whole_row=tensors.stages.whole_row, exchange=exchange
+            )
         params = cls(
             qkv_format="thd",
             cu_seqlens_q=tensors.stages.cu_seqlens_q,
@@ -184,7 +193,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             own_rows=row.rows,
             multiplicity=tensors.multiplicity,
             router_losses=router_losses,
-            recurrence=tensors.recurrence,
+            recurrence=recurrence,
             shards=row.shards,
             routes=routes,
         )
@@ -198,6 +207,10 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 query_rows_host=row.output_rows,
                 routes=None if routes is None else routes[last.queries],
             )
+        if mrope_positions is None and setup.mrope:
+            mrope_positions = tensors.position_ids.expand(3, -1)
+        if mrope_positions is not None:
+            params.set_mrope_positions(mrope_positions)
         return params
 
     def without_routes(self) -> PrefixPackedSeqParams:

@@ -6,7 +6,6 @@ parallelism distributes the row (`shard_layout`) and plans this rank's part of i
 """
 
 from megatron_prefix.layout.cost import (
-    LatentShape,
     ModelShape,
     activation_tokens,
     masked_labels,
@@ -14,6 +13,7 @@ from megatron_prefix.layout.cost import (
     trained_labels_of_lengths,
 )
 from megatron_prefix.layout.dispatch import shard_layout
+from megatron_prefix.layout.layer_shapes import LatentShape, RecurrentShape
 from megatron_prefix.layout.packing import PackedLayout, Segment, pack
 from megatron_prefix.layout.planner import (
     GroupSlice,
@@ -59,6 +59,7 @@ __all__ = [
     "RankStages",
     "Rectangles",
     "Recurrence",
+    "RecurrentShape",
     "RowStages",
     "Segment",
     "TreeShape",

@@ -1,9 +1,10 @@
 """What a model computes for a tree, in tokens and forward FLOPs.
 
 A multiply-add counts as two FLOPs. Counted are the matrix products of the layers and of the output
-layer, and attention's two products over the visible (query, key) pairs only. Not counted:
-embedding look-ups, norms, activations, softmax, rotary embedding. A backward pass costs twice the
-forward pass, so ratios are the same for both.
+layer, attention's two products over the visible (query, key) pairs only, and the products of a
+recurrent layer's chunks. Not counted: embedding look-ups, norms, activations, softmax, rotary
+embedding, short convolutions. A backward pass costs twice the forward pass, so ratios are the same
+for both.
 
 All counts are Python integers, hence exact and equal on every machine: ranks that plan from them
 cannot come to differ.
@@ -19,23 +20,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from megatron_prefix.layout.layer_shapes import LatentShape, RecurrentShape
 from megatron_prefix.layout.tree_shape import TreeShape
 
 Count = TypeVar("Count", int, np.ndarray)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentShape:
-    """The sizes of multi-latent attention beside those of its heads."""
-
-    query_rank: int
-    """Of compressed queries; 0: they are not compressed."""
-    rank: int
-    """Of the latents that keys and values are expanded from."""
-    shared_channels: int
-    """Channels of a key that all heads share, which are not expanded."""
-    value_channels: int
-    """Size of a value's head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +57,11 @@ class ModelShape:
     window: int = 0
     """Keys before its own that a query sees in these layers."""
     latent: LatentShape | None = None
-    """Of multi-latent attention, which every layer then has."""
+    """Of multi-latent attention, which every layer that attends then has."""
+    recurrent_layers: tuple[bool, ...] = ()
+    """[num_layers] whether each is recurrent, and does not attend; (): none is."""
+    recurrent: RecurrentShape | None = None
+    """Of these layers."""
     whole_last_layer: bool = False
     """The last layer's experts collect statistics of all tokens, or multi-token prediction reads
     them, so it is never trimmed."""
@@ -102,6 +94,8 @@ class ModelShape:
                 f"num_layers={self.num_layers}"
             )
         assert len(self.windowed_layers) in (0, self.num_layers) and self.window >= 0
+        assert len(self.recurrent_layers) in (0, self.num_layers)
+        assert self.recurrent is not None or not any(self.recurrent_layers)
 
     @property
     def value_channels(self) -> int:
@@ -143,7 +137,26 @@ class ModelShape:
         )
         moe = matmuls * 2 * h * expert_width + 2 * h * self.num_experts
         num_dense_layers = self.num_layers - self.num_moe_layers
-        return self.num_layers * attention + num_dense_layers * dense + self.num_moe_layers * moe
+        num_attending = self.num_layers - sum(self.recurrent_layers)
+        return (
+            num_attending * attention
+            + self._recurrent_flops_per_token()
+            + num_dense_layers * dense
+            + self.num_moe_layers * moe
+        )
+
+    def _recurrent_flops_per_token(self) -> int:
+        """Projections and delta rule of all recurrent layers, for one token."""
+        if self.recurrent is None:
+            return 0
+        weights = self.hidden_size * (self.recurrent.projected + self.recurrent.values)
+        return self.rule_flops_per_token() + sum(self.recurrent_layers) * 2 * weights
+
+    def rule_flops_per_token(self) -> int:
+        """The delta rule of all recurrent layers, for one token."""
+        if self.recurrent is None:
+            return 0
+        return sum(self.recurrent_layers) * self.recurrent.rule_flops_per_token()
 
     def attention_flops_per_pair(self, *, windowed: bool = False) -> int:
         """QK^T and PV of all heads, for one query that sees one key.
@@ -152,7 +165,8 @@ class ModelShape:
             windowed: of all layers that have a sliding window, else of all that have none.
         """
         num_windowed = sum(self.windowed_layers)
-        layers = num_windowed if windowed else self.num_layers - num_windowed
+        whole = self.num_layers - num_windowed - sum(self.recurrent_layers)
+        layers = num_windowed if windowed else whole
         return layers * 2 * self.num_attention_heads * (self.kv_channels + self.value_channels)
 
     def windowed_pairs(self, queries: Count, keys_before: Count | int) -> Count:
@@ -162,7 +176,10 @@ class ModelShape:
         return windowed_pairs_of(queries, keys_before, self.window)
 
     def last_layer_pairs(self, queries: Count, keys_before: Count | int) -> Count:
-        """The same as `attention_pairs_of` in the last layer, which may have a sliding window."""
+        """The same as `attention_pairs_of` in the last layer, which may have a sliding window or
+        not attend at all."""
+        if any(self.recurrent_layers[-1:]):
+            return queries * 0
         if not any(self.windowed_layers[-1:]):
             return attention_pairs_of(queries, keys_before)
         return windowed_pairs_of(queries, keys_before, self.window)
@@ -187,7 +204,8 @@ class ModelShape:
         )
 
     def last_layer_flops(self, *, tokens: int, pairs: int) -> int:
-        """What a trimmed last layer saves: all of it but keys and values, for so many tokens.
+        """What a trimmed last layer saves: all of it but keys and values, or what makes and reads
+        a state, for so many tokens.
 
         Args:
             tokens: that it computes no query for.
@@ -200,9 +218,16 @@ class ModelShape:
     def _last_layer(self) -> tuple[int, int]:
         """FLOPs of the last layer for a token, without its keys and values, and for a pair."""
         last = dataclasses.replace(
-            self, num_layers=1, num_moe_layers=min(self.num_moe_layers, 1), windowed_layers=()
+            self,
+            num_layers=1,
+            num_moe_layers=min(self.num_moe_layers, 1),
+            windowed_layers=(),
+            recurrent_layers=self.recurrent_layers[-1:],
         )
         weights = self.key_weights
+        if any(last.recurrent_layers) and self.recurrent is not None:
+            kept = 2 * self.hidden_size * self.recurrent.projected + last.rule_flops_per_token()
+            return last.linear_flops_per_token() - kept, 0
         if self.latent is not None:  # whose queries are all expanded
             weights += self.query_weights
         return last.linear_flops_per_token() - 2 * weights, last.attention_flops_per_pair()

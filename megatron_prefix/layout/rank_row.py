@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_prefix.layout.dispatch import shard_layout
 from megatron_prefix.layout.packing import PackedLayout
-from megatron_prefix.layout.recurrence import recurrence
+from megatron_prefix.layout.recurrence import rank_recurrence, recurrence
 from megatron_prefix.layout.rows import COMM_TYPES, CommType, RankRow, RowStages
 from megatron_prefix.layout.shard_stages import stages_of_rank
 from megatron_prefix.layout.trimming import trim_row
@@ -61,6 +61,17 @@ def rank_row(
         assert layout.root_stage is None, "not with context parallelism"
         shards = shard_layout(layout, num_ranks)
         rows, stages = stages_of_rank(shards, rank, comm_types)
+    paths = None
+    if recurrence_width is not None:
+        whole_row = stages.whole_row
+        if whole_row is not None:
+            paths_of_row = recurrence(layout, width=recurrence_width)
+            whole_row = dataclasses.replace(whole_row, recurrence=paths_of_row)
+            stages = dataclasses.replace(stages, whole_row=whole_row)
+        if shards is None:
+            paths = recurrence(layout, width=recurrence_width)
+        elif set(comm_types) != {"a2a"}:
+            paths = rank_recurrence(shards, rank, width=recurrence_width)
     last_stages = None
     if needed is not None:
         in_row = np.zeros(layout.num_tokens, dtype=bool)
@@ -74,8 +85,4 @@ def rank_row(
             of_layer and dataclasses.replace(of_layer, windowed=windowed)
             for of_layer, windowed in itertools.zip_longest((stages, last_stages), found)
         )
-    paths = None
-    if recurrence_width is not None:
-        assert num_ranks == 1, "not with context parallelism"
-        paths = recurrence(layout, width=recurrence_width)
     return RankRow.of(layout, rows, stages, last_stages, shards, paths)

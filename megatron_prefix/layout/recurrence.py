@@ -10,24 +10,48 @@ them can be computed at once from the states behind the wave before.
 
     prompt  | 0 | 1 | 2 |            response a  | 3 | 4 |        (numbers of waves)
                                      response b  | 3 |
+
+Under context parallelism a rank has the chunks of its own runs: of its pieces of sharded segments,
+and of whole segments. Runs whose state comes from a piece begin in wave 0, whichever rank has the
+piece (see `shared_states.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_prefix.layout.packing import PackedLayout
+from megatron_prefix.layout.sharding import ContextShards
+from megatron_prefix.layout.shared_states import PlacedStates, placed_states, segment_of
 from megatron_prefix.layout.stages import Recurrence, Wave
-from megatron_prefix.layout.windows import rows_before
+from megatron_prefix.layout.waves import in_waves
+from megatron_prefix.layout.windows import RankRows, exchanged_halo, rows_before
 
 CHUNK_TOKENS = 64
 """Of a chunk, at most."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Neighbouring tokens of a rank, in one segment."""
+
+    start: int
+    """First token in the rank's row."""
+    length: int
+    parent: int = -1
+    """Run that it goes on from, among those before it; -1: none."""
+    begin: int = -1
+    """State from a piece that it begins with, among those of the rank; -1: none."""
+    is_piece: bool = False
+
+
 def recurrence(layout: PackedLayout, *, width: int) -> Recurrence[np.ndarray]:
-    """Plan a row for recurrent layers.
+    """Plan a whole row for recurrent layers.
 
     Args:
         layout: the whole row, with its roots.
@@ -42,67 +66,134 @@ def recurrence(layout: PackedLayout, *, width: int) -> Recurrence[np.ndarray]:
             "of responses would need the state behind its prompt from an earlier row); set "
             "share_across_microbatches: false"
         )
-    chunks, before, wave_of = _chunks(layout)
-    order = np.argsort(wave_of, kind="stable")
-    number = np.empty_like(order)
-    number[order] = np.arange(len(order))
-    bounds = np.searchsorted(wave_of[order], np.arange(wave_of.max(initial=-1) + 2))
-    waves = []
-    for wave, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        parents = before[order[start:stop]]
-        first = bounds[wave - 1] if wave else 0
-        waves.append(
-            Wave(
-                chunks=slice(int(start), int(stop)),
-                before=number[parents] - first if wave else np.zeros(0, dtype=np.int64),
-            )
-        )
-    chunks = chunks[order]
-    places = np.zeros(layout.num_tokens + 1, dtype=np.int64)
+    runs = [_Run(start=s.start, length=s.length, parent=s.parent) for s in layout.segments]
+    tokens = np.arange(layout.num_tokens)
+    rows = np.where(tokens < layout.num_tokens - layout.num_padding, tokens, -1)
+    return _recurrence(layout, rows, runs, width)
+
+
+def rank_recurrence(shards: ContextShards, rank: int, *, width: int) -> Recurrence[np.ndarray]:
+    """Plan one rank's part of a distributed row.
+
+    Args:
+        shards: of the packed row.
+        rank: of the context-parallel ranks.
+        width: see `recurrence`.
+    """
+    ranks = RankRows.of_ranks(shards)
+    states = placed_states(shards, ranks, rank)
+    runs = _runs(shards, ranks[rank], states)
+    return _recurrence(shards.layout, ranks[rank].rows, runs, width, ranks, rank, states)
+
+
+def _runs(shards: ContextShards, own: RankRows, states: PlacedStates | None) -> list[_Run]:
+    """A rank's pieces, in the order that other ranks know them in, and its whole segments."""
+    layout = shards.layout
+    begins = {} if states is None else states.begin_of_position
+    positions = () if states is None else states.piece_positions
+    pieces: dict[int, _Run | None] = dict.fromkeys(positions)
+    whole: list[_Run] = []
+    run_of_segment: dict[int, int] = {}
+    for start, stop in itertools.pairwise(own.bounds.tolist()):
+        position = int(own.rows[start])
+        if position < 0:
+            continue
+        run = _Run(start=start, length=stop - start, begin=begins.get(position, -1))
+        if position in pieces:
+            pieces[position] = dataclasses.replace(run, is_piece=True)
+            continue
+        segment = segment_of(layout, position)
+        parent = run_of_segment.get(layout.segments[segment].parent, -1)
+        run_of_segment[segment] = len(pieces) + len(whole)
+        whole.append(dataclasses.replace(run, parent=parent))
+    return [*pieces.values(), *whole]
+
+
+def _recurrence(
+    layout: PackedLayout,
+    rows: np.ndarray,
+    runs: Sequence[_Run],
+    width: int,
+    ranks: Sequence[RankRows] = (),
+    rank: int = 0,
+    states: PlacedStates | None = None,
+) -> Recurrence[np.ndarray]:
+    """Plan a rank's runs.
+
+    Args:
+        rows: [T] position in the packed row of each token; -1 on padding.
+        ranks, rank, states: under context parallelism.
+    """
+    num_tokens = len(rows)
+    real = rows >= 0
+    place = np.full(layout.num_tokens, -1, dtype=np.int64)
+    place[rows[real]] = np.flatnonzero(real)
+    halo, elsewhere = None, np.zeros(0, dtype=np.int64)
+    if ranks:
+        halo, elsewhere = exchanged_halo(layout, ranks, rank, width - 1, place)
+        place[elsewhere] = num_tokens + np.arange(len(elsewhere))
+    chunks, waves = _waves(runs, num_tokens, 0 if states is None else states.num_begins)
+    places = np.zeros(num_tokens + 1, dtype=np.int64)
     places[chunks.reshape(-1)] = np.arange(chunks.size)
-    real = np.arange(layout.num_tokens) < layout.num_tokens - layout.num_padding
     return Recurrence(
-        inputs=_inputs(layout, width),
+        inputs=_inputs(layout, rows, runs, width, place, num_tokens + len(elsewhere)),
         chunks=chunks,
-        waves=tuple(waves),
+        waves=waves,
         place=np.where(real, places[:-1], 0),
         real=real,
+        halo=halo,
+        states=None if states is None else states.shared,
     )
 
 
-def _chunks(layout: PackedLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[C, size] tokens, [C] the chunk before each (-1: none), and [C] its wave."""
-    longest = max((s.length for s in layout.segments), default=1)
-    size = min(CHUNK_TOKENS, longest)
-    rows, before, wave_of = [], [], []
-    last_of_segment: list[int] = []
-    for segment in layout.segments:
-        parent = last_of_segment[segment.parent] if segment.parent >= 0 else -1
-        for start in range(segment.start, segment.start + segment.length, size):
-            tokens = np.full(size, layout.num_tokens, dtype=np.int64)
-            stop = min(start + size, segment.start + segment.length)
-            tokens[: stop - start] = np.arange(start, stop)
+def _waves(
+    runs: Sequence[_Run], num_tokens: int, num_begins: int
+) -> tuple[np.ndarray, tuple[Wave[np.ndarray], ...]]:
+    """[C, size] tokens of the chunks, wave after wave, and the waves.
+
+    A row of padding alone has one chunk, of no token.
+    """
+    runs = runs or [_Run(start=0, length=0)]
+    size = max(1, min(CHUNK_TOKENS, max(run.length for run in runs)))
+    rows, before, of_chunk = [], [], []
+    last_of_run: list[int] = []
+    for run in runs:
+        parent = last_of_run[run.parent] if run.parent >= 0 else -1
+        for first in range(0, max(run.length, 1), size):
+            tokens = np.full(size, num_tokens, dtype=np.int64)
+            count = min(size, run.length - first)
+            tokens[:count] = run.start + first + np.arange(count)
             rows.append(tokens)
             before.append(parent)
-            wave_of.append(wave_of[parent] + 1 if parent >= 0 else 0)
+            of_chunk.append((run.begin % (num_begins + 1), run.is_piece))
             parent = len(rows) - 1
-        last_of_segment.append(parent)
-    return (
-        np.array(rows, dtype=np.int64).reshape(-1, size),
-        np.array(before, dtype=np.int64),
-        np.array(wave_of, dtype=np.int64),
-    )
+        last_of_run.append(parent)
+    found, order = in_waves(before)
+    begins, in_piece = np.array(of_chunk, dtype=np.int64)[order].T
+    waves = [dataclasses.replace(wave, pieces=int(in_piece[wave.chunks].sum())) for wave in found]
+    if num_begins:
+        waves[0] = dataclasses.replace(waves[0], before=begins[waves[0].chunks])
+    return np.array(rows)[order], tuple(waves)
 
 
-def _inputs(layout: PackedLayout, width: int) -> np.ndarray:
-    """[T, width] see `Recurrence.inputs`."""
-    tokens = np.arange(layout.num_tokens)
-    inputs = tokens[:, None] + np.arange(1 - width, 1)
-    for segment in layout.segments:
-        above = rows_before(layout, segment.start, width - 1)
-        above = np.append(np.full(width - 1 - len(above), layout.num_tokens), above)
-        path = np.append(above, np.arange(segment.start, segment.start + segment.length))
-        own = slice(segment.start, segment.start + segment.length)
-        inputs[own] = np.lib.stride_tricks.sliding_window_view(path, width)
-    inputs[layout.num_tokens - layout.num_padding :] = layout.num_tokens
+def _inputs(
+    layout: PackedLayout,
+    rows: np.ndarray,
+    runs: Sequence[_Run],
+    width: int,
+    place: np.ndarray,
+    none: int,
+) -> np.ndarray:
+    """[T, width] see `Recurrence.inputs`.
+
+    Args:
+        place: of each position of the packed row, among the rank's tokens and those behind them.
+        none: the index of the row of zeros.
+    """
+    inputs = np.full((len(rows), width), none, dtype=np.int64)
+    for run in runs:
+        above = place[rows_before(layout, int(rows[run.start]), width - 1)]
+        above = np.append(np.full(width - 1 - len(above), none), above)
+        own = np.arange(run.start, run.start + run.length)
+        inputs[own] = np.lib.stride_tricks.sliding_window_view(np.append(above, own), width)
     return inputs

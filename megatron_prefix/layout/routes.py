@@ -34,24 +34,25 @@ def route_keys(routes: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [np.append(part, 0) for part in parts]
 
 
-def hashed_route_keys(routes: np.ndarray, keys: np.ndarray | None = None) -> np.ndarray:
+def hashed_keys(length: int, values: Sequence[np.ndarray]) -> np.ndarray:
     """Keys of one sequence, which may be compared with those of sequences that come later.
 
     Args:
-        routes: [length - 1, layers, topk]
-        keys: [length] of what else ids leave open; None: nothing.
+        length: tokens of the sequence.
+        values: whole numbers that tell tokens of one id apart, such as keys, positions and routes:
+            [length, ...] each, or [length - 1, ...] where the last token has none.
 
     Returns:
-        [length] int64: hashes. Of two routes that differ they are equal by a chance of some 2^-56;
-        `scatter_routes` then raises an error.
+        [length] int64: hashes, 0 where all values are. Of values that differ they are equal by a
+        chance of some 2^-56; `PackedLayout.scatter_inputs` then raises an error.
     """
-    flat = routes.reshape(len(routes), -1)
-    factors = _factors(flat.shape[1] + 1)
-    # Sums of products modulo 2^64; the array is not copied to a wider type at once.
-    sums = np.einsum("ij,j->i", flat, factors[1:], dtype=np.uint64, casting="unsafe")
-    found = np.append(sums, np.uint64(0))
-    if keys is not None:
-        found += keys.astype(np.int64, copy=False).view(np.uint64) * factors[0]
+    found = np.zeros(length, dtype=np.uint64)
+    flat = [of.reshape(len(of), -1) for of in values]
+    factors = _factors(sum(of.shape[1] for of in flat))
+    for of in flat:
+        # Sums of products modulo 2^64; the array is not copied to a wider type at once.
+        own, factors = factors[: of.shape[1]], factors[of.shape[1] :]
+        found[: len(of)] += np.einsum("ij,j->i", of, own, dtype=np.uint64, casting="unsafe")
     return found.view(np.int64)
 
 

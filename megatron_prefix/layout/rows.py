@@ -7,6 +7,8 @@ communicate (Megatron's option `cp_comm_type`); those of the model's kinds are t
     p2p          `local`, then `ring[r]` against the shard of each rank r
     a2a          `whole_row`, every rank for its share of the heads
 
+Recurrent layers read `recurrence`: the rank's part of the row, or with a2a the whole row's.
+
 Legend: T tokens of the packed row; C tokens of this rank's part of it; N of them attend (all, but
 for a trimmed last layer).
 """
@@ -42,6 +44,8 @@ class WholeRow(Generic[Array]):
     """[T] int64: which of all ranks' tokens, one rank behind the other, each of the row's is."""
     to_ranks: Array
     """[T] int64: which of the row's tokens each of all ranks' is."""
+    recurrence: Recurrence[Array] | None = None
+    """For recurrent layers; None: the model has none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +90,8 @@ class ModelRow(Generic[Array]):
     last_stages: RowStages[Array] | None
     """Of the model's last layer, where it computes the output of some rows only."""
     recurrence: Recurrence[Array] | None = None
-    """For recurrent layers; None: the model has none."""
+    """Of the rank's tokens, for recurrent layers that do not exchange heads; None: the model has
+    none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

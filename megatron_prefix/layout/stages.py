@@ -154,7 +154,36 @@ class Wave(Generic[Array]):
 
     chunks: slice
     before: Array
-    """[n] int64: the chunk before each one, counted from the first of the wave before."""
+    """[n] int64: the chunk before each one, counted from the first of the wave before. In a rank's
+    first wave, which of `SharedStates.begins` it begins with, or their number for none; [0] where
+    no chunk of the first wave has a state before it."""
+    pieces: int = 0
+    """So many of the first chunks lie in pieces, see `SharedStates`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SharedStates(Generic[Array]):
+    """The states that context-parallel ranks need of each other.
+
+    A piece is a rank's early or late chunk of a sharded segment; P pieces of all ranks. In order,
+    each piece comes behind the one before it on its path, in waves.
+    """
+
+    pieces_of_ranks: tuple[int, ...]
+    """[ranks] pieces of each rank, longer ones first."""
+    begins_of_ranks: tuple[int, ...]
+    """[ranks] states that runs of each rank begin with."""
+    source: Array
+    """[P] int64: where each piece, in order, is among those of all ranks, rank after rank."""
+    waves: tuple[Wave[Array], ...]
+    """Of pieces in order."""
+    begins: Array
+    """[begins] int64: the piece, in order, behind which each of these states lies; rank after
+    rank."""
+    own_begins: slice
+    """Those of this rank."""
+    own_pieces: Array
+    """[n] int64: the rank's pieces, in order."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -162,7 +191,8 @@ class Recurrence(Generic[Array]):
     """The paths of a row's T tokens. Index T stands for none: a row of zeros behind the tokens."""
 
     inputs: Array
-    """[T, width] int64: the last inputs of each token along its path, its own last."""
+    """[T, width] int64: the last inputs of each token along its path, its own last. Behind the
+    tokens are those of `halo`, and then the row of zeros."""
     chunks: Array
     """[C, size] int64: the tokens of each chunk, wave after wave, filled up with T."""
     waves: tuple[Wave[Array], ...]
@@ -170,3 +200,7 @@ class Recurrence(Generic[Array]):
     """[T] int64: where each token is among the C * size places of the chunks; 0 on padding."""
     real: Array
     """[T] bool: not padding."""
+    halo: HaloRows[Array] | None = None
+    """Inputs from other ranks; None: no rank needs any."""
+    states: SharedStates[Array] | None = None
+    """None: no segment is sharded."""

@@ -96,7 +96,7 @@ def windowed_stages(
     halo, root_rows = None, len(elsewhere)
     if len(ranks) > 1:
         assert num_root == 0, "no series of rows with context parallelism"
-        halo, elsewhere = _exchange(layout, ranks, rank, window, place)
+        halo, elsewhere = exchanged_halo(layout, ranks, rank, window, place)
     num_keys = len(own.rows) + len(elsewhere)
     place[elsewhere] = np.arange(len(own.rows), num_keys)
     return [
@@ -147,12 +147,13 @@ def _stage(
     return dataclasses.replace(stage, on=on, copies=copies)
 
 
-def _exchange(
+def exchanged_halo(
     layout: PackedLayout, ranks: Sequence[RankRows], rank: int, window: int, place: np.ndarray
 ) -> tuple[HaloRows[np.ndarray] | None, np.ndarray]:
     """What this rank sends and receives (None: no rank does), and the positions it receives.
 
     Args:
+        window: rows of the path before a run that its halo has.
         place: of each position of the packed row in the rank's.
     """
     asked = positions_asked_for(layout, ranks, window)

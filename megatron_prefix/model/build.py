@@ -21,9 +21,13 @@ from megatron_prefix.attention.row_attention import head_dim
 from megatron_prefix.attention.windows import model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
+from megatron_prefix.layers.all_heads_norm import norm_over_all_heads
 from megatron_prefix.layers.predicting_model import prefix_gpt_model
 from megatron_prefix.layers.router import has_statistics
-from megatron_prefix.layout import LatentShape, ModelShape
+from megatron_prefix.layout import LatentShape, ModelShape, RecurrentShape
+from megatron_prefix.layout.recurrence import CHUNK_TOKENS
+from megatron_prefix.megatron.expert_biases import let_experts_have_biases
+from megatron_prefix.megatron.gated_delta_net import hybrid_block_spec, recurrent_layers
 from megatron_prefix.megatron.latent_attention import complete_local_spec
 from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.releases import have_transformer_engine
@@ -51,9 +55,10 @@ def build_gpt_model(
     pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage)
     post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage)
     transformer_engine = use_transformer_engine(config)
-    spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=transformer_engine, vp_stage=vp_stage
-    )
+    make_spec = hybrid_block_spec if any(recurrent_layers(config)) else get_gpt_decoder_block_spec
+    spec = make_spec(config, use_transformer_engine=transformer_engine, vp_stage=vp_stage)
+    if model.qk_norm_all_heads:
+        norm_over_all_heads(spec)
     predictions = None
     if config.mtp_num_layers:
         predictions = get_gpt_mtp_block_spec(
@@ -65,7 +70,7 @@ def build_gpt_model(
     elif config.multi_latent_attention:
         complete_local_spec(spec)
     with_predictions = shared_prefixes and config.mtp_num_layers
-    return (prefix_gpt_model() if with_predictions else GPTModel)(
+    built = (prefix_gpt_model() if with_predictions else GPTModel)(
         config=config,
         transformer_layer_spec=spec,
         mtp_block_spec=predictions,
@@ -85,6 +90,8 @@ def build_gpt_model(
         rope_scaling_factor=model.rope_scaling_factor,
         vp_stage=vp_stage,
     )
+    let_experts_have_biases(built)
+    return built
 
 
 class HasVocabulary(Protocol):
@@ -107,6 +114,10 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         }
     if config.mtp_num_layers:
         of_kind |= {"whole_last_layer": True, "prediction_depths": config.mtp_num_layers}
+    recurrent = recurrent_layers(config)
+    windowed = windowed_layers(config)
+    if windowed and recurrent:
+        windowed = tuple(w and not r for w, r in zip(windowed, recurrent, strict=True))
     return ModelShape(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -116,9 +127,11 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         kv_channels=head_dim(config),
         vocab_size=model.vocab_size,
         gated_linear_unit=config.gated_linear_unit,
-        windowed_layers=windowed_layers(config),
+        windowed_layers=windowed,
         window=model_window(config) or 0,
         latent=_latent_shape(config),
+        recurrent_layers=recurrent,
+        recurrent=_recurrent_shape(config) if any(recurrent) else None,
         **of_kind,
     )
 
@@ -131,6 +144,17 @@ def _latent_shape(config: TransformerConfig) -> LatentShape | None:
         rank=config.kv_lora_rank,
         shared_channels=config.qk_pos_emb_head_dim,
         value_channels=config.v_head_dim,
+    )
+
+
+def _recurrent_shape(config: TransformerConfig) -> RecurrentShape:
+    return RecurrentShape(
+        num_key_heads=config.linear_num_key_heads,
+        num_value_heads=config.linear_num_value_heads,
+        key_channels=config.linear_key_head_dim,
+        value_channels=config.linear_value_head_dim,
+        width=config.linear_conv_kernel_dim,
+        chunk_tokens=CHUNK_TOKENS,
     )
 
 

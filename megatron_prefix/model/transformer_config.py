@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions import fused_bias_geglu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
@@ -18,6 +19,7 @@ from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
 from megatron_prefix.megatron.comm_type_list import repair_comm_type_list
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
 from megatron_prefix.megatron.options.layers import MARK_OF_PREDICTING_MODELS
+from megatron_prefix.megatron.recurrent_config import config_with_context_parallelism
 from megatron_prefix.megatron.releases import (
     option,
     position_embedding_types,
@@ -33,6 +35,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "squared_relu": lambda x: torch.pow(F.relu(x), 2),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 
@@ -75,7 +78,7 @@ def transformer_config(
         # Microbatches differ in length, which Megatron's variable lengths only allow with it.
         "moe_token_dispatcher_type": "alltoall",
         **model.transformer,
-        "activation_func": _ACTIVATIONS[model.activation],
+        "activation_func": _activation(model.activation, on_cpu=on_cpu),
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": (
@@ -123,7 +126,7 @@ def transformer_config(
         if model.transformer.get("multi_latent_attention"):
             config = MLATransformerConfig(**options, **_latent_rotary(model))
         else:
-            config = TransformerConfig(**options)
+            config = config_with_context_parallelism(TransformerConfig, **options)
         if model.yarn is not None and not config.multi_latent_attention:
             # Megatron reads these off the config, but does not declare them.
             for name, value in dataclasses.asdict(model.yarn).items():
@@ -141,12 +144,7 @@ def transformer_config(
             f"model.transformer: mrope_section={config.mrope_section} does not go with "
             f"model.position_embedding_type: {model.position_embedding_type}; give both or neither"
         )
-    if getattr(config, "experimental_attention_variant", None) is not None:
-        raise ConfigError(
-            "model.transformer.experimental_attention_variant: "
-            f"{config.experimental_attention_variant} is not built by a run yet, only in a model "
-            "of your own whose spec goes through prefix_grouped; set it to null"
-        )
+    _check_recurrent_layers(model, config, training)
     if training.share_across_microbatches and config.mtp_num_layers:
         raise ConfigError(
             "training.share_across_microbatches: true with model.transformer.mtp_num_layers: "
@@ -179,6 +177,13 @@ def transformer_config(
                 "stages and chunks; change one of them"
             )
     return config
+
+
+def _activation(name: str, *, on_cpu: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    if name == "quick_gelu" and not on_cpu:
+        # Megatron's fusions look for this very function, which torch compiles at its first call.
+        return getattr(fused_bias_geglu, name, _ACTIVATIONS[name])
+    return _ACTIVATIONS[name]
 
 
 def _check_replay(training: TrainingConfig, config: TransformerConfig) -> None:
@@ -222,6 +227,32 @@ def _latent_rotary(model: ModelConfig) -> dict[str, Any]:
             "rounds; set it to true"
         )
     return {**common, **yarn}
+
+
+def _check_recurrent_layers(
+    model: ModelConfig, config: TransformerConfig, training: TrainingConfig
+) -> None:
+    """What does not go with gated delta nets, and where they are in the model."""
+    every = option(config, "linear_attention_freq")
+    name = "model.transformer.linear_attention_freq"
+    if option(config, "experimental_attention_variant") is None:
+        if every is not None:
+            raise ConfigError(
+                f"{name}: {every} needs model.transformer.experimental_attention_variant: "
+                "gated_delta_net; set that, or remove it"
+            )
+        return
+    if isinstance(every, list) and len(every) != config.num_layers:
+        raise ConfigError(f"{name}: {every} needs one entry for each of {config.num_layers} layers")
+    if isinstance(every, int) and every < 1:
+        raise ConfigError(f"{name}: {every} must be at least 1: one in so many layers attends")
+    if training.share_across_microbatches:
+        raise ConfigError(
+            "training.share_across_microbatches: true with "
+            "model.transformer.experimental_attention_variant: "
+            f"{config.experimental_attention_variant}: the state behind a prompt is not handed to "
+            "later rows yet; set share_across_microbatches: false"
+        )
 
 
 def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:

@@ -20,7 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prefix.layout.cost import LatentShape, ModelShape
+from megatron_prefix.layout.cost import ModelShape
+from megatron_prefix.layout.layer_shapes import LatentShape
 from megatron_prefix.planning.latent_memory import (
     latent_expansion,
     latent_kept,
@@ -63,8 +64,11 @@ class MemoryModel:
     """Rotated channels of a head; 0 without rotary embedding."""
     rms_norm: bool = True
     qk_norm: bool = False
+    qk_norm_all_heads: bool = False
     qkv_bias: bool = False
     linear_bias: bool = False
+    sinks: bool = False
+    shared_expert_gate: bool = False
     mlp_widths: int = 3
     """Tensors of the MLP's width f that are kept from its first product's output to its second
     one's input."""
@@ -97,16 +101,17 @@ class MemoryModel:
         if s.latent is None:
             dense = (q + 2 * kv) // tp * h + q // tp * h
             dense += (q + 2 * kv) // tp * (self.qkv_bias or biases)
-            normed = 2 * s.kv_channels
+            normed = q + kv if self.qk_norm_all_heads else 2 * s.kv_channels
         else:
             dense = latent_parameters(s, s.latent, tensor=tp, whole_down=self.fused)
             normed = s.latent.query_rank + s.latent.rank
         dense += h * biases + 2 * norm * h + norm * normed * self.qk_norm
+        dense += s.num_attention_heads // tp * self.sinks
         first = 2 if s.gated_linear_unit else 1
         if not self.moe_layers[layer]:
             f = s.ffn_hidden_size // tp
             return dense + (first + 1) * f * h + (first * f + h) * biases, 0
-        dense += s.num_experts * h
+        dense += s.num_experts * (h + biases) + h * self.shared_expert_gate
         shared = s.moe_shared_expert_ffn_hidden_size // tp
         dense += (first + 1) * shared * h + (first * shared + h) * (biases and shared > 0)
         f = s.moe_ffn_hidden_size // ranks.expert_tensor
@@ -313,7 +318,8 @@ class MemoryModel:
         )
         shared = self.mlp_widths * s.moe_shared_expert_ffn_hidden_size // ranks.tensor * b
         routing = s.num_experts * (b + 1) + k * (2 * _INDEX + self.wide + b)
-        return experts + tokens * shared + tokens // ranks.sequence * routing
+        gated = s.hidden_size * b * self.shared_expert_gate
+        return experts + tokens * shared + tokens // ranks.sequence * (routing + gated)
 
     def _layer_backward(
         self, layer: int, tokens: int, labels: int, ranks: RankSizes, copies: int
@@ -364,11 +370,15 @@ class MemoryModel:
         return self.fused or not self.rms_norm or self.element == self.wide
 
     def _head_norm(self, width: int, *, copied: bool) -> int:
-        """Bytes per token that a norm over each head of a width keeps, beside its output.
+        """Bytes per token that a norm over heads of a width keeps, beside its output.
 
         `copied`: its input is nothing else's (the queries of a group are gathered from between the
         keys).
         """
+        if self.qk_norm_all_heads:
+            same = self.element == self.wide
+            own = copied * width * self.element if same else width * self.wide
+            return own + width * self.element + self.wide
         statistics = width // self.shape.kv_channels * self.wide
         if self.fused or not self.rms_norm:
             return copied * width * self.element + statistics * (1 if self.rms_norm else 2)

@@ -42,9 +42,12 @@ def memory_model(
         rotary_channels=int(config.kv_channels * model.rotary_percent) if rotary else 0,
         rms_norm=config.normalization == "RMSNorm",
         qk_norm=config.qk_layernorm,
+        qk_norm_all_heads=model.qk_norm_all_heads,
         qkv_bias=config.add_qkv_bias,
         linear_bias=config.add_bias_linear,
-        mlp_widths=_mlp_widths(config, fused=fused),
+        sinks=option(config, "softmax_type") == "learnable",
+        shared_expert_gate=bool(option(config, "moe_shared_expert_gate")),
+        mlp_widths=_mlp_widths(model.activation, config, fused=fused),
         fused=fused,
         dtype=training.dtype,
         recompute=training.recompute,
@@ -53,14 +56,18 @@ def memory_model(
     )
 
 
-def _mlp_widths(config: TransformerConfig, *, fused: bool) -> int:
+def _mlp_widths(activation: str, config: TransformerConfig, *, fused: bool) -> int:
     if not config.gated_linear_unit:
         # relu keeps its output, which the second product keeps too.
         return 1 if config.activation_func is F.relu else 2
-    if fused and config.bias_activation_fusion and config.activation_func is F.silu:
+    if fused and config.bias_activation_fusion and activation in ("silu", "quick_gelu"):
         return 3
     # Both halves, the activated one, the product; and the other half plus an offset.
-    return 4 + gate_has_offset()
+    widths = 4 + gate_has_offset()
+    if activation == "quick_gelu":
+        widths += 1  # the sigmoid
+    # The half that is clamped before it is activated.
+    return widths + (option(config, "activation_func_clamp_value") is not None)
 
 
 def rank_sizes(

@@ -35,8 +35,12 @@ class BatchBuilder:
             "turn_rewards": _OptionalArray(np.float64, absent=np.nan),
             "advantages": _OptionalArray(np.float64, absent=np.nan),
             "keys": _OptionalArray(np.int64, absent=0),
+            "position_shifts": _OptionalArray(np.int32, absent=0, of_item=(3,)),
         }
-        self._prompt_keys = _OptionalArray(np.int64, absent=0)
+        self._of_prompts = {
+            "prompt_keys": _OptionalArray(np.int64, absent=0),
+            "prompt_position_shifts": _OptionalArray(np.int32, absent=0, of_item=(3,)),
+        }
         self._routes: _GrowingArray | None = None
         self._named_rewards: dict[str, _OptionalArray] = {}
         self._known: dict[bool, str] = {}
@@ -60,7 +64,8 @@ class BatchBuilder:
         check_all_or_none(self._known)
         for name, array in self._optional.items():
             array.extend(getattr(batch, name), len(batch.response_tokens))
-        self._prompt_keys.extend(batch.prompt_keys, len(batch.prompt_tokens))
+        for name, array in self._of_prompts.items():
+            array.extend(getattr(batch, name), len(batch.prompt_tokens))
         self._add_routes(batch)
         self._add_named_rewards(batch)
         self._prompt_tokens.extend(batch.prompt_tokens)
@@ -111,7 +116,7 @@ class BatchBuilder:
             },
             old_logprobs=self._old_logprobs.finish() if True in self._known else None,
             **{name: array.finish() for name, array in self._optional.items()},
-            prompt_keys=self._prompt_keys.finish(),
+            **{name: array.finish() for name, array in self._of_prompts.items()},
             routes=None if self._routes is None else self._routes.finish(),
             finished=self._finished.finish(),
             policy_versions=self._policy_versions.finish(),
@@ -149,9 +154,9 @@ class _GrowingArray:
 class _OptionalArray:
     """Values of tokens or responses that some groups have; those of all others are `absent`."""
 
-    def __init__(self, dtype: type, *, absent: float) -> None:
-        self._array = _GrowingArray(dtype)
-        self._absent = absent
+    def __init__(self, dtype: type, *, absent: float, of_item: tuple[int, ...] = ()) -> None:
+        self._array = _GrowingArray(dtype, of_item)
+        self._absent, self._of_item = absent, of_item
         self._missing = 0
         """How many there are so far, while no group has had any."""
         self._is_there = False
@@ -163,8 +168,11 @@ class _OptionalArray:
             return
         if not self._is_there:
             self._is_there = True
-            self._array.extend(np.full(self._missing, self._absent))
-        self._array.extend(np.full(count, self._absent) if values is None else values)
+            self._array.extend(self._absent_values(self._missing))
+        self._array.extend(self._absent_values(count) if values is None else values)
+
+    def _absent_values(self, count: int) -> NDArray:
+        return np.full((count, *self._of_item), self._absent)
 
     def finish(self) -> NDArray | None:
         return self._array.finish() if self._is_there else None

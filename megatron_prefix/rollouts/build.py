@@ -250,6 +250,7 @@ def _file_engine(
         reward_weights=config.objective.reward_weights,
         is_corrected=config.objective.correction is not None,
         routes=route_reader(config),
+        has_mrope=config.model.position_embedding_type == "mrope",
         **reading,
     )
 

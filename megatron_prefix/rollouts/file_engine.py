@@ -13,7 +13,8 @@ Instead of the rewards there may be an "answer" for a reward function. Optional 
 (numbers) and "loss_mask" (true or false: whether a token is trained on), one for each token of the
 responses, and "finished" (true or false), one for each response. "prompt_keys" and "keys" (whole
 numbers), one for each token of the prompt and of the responses, tell tokens of one id apart.
-"routed_experts" are the experts that each token was sent to (`routes`).
+"routed_experts" are the experts that each token was sent to (`routes`), "prompt_positions" and
+"positions" the three positions of each token in a model with mRoPE (`positions`).
 Rewards may be several by name (`named_rewards`). "turn_rewards" stand in place of rewards, and
 "advantages" beside them. Null is as good as absent, and fields of other names are passed over.
 `record_forms` reads the records of other programs.
@@ -61,6 +62,7 @@ class FileEngine:
         usable: Usable | None = None,
         is_corrected: bool = False,
         routes: RouteReader | None = None,
+        has_mrope: bool = False,
         reads: bool = True,
         run_alone: RunAlone = lambda read: read(),
         epochs: int | None = None,
@@ -78,6 +80,7 @@ class FileEngine:
             usable: what becomes of groups that the model cannot train on; None: they are errors.
             is_corrected: see `validate_group`.
             routes: reads the routes that all records must have; None: no record may have any.
+            has_mrope: whether the model has mRoPE; without it no record may have positions.
             reads: whether this rank reads; a rank that does not needs no files.
             run_alone: on several ranks, what runs a function on the rank that reads; the other
                 ranks wait for it.
@@ -100,6 +103,7 @@ class FileEngine:
                 usable=usable,
                 is_corrected=is_corrected,
                 routes=routes,
+                has_mrope=has_mrope,
             )
             self._stream = RecordStream(paths, reader.read, epochs=epochs, as_arrays=True)
 

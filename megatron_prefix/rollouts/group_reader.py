@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_prefix.rollouts.named_rewards import weighted_record
 from megatron_prefix.rollouts.parsing import (
@@ -18,11 +19,13 @@ from megatron_prefix.rollouts.parsing import (
     parse_response,
     response_field,
 )
+from megatron_prefix.rollouts.positions import FIELDS as POSITIONS
+from megatron_prefix.rollouts.positions import read_positions, with_positions
 from megatron_prefix.rollouts.record import START, FilePosition, Record
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, plain_tokens
 from megatron_prefix.rollouts.routes import FIELD as ROUTES
-from megatron_prefix.rollouts.routes import RouteReader, values_of_responses
+from megatron_prefix.rollouts.routes import RouteReader, of_each_response
 from megatron_prefix.rollouts.usable import Usable
 from megatron_prefix.rollouts.validation import (
     FieldName,
@@ -69,6 +72,7 @@ class GroupReader:
         usable: Usable | None = None,
         is_corrected: bool = False,
         routes: RouteReader | None = None,
+        has_mrope: bool = False,
     ) -> None:
         """Nothing is read yet.
 
@@ -82,8 +86,10 @@ class GroupReader:
             usable: what becomes of groups that the model cannot train on; None: they are errors.
             is_corrected: see `validate_group`.
             routes: reads the routes that all records must have; None: no record may have any.
+            has_mrope: whether the model has mRoPE; without it no record may have positions.
         """
         self._routes = routes
+        self._has_mrope = has_mrope
         self._is_corrected = is_corrected
         self._usable = usable or Usable()
         self._reward_weights = reward_weights
@@ -121,10 +127,13 @@ class GroupReader:
         if self._lacks_rewards(record, "rewards"):
             unrewarded = (Unrewarded(first=0, group=batch.group(0)),)
         self._check_size(record.source, batch.num_responses)
+        self._check_positions(record)
+        if any(name in record.values for name in POSITIONS):
+            batch = self._with_positions(batch, record)
         routes = self._routes_of(record)
         if self._routes is not None:
             where = f"{record.source}: {ROUTES}"
-            values = values_of_responses(routes, where, batch.num_responses)
+            values = of_each_response(routes, where, batch.num_responses)
             names = [f"{where}[{response}]" for response in range(len(values))]
             batch = self._routes.of_group(batch, values, names)
         return ReadGroup(batch=batch, unrewarded=unrewarded)
@@ -134,6 +143,7 @@ class GroupReader:
         parts: list[RolloutGroup] = []
         unrewarded: list[Unrewarded] = []
         routes: list[tuple[Any, str]] = []
+        positions: list[tuple[NDArray | None, NDArray | None]] = []
         end = START
         for record in records:
             end = record.end
@@ -142,6 +152,9 @@ class GroupReader:
             if self._lacks_rewards(record, "reward"):
                 unrewarded.append(Unrewarded(first=len(parts), group=part))
             routes.append((self._routes_of(record), f"{record.source}: {ROUTES}"))
+            self._check_positions(record)
+            positions.append(_positions_of_response(record, part))
+            _check_same_positions(name, positions, parts[:1] or [part], part)
             parts.append(part)
             _check_same_group(name, parts[0], part)
             # At once: a file in which every record has the same group must not be read to its end.
@@ -173,6 +186,8 @@ class GroupReader:
         )
         self._check_size(group.source, len(parts))
         batch = RolloutBatch.from_groups([group])
+        if any(found is not None for of_part in positions for found in of_part):
+            batch = with_positions(batch, positions[0][0], [own for _, own in positions])
         if self._routes is not None:
             batch = self._routes.of_group(batch, *zip(*routes, strict=True))
         return ReadGroup(batch=batch, unrewarded=tuple(unrewarded)), end
@@ -192,6 +207,29 @@ class GroupReader:
                 "null"
             )
         return record.values.get(ROUTES)
+
+    def _check_positions(self, record: Record) -> None:
+        """Refuse positions of a model without mRoPE."""
+        for name in POSITIONS:
+            if name in record.values and not self._has_mrope:
+                raise ValueError(
+                    f"{record.source}: {name}: only a model with mRoPE has positions of its own "
+                    "(model.position_embedding_type: mrope); leave them out"
+                )
+
+    def _with_positions(self, batch: RolloutBatch, record: Record) -> RolloutBatch:
+        """The group of a record that holds a whole one and has positions."""
+        prompt = _read_optional(record, POSITIONS[0], len(batch.prompt_tokens))
+        lengths = np.diff(batch.response_offsets).tolist()
+        found: list[NDArray | None] = [None] * len(lengths)
+        if POSITIONS[1] in record.values:
+            where = f"{record.source}: {POSITIONS[1]}"
+            values = of_each_response(record.values[POSITIONS[1]], where, len(lengths))
+            found = [
+                read_positions(value, f"{where}[{index}]", lengths[index])
+                for index, value in enumerate(values)
+            ]
+        return with_positions(batch, prompt, found)
 
     def _validate(self, group: RolloutGroup, field_name: FieldName) -> None:
         validate_group(
@@ -241,6 +279,37 @@ def _consecutive_group(record: Record) -> Any:
     """Equal for neighbouring records of one group; a record of a whole group equals none."""
     name = group_id(record)
     return object() if name is None else name
+
+
+def _read_optional(record: Record, name: str, num_tokens: int) -> NDArray | None:
+    if name not in record.values:
+        return None
+    return read_positions(record.values[name], f"{record.source}: {name}", num_tokens)
+
+
+def _positions_of_response(
+    record: Record, part: RolloutGroup
+) -> tuple[NDArray | None, NDArray | None]:
+    """Those of the prompt and of the response of a record of one response."""
+    (response,) = part.responses
+    lengths = (len(part.prompt), len(response))
+    prompt, own = (_read_optional(record, *of) for of in zip(POSITIONS, lengths, strict=True))
+    return prompt, own
+
+
+def _check_same_positions(
+    name: str | int,
+    positions: Sequence[tuple[NDArray | None, NDArray | None]],
+    first: Sequence[RolloutGroup],
+    part: RolloutGroup,
+) -> None:
+    """Refuse positions of the last record's prompt that are not those of the first one's."""
+    known, found = positions[0][0], positions[-1][0]
+    if (known is None) != (found is None) or not np.array_equal(known, found):
+        raise ValueError(
+            f"{part.source}: {POSITIONS[0]}: group {name!r} of different prompts; their positions "
+            f"differ from those of {first[0].source}"
+        )
 
 
 def _check_same_group(name: str | int, first: RolloutGroup, part: RolloutGroup) -> None:

@@ -39,6 +39,8 @@ FIELDS = (
     "prompt_keys",
     "keys",
     "routed_experts",
+    "prompt_positions",
+    "positions",
 )
 _FLAT_NAMES = {"responses": "response", "rewards": "reward"}
 
@@ -235,7 +237,8 @@ def refuse_prompt_keys(record: Record) -> None:
 @lru_cache(maxsize=1024)
 def _misspelt(name: str) -> str | None:
     """The field that a name nearly is. One lost to a slip would change what is trained on."""
-    if name in FIELDS or name.lower() == "key":  # which names a record more often than it is a slip
+    # The last two say something of a record more often than they are slips.
+    if name in FIELDS or name.lower() in ("key", "position"):
         return None
     close = difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.85)
     return close[0] if close else None

@@ -53,7 +53,7 @@ class _Form:
 
 
 _TOKENS_OF_OTHERS = ("response_mask", "rollout_log_probs", "old_log_probs", "token_level_scores")
-_KEYS = ("prompt_keys", "keys", "routed_experts")
+_KEYS = ("prompt_keys", "keys", "routed_experts", "prompt_positions", "positions")
 _VERL = _Form(
     known_by=("prompts", "response_mask"),
     not_read=("loss_mask", "old_logprobs", "logprobs", *_KEYS),
@@ -243,7 +243,7 @@ _WHOLE = {"response": "responses", "reward": "rewards"}
 
 _OF_RESPONSES = (
     *("old_logprobs", "loss_mask", "turn_rewards", "advantages", "finished"),
-    *("keys", "routed_experts"),
+    *("keys", "routed_experts", "positions"),
 )
 """Fields of one response that have the same name there."""
 

@@ -56,6 +56,11 @@ class RolloutGroup:
     whole number. Tokens are shared where ids and keys agree. None: all are 0."""
     keys: Sequence[Tokens] | None = None
     """The same for each response and each of its tokens."""
+    prompt_position_shifts: NDArray | None = None
+    """[prompt tokens, 3] for a model with mRoPE: time, height and width of each token, less its
+    place in its sequence; None: all are 0."""
+    position_shifts: Sequence[NDArray] | None = None
+    """[tokens, 3] the same for each response."""
     routes: Sequence[NDArray] | None = None
     """For each response [inputs, layers with experts, topk]: the experts that each token of the
     prompt and of the response, but the last, is sent to; None: the model's routers choose."""
@@ -102,6 +107,10 @@ class RolloutBatch:
     """[P] what the ids of tokens leave open, see `RolloutGroup.prompt_keys`; None: all are 0."""
     keys: NDArray[np.int64] | None = None
     """[T] the same for responses."""
+    prompt_position_shifts: NDArray[np.int32] | None = None
+    """[P, 3] see `RolloutGroup.prompt_position_shifts`; None: all are 0."""
+    position_shifts: NDArray[np.int32] | None = None
+    """[T, 3] the same for responses; given where those of prompts are."""
     routes: NDArray | None = None
     """[S, layers with experts, topk] see `RolloutGroup.routes`; None: no group has any."""
     finished: NDArray[np.int8]
@@ -124,9 +133,11 @@ class RolloutBatch:
         assert self.prompt_offsets[-1] == len(self.prompt_tokens)
         assert self.response_offsets[-1] == len(self.response_tokens)
         per_token = (self.old_logprobs, self.loss_mask, self.turn_rewards, self.advantages)
-        for values in (*per_token, self.keys):
+        for values in (*per_token, self.keys, self.position_shifts):
             assert values is None or len(values) == len(self.response_tokens)
-        assert self.prompt_keys is None or len(self.prompt_keys) == len(self.prompt_tokens)
+        for values in (self.prompt_keys, self.prompt_position_shifts):
+            assert values is None or len(values) == len(self.prompt_tokens)
+        assert (self.position_shifts is None) == (self.prompt_position_shifts is None)
         assert self.routes is None or len(self.routes) == self.sequence_offsets[-1]
 
     @classmethod
@@ -164,6 +175,7 @@ class RolloutBatch:
             advantages=_of_tokens(groups, "advantages", np.float64, absent=np.nan),
             prompt_keys=None if prompt_keys is None else _joined(prompt_keys, np.int64),
             keys=_of_tokens(groups, "keys", np.int64, absent=0),
+            **_position_shifts(groups),
             routes=_routes(groups),
             finished=_joined([_finished(group) for group in groups], np.int8),
             policy_versions=np.array(
@@ -238,6 +250,16 @@ class RolloutBatch:
                 None if self.prompt_keys is None else self.prompt_keys[self._prompt_range(index)]
             ),
             keys=None if self.keys is None else tuple(self.keys[part] for part in tokens),
+            prompt_position_shifts=(
+                None
+                if self.prompt_position_shifts is None
+                else self.prompt_position_shifts[self._prompt_range(index)]
+            ),
+            position_shifts=(
+                None
+                if self.position_shifts is None
+                else tuple(self.position_shifts[part] for part in tokens)
+            ),
             routes=None if self.routes is None else tuple(map(self.routes_of, responses)),
             finished=None if (finished == UNKNOWN).any() else finished == 1,
             answer=self.answers[index],
@@ -281,6 +303,7 @@ class RolloutBatch:
             has_loss_mask=self.loss_mask is not None,
             has_prompt_keys=self.prompt_keys is not None,
             has_keys=self.keys is not None,
+            has_position_shifts=self.position_shifts is not None,
             no_routes=None if self.routes is None else np.empty_like(self.routes[:0]),
             prompt_routes=None if self.routes is None else self._prompt_routes(),
         )
@@ -298,15 +321,18 @@ class RolloutBatch:
         )
 
     def _repeated(self) -> NDArray[np.bool_]:
-        """[R] whether an earlier response of its group has the same tokens, keys and routes."""
+        """See `RolloutSummary.repeated`."""
         repeated = np.zeros(self.num_responses, dtype=np.bool_)
         for group in range(self.num_groups):
-            seen: set[tuple[bytes, bytes, bytes]] = set()
+            seen: set[tuple[bytes, ...]] = set()
             for response in self.responses_of(group):
                 where = self.tokens_of(response)
                 keys = b"" if self.keys is None else self.keys[where].tobytes()
                 routes = b"" if self.routes is None else self.routes_of(response).tobytes()
-                identity = (self.response_tokens[where].tobytes(), keys, routes)
+                shifts = b""
+                if self.position_shifts is not None:
+                    shifts = self.position_shifts[where].tobytes()
+                identity = (self.response_tokens[where].tobytes(), keys, routes, shifts)
                 repeated[response] = identity in seen
                 seen.add(identity)
         return repeated
@@ -351,6 +377,26 @@ def _named_rewards(groups: Sequence[RolloutGroup]) -> dict[str, NDArray[np.float
 def records_of(found: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
     """As `RolloutBatch` has them."""
     return tuple(found) if any(found) else ()
+
+
+def _position_shifts(groups: Sequence[RolloutGroup]) -> dict[str, NDArray[np.int32]]:
+    """Those of prompts and of responses by their names, 0 for groups without; none: no group has
+    any."""
+    if all(g.prompt_position_shifts is None and g.position_shifts is None for g in groups):
+        return {}
+    prompts, responses = [], []
+    for group in groups:
+        of_prompt, of_responses = group.prompt_position_shifts, group.position_shifts
+        prompts.append(_zeros(group.prompt) if of_prompt is None else of_prompt)
+        responses += map(_zeros, group.responses) if of_responses is None else of_responses
+    return {
+        "prompt_position_shifts": np.concatenate(prompts).astype(np.int32, copy=False),
+        "position_shifts": np.concatenate(responses).astype(np.int32, copy=False),
+    }
+
+
+def _zeros(tokens: Tokens) -> NDArray[np.int32]:
+    return np.zeros((len(tokens), 3), dtype=np.int32)
 
 
 def _routes(groups: Sequence[RolloutGroup]) -> NDArray | None:

@@ -139,7 +139,7 @@ def route_reader(config: RunConfig) -> RouteReader | None:
     return RouteReader(shape=RouteShape.of_model(config.model), prompts_as_first=kind == "first")
 
 
-def values_of_responses(value: Any, where: str, count: int) -> list[Any]:
+def of_each_response(value: Any, where: str, count: int) -> list[Any]:
     """The field of a record that holds a whole group, by response.
 
     Raises:

@@ -69,7 +69,8 @@ class RolloutSummary:
     finished: NDArray[np.int8]
     """[R] as in `RolloutBatch`."""
     repeated: NDArray[np.bool_]
-    """[R] whether an earlier response of its group has the same tokens, keys and routes."""
+    """[R] whether an earlier response of its group has the same tokens, and whatever else their
+    identity is made of: keys, positions and routes."""
     largest_advantages: NDArray[np.float64] | None
     """[R] of the advantages of each response's trained tokens, where they are given for tokens, the
     one farthest from 0; NaN: they come from the reward; None: those of all responses do."""
@@ -79,6 +80,7 @@ class RolloutSummary:
     has_loss_mask: bool
     has_prompt_keys: bool = False
     has_keys: bool = False
+    has_position_shifts: bool = False
     no_routes: NDArray | None = None
     """[0, layers with experts, topk] of the type of the batch's routes; None: it has none."""
     prompt_routes: PromptRoutes | None = None
@@ -115,6 +117,7 @@ class RolloutSummary:
             has_loss_mask=self.has_loss_mask,
             has_prompt_keys=self.has_prompt_keys,
             has_keys=self.has_keys,
+            has_position_shifts=self.has_position_shifts,
             no_routes=self.no_routes,
             prompt_routes=self.prompt_routes and self.prompt_routes.of_responses(responses),
         )

@@ -25,7 +25,7 @@ from megatron_prefix.layers.packed_seq_params import (
     own_routes,
 )
 from megatron_prefix.layers.predictions import prediction_depths
-from megatron_prefix.layout import ModelRow, RankRow
+from megatron_prefix.layout import ModelRow, RankRow, own_values
 from megatron_prefix.layout.stages import Array
 from megatron_prefix.training.entries import RowEntries
 from megatron_prefix.training.predicted import (
@@ -58,9 +58,14 @@ class TrainedEntries(Generic[Array]):
 
 
 BatchArrays = tuple[
-    ModelRow[Array], TrainedEntries[Array], Array | None, tuple[PredictionArrays[Array], ...]
+    ModelRow[Array],
+    TrainedEntries[Array],
+    Array | None,
+    Array | None,
+    tuple[PredictionArrays[Array], ...],
 ]
-"""The row, what is trained on in it, its routes, and what each depth of prediction reads."""
+"""The row, what is trained on in it, its routes, its positions, and what each depth of prediction
+reads."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,12 +81,16 @@ class HostBatch:
     routes: np.ndarray | None = None
     """[T, layers with experts, topk] the experts that each token is sent to; None: the routers
     choose."""
+    mrope_positions: np.ndarray | None = None
+    """[3, T] int64: time, height and width of each token; None: all are its place, or the model
+    has no mRoPE."""
 
     @property
     def arrays(self) -> BatchArrays[np.ndarray]:
         """All that goes to the device."""
         predictions = tuple(of_depth.arrays for of_depth in self.predictions)
-        return self.row.model, self.entries, self.routes, predictions
+        positions = self.mrope_positions
+        return self.row.model, self.entries, self.routes, positions, predictions
 
 
 @dataclass(kw_only=True)
@@ -132,6 +141,7 @@ def host_batch(
     router_losses: RouterLossScale | None = None,
     predictions: tuple[HostPredictions, ...] = (),
     routes: np.ndarray | None = None,
+    mrope_positions: np.ndarray | None = None,
 ) -> HostBatch:
     """A microbatch of what is trained on in a rank's part of a row.
 
@@ -142,6 +152,7 @@ def host_batch(
         router_losses: see `PrefixPackedSeqParams`.
         predictions: of the rank, see `HostBatch`.
         routes: of the whole packed row, see `HostBatch`.
+        mrope_positions: [tokens, 3] of the whole packed row.
     """
     # Where this rank has each position of the packed row, -1 for those of other ranks.
     last = int(max(row.rows.max(initial=-1), entries.positions.max(initial=-1)))
@@ -165,6 +176,11 @@ def host_batch(
         router_losses=router_losses,
         predictions=predictions,
         routes=None if routes is None else own_routes(routes, row.rows),
+        mrope_positions=(
+            None
+            if mrope_positions is None
+            else np.ascontiguousarray(own_values(mrope_positions, row.rows).T)
+        ),
     )
 
 
@@ -194,7 +210,7 @@ def packed_batch(
         setup: of the model.
         root, keeps_root: see `PrefixPackedSeqParams.from_row`.
     """
-    model, entries, routes, predictions = tensors
+    model, entries, routes, positions, predictions = tensors
     params = PrefixPackedSeqParams.from_row(
         host.row,
         model,
@@ -203,6 +219,7 @@ def packed_batch(
         keeps_root=keeps_root,
         router_losses=host.router_losses,
         routes=routes,
+        mrope_positions=positions,
     )
     if host.predictions:
         params.predictions = prediction_depths(

@@ -27,11 +27,13 @@ def plan_batch(
     num_ranks: int = 1,
     comm_types: Collection[CommType] = ("all_gather",),
     window: int | None = None,
+    recurrence_width: int | None = None,
     trim_last_layer: bool = False,
     output_multiple: int = 1,
     router_losses: RouterLossScale | None = None,
     prediction: PredictionPlan | None = None,
     routes: Sequence[np.ndarray] | None = None,
+    position_shifts: Sequence[np.ndarray] | None = None,
 ) -> HostBatch:
     """Plan this rank's part of a packed row, and what is trained on in it.
 
@@ -44,6 +46,7 @@ def plan_batch(
         rank, num_ranks: of the context-parallel ranks that the row is distributed over.
         comm_types: how the model's layers communicate.
         window: of the model's layers with a sliding window; None: it has none.
+        recurrence_width: of the model's recurrent layers; None: it has none.
         trim_last_layer: the model's output has only the rows that are trained on (and some that
             come with them), and its last layer computes no others; see `rank_row`.
         output_multiple: such an output's length is a multiple of this.
@@ -51,6 +54,8 @@ def plan_batch(
         prediction: of a model with multi-token prediction; not with a trimmed last layer.
         routes: of each sequence [length - 1, layers, topk], that have been checked; None: the
             routers choose.
+        position_shifts: of each sequence [length - 1, 3], for a model with mRoPE: by how much its
+            inputs' positions differ from their places; None: all are 0.
 
     Raises:
         ValueError: a sequence's old log-probabilities do not match its trained tokens, or the row
@@ -65,6 +70,7 @@ def plan_batch(
         needed=entries.positions if trim_last_layer else None,
         multiple=output_multiple,
         window=window,
+        recurrence_width=recurrence_width,
     )
     predictions = ()
     if prediction is not None:
@@ -77,6 +83,9 @@ def plan_batch(
             comm_types=comm_types,
             window=window,
         )
+    positions = None
+    if position_shifts:
+        positions = layout.scatter_inputs(position_shifts) + layout.position_ids[:, None]
     return host_batch(
         row,
         entries,
@@ -85,6 +94,7 @@ def plan_batch(
         predictions=predictions,
         # A row without sequences is padding, which may go anywhere.
         routes=scatter_routes(layout, routes) if routes else None,
+        mrope_positions=positions,
     )
 
 
@@ -105,6 +115,7 @@ def build_batch(
         num_ranks=setup.num_ranks,
         comm_types=setup.comm_types,
         window=setup.window,
+        recurrence_width=setup.recurrence_width,
         trim_last_layer=trim_last_layer,
         output_multiple=output_multiple,
         router_losses=router_losses,

@@ -45,7 +45,8 @@ class _Row:
     sequences: Sequence[TrainedSequence]
     """Of the tree."""
     routes: Sequence[np.ndarray] | None
-    """Of the tree's sequences, see `plan_batch`."""
+    """Of the tree's sequences, see `plan_batch`; so are `position_shifts`."""
+    position_shifts: Sequence[np.ndarray] | None
     flops: int
     """Forward FLOPs of what the row runs."""
     root_elsewhere: bool = False
@@ -100,11 +101,13 @@ class RowPlanner:
             num_ranks=attention.num_ranks,
             comm_types=attention.comm_types,
             window=attention.window,
+            recurrence_width=attention.recurrence_width,
             trim_last_layer=packing.trim_last_layer,
             output_multiple=packing.pad_to_multiple // attention.num_ranks,
             router_losses=router_losses,
             prediction=self._prediction(),
             routes=row.routes,
+            position_shifts=row.position_shifts,
         )
         return PlannedMicrobatch(batch=batch, tokens=layout.num_tokens, flops=row.flops)
 
@@ -128,8 +131,14 @@ class RowPlanner:
         count = sum(row.tree.num_sequences for row in parts)
         tree, nothing = PrefixTree.from_sequences([root] * count), [none] * count
         flops = self._node_flops(tree, nothing)[0]
-        routes = parts[0].routes and [parts[0].routes[0][: len(root) - 1]] * count
-        return [_Row(tree=tree, sequences=nothing, routes=routes, flops=flops), *parts]
+        routes, shifts = (
+            values and [values[0][: len(root) - 1]] * count
+            for values in (parts[0].routes, parts[0].position_shifts)
+        )
+        of_root = _Row(
+            tree=tree, sequences=nothing, routes=routes, position_shifts=shifts, flops=flops
+        )
+        return [of_root, *parts]
 
     def _row(
         self, tree: PrefixTree, slices: Sequence[GroupSlice], *, root_elsewhere: bool = False
@@ -143,11 +152,13 @@ class RowPlanner:
         routes = None
         if self.share.routes is not None:
             routes = [self.share.routes_of(response) for _, response in responses]
+        shifts = [self.share.position_shifts_of(group, response) for group, response in responses]
         flops = self._node_flops(tree, sequences)
         return _Row(
             tree=tree,
             sequences=sequences,
             routes=routes,
+            position_shifts=[found[:-1] for found in shifts if found is not None] or None,
             flops=sum(flops[1:] if root_elsewhere else flops),
             root_elsewhere=root_elsewhere,
         )

@@ -3,9 +3,9 @@
 Rank 0 has the whole rollout batch. Every rank knows the lengths of all of it, so all come to the
 same plan, and each knows how much it will get: the responses that its data-parallel rank runs, and
 the prompts of their groups, in the order of the batch. Prompts, responses, and what there is of
-log-probabilities, masks, advantages, keys and routes of tokens are sent one after the other, each
-to all ranks in one scatter, for which shorter shares are padded. The plan has made the ranks' work,
-and so nearly their lengths, even. Ranks of one model replica get the same.
+log-probabilities, masks, advantages, keys, positions and routes of tokens are sent one after the
+other, each to all ranks in one scatter, for which shorter shares are padded. The plan has made the
+ranks' work, and so nearly their lengths, even. Ranks of one model replica get the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megatron_prefix.layout.routes import hashed_route_keys
+from megatron_prefix.layout.routes import hashed_keys
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary, offsets_of
 
 
@@ -64,6 +64,8 @@ class ShareSizes:
                     ("advantages", summary.largest_advantages is not None),
                     ("prompt_keys", summary.has_prompt_keys),
                     ("keys", summary.has_keys),
+                    ("prompt_position_shifts", summary.has_position_shifts),
+                    ("position_shifts", summary.has_position_shifts),
                     ("routes", summary.no_routes is not None),
                 )
                 if is_there
@@ -84,6 +86,8 @@ class Share:
     """NaN where they come from the response's reward; None: all do."""
     prompt_keys: NDArray[np.int64] | None = None
     keys: NDArray[np.int64] | None = None
+    prompt_position_shifts: NDArray[np.int32] | None = None
+    position_shifts: NDArray[np.int32] | None = None
     routes: NDArray | None = None
     """[inputs, layers with experts, topk] of the sequences."""
 
@@ -100,10 +104,24 @@ class Share:
         return np.concatenate([prompt, own])
 
     def sequence_keys(self, group: int, response: int) -> NDArray[np.int64] | None:
-        """The keys of what `sequence` returns, in which its routes are; None where there are
-        neither."""
+        """The keys of what `sequence` returns, in which positions and routes are; None where there
+        is nothing of these."""
         keys = self._sequence_keys(group, response)
-        return keys if self.routes is None else hashed_route_keys(self.routes_of(response), keys)
+        shifts = self.position_shifts_of(group, response)
+        if shifts is None and self.routes is None:
+            return keys
+        routes = None if self.routes is None else self.routes_of(response)
+        values = [of for of in (keys, shifts, routes) if of is not None]
+        return hashed_keys(len(self.sequence(group, response)), values)
+
+    def position_shifts_of(self, group: int, response: int) -> NDArray[np.int32] | None:
+        """[tokens, 3] of what `sequence` returns; None where all are 0."""
+        if self.position_shifts is None or self.prompt_position_shifts is None:
+            return None
+        sizes = self.sizes
+        prompt = _part(self.prompt_position_shifts, sizes.prompt_offsets, sizes.groups, group)
+        own = self._of(self.position_shifts, response)
+        return np.concatenate([prompt, own])
 
     def routes_of(self, response: int) -> NDArray:
         """[inputs, layers with experts, topk] of a response's sequence, where there are routes."""
@@ -226,6 +244,8 @@ class _Field:
     """None: that of routes."""
     of: Literal["prompt", "response", "sequence"] = "response"
     """What has so many values as tokens, or as inputs."""
+    of_item: tuple[int, ...] = ()
+    """Shape of a value; but for routes, which say so themselves."""
 
     @property
     def of_groups(self) -> bool:
@@ -238,7 +258,7 @@ class _Field:
     def empty(self, sizes: ShareSizes) -> NDArray:
         """[0, ...] of the field's type and shape."""
         if self.dtype is not None:
-            return np.zeros(0, dtype=self.dtype)
+            return np.zeros((0, *self.of_item), dtype=self.dtype)
         assert sizes.no_routes is not None
         return sizes.no_routes
 
@@ -254,10 +274,14 @@ _FIELDS = (
     _Field(name="advantages", dtype=np.float64),
     _Field(name="prompt_keys", dtype=np.int64, of="prompt"),
     _Field(name="keys", dtype=np.int64),
+    _Field(name="prompt_position_shifts", dtype=np.int32, of="prompt", of_item=(3,)),
+    _Field(name="position_shifts", dtype=np.int32, of_item=(3,)),
     _Field(name="routes", dtype=None, of="sequence"),
 )
 
-_OPTIONAL = ("old_logprobs", "loss_mask", "advantages", "prompt_keys", "keys", "routes")
+_OPTIONAL = tuple(
+    field.name for field in _FIELDS if field.name not in ("prompt_tokens", "response_tokens")
+)
 
 
 def _part(values: NDArray, offsets: NDArray, indices: NDArray, index: int) -> NDArray:

@@ -14,7 +14,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_prefix.attention.comm_types import model_comm_types
-from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.attention.row_attention import (
+    AttentionSetup,
+    has_mrope,
+    recurrence_width,
+)
 from megatron_prefix.attention.windows import model_window
 from megatron_prefix.checkpoints.folder import CheckpointFolder
 from megatron_prefix.checkpoints.initial_weights import check_initial_weights
@@ -105,6 +109,8 @@ class Trainer:
                 context_parallel_group=runtime.context_parallel_group,
                 comm_types=model_comm_types(self.chunks.config),
                 window=model_window(self.chunks.config),
+                recurrence_width=recurrence_width(self.chunks.config),
+                mrope=has_mrope(self.chunks.config),
             ),
         )
         with raise_together():

@@ -25,7 +25,13 @@ from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
 from megatron_prefix.training.step import train_step
 from tests.distributed import RankError, run_distributed
-from tests.megatron.models import TRAINING, model_config, relative_error
+from tests.megatron.models import (
+    HAS_GATED_DELTA_NET,
+    HYBRID,
+    TRAINING,
+    model_config,
+    relative_error,
+)
 from tests.small_disk import SmallDisk
 
 SETTINGS = OptimizerSettings(lr=1e-2, weight_decay=0.1, lr_decay_style="cosine", lr_decay_steps=10)
@@ -55,11 +61,12 @@ def _run(
     save: bool = False,
     dtype: str = "float64",
     sharded: bool = True,
+    transformer: dict[str, Any] | None = None,
 ) -> FullTensors | None:
     """Train for `steps` (after loading), optionally save, and return the whole parameters."""
     parallel = ParallelConfig(**layout)
     training = dataclasses.replace(TRAINING, dtype=dtype)
-    config = model_config({"num_layers": 4}, vocab_size=64)
+    config = model_config({"num_layers": 4, **(transformer or {})}, vocab_size=64)
     with runtime(
         parallel, device="cpu", seed=rank, timeout_minutes=1, float64=dtype == "float64"
     ) as place:
@@ -191,6 +198,27 @@ def test_another_layout_loads_the_same_weights_and_optimizer_state(
     # The optimizer's state shows in the next steps: without it they would differ by 1e-2 (the
     # learning rate); the order of float32 sums is all that may differ.
     for name, tensor in expected.items():
+        assert relative_error(continued[name], tensor) < 1e-4, name
+
+
+@pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core before 0.16")
+def test_projections_of_gated_delta_nets_are_divided_anew_by_another_layout(tmp_path: Path) -> None:
+    """A rank has its heads' part of queries, keys, values and gates, one behind the other."""
+    common = {"folder": tmp_path, "dtype": "float32", "transformer": HYBRID}
+    steps = [{**common, "steps": range(2, n), "load": True} for n in (2, 4)]
+    saved, undisturbed, resumed = _train(
+        2,
+        TENSOR,
+        [
+            {**common, "steps": range(2), "save": True},
+            {**common, "steps": range(4)},
+            steps[1],
+        ],
+    )
+    _assert_identical(resumed, undisturbed)
+    loaded, continued = _train(1, {}, steps)
+    _assert_identical(loaded, saved)
+    for name, tensor in undisturbed.items():
         assert relative_error(continued[name], tensor) < 1e-4, name
 
 

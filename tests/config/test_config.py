@@ -182,8 +182,19 @@ def _rollouts(**options: Any) -> RolloutsConfig:
     ("sections", "message"),
     [
         (
-            {"model": ModelConfig(**VALID[ModelConfig], position_embedding_type="mrope")},
-            "model.position_embedding_type: mrope is for models that see images",
+            {
+                "model": ModelConfig(**VALID[ModelConfig], position_embedding_type="mrope"),
+                "rollouts": _rollouts(engine="embedded", group_size=2, **SAMPLED),
+            },
+            "model.position_embedding_type: mrope with rollouts.engine: embedded: no engine that",
+        ),
+        (
+            {
+                "model": ModelConfig(**VALID[ModelConfig], position_embedding_type="mrope"),
+                "evaluation": EvaluationConfig(**VALID[EvaluationConfig]),
+                "rollouts": _rollouts(**SAMPLED),
+            },
+            "model.position_embedding_type: mrope with evaluation, which samples from the model",
         ),
         (
             {

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file, save_file
 
+HAS_SHARED_EXPERT_GATE = "moe_shared_expert_gate" in TransformerConfig.__dataclass_fields__
+"""megatron-core 0.16 and newer."""
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 64,
@@ -40,6 +43,8 @@ YARN = {
     "original_max_position_embeddings": 16,
 }
 
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
 EXPERTS_BY_SIGMOID = {
     "first_k_dense_replace": 1,
     "n_routed_experts": 8,
@@ -63,6 +68,19 @@ LATENT = {
 }
 """Sizes of multi-latent attention and of experts as DeepSeek-V3 has them."""
 
+OF_GPT_OSS = {
+    "intermediate_size": 24,
+    "head_dim": 32,
+    "num_local_experts": 4,
+    "sliding_window": 5,
+    # So low that halves of the MLP are clamped.
+    "swiglu_limit": 1.5,
+    "rope_parameters": {**YARN, "truncate": False},
+}
+
+GPT_OSS = "gpt_oss, yarn, windows in some layers"
+MINIMAX = "minimax_m2"
+QWEN2_MOE = "qwen2_moe, gate of the shared expert"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, rope scaling, wide heads": ("llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
     "llama, tied": ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-4}),
@@ -120,6 +138,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "glm4_moe",
         {**EXPERTS_BY_SIGMOID, "n_group": 4, "topk_group": 2, "partial_rotary_factor": 0.25},
     ),
+    GPT_OSS: ("gpt_oss", OF_GPT_OSS),
+    "gpt_oss without a window": (
+        "gpt_oss",
+        {**OF_GPT_OSS, "layer_types": ["full_attention"] * 2, "rope_parameters": PLAIN_ROPE},
+    ),
+    QWEN2_MOE: (
+        "qwen2_moe",
+        {
+            "num_hidden_layers": 3,
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [1],
+        },
+    ),
+    MINIMAX: (
+        "minimax_m2",
+        {
+            "intermediate_size": 24,
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
+        },
+    ),
     "deepseek_v3 as Moonlight": (
         "deepseek_v3",
         {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_hidden_layers": 2},
@@ -139,7 +181,7 @@ def write_model(
     """Save a random model of `family`; norms and biases random too."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    if family in ("qwen3_moe", "mixtral"):
+    if family in ("qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "minimax_m2"):
         options = {"num_experts_per_tok": 2, **options}
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[family](**{**SIZES, **options})
@@ -178,3 +220,17 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Set keys of a JSON file; None removes one."""
     values = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+def quantize_as_mxfp4(folder: Path) -> None:
+    """Give a gpt-oss folder of one file random experts in 4 bits, as its makers publish them."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        # Pairs of numbers in bytes, and one exponent for 32 numbers.
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_blocks"] = blocks
+        tensors[f"{name}_scales"] = torch.randint(122, 125, blocks.shape[:-1], dtype=torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})

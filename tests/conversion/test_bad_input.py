@@ -173,8 +173,8 @@ BAD_SOURCES: dict[str, tuple[str, Damage, str]] = {
     "other family": ("single", _config(model_type="gpt2"), r"'gpt2' is not supported; .*qwen2"),
     "known family that cannot be converted": (
         "single",
-        _config(model_type="gpt_oss"),
-        r"'gpt_oss' is not supported: .*activation",
+        _config(model_type="deepseek_v2"),
+        r"'deepseek_v2' is not supported: .*softmax in groups",
     ),
     "quantized": (
         "single",

@@ -23,9 +23,16 @@ from megatron_prefix.model.full_tensors import full_parameters
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.training.optimizer import build_scheduler
 from tests.conversion.loading import load_converted, model_section
-from tests.conversion.models import CASES, write_model
+from tests.conversion.models import (
+    CASES,
+    GPT_OSS,
+    HAS_SHARED_EXPERT_GATE,
+    MINIMAX,
+    QWEN2_MOE,
+    write_model,
+)
 from tests.distributed import run_distributed
-from tests.megatron.models import TRAINING
+from tests.megatron.models import HAS_WINDOWS, TRAINING
 
 SINGLE: dict[str, int] = {}
 TP_PP = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
@@ -42,6 +49,11 @@ CASE_LAYOUTS = [
         {**TP_PP, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
     ),
 ]
+CASE_LAYOUTS.append((MINIMAX, CASE_LAYOUTS[-1][1]))
+if HAS_WINDOWS:
+    CASE_LAYOUTS.append((GPT_OSS, CASE_LAYOUTS[-1][1]))
+if HAS_SHARED_EXPERT_GATE:
+    CASE_LAYOUTS.append((QWEN2_MOE, CASE_LAYOUTS[-1][1]))
 
 
 def _load_and_save(

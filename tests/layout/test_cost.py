@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prefix.layout import ModelShape, PrefixTree, activation_tokens, pack
+from megatron_prefix.layout import (
+    ModelShape,
+    PrefixTree,
+    RecurrentShape,
+    activation_tokens,
+    pack,
+)
 from megatron_prefix.layout.cost import (
     attention_pairs,
     masked_labels,
@@ -233,3 +239,32 @@ def test_sequences_one_by_one_have_windows_too():
     pair = TWO_LAYERS.attention_flops_per_pair() // 2
     # Inputs of 4 and 3 tokens: 1 + 2 + 3 + 4 keys become 1 + 2 + 2 + 2, 1 + 2 + 3 become 1 + 2 + 2.
     assert TWO_LAYERS.ungrouped_flops(tree) - windowed.ungrouped_flops(tree) == (3 + 1) * pair
+
+
+RECURRENT = RecurrentShape(
+    num_key_heads=2, num_value_heads=4, key_channels=3, value_channels=5, width=4, chunk_tokens=64
+)
+
+
+@settings(max_examples=60)
+@given(trees(), st.booleans())
+def test_recurrent_layers_cost_the_same_for_every_token_and_see_no_keys(tree, last):
+    hybrid = dataclasses.replace(TWO_LAYERS, recurrent_layers=(not last, last), recurrent=RECURRENT)
+    h, tokens = TWO_LAYERS.hidden_size, int(tree.packed_lengths.sum())
+    # Queries and keys, values and gate, and a decay and a strength for each value head; back.
+    projected, values = 2 * 2 * 3 + 2 * 4 * 5 + 2 * 4, 4 * 5
+    # Chunks of 64: two products of keys, one of values and a triangular solution of both; and
+    # three products with the state.
+    rule = 4 * (2 * 64 * (2 * 3 + 5) + 64 * (3 + 5) + 6 * 3 * 5)
+    attention = 2 * (
+        TWO_LAYERS.query_weights + TWO_LAYERS.key_weights + TWO_LAYERS.projection_weights
+    )
+    per_token = 2 * h * (projected + values) + rule - attention
+    pairs = int(attention_pairs(tree).sum()) * TWO_LAYERS.attention_flops_per_pair() // 2
+    assert hybrid.tree_flops(tree) - TWO_LAYERS.tree_flops(tree) == tokens * per_token - pairs
+    if last:
+        # A trimmed layer makes the state of all tokens, and goes on with those that are scored.
+        mlp = 2 * 2 * h * TWO_LAYERS.ffn_hidden_size
+        before = int((tree.packed_lengths - response_labels(tree)).sum())
+        trimmed = hybrid.tree_flops(tree, trim_last_layer=True)
+        assert hybrid.tree_flops(tree) - trimmed == before * (2 * h * values + mlp)

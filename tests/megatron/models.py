@@ -16,12 +16,13 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_prefix.attention.kernels import select_kernel
-from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.attention.row_attention import AttentionSetup, recurrence_width
 from megatron_prefix.attention.windows import model_window
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PackedLayout, PrefixTree, pack
+from megatron_prefix.megatron.gated_delta_net import GatedDeltaNet
 from megatron_prefix.model.build import ModelChunks, build_gpt_model
 from megatron_prefix.model.full_tensors import full_gradients
 from megatron_prefix.model.transformer_config import transformer_config
@@ -57,6 +58,17 @@ LATENT: dict[str, Any] = {
     "qk_layernorm": True,
 }
 """Changes of `BASE` for multi-latent attention."""
+HAS_GATED_DELTA_NET = GatedDeltaNet is not None
+HYBRID: dict[str, Any] = {
+    "experimental_attention_variant": "gated_delta_net",
+    "linear_attention_freq": 2,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+"""Changes of `BASE`: every other layer attends, the first one does not."""
 
 
 def model_config(transformer: dict[str, Any] | None = None, **options: Any) -> ModelConfig:
@@ -116,7 +128,11 @@ def packed_logits(
 
     These then come from a last layer that computes no other rows than it must.
     """
-    setup = dataclasses.replace(ON_CPU, window=model_window(model.config))
+    setup = dataclasses.replace(
+        ON_CPU,
+        window=model_window(model.config),
+        recurrence_width=recurrence_width(model.config),
+    )
     params = PrefixPackedSeqParams.from_layout(layout, setup, needed=needed)
     logits = model(
         torch.from_numpy(layout.input_ids)[None],
@@ -188,18 +204,25 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def whole_gradients(
-    chunks: ModelChunks, logits: Tensor, params: PrefixPackedSeqParams, layout: PackedLayout
+    chunks: ModelChunks,
+    logits: Tensor,
+    params: PrefixPackedSeqParams,
+    layout: PackedLayout,
+    needed: np.ndarray | None = None,
 ) -> dict[str, Tensor] | None:
     """On rank 0 the gradients of all parameters, gathered from the ranks of a row.
 
-    The loss is linear in the logits, with the same weights in every layout.
+    The loss is linear in the logits of the `needed` positions, or of all, with the same weights in
+    every layout.
     """
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(layout.num_tokens, logits.shape[1] * tensor, generator=generator)
     weights[layout.num_tokens - layout.num_padding :] = 0
-    weights = params.own(weights.numpy())
+    if needed is not None:
+        weights[np.setdiff1d(np.arange(layout.num_tokens), needed)] = 0
+    weights = params.own(weights.numpy())[params.output_rows]
     (logits * weights.tensor_split(tensor, dim=1)[rank]).sum().backward()
     for parameter in chunks.bare[0].parameters():
         if params.shards is not None:

@@ -20,7 +20,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import ParallelConfig
-from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
@@ -30,16 +29,14 @@ from megatron_prefix.megatron.gated_delta_net import (
     build_without_flash_linear_attention,
 )
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
+from megatron_prefix.megatron.recurrent_config import config_with_context_parallelism
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.model.full_tensors import (
     full_parameters,
     load_full_parameters,
 )
-from megatron_prefix.model.transformer_config import transformer_config
 from tests.distributed import run_distributed
 from tests.megatron.models import (
-    TRAINING,
-    model_config,
     random_groups,
     randomise,
     relative_error,
@@ -87,35 +84,35 @@ class TokenByToken(GatedDeltaNet):
 
 
 def config_of(pattern: list[int], **options: Any) -> TransformerConfig:
-    return TransformerConfig(
-        num_layers=len(pattern),
-        hidden_size=32,
-        num_attention_heads=4,
-        num_query_groups=2,
-        ffn_hidden_size=48,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        normalization="RMSNorm",
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        params_dtype=torch.float64,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        use_cpu_initialization=True,
-        deterministic_mode=True,
-        experimental_attention_variant="gated_delta_net",
-        linear_attention_freq=pattern,
-        linear_conv_kernel_dim=4,
-        linear_key_head_dim=8,
-        linear_value_head_dim=6,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        **options,
-    )
+    defaults = {
+        "num_layers": len(pattern),
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 48,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "params_dtype": torch.float64,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "use_cpu_initialization": True,
+        "deterministic_mode": True,
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": pattern,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 6,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
+    return config_with_context_parallelism(TransformerConfig, **{**defaults, **options})
 
 
 def block_spec(config: TransformerConfig, layer: type) -> TransformerBlockSubmodules:
@@ -314,21 +311,12 @@ def test_tensor_parallel_ranks_have_heads_of_their_own(sequence_parallel: bool) 
 
 
 def test_what_is_not_there_yet_is_refused_by_name() -> None:
-    config = config_of([1, 0])
-    config.context_parallel_size = 2
-    with pytest.raises(UnsupportedOptionError, match=r"gated_delta_net.* context_parallel_size=2"):
+    config = config_of([1, 0], context_parallel_size=4, cp_comm_type=["a2a", "p2p"])
+    with pytest.raises(UnsupportedOptionError, match=r"linear_num_key_heads=2 to be a multiple"):
+        refuse_unsupported(config)
+    config.cp_comm_type = ["p2p", "a2a"]
+    with pytest.raises(UnsupportedOptionError, match=r"num_query_groups=2 to be a multiple"):
         refuse_unsupported(config)
     config.context_parallel_size, config.experimental_attention_variant = 1, "dsa"
     with pytest.raises(UnsupportedOptionError, match=r"only softmax attention and gated delta"):
         refuse_unsupported(config)
-    options = {
-        "experimental_attention_variant": "gated_delta_net",
-        "linear_attention_freq": [1, 0],
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 6,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-    }
-    with pytest.raises(ConfigError, match=r"is not built by a run yet"):
-        transformer_config(model_config(options), ParallelConfig(), TRAINING)

@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.config import ParallelConfig, YarnConfig
 from megatron_prefix.config.loader import ConfigError
@@ -49,6 +50,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied embeddings": {"share_embeddings_and_output_weights": True},
     "padded vocabulary": {"make_vocab_size_divisible_by": 16},
     "qk norm": {"transformer": {"qk_layernorm": True}},
+    "qk norm over all heads": {
+        "qk_norm_all_heads": True,
+        "transformer": {"qk_layernorm": True, "kv_channels": 16},
+    },
     "biases": {"transformer": {"add_bias_linear": True, "add_qkv_bias": True}},
     "layer norm, gelu": {
         "activation": "gelu",
@@ -95,6 +100,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "transformer": {"apply_query_key_layer_scaling": True, "fp32_residual_connection": True}
     },
 }
+if "moe_shared_expert_gate" in TransformerConfig.__dataclass_fields__:
+    MODELS["gate of the shared expert"] = {
+        "transformer": {
+            "num_moe_experts": 4,
+            "moe_router_pre_softmax": True,
+            "moe_ffn_hidden_size": 24,
+            "moe_shared_expert_intermediate_size": 16,
+            "moe_shared_expert_gate": True,
+            "add_qkv_bias": True,
+        }
+    }
 if HAS_YARN:
     MODELS["yarn"] = {
         "position_embedding_type": "yarn",

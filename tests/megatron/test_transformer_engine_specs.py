@@ -17,15 +17,21 @@ from megatron_prefix.config import ParallelConfig
 from megatron_prefix.layer_spec import prefix_grouped, prefix_grouped_layer_spec
 from megatron_prefix.layers.attention import _PrefixCoreAttention, _PrefixSelfAttention
 from megatron_prefix.layout import pack
+from megatron_prefix.megatron import gated_delta_net
+from megatron_prefix.model.build import ModelChunks
+from megatron_prefix.model.full_tensors import full_parameters, load_full_parameters
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.megatron import stub_transformer_engine as stubs
 from tests.megatron.models import (
+    HAS_GATED_DELTA_NET,
+    HYBRID,
     TRAINING,
     assert_equal_training,
     model_config,
     packed_logits,
     random_groups,
     randomise,
+    relative_error,
     single_process,
 )
 
@@ -126,6 +132,40 @@ def test_the_ready_layer_spec_takes_transformer_engine_where_megatron_has_it(
         assert isinstance(attention.core_attention, stubs.StubTEDotProductAttention)
         tree = random_groups(np.random.default_rng(), SHAPES)
         assert_equal_training(reference, ready, tree, 1e-11)
+
+
+@pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core before 0.16")
+def test_gated_delta_nets_of_the_local_spec_have_the_weights_of_megatrons_own_spec(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same checkpoint keys, and from them the same logits."""
+    provider = stubs.StubProvider
+    monkeypatch.setattr(gated_delta_net.variants, "TESpecProvider", provider, raising=False)
+    tree = random_groups(np.random.default_rng(), SHAPES)
+    logits, weights = [], None
+    with single_process():
+        for use_transformer_engine in (True, False):
+            options = {**HYBRID, "softmax_scale": 8**-0.5}
+            config = transformer_config(model_config(options), ParallelConfig(), TRAINING)
+            spec = gated_delta_net.hybrid_block_spec(
+                config, use_transformer_engine=use_transformer_engine
+            )
+            model = GPTModel(
+                config,
+                prefix_grouped(spec),
+                vocab_size=61,
+                max_sequence_length=64,
+                position_embedding_type="rope",
+            )
+            chunks = ModelChunks(wrapped=[], bare=[model], config=config, head=None)
+            if weights is None:
+                randomise(model)
+                weights = full_parameters(chunks)
+            else:
+                assert full_parameters(chunks).keys() == weights.keys()
+                load_full_parameters(chunks, weights)
+            logits.append(packed_logits(model, pack(tree)))
+    assert relative_error(*logits) <= 1e-12
 
 
 @pytest.mark.parametrize(

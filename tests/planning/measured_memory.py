@@ -57,6 +57,7 @@ def kept_bytes(chunks: ModelChunks, batch: PackedBatch) -> int:
             chunks=chunks,
             objective=ObjectiveConfig(report_entropy=True),
             with_gradients=True,
+            replays=False,
         )
     return sum(storage.nbytes() for storage in kept.values())
 

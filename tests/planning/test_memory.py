@@ -36,6 +36,7 @@ from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.optimizer import build_optimizer
 from megatron_prefix.training.series import BatchSeries
 from megatron_prefix.training.step import accumulate_gradients
+from tests.conversion.models import HAS_SHARED_EXPERT_GATE
 from tests.distributed import run_distributed
 from tests.megatron.models import HAS_WINDOWS, ON_CPU, TRAINING, model_config, single_process
 from tests.megatron.models import LATENT as SMALL_LATENT
@@ -51,6 +52,14 @@ LATENT = {
     "qk_head_dim": 32,
     "qk_pos_emb_head_dim": 16,
     "v_head_dim": 24,
+}
+GPT_OSS = {
+    "activation": "quick_gelu",
+    "glu_linear_offset": 1.0,
+    "activation_func_clamp_value": 7.0,
+    "add_bias_linear": True,
+    "add_qkv_bias": True,
+    "softmax_type": "learnable",
 }
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 96}
 PLAIN_MLP = {"normalization": "LayerNorm", "gated_linear_unit": False, "add_bias_linear": True}
@@ -88,11 +97,28 @@ CASES: list[tuple[str, str, int, tuple[int, list[int]], dict[str, Any]]] = [
     ("bfloat16", "none", 64, (300, [256, 128]), {**LATENT, "qk_layernorm": False}),
     ("float32", "full", 64, (300, [256, 128]), LATENT),
 ]
+all_heads = {"qk_norm_all_heads": True, "qk_layernorm": True}
+CASES.append(("float32", "none", 64, (300, [256, 128]), all_heads))
+if HAS_WINDOWS:
+    CASES.append(("float32", "none", 64, (300, [256, 128]), {**EXPERTS, **GPT_OSS}))
+if HAS_SHARED_EXPERT_GATE:
+    gated = {"moe_shared_expert_intermediate_size": 64, "moe_shared_expert_gate": True}
+    CASES.append(("float32", "none", 64, (300, [256, 128]), {**EXPERTS, **gated}))
 
 
 def _model(vocab_size: int = 64, **transformer: Any) -> ModelConfig:
     sizes = {"num_layers": 3, "hidden_size": 128, "ffn_hidden_size": 384}
-    return model_config({**sizes, **transformer}, vocab_size=vocab_size, max_sequence_length=1024)
+    own = {
+        name: transformer.pop(name)
+        for name in ("activation", "qk_norm_all_heads")
+        if name in transformer
+    }
+    return model_config(
+        {**sizes, **transformer},
+        vocab_size=vocab_size,
+        max_sequence_length=1024,
+        **own,
+    )
 
 
 def _training(dtype: str, recompute: str = "none", **options: Any) -> TrainingConfig:

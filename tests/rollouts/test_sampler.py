@@ -21,8 +21,10 @@ from megatron_prefix.rollouts.embedded.batch import SamplingOptions
 from megatron_prefix.rollouts.embedded.sampler import SampledResponse
 from tests.distributed import run_distributed
 from tests.megatron.models import (
+    HAS_GATED_DELTA_NET,
     HAS_PREDICTIONS,
     HAS_WINDOWS,
+    HYBRID,
     LATENT,
     TRAINING,
     model_config,
@@ -327,6 +329,15 @@ def test_layers_that_predict_further_tokens_take_no_part() -> None:
 @pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14, which refuses both by itself")
 @pytest.mark.parametrize("option", [{"window_size": [4, 0]}, {"softmax_type": "learnable"}])
 def test_a_model_with_windows_or_sinks_is_refused(option: dict[str, Any]) -> None:
-    (name,) = option
+    _assert_refused(option)
+
+
+@pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core before 0.16")
+def test_a_model_with_recurrent_layers_is_refused() -> None:
+    _assert_refused(HYBRID)
+
+
+def _assert_refused(option: dict[str, Any]) -> None:
+    name = next(iter(option))
     with pytest.raises(ValueError, match=f"^{name}=.* the embedded engine cannot sample from"):
         sampler(sampling_model(model_config(option)))

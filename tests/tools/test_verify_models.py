@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_prefix.config import ParallelConfig
+from megatron_prefix.config import ParallelConfig, YarnConfig
 from megatron_prefix.megatron.options.attention import params_have_cp_group
 from megatron_prefix.megatron.releases import has_global_auxiliary_loss, replays_routes
 from tests.megatron.models import HAS_WINDOWS
@@ -132,6 +132,71 @@ def test_sliding_windows_on_every_other_layer_with_learnable_sinks(
         recompute=recompute,
         packing={**ALWAYS, "sharing": "everything"},
         optimizer_steps=2,
+    )
+    assert_exact(tool, report)
+
+
+def test_norms_over_all_heads_of_all_ranks(tool: ModuleType) -> None:
+    """As MiniMax-M2 has them, with experts that sigmoid scores and a bias choose."""
+    model = small_model(
+        tool,
+        num_layers=2,
+        num_attention_heads=4,
+        num_query_groups=2,
+        qk_layernorm=True,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=0.0,
+        **EXPERTS,
+    )
+    report = tool.verify(
+        model=dataclasses.replace(model, qk_norm_all_heads=True, rotary_percent=0.5),
+        shapes=SHAPES,
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=2,
+            expert_model_parallel_size=2,
+            expert_tensor_parallel_size=1,
+        ),
+        recompute="full",
+        optimizer_steps=2,
+        packing=ALWAYS,
+    )
+    assert_exact(tool, report)
+
+
+@pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14, which refuses sinks")
+def test_a_model_like_gpt_oss(tool: ModuleType) -> None:
+    """Biases of all linear layers, of experts and of routers, which Megatron allows where no expert
+    is split; a clamped quick GELU, windows, sinks and YaRN."""
+    model = small_model(
+        tool,
+        num_layers=2,
+        glu_linear_offset=1.0,
+        activation_func_clamp_value=0.2,
+        add_bias_linear=True,
+        softmax_type="learnable",
+        window_size=[4, 0],
+        window_attn_skip_freq=[1, 0],
+        **EXPERTS,
+    )
+    yarn = YarnConfig(
+        rotary_scaling_factor=4.0,
+        original_max_position_embeddings=32,
+        correction_range_round_to_int=False,
+    )
+    report = tool.verify(
+        model=dataclasses.replace(
+            model, activation="quick_gelu", position_embedding_type="yarn", yarn=yarn
+        ),
+        shapes=SHAPES,
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=2,
+            expert_model_parallel_size=2,
+            expert_tensor_parallel_size=1,
+        ),
+        recompute="full",
+        optimizer_steps=2,
+        packing=ALWAYS,
     )
     assert_exact(tool, report)
 

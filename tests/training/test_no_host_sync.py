@@ -85,7 +85,12 @@ def run_microbatch(model: GPTModel, head: LogProbHead, batch: PackedBatch) -> to
     """Forward and backward, by the functions that a train step is made of."""
     chunks = SimpleNamespace(head=head, wrapped=[model])
     output, loss_function = _forward_step(
-        iter([batch]), model, chunks=chunks, objective=OBJECTIVE, with_gradients=True
+        iter([batch]),
+        model,
+        chunks=chunks,
+        objective=OBJECTIVE,
+        with_gradients=True,
+        replays=False,
     )
     loss, _, metrics = loss_function(output)
     loss.backward()

@@ -47,6 +47,7 @@ def _values(folder: Path, name: str, records: str, **training: Any) -> dict[str,
         folder / name,
         records=folder / f"{records}.jsonl",
         training={
+            "steps": 1,
             "dtype": "float64",
             "optimizer_steps_per_rollout": 2,
             "share_only_where_it_pays": False,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from equivalence.case import Case, mrope_positions
+from equivalence.case import Case
 from equivalence.microbatches import names_of
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config.packing import packing_of_run
@@ -26,7 +26,6 @@ from megatron_prefix.rollouts.records import RolloutGroup
 from megatron_prefix.training.batch import PackedBatch
 from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
-from megatron_prefix.training.series import BatchSeries
 from megatron_prefix.training.step import (
     accumulate_gradients,
     compute_logprobs,
@@ -76,12 +75,6 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
         slices = plan.microbatches[place.data_parallel_rank]
         slices_of_rows = [row for microbatch in slices for row in rows_of(microbatch)]
         rows = list(zip(minibatch.rows, slices_of_rows, strict=True))
-        if case.model.position_embedding_type == "mrope":
-            table = torch.tensor(mrope_positions(case.model.max_sequence_length))
-            for batch in minibatch.batches:
-                roots = [batch.root] if isinstance(batch, BatchSeries) else []
-                for row in (*roots, *batch.rows):
-                    row.params.set_mrope_positions(table[:, row.params.position_ids])
         for row, parts in rows:
             names = names_of(case, minibatch.step, parts)
             row.reference_logprobs = _values_of_entries(

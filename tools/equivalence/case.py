@@ -109,6 +109,23 @@ def draw_groups(shapes: list[dict[str, Any]], vocab_size: int, seed: int) -> lis
     return [group(shape, index) for index, shape in enumerate(shapes)]
 
 
+def with_positions(groups: list[RolloutGroup]) -> list[RolloutGroup]:
+    """Rollouts whose tokens have the positions of `mrope_positions`."""
+    found = []
+    for group in groups:
+        longest = len(group.prompt) + max(map(len, group.responses))
+        shifts = mrope_positions(longest).T - np.arange(longest)[:, None]
+        prompt, after = np.split(shifts, [len(group.prompt)])
+        found.append(
+            dataclasses.replace(
+                group,
+                prompt_position_shifts=prompt,
+                position_shifts=[after[: len(response)] for response in group.responses],
+            )
+        )
+    return found
+
+
 def with_routes(groups: list[RolloutGroup], model: ModelConfig, seed: int) -> list[RolloutGroup]:
     """Random experts for each token, the same where sequences begin alike; but every third response
     goes ways of its own from somewhere in its prompt on."""

@@ -20,6 +20,7 @@ from equivalence.case import (
 from equivalence.microbatches import Name, planned_microbatches
 from equivalence.objectives import ResponseTerms, response_terms, token_losses
 from equivalence.predictions import OwnPredictions
+from equivalence.recurrence import use_exact_delta_rule
 from equivalence.routers import RouterLosses
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
@@ -149,6 +150,7 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
         config = transformer_config(model_config, ParallelConfig(), training)
         if case.training.replayed_routes is not None:
             config.moe_enable_routing_replay = True
+        use_exact_delta_rule(config)
         model = build_gpt_model(model_config, config, shared_prefixes=False)
         if config.bf16:
             model.bfloat16()

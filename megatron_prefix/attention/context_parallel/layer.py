@@ -13,13 +13,11 @@ from megatron_prefix.layout import RowStages
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RankLayer:
-    """A layer's attention on one rank of several."""
+class LayerExchange:
+    """What one layer sends to other ranks and receives."""
 
     number: int
     """Of the layer in the whole model: what its traffic is counted under."""
-    stages: RowStages[Tensor]
-    compute: StageCompute
     exchange: Exchange
 
     @property
@@ -31,6 +29,14 @@ class RankLayer:
     def backward_traffic(self) -> Recorder:
         """Counts the bytes of this layer's backward."""
         return self.exchange.recorder(self.number, "backward")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RankLayer(LayerExchange):
+    """A layer's attention on one rank of several."""
+
+    stages: RowStages[Tensor]
+    compute: StageCompute
 
     def shard(self, k: Tensor, v: Tensor) -> Tensor:
         """[n, Hk, D + Dv] contiguous, of its own memory: the keys and values that travel."""

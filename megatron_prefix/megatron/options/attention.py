@@ -13,7 +13,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import (
 )
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
-from megatron_prefix.attention.comm_types import COMM_TYPES, RUN_AS
+from megatron_prefix.attention.comm_types import COMM_TYPES, RUN_AS, layer_comm_type
+from megatron_prefix.megatron.gated_delta_net import recurrent_layers
 from megatron_prefix.megatron.options.record import (
     Option,
     Reason,
@@ -114,16 +115,30 @@ def _comm_type(kinds: Any, config: Any) -> Reason | None:
                 why="only multi-latent attention has latents",
                 instead="Set cp_comm_type to all_gather, p2p or a2a",
             )
-        tensor = config.tensor_model_parallel_size
-        for option in ("num_attention_heads", "num_query_groups"):
-            heads = getattr(config, option)
-            if kind == "a2a" and heads % (tensor * size):
-                return Reason(
-                    why=f"a2a needs {option}={heads} to be a multiple of "
-                    f"tensor_model_parallel_size x context_parallel_size = {tensor} x {size}",
-                    instead="Set cp_comm_type to all_gather or p2p",
-                )
+    tensor = config.tensor_model_parallel_size
+    for name in _exchanged_heads(config):
+        heads = getattr(config, name)
+        if heads % (tensor * size):
+            return Reason(
+                why=f"a2a needs {name}={heads} to be a multiple of "
+                f"tensor_model_parallel_size x context_parallel_size = {tensor} x {size}",
+                instead="Set cp_comm_type to all_gather or p2p",
+            )
     return None
+
+
+def _exchanged_heads(config: Any) -> list[str]:
+    """Options with the numbers of heads that layers with a2a exchange."""
+    recurrent = recurrent_layers(config) or (False,) * config.num_layers
+    exchanging = {
+        is_recurrent
+        for number, is_recurrent in zip(range(1, config.num_layers + 1), recurrent, strict=False)
+        if layer_comm_type(config, number) == "a2a"
+    }
+    options = ["num_attention_heads", "num_query_groups"] if False in exchanging else []
+    if True in exchanging:
+        options += ["linear_num_key_heads", "linear_num_value_heads"]
+    return options
 
 
 def _variant(name: Any, config: Any) -> Reason | None:
@@ -133,12 +148,6 @@ def _variant(name: Any, config: Any) -> Reason | None:
         return Reason(
             why="only softmax attention and gated delta nets can be computed for shared prefixes",
             instead=set_to("experimental_attention_variant", None),
-        )
-    if config.context_parallel_size > 1:
-        return Reason(
-            why="the state of a recurrent layer is not handed between ranks yet",
-            instead="Set context_parallel_size to 1",
-            beside=f"context_parallel_size={config.context_parallel_size}",
         )
     return None
 

@@ -31,11 +31,13 @@ class SampledResponse:
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:
-    """Attention to cached keys has no windows and no sinks, and requests have no images."""
+    """Attention to cached keys has no windows and no sinks, and requests have no images. States
+    of recurrent layers are not cached."""
     for name, without in (
         ("window_size", None),
         ("softmax_type", "vanilla"),
         ("mrope_section", None),
+        ("experimental_attention_variant", None),
     ):
         value = option(config, name)
         if value not in (None, without):
@@ -72,7 +74,7 @@ class Sampler:
                 None takes all at once.
 
         Raises:
-            ValueError: the model has sliding windows, attention sinks or mRoPE.
+            ValueError: the model has sliding windows, attention sinks, mRoPE or recurrent layers.
         """
         _refuse_unsupported(chunks.config)
         self._chunks = chunks

@@ -96,12 +96,14 @@ def weights_exporter(
     # Parts travel through the processes' own memory: a GPU has none to spare for them.
     group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
     rank = dist.get_rank()
-    parts = _all_parts(list(_own_parts(chunks)), group)
+    # One of all experts of a layer has fewer leading axes than the experts' shards.
+    axes = {key: len(index) for parameter in parameters for key, index in parameter.places}
+    parts = _all_parts(list(_own_parts(chunks, axes)), group)
     shapes = {key: _any_of(found).global_shape for (key, _), found in parts.items()}
     places = check_stored(shapes, mapping.architecture, parameters, of="the model in training")
 
     def export(directory: Path) -> None:
-        mine = _own_parts(chunks)
+        mine = _own_parts(chunks, axes)
         writers = _writers(parts, places, _ranks_that_see(directory, group))
         writer = ShardWriter(directory, max_shard_bytes=shard_bytes, prefix=f"rank-{rank:05d}")
         failure: Exception | None = None
@@ -138,17 +140,22 @@ def _any_of(parts: _Parts) -> _Part:
     return next(iter(parts))
 
 
-def _own_parts(chunks: ModelChunks) -> dict[_Part, Tensor]:
-    return {
-        _Part(
+def _own_parts(chunks: ModelChunks, axes: dict[str, int]) -> dict[_Part, Tensor]:
+    """This rank's, by how many leading axes the parameters of a key have; further ones are places
+    in the parameter."""
+    parts = {}
+    for shard in parameter_shards(chunks):
+        count = axes.get(shard.key, len(shard.index))
+        within = [(i, i + 1) for i in shard.index[count:]]
+        part = _Part(
             key=shard.key,
-            index=shard.index,
-            place=tuple((bounds.start, bounds.stop) for bounds in shard.place),
+            index=shard.index[:count],
+            place=(*within, *((bounds.start, bounds.stop) for bounds in shard.place)),
             global_shape=shard.global_shape,
             dtype=shard.data.dtype,
-        ): shard.data
-        for shard in parameter_shards(chunks)
-    }
+        )
+        parts[part] = shard.data
+    return parts
 
 
 def _all_parts(own: list[_Part], group: dist.ProcessGroup) -> dict[tuple[str, Shape], _Parts]:

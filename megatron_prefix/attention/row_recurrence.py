@@ -1,0 +1,66 @@
+"""A row as recurrent layers read it: its paths, and where it is distributed, the other ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_prefix.attention.context_parallel.layer import LayerExchange
+from megatron_prefix.attention.context_parallel.states import RankStates
+from megatron_prefix.attention.exchange import Exchange
+from megatron_prefix.layout import Recurrence
+from megatron_prefix.layout.rows import WholeRow
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowRecurrence:
+    """The paths of a packed row, or of this rank's part of it, for every recurrent layer."""
+
+    own: Recurrence[Tensor] | None
+    """Of the rank's tokens; None: every layer exchanges heads."""
+    whole_row: WholeRow[Tensor] | None = None
+    """For layers that exchange heads; None: there are none."""
+    exchange: Exchange | None = None
+    """With the ranks that the row is distributed over; None: all of it is here."""
+
+    def of_layer(self, number: int, *, by_heads: bool) -> LayerRecurrence:
+        """What a layer needs of it.
+
+        Args:
+            number: of the layer in the whole model, from 1.
+            by_heads: whether it exchanges heads, where the row is distributed.
+
+        Raises:
+            ValueError: the row was not planned for that.
+        """
+        layer = None
+        if self.exchange is not None:
+            layer = LayerExchange(number=number, exchange=self.exchange)
+        whole_row = self.whole_row if by_heads and layer is not None else None
+        row = self.own if whole_row is None else whole_row.recurrence
+        if row is None or (whole_row is None and by_heads and layer is not None):
+            raise ValueError(
+                f"layer {number}: the row was planned for layers with another cp_comm_type; give "
+                "the batch's AttentionSetup the comm_types of all layers"
+            )
+        return LayerRecurrence(row=row, whole_row=whole_row, exchange=layer)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerRecurrence:
+    """The paths that one layer follows, and what it exchanges with other ranks."""
+
+    row: Recurrence[Tensor]
+    """Of the rank's tokens or, where heads are exchanged, of the whole row."""
+    whole_row: WholeRow[Tensor] | None
+    """How heads are exchanged; None: they are not."""
+    exchange: LayerExchange | None
+    """None: the row is here."""
+
+    @property
+    def states(self) -> RankStates | None:
+        """Of sharded segments; None: the state of every token is found here."""
+        if self.exchange is None or self.row.states is None:
+            return None
+        return RankStates(plan=self.row.states, layer=self.exchange)

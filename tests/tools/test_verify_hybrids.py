@@ -1,0 +1,77 @@
+"""The proof of models with gated delta nets, against Megatron's own layer on whole sequences."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_prefix.config import ParallelConfig
+from tests.megatron.models import HAS_GATED_DELTA_NET, HYBRID
+from tests.tools.proofs import ALWAYS, assert_exact, small_model, tool
+
+__all__ = ["tool"]
+
+pytestmark = pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core before 0.16")
+
+# A prompt of more than one chunk, prompts shorter than the convolution, segments of one token, and
+# responses that share turns.
+SHAPES: list[dict[str, Any]] = [
+    {"prefix": 70, "responses": [4, 1]},
+    {"prefix": 2, "responses": [3, 1, 2]},
+    {"system": 9, "prefix": 20, "responses": [{"turns": [7, 1], "then": [5, 1]}, 4]},
+    {"system": 9, "prefix": 1, "responses": [3, {"turns": [12], "then": [4, 6]}]},
+]
+EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+THREE_TO_ONE = {**HYBRID, "linear_attention_freq": 4, **EXPERTS}
+RECURRENT_ONLY = {**HYBRID, "linear_attention_freq": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("transformer", "parallel", "data", "recompute"),
+    [
+        (
+            THREE_TO_ONE,
+            ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+            1,
+            "full",
+        ),
+        (THREE_TO_ONE, ParallelConfig(expert_model_parallel_size=2), 2, "none"),
+        (
+            {**THREE_TO_ONE, "cp_comm_type": ["all_gather", "a2a", "p2p", "p2p"]},
+            ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2),
+            1,
+            "full",
+        ),
+        (
+            RECURRENT_ONLY,
+            ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+            1,
+            "selective",
+        ),
+    ],
+    ids=[
+        "tensor and pipeline parallel",
+        "expert parallel",
+        "context and expert parallel",
+        "no attention, interleaved pipeline",
+    ],
+)
+def test_gated_delta_nets(
+    tool: ModuleType,
+    transformer: dict[str, Any],
+    parallel: ParallelConfig,
+    data: int,
+    recompute: str,
+) -> None:
+    report = tool.verify(
+        model=small_model(tool, **transformer),
+        shapes=SHAPES,
+        parallel=parallel,
+        data_parallel_size=data,
+        recompute=recompute,
+        optimizer_steps=2,
+        packing={**ALWAYS, "sharing": "everything"},
+    )
+    assert_exact(tool, report)
