@@ -25,6 +25,7 @@ from megatron_prefix.layers.attention import prefix_core_attention, prefix_self_
 from megatron_prefix.layers.gated_delta_net import prefix_gated_delta_net
 from megatron_prefix.layers.last_layer import prefix_transformer_layer
 from megatron_prefix.layers.latent_attention import prefix_latent_attention
+from megatron_prefix.layers.predicting_model import is_prediction_layer, prefix_prediction_layer
 from megatron_prefix.layers.recurrent import refused_recurrent_layer
 from megatron_prefix.megatron.gated_delta_net import is_gated_delta_net
 from megatron_prefix.megatron.latent_attention import (
@@ -43,8 +44,9 @@ def prefix_grouped(spec: Spec) -> Spec:
     """A copy of a Megatron-Core spec in which self attention takes shared prefixes.
 
     Args:
-        spec: a layer `ModuleSpec`, `TransformerBlockSubmodules`, or any dataclass of specs (local,
-            Transformer Engine, MoE, heterogeneous). It is not changed.
+        spec: a layer `ModuleSpec`, `TransformerBlockSubmodules`, the spec of an MTP block (for
+            `prefix_gpt_model`), or any dataclass of specs (local, Transformer Engine, MoE,
+            heterogeneous). It is not changed.
 
     Returns:
         The same structure with every `SelfAttention`, `MLASelfAttention` and `GatedDeltaNet`, their
@@ -100,6 +102,9 @@ def _rewrite_module_spec(spec: ModuleSpec) -> tuple[ModuleSpec, bool]:
     if isinstance(module, type) and issubclass(module, RECURRENT_LAYERS):
         spec.module = refused_recurrent_layer(module)
         return spec, found
+    if found and is_prediction_layer(module):
+        spec.module = prefix_prediction_layer(module)
+        return spec, True
     if found and isinstance(module, type) and issubclass(module, TransformerLayer):
         spec.module = prefix_transformer_layer(module)
         return spec, True

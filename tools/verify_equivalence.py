@@ -145,7 +145,8 @@ def verify(
         device="cpu",
         log_prob_chunk_tokens=16,
         timeout_minutes=5,
-        **(packing or {}),
+        # The reference's multi-token prediction trains all layers.
+        **{"detach_mtp": False, **(packing or {})},
     )
     with tempfile.TemporaryDirectory(prefix="verify_equivalence_") as name:
         folder = Path(name)

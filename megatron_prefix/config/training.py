@@ -58,6 +58,10 @@ class TrainingConfig:
     `float32` and `dtype: bfloat16`, logits are not rounded to bfloat16 before log-probabilities are
     taken from them, and sampling in this process draws from the same logits. Its weights stay in
     `dtype`."""
+    detach_mtp: bool = True
+    """The loss of multi-token prediction (`model.transformer.mtp_num_layers`, times
+    `mtp_loss_scaling_factor`) trains its own layers alone; false: the other layers, the embedding
+    and the output layer too. Models without it do not read this."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again, to save memory: nothing, core attention, or whole layers."""
     log_prob_chunk_tokens: int = 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -23,6 +24,9 @@ from megatron_prefix.layout import (
     rank_row,
 )
 from megatron_prefix.megatron.borrowed import OneRank
+
+if TYPE_CHECKING:
+    from megatron_prefix.layers.predictions import PredictionDepth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """[N] int64 ascending, in params of a trimmed last layer: the rows that attend."""
     query_rows_host: np.ndarray | None = None
     """The same on the host."""
+    predictions: tuple[PredictionDepth, ...] | None = None
+    """For multi-token prediction, from its first depth on; None: it is left out."""
 
     @classmethod
     def from_layout(

@@ -63,7 +63,10 @@ class ModelShape:
     recurrent: RecurrentShape | None = None
     """Of these layers."""
     whole_last_layer: bool = False
-    """The last layer's experts collect statistics of all tokens, so it is never trimmed."""
+    """The last layer's experts collect statistics of all tokens, or multi-token prediction reads
+    them, so it is never trimmed."""
+    prediction_depths: int = 0
+    """Of multi-token prediction, whose FLOPs are not counted; 0: the model has none."""
 
     def __post_init__(self) -> None:
         positive: tuple[str, ...] = (

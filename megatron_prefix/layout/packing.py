@@ -10,6 +10,11 @@ below a path of p tokens that ends in token c:
 A root has no c: its labels begin with t1. So no label lies in another segment than its input, and
 the row has not one position more than the sequences need.
 
+That is the row of shift 1. The row of shift k, which multi-token prediction needs, has the
+positions that predict tokens k further on: a node has those of its paths whose label, k behind, is
+one of its tokens. Its first min(k, p) positions lie in what is above it: such inputs are there
+once for each child, each with the label of that child.
+
 Invariants of a `PackedLayout`, with L the number of levels:
 
 - every labelled token of the tree is in the row exactly once;
@@ -67,9 +72,10 @@ class PackedLayout:
     """T, padding included."""
     num_padding: int
     input_ids: np.ndarray
-    """[T] int64; 0 on padding."""
+    """[T] int64, the token before each label: with shift 1, that of the position itself; 0 on
+    padding."""
     labels: np.ndarray
-    """[T] int64; 0 on padding."""
+    """[T] int64: the tokens `shift` behind the positions; 0 on padding."""
     position_ids: np.ndarray
     """[T] int64, counted along each sequence; 0 on padding."""
     multiplicity: np.ndarray
@@ -81,6 +87,8 @@ class PackedLayout:
     root_stage: AttentionStage[np.ndarray] | None = None
     """Where the tree's root ran in an earlier row: all segments against its keys, in their order
     there; else None."""
+    shift: int = 1
+    """How far behind its position a label is."""
 
     @cached_property
     def segment_starts(self) -> np.ndarray:
@@ -92,10 +100,11 @@ class PackedLayout:
         return {s.node: range(s.start, s.start + s.length) for s in self.segments}
 
     def sequence_positions(self, i: int) -> np.ndarray:
-        """[length - 1] int64: positions that predict tokens 1, 2, ... of sequence `i`.
+        """[length - shift] int64: positions that predict tokens shift, shift + 1, ... of sequence
+        `i`; none for a sequence that is not longer.
 
-        So `labels[positions]` is the sequence without its first token and `input_ids[positions]`
-        the sequence without its last.
+        So with shift 1 `labels[positions]` is the sequence without its first token and
+        `input_ids[positions]` the sequence without its last.
         """
         runs = [self._positions_of_node.get(node, ()) for node in self.tree.sequences[i]]
         return np.concatenate([np.array(run, dtype=np.int64) for run in runs])
@@ -129,6 +138,7 @@ class PackedLayout:
         Raises:
             ValueError: see `scatter`.
         """
+        assert self.shift == 1, "inputs of other shifts are not theirs alone"
         tree = self.tree
         if len(values) != tree.num_sequences:
             raise ValueError(f"{len(values)} values for {tree.num_sequences} sequences")
@@ -165,11 +175,13 @@ def pack(
     pad_to_multiple: int = 1,
     pad_to: int | None = None,
     root_elsewhere: bool = False,
+    shift: int = 1,
 ) -> PackedLayout:
     """Lay a tree out as one row.
 
-    A one-token root predicts nothing: it has no segment, and its children are on level 0. An empty
-    tree gives a row of padding.
+    A one-token root predicts nothing: it has no segment, and its children are on level 0; with a
+    larger shift nodes that end within the first `shift` tokens of their paths. An empty tree gives
+    a row of padding.
 
     Args:
         tree: the sequences.
@@ -177,15 +189,18 @@ def pack(
         pad_to: the row's exact length, a multiple of `pad_to_multiple`; None for the shortest.
         root_elsewhere: leave out the tree's only root, of at least two tokens: an earlier row has
             run it, and kept its keys and values (see `PackedLayout.root_stage`).
+        shift: how far behind its position a label is, at least 1.
 
     Raises:
         ValueError: a `pad_to` that is too short or no multiple, or a `pad_to_multiple` below 1.
     """
     if pad_to_multiple < 1:
         raise ValueError(f"pad_to_multiple={pad_to_multiple} must be at least 1")
-    segments, level_starts = _segments_in_level_order(tree)
+    assert shift >= 1
+    segments, level_starts = _segments_in_level_order(tree, shift)
     num_root = 0
     if root_elsewhere:
+        assert shift == 1, "one shift"
         num_root = segments[0].length
         segments, level_starts = _without_root(segments, level_starts)
     num_real = level_starts[-1]
@@ -212,10 +227,10 @@ def pack(
     multiplicity = np.zeros(num_tokens, dtype=np.int64)
     if segments:
         real = slice(0, num_real)
-        # [-length:] leaves out the first token of a root, which has one position less than tokens.
+        # [-length:] leaves out the first tokens of a root, which has `shift` positions less.
         labels[real] = np.concatenate([tree.tokens[s.node][-s.length :] for s in segments])
         input_ids[1 : real.stop] = labels[: real.stop - 1]
-        input_ids[starts] = [_first_input(tree, s.node) for s in segments]
+        input_ids[starts] = [_first_input(tree, s) for s in segments]
         first_positions = np.array([s.first_position for s in segments], dtype=np.int64)
         position_ids[real] = np.arange(real.stop) - np.repeat(starts - first_positions, lengths)
         multiplicity[real] = np.repeat([s.multiplicity for s in segments], lengths)
@@ -236,6 +251,7 @@ def pack(
         stages=(self_stage, *_cross_stages(segments, level_starts)),
         max_seqlen=int(position_ids.max()) + 1,
         root_stage=_root_stage(num_real, num_root) if num_root else None,
+        shift=shift,
     )
 
 
@@ -268,22 +284,31 @@ def _root_stage(num_queries: int, num_keys: int) -> AttentionStage[np.ndarray]:
     )
 
 
-def _segments_in_level_order(tree: PrefixTree) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
+def _segments_in_level_order(
+    tree: PrefixTree, shift: int
+) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
     """The segments, and where each level begins and the last one ends."""
     children: list[list[int]] = [[] for _ in range(tree.num_nodes)]
     for node, parent in enumerate(tree.parents):
         if parent >= 0:
             children[parent].append(node)
-    lengths = tree.packed_lengths.tolist()
-    first_positions = tree.first_positions.tolist()
+    starts = np.maximum(tree.end_positions - tree.node_lengths - shift, 0)
+    lengths = np.maximum(tree.end_positions - shift - starts, 0).tolist()
+    first_positions = starts.tolist()
     multiplicity = tree.multiplicity.tolist()
+
+    def with_positions(node: int) -> list[int]:
+        # A node without positions gives its place to its children.
+        if lengths[node]:
+            return [node]
+        return [below for child in children[node] for below in with_positions(child)]
 
     segments: list[Segment] = []
     level_starts = [0]
-    # (parent's segment, node) of the level at hand; an empty root gives its place to its children.
+    # (parent's segment, node) of the level at hand.
     level: list[tuple[int, int]] = []
     for root in (node for node, parent in enumerate(tree.parents) if parent < 0):
-        level += [(-1, n) for n in ([root] if lengths[root] else children[root])]
+        level += [(-1, node) for node in with_positions(root)]
     start = 0
     while level:
         below: list[tuple[int, int]] = []
@@ -306,10 +331,12 @@ def _segments_in_level_order(tree: PrefixTree) -> tuple[tuple[Segment, ...], tup
     return tuple(segments), tuple(level_starts)
 
 
-def _first_input(tree: PrefixTree, node: int) -> int:
-    """The token that a node's first label follows."""
-    parent = tree.parents[node]
-    return int(tree.tokens[node][0] if parent < 0 else tree.tokens[parent][-1])
+def _first_input(tree: PrefixTree, segment: Segment) -> int:
+    """The token that a segment's first label follows."""
+    tokens = tree.tokens[segment.node]
+    if segment.length < len(tokens):
+        return int(tokens[-segment.length - 1])
+    return int(tree.tokens[tree.parents[segment.node]][-1])
 
 
 def _cross_stages(

@@ -110,6 +110,17 @@ def residual_through(
     return _lent(layer, "self_attn_bda", add_to_changed)
 
 
+def without_prediction_loss(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Within the block, a GPTModel's last steps compute no loss of multi-token prediction.
+
+    Since release 0.16 it asks its config for `mtp_num_layers`. The layers have the config itself,
+    the model a copy for so long.
+    """
+    config = copy.copy(model.config)
+    config.mtp_num_layers = None
+    return _lent(model, "config", config)
+
+
 def routing_followed_by(
     router: Any, action: Callable[[Tensor], None]
 ) -> contextlib.AbstractContextManager[None]:

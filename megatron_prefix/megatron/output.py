@@ -99,14 +99,20 @@ def _made(
 ) -> Tensor:
     """hidden_states [T, 1, h], or [T/tp, 1, h] under sequence parallelism -> [N, ...].
 
-    Both mappings add up the ranks' parts of the gradient. A weight is given where it is another
+    A weight is given where it is another
     layer's: that of tied embeddings.
     """
+    weight = gradient_by_autograd(output_layer.weight if weight is None else weight)
+    return make(all_rows(hidden_states, output_layer), weight)
+
+
+def all_rows(hidden_states: Tensor, output_layer: ColumnParallelLinear) -> Tensor:
+    """[T, 1, h], or [T/tp, 1, h] under sequence parallelism -> [T, h] on every rank, each of which
+    has a part of its gradient."""
     if output_layer.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=True
         )
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden_states)
-    weight = gradient_by_autograd(output_layer.weight if weight is None else weight)
-    return make(hidden[:, 0], weight)
+    return hidden[:, 0]

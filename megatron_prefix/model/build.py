@@ -9,7 +9,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,6 +22,7 @@ from megatron_prefix.attention.windows import model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layers.all_heads_norm import norm_over_all_heads
+from megatron_prefix.layers.predicting_model import prefix_gpt_model
 from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layout import LatentShape, ModelShape, RecurrentShape
 from megatron_prefix.layout.recurrence import CHUNK_TOKENS
@@ -40,27 +44,36 @@ def build_gpt_model(
 ) -> GPTModel:
     """This rank's GPTModel (chunk) in the current parallel state.
 
+    With `mtp_num_layers` and shared prefixes it is a `prefix_gpt_model`.
+
     Args:
         vp_stage: the chunk's index under interleaved pipelining.
-        shared_prefixes: False builds Megatron's unmodified spec.
+        shared_prefixes: False builds Megatron's unmodified model.
     """
     # Releases before 0.15 know no vp_stage in is_pipeline_*_stage's signature order; by name only.
     stage = {} if vp_stage is None else {"vp_stage": vp_stage}
     pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage)
     post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage)
+    transformer_engine = use_transformer_engine(config)
     make_spec = hybrid_block_spec if any(recurrent_layers(config)) else get_gpt_decoder_block_spec
-    spec = make_spec(
-        config, use_transformer_engine=use_transformer_engine(config), vp_stage=vp_stage
-    )
+    spec = make_spec(config, use_transformer_engine=transformer_engine, vp_stage=vp_stage)
     if model.qk_norm_all_heads:
         norm_over_all_heads(spec)
+    predictions = None
+    if config.mtp_num_layers:
+        predictions = get_gpt_mtp_block_spec(
+            config, spec, use_transformer_engine=transformer_engine, vp_stage=vp_stage
+        )
     if shared_prefixes:
         spec = prefix_grouped(spec)
+        predictions = predictions and prefix_grouped(predictions)
     elif config.multi_latent_attention:
         complete_local_spec(spec)
-    built = GPTModel(
+    with_predictions = shared_prefixes and config.mtp_num_layers
+    built = (prefix_gpt_model() if with_predictions else GPTModel)(
         config=config,
         transformer_layer_spec=spec,
+        mtp_block_spec=predictions,
         vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
         max_sequence_length=model.max_sequence_length,
         pre_process=pre_process,
@@ -89,9 +102,9 @@ class HasVocabulary(Protocol):
 
 def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
     """The sizes that the cost model counts FLOPs by."""
-    experts: dict[str, Any] = {}
+    of_kind: dict[str, Any] = {}
     if config.num_moe_experts is not None:
-        experts = {
+        of_kind = {
             "num_moe_layers": sum(moe_layers(config)),
             "num_experts": config.num_moe_experts,
             "num_experts_per_token": config.moe_router_topk,
@@ -99,6 +112,8 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
             "moe_shared_expert_ffn_hidden_size": config.moe_shared_expert_intermediate_size or 0,
             "whole_last_layer": moe_layers(config)[-1] and has_statistics(config),
         }
+    if config.mtp_num_layers:
+        of_kind |= {"whole_last_layer": True, "prediction_depths": config.mtp_num_layers}
     recurrent = recurrent_layers(config)
     windowed = windowed_layers(config)
     if windowed and recurrent:
@@ -117,7 +132,7 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         latent=_latent_shape(config),
         recurrent_layers=recurrent,
         recurrent=_recurrent_shape(config) if any(recurrent) else None,
-        **experts,
+        **of_kind,
     )
 
 
@@ -188,6 +203,8 @@ def build_model_chunks(
     for chunk in bare:
         if training.device == "cuda":
             chunk.cuda(torch.cuda.current_device())
+    if config.mtp_num_layers:
+        bare[-1].detach_predictions = training.detach_mtp
     head = LogProbHead.of(
         bare[-1],
         vocab_size=model.vocab_size,

@@ -6,9 +6,10 @@ Both are made in chunks of the positions, so that logits of the whole row never 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -16,8 +17,21 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_prefix.megatron.output import output_made_by
+from megatron_prefix.layers.predictions import PredictionDepth
+from megatron_prefix.megatron.output import all_rows, output_made_by
 from megatron_prefix.objective.log_probs import output_logits, vocab_parallel_log_probs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PredictedLabels:
+    """Labels of one depth of multi-token prediction."""
+
+    depth: PredictionDepth
+    """Of the batch."""
+    positions: Tensor
+    """[M] rows of its output."""
+    labels: Tensor
+    """[M] token ids."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +49,8 @@ class LogProbHead:
     """Rows of logits that exist at once."""
     wide_products: bool
     """See `vocab_parallel_log_probs`."""
+    detach_predictions: bool = False
+    """Whether predictions leave the output weight as it is, see `prefix_gpt_model`."""
 
     @classmethod
     def of(
@@ -48,6 +64,7 @@ class LogProbHead:
             vocab_size=vocab_size,
             chunk_tokens=chunk_tokens,
             wide_products=wide_products,
+            detach_predictions=getattr(model, "detach_predictions", False),
         )
 
     def log_probs(
@@ -59,8 +76,11 @@ class LogProbHead:
         temperature: float,
         with_entropy: bool,
         train_entropy: bool = False,
+        predictions: Sequence[PredictedLabels] = (),
     ) -> Tensor:
         """[1, N, 2]: the log-probability of each label and the entropy there; [1, N, 1] without.
+
+        Behind them come the M of each depth of prediction, without entropies (0).
 
         Args:
             call: runs the model; hands keyword arguments on to its forward.
@@ -69,6 +89,7 @@ class LogProbHead:
             temperature: logits are divided by it.
             with_entropy: compute entropies; they cost a second chunk of logits and an exp.
             train_entropy: let gradients flow to the entropies.
+            predictions: what each depth predicts, at temperature 1.
         """
         assert with_entropy or not train_entropy
 
@@ -85,10 +106,30 @@ class LogProbHead:
                 wide_products=self.wide_products,
             )
             if entropy is None:
-                return logprobs[:, None]
-            return torch.stack((logprobs, entropy if train_entropy else entropy.detach()), dim=-1)
+                found = logprobs[:, None]
+            else:
+                entropy = entropy if train_entropy else entropy.detach()
+                found = torch.stack((logprobs, entropy), dim=-1)
+            if not predictions:
+                return found
+            predicted = torch.cat([self._predicted(of, weight) for of in predictions])[:, None]
+            return torch.cat((found, F.pad(predicted, (0, found.shape[1] - 1))))
 
         return output_made_by(make, call, self.output_layer)
+
+    def _predicted(self, predicted: PredictedLabels, weight: Tensor) -> Tensor:
+        """[M] log-probabilities of one depth's labels."""
+        hidden = all_rows(predicted.depth.taken(), self.output_layer)
+        logprobs, _ = vocab_parallel_log_probs(
+            hidden.index_select(0, predicted.positions),
+            weight.detach() if self.detach_predictions else weight,
+            predicted.labels,
+            group=self.output_layer.tp_group,
+            chunk_size=self.chunk_tokens,
+            vocab_size=self.vocab_size,
+            wide_products=self.wide_products,
+        )
+        return logprobs
 
     def from_logits(
         self,

@@ -18,6 +18,7 @@ from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
 from megatron_prefix.megatron.comm_type_list import repair_comm_type_list
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
+from megatron_prefix.megatron.options.layers import MARK_OF_PREDICTING_MODELS
 from megatron_prefix.megatron.recurrent_config import config_with_context_parallelism
 from megatron_prefix.megatron.releases import (
     option,
@@ -96,6 +97,8 @@ def transformer_config(
         "use_cpu_initialization": on_cpu,
         "deterministic_mode": training.deterministic,
     }
+    # Before release 0.17 Megatron takes 0 for a model whose layers are missing.
+    options["mtp_num_layers"] = options.get("mtp_num_layers") or None
     if isinstance(options.get("window_size"), list):
         # Megatron 0.15 remembers masks by it, which a list of YAML cannot be.
         options["window_size"] = tuple(options["window_size"])
@@ -128,6 +131,8 @@ def transformer_config(
             # Megatron reads these off the config, but does not declare them.
             for name, value in dataclasses.asdict(model.yarn).items():
                 setattr(config, f"yarn_{name}", value)
+        # `build_gpt_model` builds it by `prefix_gpt_model`.
+        setattr(config, MARK_OF_PREDICTING_MODELS, True)
         refuse_unsupported(config)
         repair_comm_type_list(config)
     except UnsupportedOptionError as error:
@@ -140,6 +145,12 @@ def transformer_config(
             f"model.position_embedding_type: {model.position_embedding_type}; give both or neither"
         )
     _check_recurrent_layers(model, config, training)
+    if training.share_across_microbatches and config.mtp_num_layers:
+        raise ConfigError(
+            "training.share_across_microbatches: true with model.transformer.mtp_num_layers: "
+            f"{config.mtp_num_layers}: the rows of multi-token prediction have the prompt's too; "
+            "set share_across_microbatches: false, or mtp_num_layers: null"
+        )
     if training.share_across_microbatches and auxiliary_losses(config):
         raise ConfigError(
             f"training.share_across_microbatches: true with model.transformer.moe_aux_loss_coeff: "

@@ -127,6 +127,8 @@ def policy_loss(
         policy_loss=_total(policy_loss_of_entry),
         kl=_total(zeros if kl is None else kl),
         entropy=_total(zeros if entropy is None else entropy),
+        prediction_loss=_total(zeros),
+        prediction_weight=_total(zeros),
         weight=_total(weights),
         tokens=_total(torch.ones_like(weights)),
         old_kl=_total(kl_per_token(old.logprobs, current, "k3")),

@@ -28,6 +28,10 @@ class PolicyMetrics:
     """Sum of weight * KL estimate against the reference; 0 where no reference was given."""
     entropy: Tensor
     """Sum of weight * entropy in nats; 0 where no entropy was given."""
+    prediction_loss: Tensor
+    """Sum of weight * cross-entropy of multi-token prediction; 0 without it."""
+    prediction_weight: Tensor
+    """Sum of its weights."""
     weight: Tensor
     """Sum of the weights: 1 over the whole batch for the mean aggregations."""
     tokens: Tensor
@@ -91,9 +95,10 @@ class PolicyMetrics:
         """What to log: call it once everything is added up, since it waits for the device.
 
         `policy_loss` is the sum itself, whose weights already normalise it. `kl` and `entropy`
-        are divided by the sum of the weights, what concerns the ratio by the number of entries
-        whose old log-probability is known, fractions of tokens by the number of entries. Without
-        entries everything is 0, and ratios at a fraction of the entries are 1.
+        are divided by the sum of the weights, and so is `mtp_loss` by that of its own; what
+        concerns the ratio by the number of entries whose old log-probability is known, fractions of
+        tokens by the number of entries. Without entries everything is 0, and ratios at a fraction
+        of the entries are 1.
         """
         host = PolicyMetrics.from_stack(self.stack().cpu())
         sums = {
@@ -134,6 +139,8 @@ class PolicyMetrics:
                 "correction_mean": sums["correction_weight"] / sums["corrected"],
                 "correction_changed_fraction": sums["correction_changed"] / sums["corrected"],
             }
+        if sums["prediction_weight"]:
+            found["mtp_loss"] = sums["prediction_loss"] / sums["prediction_weight"]
         return found
 
 

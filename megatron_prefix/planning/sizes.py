@@ -23,6 +23,11 @@ def memory_model(
     model: ModelConfig, config: TransformerConfig, training: TrainingConfig
 ) -> MemoryModel:
     """What memory depends on; on the GPU, Megatron's fused operations are taken to be there."""
+    if config.mtp_num_layers:
+        raise ConfigError(
+            f"model.transformer.mtp_num_layers: {config.mtp_num_layers}: a plan does not count the "
+            "memory and FLOPs of multi-token prediction yet; set it to null to plan without it"
+        )
     fused = training.device != "cpu"
     rotary = model.position_embedding_type in ("rope", "mrope", "yarn")
     shape = model_shape(model, config)

@@ -24,9 +24,15 @@ from megatron_prefix.layers.packed_seq_params import (
     RouterLossScale,
     own_routes,
 )
+from megatron_prefix.layers.predictions import prediction_depths
 from megatron_prefix.layout import ModelRow, RankRow, own_values
 from megatron_prefix.layout.stages import Array
 from megatron_prefix.training.entries import RowEntries
+from megatron_prefix.training.predicted import (
+    HostPredictions,
+    PredictedTokens,
+    PredictionArrays,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,8 +57,15 @@ class TrainedEntries(Generic[Array]):
     """[E] float64; None: not known yet."""
 
 
-BatchArrays = tuple[ModelRow[Array], TrainedEntries[Array], Array | None, Array | None]
-"""The row, what is trained on in it, its routes and its positions."""
+BatchArrays = tuple[
+    ModelRow[Array],
+    TrainedEntries[Array],
+    Array | None,
+    Array | None,
+    tuple[PredictionArrays[Array], ...],
+]
+"""The row, what is trained on in it, its routes, its positions, and what each depth of prediction
+reads."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,6 +76,8 @@ class HostBatch:
     entries: TrainedEntries[np.ndarray]
     num_sequences: int
     router_losses: RouterLossScale | None = None
+    predictions: tuple[HostPredictions, ...] = ()
+    """Of a model with multi-token prediction, by depth."""
     routes: np.ndarray | None = None
     """[T, layers with experts, topk] the experts that each token is sent to; None: the routers
     choose."""
@@ -73,7 +88,9 @@ class HostBatch:
     @property
     def arrays(self) -> BatchArrays[np.ndarray]:
         """All that goes to the device."""
-        return self.row.model, self.entries, self.routes, self.mrope_positions
+        predictions = tuple(of_depth.arrays for of_depth in self.predictions)
+        positions = self.mrope_positions
+        return self.row.model, self.entries, self.routes, positions, predictions
 
 
 @dataclass(kw_only=True)
@@ -102,6 +119,8 @@ class PackedBatch:
     recomputed_logprobs: Tensor | None = None
     """Of the trainer's own old policy, where a correction tells the two apart."""
     reference_logprobs: Tensor | None = None
+    predicted: tuple[PredictedTokens[Tensor], ...] = ()
+    """What `params.predictions` train on, by depth."""
 
     @property
     def num_tokens(self) -> int:
@@ -120,6 +139,7 @@ def host_batch(
     *,
     num_sequences: int,
     router_losses: RouterLossScale | None = None,
+    predictions: tuple[HostPredictions, ...] = (),
     routes: np.ndarray | None = None,
     mrope_positions: np.ndarray | None = None,
 ) -> HostBatch:
@@ -130,6 +150,7 @@ def host_batch(
         entries: of the whole packed row.
         num_sequences: of the packed row.
         router_losses: see `PrefixPackedSeqParams`.
+        predictions: of the rank, see `HostBatch`.
         routes: of the whole packed row, see `HostBatch`.
         mrope_positions: [tokens, 3] of the whole packed row.
     """
@@ -153,6 +174,7 @@ def host_batch(
         ),
         num_sequences=num_sequences,
         router_losses=router_losses,
+        predictions=predictions,
         routes=None if routes is None else own_routes(routes, row.rows),
         mrope_positions=(
             None
@@ -188,19 +210,28 @@ def packed_batch(
         setup: of the model.
         root, keeps_root: see `PrefixPackedSeqParams.from_row`.
     """
-    model, entries, routes, positions = tensors
+    model, entries, routes, positions, predictions = tensors
+    params = PrefixPackedSeqParams.from_row(
+        host.row,
+        model,
+        setup,
+        root=root,
+        keeps_root=keeps_root,
+        router_losses=host.router_losses,
+        routes=routes,
+        mrope_positions=positions,
+    )
+    if host.predictions:
+        params.predictions = prediction_depths(
+            params,
+            [of_depth.plan for of_depth in host.predictions],
+            [arrays for arrays, _ in predictions],
+            setup,
+        )
     return PackedBatch(
         input_ids=model.input_ids[None],
-        params=PrefixPackedSeqParams.from_row(
-            host.row,
-            model,
-            setup,
-            root=root,
-            keeps_root=keeps_root,
-            router_losses=host.router_losses,
-            routes=routes,
-            mrope_positions=positions,
-        ),
+        params=params,
+        predicted=tuple(tokens for _, tokens in predictions),
         num_sequences=host.num_sequences,
         context_parallel_group=setup.context_parallel_group,
         **{field.name: getattr(entries, field.name) for field in dataclasses.fields(entries)},

@@ -16,6 +16,7 @@ from megatron_prefix.layout import CommType, PackedLayout, rank_row
 from megatron_prefix.layout.routes import scatter_routes
 from megatron_prefix.training.batch import HostBatch, PackedBatch, host_batch, to_device
 from megatron_prefix.training.entries import TrainedSequence, row_entries
+from megatron_prefix.training.predicted import PredictionPlan, plan_predictions
 
 
 def plan_batch(
@@ -30,6 +31,7 @@ def plan_batch(
     trim_last_layer: bool = False,
     output_multiple: int = 1,
     router_losses: RouterLossScale | None = None,
+    prediction: PredictionPlan | None = None,
     routes: Sequence[np.ndarray] | None = None,
     position_shifts: Sequence[np.ndarray] | None = None,
 ) -> HostBatch:
@@ -49,6 +51,7 @@ def plan_batch(
             come with them), and its last layer computes no others; see `rank_row`.
         output_multiple: such an output's length is a multiple of this.
         router_losses: see `PrefixPackedSeqParams`.
+        prediction: of a model with multi-token prediction; not with a trimmed last layer.
         routes: of each sequence [length - 1, layers, topk], that have been checked; None: the
             routers choose.
         position_shifts: of each sequence [length - 1, 3], for a model with mRoPE: by how much its
@@ -69,6 +72,17 @@ def plan_batch(
         window=window,
         recurrence_width=recurrence_width,
     )
+    predictions = ()
+    if prediction is not None:
+        predictions = plan_predictions(
+            layout,
+            sequences,
+            prediction,
+            rank=rank,
+            num_ranks=num_ranks,
+            comm_types=comm_types,
+            window=window,
+        )
     positions = None
     if position_shifts:
         positions = layout.scatter_inputs(position_shifts) + layout.position_ids[:, None]
@@ -77,6 +91,7 @@ def plan_batch(
         entries,
         num_sequences=len(sequences),
         router_losses=router_losses,
+        predictions=predictions,
         # A row without sequences is padding, which may go anywhere.
         routes=scatter_routes(layout, routes) if routes else None,
         mrope_positions=positions,

@@ -20,6 +20,7 @@ from megatron_prefix.layout import (
 from megatron_prefix.training.batch import HostBatch
 from megatron_prefix.training.batch_planning import plan_batch
 from megatron_prefix.training.entries import TrainedSequence
+from megatron_prefix.training.predicted import PredictionPlan
 from megatron_prefix.training.series import HostSeries
 from megatron_prefix.training.shares import Share
 from megatron_prefix.training.step_plan import StepPlan
@@ -104,10 +105,17 @@ class RowPlanner:
             trim_last_layer=packing.trim_last_layer,
             output_multiple=packing.pad_to_multiple // attention.num_ranks,
             router_losses=router_losses,
+            prediction=self._prediction(),
             routes=row.routes,
             position_shifts=row.position_shifts,
         )
         return PlannedMicrobatch(batch=batch, tokens=layout.num_tokens, flops=row.flops)
+
+    def _prediction(self) -> PredictionPlan | None:
+        depths = self.packing.model_shape.prediction_depths
+        if not depths:
+            return None
+        return PredictionPlan(depths=depths, step_tokens=max(self.step.trained_tokens, 1))
 
     def _rows(self, slices: Sequence[GroupSlice]) -> list[_Row]:
         """What each row of a microbatch holds; a series begins with its root."""

@@ -9,6 +9,7 @@ off the division by a token count that this mode would do instead.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from megatron_prefix.model.build import ModelChunks
+from megatron_prefix.model.head import PredictedLabels
 from megatron_prefix.objective import ObjectiveConfig, PolicyMetrics, policy_loss
 from megatron_prefix.training.batch import PackedBatch
+from megatron_prefix.training.predicted import prediction_loss
 from megatron_prefix.training.series import BatchSeries, series_outputs, train_series
 
 
@@ -107,10 +110,17 @@ def _forward_step(
         chunks=chunks,
         objective=objective,
         with_entropy=with_gradients and objective.needs_entropy,
+        with_predictions=with_gradients,
         replays=replays,
     )
     if isinstance(batch, PackedBatch):
-        return run(batch), functools.partial(_loss, batch=batch, objective=objective)
+        loss = functools.partial(
+            _loss,
+            batch=batch,
+            objective=objective,
+            prediction_coefficient=chunks.config.mtp_loss_scaling_factor,
+        )
+        return run(batch), loss
     if not with_gradients:
         outputs = series_outputs(batch, run)
         found = tuple(_entries(output, row)[0].detach() for output, row in outputs)
@@ -137,10 +147,14 @@ def _run_row(
     chunks: ModelChunks,
     objective: ObjectiveConfig,
     with_entropy: bool,
+    with_predictions: bool,
     replays: bool,
 ) -> Tensor:
-    """The output of a model chunk: on the last stage [1, N, 2], or [1, N, 1] without entropies."""
+    """The output of a model chunk: on the last stage [1, N, 2], or [1, N, 1] without entropies;
+    behind these N what multi-token prediction trains on, depth after depth."""
     params = batch.params if replays else batch.params.without_routes()
+    if params.predictions is not None and not with_predictions:
+        params = dataclasses.replace(params, predictions=None)
     call = functools.partial(
         model,
         batch.input_ids,
@@ -157,6 +171,10 @@ def _run_row(
         temperature=objective.temperature,
         with_entropy=with_entropy,
         train_entropy=with_entropy and objective.entropy_coefficient > 0,
+        predictions=[
+            PredictedLabels(depth=depth, positions=tokens.positions, labels=tokens.labels)
+            for depth, tokens in zip(params.predictions or (), batch.predicted, strict=False)
+        ],
     )
 
 
@@ -167,10 +185,15 @@ def _entries(output: Tensor, batch: PackedBatch) -> tuple[Tensor, ...]:
 
 
 def _loss(
-    output: Tensor, non_loss_data: bool = False, *, batch: PackedBatch, objective: ObjectiveConfig
+    output: Tensor,
+    non_loss_data: bool = False,
+    *,
+    batch: PackedBatch,
+    objective: ObjectiveConfig,
+    prediction_coefficient: float = 0.0,
 ) -> Any:
-    """output [1, N, 1 or 2] -> Megatron's (loss, token count, report), or a tuple of the [E]
-    log-probabilities."""
+    """output [1, N + M of all depths, 1 or 2] -> Megatron's (loss, token count, report), or a tuple
+    of the [E] log-probabilities."""
     logprobs, *entropy = _entries(output, batch)
     if non_loss_data:
         return (logprobs.detach(),)
@@ -188,6 +211,12 @@ def _loss(
         entropy=entropy[0] if entropy else None,
         context_parallel_group=batch.context_parallel_group,
     )
+    if batch.predicted:
+        predicted, weight = prediction_loss(output[0, len(batch.labels) :, 0], batch.predicted)
+        loss = loss + prediction_coefficient * predicted
+        metrics = dataclasses.replace(
+            metrics, prediction_loss=predicted.detach().double(), prediction_weight=weight
+        )
     return loss, _no_count(loss), metrics
 
 

@@ -64,6 +64,8 @@ class StepPlan:
     farthest from 0."""
     filtered: FilteredResponses
     """Of the step."""
+    trained_tokens: int
+    """Of all its responses that count."""
     ungrouped_tokens: int
     """Tokens that a run without sharing would compute, of the same responses."""
     ungrouped_flops: float
@@ -170,6 +172,7 @@ def _plan_step(
         weights=_weights(summary, filtered.trained, objective),
         advantages=_joined([of.advantages for of in terms], np.float64),
         filtered=filtered,
+        trained_tokens=int(summary.trained_lengths[filtered.trained].sum()),
         ungrouped_tokens=sum(tree.ungrouped_tokens for tree in whole),
         ungrouped_flops=sum(
             packing.model_shape.ungrouped_flops(

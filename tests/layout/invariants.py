@@ -97,13 +97,14 @@ def _assert_positions(layout: PackedLayout) -> None:
     for i, path in enumerate(tree.sequences):
         tokens = tree.sequence_tokens(i)
         positions = layout.sequence_positions(i)
-        assert positions.dtype == np.int64 and len(positions) == len(tokens) - 1
-        np.testing.assert_array_equal(layout.input_ids[positions], tokens[:-1])
-        np.testing.assert_array_equal(layout.labels[positions], tokens[1:])
+        shift, count = layout.shift, max(len(tokens) - layout.shift, 0)
+        assert positions.dtype == np.int64 and len(positions) == count
+        np.testing.assert_array_equal(layout.input_ids[positions], tokens[shift - 1 : -1])
+        np.testing.assert_array_equal(layout.labels[positions], tokens[shift:])
         np.testing.assert_array_equal(layout.position_ids[positions], np.arange(len(positions)))
         users[positions] += 1
         longest = max(longest, len(positions))
-        labelled = [(node, j) for node in path for j in range(len(tree.tokens[node]))][1:]
+        labelled = [(node, j) for node in path for j in range(len(tree.tokens[node]))][shift:]
         for token, row in zip(labelled, positions.tolist(), strict=True):
             assert row_of_token.setdefault(token, row) == row
     rows = sorted(row_of_token.values())

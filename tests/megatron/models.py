@@ -30,6 +30,8 @@ from megatron_prefix.model.transformer_config import transformer_config
 HAS_YARN = tuple(int(x) for x in megatron.core.__version__.split(".")[:2]) >= (0, 15)
 HAS_WINDOWS = HAS_YARN
 """Sliding windows and sinks, in the local layer spec."""
+HAS_PREDICTIONS = tuple(int(x) for x in megatron.core.__version__.split(".")[:2]) >= (0, 16)
+"""Multi-token prediction over shared prefixes."""
 ON_CPU = AttentionSetup(
     device=torch.device("cpu"),
     kernel=select_kernel(None, device="cpu", dtype=torch.float32, head_dim=16),

@@ -253,7 +253,6 @@ def test_a_spec_without_self_attention_is_refused() -> None:
 REFUSED: dict[str, Any] = {
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,
-    "mtp_num_layers": 1,
     "window_size": [4, 4],
     "mrope_section": [2, 1, 1],
 }

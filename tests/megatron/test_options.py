@@ -76,7 +76,6 @@ VALUES: dict[str, Any] = {
     "gtp_weight_remat_size": 2,
     "expert_gtp_weight_remat_size": 2,
     "mlp_chunks_for_training": 2,
-    "mtp_num_layers": 1,
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,
 }
@@ -111,6 +110,7 @@ COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_flex_dispatcher_backend": "hybridep",
         },
     ),
+    "multi-token prediction of Megatron's own GPTModel": ("mtp_num_layers", {"mtp_num_layers": 1}),
     "a window without a limit": ("window_size", {"window_size": (-1, 0)}),
     "a window that is not causal": ("window_size", {"window_size": (4, 4)}),
     "fused rotary embedding and YaRN": (

@@ -25,6 +25,7 @@ from megatron_prefix.rollouts.sampling.sampler import Response, SamplingSpec
 from tests.distributed import run_distributed
 from tests.megatron.models import (
     HAS_GATED_DELTA_NET,
+    HAS_PREDICTIONS,
     HAS_WINDOWS,
     HYBRID,
     LATENT,
@@ -368,6 +369,17 @@ def test_every_layout_gives_the_responses_of_one_process(world_size, layouts):
         assert first[name] == expected[name], name
         # Rank 0 alone gets them.
         assert all(responses[name] == [None, None] for responses in others)
+
+
+@pytest.mark.skipif(not HAS_PREDICTIONS, reason="megatron-core before 0.16 has another model")
+def test_layers_that_predict_further_tokens_take_no_part() -> None:
+    chunks = sampling_model(model_config({"mtp_num_layers": 1}, **PADDED_VOCABULARY))
+    config = model_config(**PADDED_VOCABULARY)
+    (prompt,) = random_prompts([5])
+    ((found,),) = sampler(chunks).sample(
+        [prompt], num_responses=1, max_response_length=6, temperature=0.0, seed=0, step=0
+    )
+    assert found == greedy_response(unmodified(config, chunks), prompt, 6, config.vocab_size)
 
 
 @pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14, which refuses both by itself")

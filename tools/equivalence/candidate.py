@@ -111,15 +111,17 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
             "series": sum(bool(p.parts) for rank in plan.microbatches for m in rank for p in m),
             "unshared": _num_unshared(case.groups, packing),
             "losses": [],
+            "mtp_losses": [],
         }
 
-        def loss_of(metrics: list[PolicyMetrics]) -> float:
+        def losses_of(metrics: list[PolicyMetrics]) -> list[float]:
             objective = case.objective
-            total = torch.zeros(1, dtype=torch.float64)
+            total = torch.zeros(2, dtype=torch.float64)
             for m in metrics:
-                total += m.policy_loss + objective.kl_coefficient * m.kl
-                total -= objective.entropy_coefficient * m.entropy
-            return float(reduce_sums(total, contributes=place.reports_metrics)[0])
+                total[0] += m.policy_loss + objective.kl_coefficient * m.kl
+                total[0] -= objective.entropy_coefficient * m.entropy
+                total[1] += m.prediction_loss
+            return reduce_sums(total, contributes=place.reports_metrics).tolist()
 
         accumulate_gradients(chunks, minibatch.batches, case.objective)
         result["gradients"] = full_gradients(chunks)
@@ -127,7 +129,10 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
         load_full_parameters(chunks, initial)
         for _ in range(max(1, training.steps)):
             step = train_step(chunks, optimizer, scheduler, minibatch.batches, case.objective)
-            result["losses"].append(loss_of(step.metrics))
+            loss, mtp_loss = losses_of(step.metrics)
+            result["losses"].append(loss)
+            if chunks.config.mtp_num_layers:
+                result["mtp_losses"].append(mtp_loss)
         result["parameters"] = full_parameters(chunks)
         return result if place.is_main else None
 

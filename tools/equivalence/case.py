@@ -236,7 +236,7 @@ def check_layout(
 
 
 def check_lengths(shapes: list[dict[str, Any]], model: ModelConfig, path: Path | None) -> None:
-    """Refuse sequences beyond the model's positions.
+    """Refuse sequences beyond the model's positions, and prompts without room for predictions.
 
     Raises:
         ValueError: naming the file and the entry.
@@ -247,6 +247,13 @@ def check_lengths(shapes: list[dict[str, Any]], model: ModelConfig, path: Path |
             raise ValueError(
                 f"{path or 'shapes'}: entry {index}: a prefix and response of {longest} tokens "
                 f"exceed the model's max_sequence_length: {model.max_sequence_length}"
+            )
+        depths = model.transformer.get("mtp_num_layers") or 0
+        if shape.get("system", 0) + shape["prefix"] <= depths:
+            raise ValueError(
+                f"{path or 'shapes'}: entry {index}: a prompt of at most mtp_num_layers: {depths} "
+                "tokens leaves trained tokens that nothing predicts, which Megatron's releases "
+                "count differently; make it longer"
             )
 
 

@@ -54,7 +54,8 @@ def compare(reference: dict[str, Any], candidate: dict[str, Any], dtype: str) ->
     logprob_abs = float(np.max(np.abs(_logprob_differences(reference, candidate["logprobs"]))))
     loss_rel = max(
         abs(a - b) / max(abs(b), 1e-12)
-        for a, b in zip(candidate["losses"], reference["losses"], strict=True)
+        for kind in ("losses", "mtp_losses")
+        for a, b in zip(candidate[kind], reference[kind], strict=True)
     )
     report = {
         "loss_rel": loss_rel,

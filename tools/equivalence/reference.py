@@ -19,6 +19,7 @@ from equivalence.case import (
 )
 from equivalence.microbatches import Name, planned_microbatches
 from equivalence.objectives import ResponseTerms, response_terms, token_losses
+from equivalence.predictions import OwnPredictions
 from equivalence.recurrence import use_exact_delta_rule
 from equivalence.routers import RouterLosses
 from megatron_prefix.config import ParallelConfig
@@ -29,7 +30,13 @@ from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.rollouts.records import RolloutGroup
 
 
-def sequence_logprobs(model: torch.nn.Module, case: Case, group: RolloutGroup, index: int) -> Any:
+def sequence_logprobs(
+    model: torch.nn.Module,
+    case: Case,
+    group: RolloutGroup,
+    index: int,
+    predictions: OwnPredictions | None = None,
+) -> Any:
     """[response tokens] log-probabilities and entropies of one response, by a whole forward."""
     tokens = torch.tensor([*group.prompt, *group.responses[index]])
     inputs = tokens[:-1][None]
@@ -40,7 +47,13 @@ def sequence_logprobs(model: torch.nn.Module, case: Case, group: RolloutGroup, i
         positions = torch.tensor(mrope_positions(length))[:, None]
     if group.routes is not None:
         _replay(group.routes[index])
-    logits = model(inputs, positions, causal)[0, len(group.prompt) - 1 :]
+    if predictions is None:
+        logits = model(inputs, positions, causal)
+    else:
+        logits = predictions.logits(
+            tokens, group, index, position_ids=positions, attention_mask=causal
+        )
+    logits = logits[0, len(group.prompt) - 1 :]
     logits = logits[:, : case.model.vocab_size]
     if logits.dtype == torch.bfloat16:
         logits = logits.to(torch.float32)
@@ -64,12 +77,13 @@ def reference_loss(
     case: Case,
     routers: RouterLosses,
     found: dict[Name, np.ndarray] | None,
+    predictions: OwnPredictions | None,
 ) -> Any:
     """The objective's loss over all sequences that are computed; gradients accumulate.
 
     A sequence's tokens are those of its response that its mask has trained. Losses of routers are
     no part of the result, but of the gradients: their mean over the candidate's microbatches, those
-    of all its data-parallel ranks.
+    of all its data-parallel ranks. So are losses of multi-token prediction.
     """
     terms = response_terms(case)
     computed = [
@@ -83,7 +97,7 @@ def reference_loss(
         loss = torch.zeros(())
         for names in ranks:
             for g, i in names:
-                logprobs, entropy = sequence_logprobs(model, case, case.groups[g], i)
+                logprobs, entropy = sequence_logprobs(model, case, case.groups[g], i, predictions)
                 if found is not None:
                     found[g, i] = logprobs.detach().to(torch.float64).numpy()
                 loss = loss + _response_loss(case, (g, i), logprobs, entropy, terms[g][i])
@@ -144,10 +158,11 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
         _disturb(model, seed)
         chunks = ModelChunks(wrapped=[], bare=[model], config=config, head=None)
         result: dict[str, Any] = {"initial": full_parameters(chunks)}
+        predictions = OwnPredictions(model, case) if config.mtp_num_layers else None
         with torch.no_grad():
             result["sampled"] = [
                 [
-                    sequence_logprobs(model, case, g, i)[0].to(torch.float64).numpy()
+                    sequence_logprobs(model, case, g, i, predictions)[0].to(torch.float64).numpy()
                     for i in range(len(g.responses))
                 ]
                 for g in case.groups
@@ -166,11 +181,15 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
             betas=(case.optimizer.adam_beta1, case.optimizer.adam_beta2),
             eps=case.optimizer.adam_eps,
         )
-        result["losses"] = []
+        result["losses"], result["mtp_losses"] = [], []
         for step in range(max(1, case.training.steps)):
             optimizer.zero_grad()
             found: dict[Name, np.ndarray] | None = {} if step == 0 else None
-            result["losses"].append(reference_loss(model, case, routers, found))
+            if predictions is not None:
+                predictions.loss = 0.0
+            result["losses"].append(reference_loss(model, case, routers, found, predictions))
+            if predictions is not None:
+                result["mtp_losses"].append(predictions.loss)
             _move_expert_biases(model)
             if step == 0:
                 result["logprobs"] = found

@@ -2,10 +2,66 @@
 
 from __future__ import annotations
 
-from megatron_prefix.megatron.options.record import Option, harmless, is_set, refused, used
+from typing import Any
+
+from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
+from megatron_prefix.megatron.options.record import (
+    Option,
+    Reason,
+    harmless,
+    is_set,
+    refused,
+    set_to,
+    used,
+)
 
 _BY_ROW = "Megatron's layers compute it, row by row"
 _INITIAL = "it says where weights begin, not what is computed with them"
+
+MARK_OF_PREDICTING_MODELS = "built_by_prefix_gpt_model"
+"""Attribute that a config has whose model is built so; Megatron's own GPTModel rolls labels."""
+
+_COUNTED_ROWS = "Megatron counts rows for it that predict nothing"
+
+
+def _predictions(value: Any, config: Any) -> Reason | None:
+    """Why a model that predicts further tokens cannot share prefixes."""
+    if not value:
+        return None
+    without = set_to("mtp_num_layers", None)
+    if not hasattr(config, "mtp_standalone"):
+        return Reason(
+            why="megatron-core before 0.16 has another model around these layers",
+            instead=f"Install 0.16 or newer, or {without[0].lower()}{without[1:]}",
+        )
+    if not getattr(config, MARK_OF_PREDICTING_MODELS, False):
+        return Reason(
+            why="Megatron's GPTModel rolls labels over the borders of segments",
+            instead="Build prefix_gpt_model(GPTModel), with prefix_grouped(mtp_block_spec), or "
+            f"{without[0].lower()}{without[1:]}",
+        )
+    for name, why in (
+        ("pipeline_model_parallel_layout", "these layers have to be on the last stage"),
+        ("mrope_section", "the rows of each depth would need positions of images"),
+        ("experimental_attention_variant", "recurrent layers have not been seen right there"),
+        ("window_attn_skip_freq", "releases number these layers differently"),
+        ("moe_z_loss_coeff", _COUNTED_ROWS),
+    ):
+        if getattr(config, name, None):
+            return Reason(why=why, instead=without, beside=f"{name}={getattr(config, name)!r}")
+    for name, differs, why in (
+        ("cp_comm_type", isinstance(config.cp_comm_type, list), "it has none for these layers"),
+        ("moe_aux_loss_coeff", bool(auxiliary_losses(config)), _COUNTED_ROWS),
+        ("moe_router_bias_update_rate", _bias_moves(config), _COUNTED_ROWS),
+    ):
+        if differs:
+            return Reason(why=why, instead=without, beside=f"{name}={getattr(config, name)!r}")
+    return None
+
+
+def _bias_moves(config: Any) -> bool:
+    return bool(config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate)
+
 
 OPTIONS: list[Option] = [
     *used("num_layers", why="which layer is the last one, and can be trimmed, goes by it"),
@@ -142,11 +198,10 @@ OPTIONS: list[Option] = [
         first="0.19",
     ),
     # Multi-token prediction.
-    *refused(
+    *used(
         "mtp_num_layers",
-        when=lambda value: value is not None and value > 0,
-        why="multi-token prediction rolls labels over the borders of segments",
-        instead=None,
+        check=_predictions,
+        why="a model of prefix_gpt_model runs each depth on the row of its shift",
     ),
     *refused(
         "mtp_hybrid_override_pattern",
@@ -155,12 +210,25 @@ OPTIONS: list[Option] = [
         instead=None,
         first="0.17",
     ),
-    *harmless("mtp_loss_scaling_factor", why="only mtp_num_layers reads it, which is refused"),
-    *harmless("mtp_standalone", why="only mtp_num_layers reads it, which is refused", first="0.16"),
-    *harmless(
-        "mtp_use_repeated_layer", why="only mtp_num_layers reads it, which is refused", first="0.17"
+    *used("mtp_loss_scaling_factor", why="mtp_num_layers: a run multiplies the loss by it"),
+    *refused(
+        "mtp_standalone",
+        when=is_set,
+        why="MTP layers on a pipeline stage of their own are given no shifted rows",
+        instead=False,
+        first="0.16",
     ),
-    *harmless(
-        "mtp_detach_heads", why="only mtp_num_layers reads it, which is refused", first="0.19"
+    *used(
+        "mtp_use_repeated_layer",
+        why="mtp_num_layers: every depth runs the one layer",
+        first="0.17",
+    ),
+    *refused(
+        "mtp_detach_heads",
+        when=is_set,
+        why="a run detaches predictions by training.detach_mtp, a model of your own by its "
+        "attribute detach_predictions",
+        instead=False,
+        first="0.19",
     ),
 ]

@@ -1,0 +1,75 @@
+"""Runs of a model with multi-token prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_prefix.layers.predicting_model import is_prediction_layer
+from megatron_prefix.model.full_tensors import FullTensors, full_parameters
+from tests.megatron.models import HAS_PREDICTIONS
+from tests.training.runs import (
+    good_records,
+    read_rows,
+    run_values,
+    trainer,
+    without_times,
+    write_records,
+)
+
+if not HAS_PREDICTIONS:
+    pytest.skip("megatron-core before 0.16 has another model", allow_module_level=True)
+
+
+def _train(values: dict[str, Any]) -> tuple[FullTensors, int]:
+    """A run: its whole parameters, and how often its MTP layer ran."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    with trainer(values) as run:
+        (layer,) = (m for m in run.chunks.bare[0].modules() if is_prediction_layer(type(m)))
+        layer.register_forward_hook(count)
+        run.run()
+        parameters = full_parameters(run.chunks)
+        assert parameters is not None
+        return parameters, calls
+
+
+def test_a_run_learns_to_predict_further_tokens_and_continues_where_it_ended(
+    tmp_path: Path,
+) -> None:
+    records = write_records(tmp_path / "records.jsonl", good_records(2))
+
+    def values(name: str, steps: int) -> dict[str, Any]:
+        # Old and reference log-probabilities take part: two optimizer steps, and a KL term.
+        found = run_values(
+            tmp_path / name,
+            records=records,
+            training={"steps": steps, "optimizer_steps_per_rollout": 2},
+            objective={"kl_coefficient": 0.1},
+            optimizer={"lr": 5e-3},
+        )
+        found["model"]["transformer"] |= {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 1.0}
+        return found
+
+    whole, calls = _train(values("whole", 4))
+    # Each optimizer step has a group, which fits into a microbatch; other passes leave it out.
+    assert calls == 4 * 2
+    _train(values("parts", 2))
+    parts, _ = _train(values("parts", 4))
+    assert whole.keys() == parts.keys()
+    assert any(name.startswith("mtp.") for name in whole)
+    for name, tensor in whole.items():
+        assert torch.equal(parts[name], tensor), name
+    rows = [without_times(row) for row in read_rows(tmp_path / "parts")]
+    assert rows == [without_times(row) for row in read_rows(tmp_path / "whole")]
+    losses = [row["mtp_loss"] for row in rows]
+    # ln 64 is 4.16; the same groups come again in each step.
+    assert 4.0 < losses[0] < 4.5
+    assert losses == sorted(losses, reverse=True)
