@@ -231,8 +231,8 @@ class _Chunks:
             outs.append(out)
             ends.append(state[going_on : wave.pieces])
             for chunk in kept_states or ():
-                if here.start <= chunk < here.stop:
-                    kept_states[chunk] = state[chunk - here.start].clone()
+                if wave.chunks.start <= chunk < wave.chunks.stop:
+                    kept_states[chunk] = state[chunk - wave.chunks.start].clone()
         out = torch.cat(outs).transpose(1, 2).flatten(0, 1)[row.place]
         return out * row.real[:, None, None], torch.cat(ends[::-1])
 
