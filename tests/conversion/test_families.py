@@ -123,6 +123,14 @@ def test_layers_get_the_windows_that_transformers_gives_them(tmp_path: Path) -> 
         assert _architecture(tmp_path, WINDOWS, **changes).window is None
 
 
+def test_published_folders_of_minimax_m2_say_in_another_key_what_is_turned(tmp_path: Path) -> None:
+    published = {"rope_parameters": None, "rope_theta": 5000000, "rotary_dim": 8}
+    found = _architecture(tmp_path, MINIMAX, **published)
+    assert (found.rotary_fraction, found.rotary_base) == (0.25, 5000000)
+    written = config_values(found, "bfloat16")
+    assert written["rotary_dim"] == 8
+
+
 def test_a_window_in_some_layers_is_nothing_that_mistral_can_say(tmp_path: Path) -> None:
     architecture = _architecture(tmp_path, "mistral, window")
     some = dataclasses.replace(architecture, windowed_layers=(True, False))
