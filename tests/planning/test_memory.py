@@ -38,13 +38,7 @@ from megatron_prefix.training.series import BatchSeries
 from megatron_prefix.training.step import accumulate_gradients
 from tests.conversion.models import HAS_SHARED_EXPERT_GATE
 from tests.distributed import run_distributed
-from tests.megatron.models import (
-    HAS_WINDOWS,
-    ON_CPU,
-    TRAINING,
-    model_config,
-    single_process,
-)
+from tests.megatron.models import HAS_WINDOWS, ON_CPU, TRAINING, model_config, single_process
 from tests.megatron.models import LATENT as SMALL_LATENT
 from tests.planning.measured_memory import group_batch, kept_bytes, peak_bytes
 
