@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_prefix.attention.row_attention import AttentionSetup, recurrence_width
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import (
     ModelConfig,
     OptimizerSettings,
@@ -38,15 +38,7 @@ from megatron_prefix.training.series import BatchSeries
 from megatron_prefix.training.step import accumulate_gradients
 from tests.conversion.models import HAS_SHARED_EXPERT_GATE
 from tests.distributed import run_distributed
-from tests.megatron.models import (
-    HAS_GATED_DELTA_NET,
-    HAS_WINDOWS,
-    HYBRID,
-    ON_CPU,
-    TRAINING,
-    model_config,
-    single_process,
-)
+from tests.megatron.models import HAS_WINDOWS, ON_CPU, TRAINING, model_config, single_process
 from tests.megatron.models import LATENT as SMALL_LATENT
 from tests.planning.measured_memory import group_batch, kept_bytes, peak_bytes
 
@@ -70,12 +62,6 @@ GPT_OSS = {
     "softmax_type": "learnable",
 }
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 96}
-RECURRENT = {
-    **HYBRID,
-    "linear_attention_freq": [1, 0, 1],
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 24,
-}
 PLAIN_MLP = {"normalization": "LayerNorm", "gated_linear_unit": False, "add_bias_linear": True}
 
 RECEIVED: dict[str, dict[str, Any]] = {
@@ -111,12 +97,6 @@ CASES: list[tuple[str, str, int, tuple[int, list[int]], dict[str, Any]]] = [
     ("bfloat16", "none", 64, (300, [256, 128]), {**LATENT, "qk_layernorm": False}),
     ("float32", "full", 64, (300, [256, 128]), LATENT),
 ]
-if HAS_GATED_DELTA_NET:
-    CASES += [
-        ("float32", "none", 64, (300, [256, 128]), RECURRENT),
-        ("bfloat16", "none", 64, (300, [256, 128]), {**RECURRENT, **EXPERTS}),
-        ("float32", "full", 64, (300, [256, 128]), RECURRENT),
-    ]
 all_heads = {"qk_norm_all_heads": True, "qk_layernorm": True}
 CASES.append(("float32", "none", 64, (300, [256, 128]), all_heads))
 if HAS_WINDOWS:
@@ -188,8 +168,7 @@ def test_kept_tensors_and_peaks_are_those_of_real_models_on_one_process() -> Non
                 for p in chunks.bare[0].parameters()
             ), case
 
-            setup = dataclasses.replace(ON_CPU, recurrence_width=recurrence_width(chunks.config))
-            batch = group_batch(*shape, trim_last_layer=trim, setup=setup)
+            batch = group_batch(*shape, trim_last_layer=trim)
             kept = _kept(memory, batch, ranks)
             assert kept == pytest.approx(
                 kept_bytes(chunks, batch), rel=KEPT_TOLERANCE[recompute]
