@@ -168,7 +168,7 @@ def expected() -> dict[str, Any]:
 def on_ranks(expected: dict[str, Any]) -> list[Any]:
     """[rank] what `_on_ranks` returns."""
     parameters = {name: found[0] for name, found in expected.items()}
-    return run_distributed(_on_ranks, 4, parameters)
+    return run_distributed(_on_ranks, 4, parameters, timeout=240)
 
 
 @pytest.mark.parametrize("case", CASES)
