@@ -21,11 +21,13 @@ from megatron_prefix.megatron.releases import gate_has_offset
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.planning.shapes import read_shapes
 from megatron_prefix.rollouts.file_engine import FileEngine
+from megatron_prefix.rollouts.group_reader import GroupReader
 from megatron_prefix.rollouts.gym.task_spec import read_task_spec
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.rewards import exact_match
 from megatron_prefix.rollouts.routes import RouteReader, RouteShape
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
+from megatron_prefix.rollouts.validation import Limits
 from tests import readmes
 from tests.commands import run_python
 from tests.megatron.models import TRAINING, model_config, single_process
@@ -144,7 +146,7 @@ def test_records_are_read(
         _read_prompts(file, num_prompts=len(block.text.splitlines()))
         return
     assert block.mark in ("", "file", "messages", "named rewards", "routes", "positions")
-    size, forms, routes = 64, None, None
+    size, forms, routes = 64, RecordForms(), None
     if block.mark == "routes":
         shape = RouteShape(with_experts=(True,), topk=2, num_experts=4)
         routes = RouteReader(shape=shape, prompts_as_first=False)
@@ -154,17 +156,15 @@ def test_records_are_read(
         tokenizer = chat_tokenizer(tmp_path_factory.mktemp("tokenizer"), "chatml")
         encoder = DialogueEncoder(tokenizer, stop_tokens=[tokenizer.end_token])
         forms = RecordForms(dialogues=encoder)
-    engine = FileEngine(
-        [file],
-        vocab_size=size,
-        max_positions=size,
+    reader = GroupReader(
+        limits=Limits(vocab_size=size, max_positions=size),
         forms=forms,
         reward=exact_match,
         reward_weights=weights,
         routes=routes,
         has_mrope=block.mark == "positions",
-        epochs=1,
     )
+    engine = FileEngine([file], reader, epochs=1)
     # Records of one response make one group.
     flat = block.mark == "messages" or '"response"' in block.text
     batch = engine.next_rollouts(block.text.count('"responses"') + flat, step=0)

@@ -34,7 +34,8 @@ from glue_tasks.task import Example, read_tasks
 from megatron_prefix.config import RunConfig
 from megatron_prefix.conversion import hf_to_megatron
 from megatron_prefix.distributed.runtime import runtime_of_run
-from megatron_prefix.rollouts.embedded.sampler import Sampler
+from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec, Wanted
 from megatron_prefix.training.metrics import read_metrics
 from megatron_prefix.training.run_config import load_run_config
 from megatron_prefix.training.trainer import Trainer
@@ -103,24 +104,21 @@ def responses(trainer: Trainer, path: Path, count: int) -> list[str]:
     prompts, tokenizer = prompts_in_order(config, path)
     asked = prompts.take(count)
     prompts.close()
-    sampler = Sampler(
+    spec = SamplingSpec(
+        max_response_length=config.rollouts.max_response_length,
+        temperature=0.0,
+        stop_tokens=config.rollouts.stop_tokens or (tokenizer.end_token,),
+    )
+    sampler = EmbeddedSampler(
         trainer.chunks,
+        spec,
         device=trainer.runtime.device,
         kernel=config.training.kernel,
         max_cached_tokens=config.training.token_budget,
     )
-    found = sampler.sample(
-        [prompt.tokens for prompt in asked],
-        num_responses=1,
-        max_response_length=config.rollouts.max_response_length,
-        temperature=0.0,
-        stop_tokens=config.rollouts.stop_tokens or (tokenizer.end_token,),
-        seed=0,
-        step=0,
-        sources=[prompt.source for prompt in asked],
-    )
+    found = sampler.sample([Wanted(prompt=prompt, count=1) for prompt in asked], step=0)
     assert found is not None
-    return [tokenizer.read(response) for [response] in found]
+    return [tokenizer.read(response.tokens.tolist()) for [response] in found.responses]
 
 
 def table(scores: dict[str, list[TaskScore]]) -> str:

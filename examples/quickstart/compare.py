@@ -38,6 +38,7 @@ from megatron_prefix.layout import Packing
 from megatron_prefix.model.build import ModelChunks, build_model_chunks, model_shape
 from megatron_prefix.objective import ObjectiveConfig, PolicyMetrics
 from megatron_prefix.rollouts.build import build_engine
+from megatron_prefix.rollouts.parts import RolloutParts
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
 from megatron_prefix.training.minibatch import Minibatch
 from megatron_prefix.training.optimizer import build_optimizer, build_scheduler
@@ -105,7 +106,7 @@ def sample(
     config: RunConfig, chunks: ModelChunks, place: Runtime, num_batches: int
 ) -> list[tuple[RolloutBatch | None, RolloutSummary]]:
     """Rollout batches (whole on rank 0 alone) and their summaries."""
-    engine = build_engine(config, chunks, place)
+    engine = build_engine(RolloutParts(config, is_main=place.is_main), chunks, place)
     rollouts = []
     for index in range(num_batches):
         batch = engine.next_rollouts(config.rollouts.groups_per_step, step=index)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +49,48 @@ def gated_delta_rule(
         [T, H, V] in v's dtype; 0 on padding.
     """
     return _DeltaRule.apply(q, k, v, g, beta, row, states)
+
+
+def rule_and_states(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    row: Recurrence[Tensor],
+    *,
+    behind: np.ndarray,
+) -> tuple[Tensor, Tensor]:
+    """The outputs of a whole row's tokens, and states from which its paths can go on.
+
+    Args:
+        q, k, v, g, beta, row: see `gated_delta_rule`.
+        behind: [N] numbers of chunks.
+
+    Returns:
+        The outputs, and the states [N, H, K, V] behind those chunks, in float32 or wider.
+    """
+    states = dict.fromkeys(behind.tolist())
+    out, _ = _Chunks.of(q, k, v, g, beta, row).read(row, None, states)
+    return out.to(v.dtype), torch.stack([states[chunk] for chunk in behind.tolist()])
+
+
+def delta_rule_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+) -> Tensor:
+    """The outputs [n, H, V] of one more token of each of n sequences, in v's dtype.
+
+    Args:
+        q, k, v, g, beta: see `gated_delta_rule`, with n for T.
+        state: [n, H, K, V] before the tokens; becomes the state behind them.
+    """
+    wide = state.dtype
+    q, k, values, g, beta = (x.to(wide) for x in (q, k, v, g, beta))
+    state.mul_(g.exp()[..., None, None])
+    known = (k[..., None, :] @ state)[..., 0, :]
+    change = beta[..., None] * (values - known)
+    state.flatten(0, 1).baddbmm_(k.flatten(0, 1)[:, :, None], change.flatten(0, 1)[:, None])
+    return ((q[..., None, :] @ state)[..., 0, :] * q.shape[-1] ** -0.5).to(v.dtype)
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -151,13 +194,19 @@ class _Chunks:
             kept=g[..., -1, None, None].exp(),
         )
 
-    def read(self, row: Recurrence[Tensor], begins: Tensor | None) -> tuple[Tensor, Tensor]:
+    def read(
+        self,
+        row: Recurrence[Tensor],
+        begins: Tensor | None,
+        kept_states: dict[int, Tensor | None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """[T, H, V] what tokens read, 0 on padding; and [pieces, H, K, V] the states behind the
         row's pieces.
 
         Args:
             begins: [begins, H, K, V] states that runs of the row begin with; None: all begin with
                 none.
+            kept_states: by numbers of chunks; becomes the states [H, K, V] behind these.
         """
         outs, ends, state = [], [], None
         if begins is not None and len(begins):
@@ -177,6 +226,9 @@ class _Chunks:
                 state = state * self.kept[here] + added
             outs.append(out)
             ends.append(state[going_on : wave.pieces])
+            for chunk in kept_states or ():
+                if here.start <= chunk < here.stop:
+                    kept_states[chunk] = state[chunk - here.start].clone()
         out = torch.cat(outs).transpose(1, 2).flatten(0, 1)[row.place]
         return out * row.real[:, None, None], torch.cat(ends[::-1])
 

@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
+from megatron_prefix.attention.context_parallel.halo import with_halo
 from megatron_prefix.attention.context_parallel.layer import LayerExchange
 from megatron_prefix.attention.context_parallel.states import RankStates
+from megatron_prefix.attention.delta_rule import causal_convolution, gated_delta_rule
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.layout import Recurrence
 from megatron_prefix.layout.rows import WholeRow
+
+
+class LayerPaths(Protocol):
+    """The paths that a layer's tokens are on: in a packed row, or of sequences being sampled."""
+
+    whole_row: WholeRow[Tensor] | None
+    """How heads are exchanged; None: they are not."""
+    exchange: LayerExchange | None
+    """With other ranks; None: the row is here."""
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[T, d] see `causal_convolution`, of [T, d] inputs."""
+        ...
+
+    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        """[T, H, V] see `gated_delta_rule`."""
+        ...
+
+
+class RowPaths(Protocol):
+    """The same for every recurrent layer."""
+
+    def of_layer(self, number: int, *, by_heads: bool) -> LayerPaths:
+        """See `RowRecurrence.of_layer`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,6 +85,16 @@ class LayerRecurrence:
     """How heads are exchanged; None: they are not."""
     exchange: LayerExchange | None
     """None: the row is here."""
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `LayerPaths`. Collective where other ranks' inputs are needed."""
+        if self.row.halo is not None:
+            x = with_halo(x, self.row.halo, self.exchange)
+        return causal_convolution(x, weight, bias, self.row)
+
+    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        """See `LayerPaths`. Collective where segments are sharded."""
+        return gated_delta_rule(q, k, v, g, beta, self.row, self.states)
 
     @property
     def states(self) -> RankStates | None:

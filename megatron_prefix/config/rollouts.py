@@ -1,17 +1,197 @@
-"""The `rollouts` and `evaluation` sections."""
+"""The `rollouts` section."""
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_prefix.config.agent import AgentConfig
 from megatron_prefix.config.bounds import below, refuse
+from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.config.paths import all_files, matching_files
-from megatron_prefix.config.server import ServerConfig, WeightsConfig
-from megatron_prefix.config.text import RewardProcessConfig, TextConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Prompts and responses as text: the tokenizer, and how records become prompts."""
+
+    tokenizer: Path
+    """A folder with a Hugging Face tokenizer, or a name in its cache."""
+    prompt_template: str | None = None
+    """Text of the prompt with the record's fields in braces: `"Q: {question}\\nA:"`; null: the
+    record's `prompt` (text or token ids) or `messages`."""
+    chat: bool = False
+    """A text prompt becomes a user's message in the tokenizer's chat template. `messages` go
+    through the template in any case."""
+    system: str | None = None
+    """System message in front of a chat that has no system message."""
+    answer_field: str = "answer"
+    """Field of the record that the reward compares with."""
+    shuffle: bool = True
+    """Prompts come in another order each epoch, which depends on `training.seed`."""
+
+    def __post_init__(self) -> None:
+        if self.system is not None and not self.chat:
+            raise ConfigError("system: needs chat: true; set it, or leave system out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardProcessConfig:
+    """The processes that a reward function of your own (`module:function`), `math`, `code` and
+    `reasoning_gym` run in."""
+
+    processes: int = 2
+    """Processes at most, on each rank that computes rewards; they start when they are needed."""
+    timeout_s: float = 10.0
+    """Seconds of a call at most; a longer call is ended, with its process."""
+    on_failure: float | None = None
+    """Reward of a response whose call raised, crashed or took too long; null: the run ends with an
+    error that names the record, but with `math`, `code` and `reasoning_gym` what crashed or took
+    too long counts as 0."""
+
+    def __post_init__(self) -> None:
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from below(self, 1, "processes")
+        if not self.timeout_s > 0:
+            yield f"timeout_s: {self.timeout_s} must be above 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """An OpenAI-compatible completions server, and how patiently it is asked."""
+
+    url: str
+    """`http://host:port`, without `/v1`."""
+    kind: Literal["vllm", "sglang", "transformers", "openai"] = "openai"
+    """It decides the request's extra fields and the call that loads new weights. `openai` sends
+    only what OpenAI documents, and loads no weights."""
+    model: str | None = None
+    """The model's name on the server; null: the only one it lists, or (`transformers`) the folder
+    of the weights."""
+    api_key_variable: str | None = None
+    """Name of the environment variable that holds the key. The key itself is never configured."""
+    concurrency: int = 32
+    """Requests at a time."""
+    request_timeout_s: float = 600.0
+    """Seconds of a request, from sending to the last byte of the answer."""
+    patience_s: float = 600.0
+    """Seconds that an unreachable or overloaded server is tried again before the run ends."""
+    max_attempts: int = 5
+    """How often a request is sent to a server that answers but fails (status 500, a cut-off answer,
+    a timeout)."""
+    partial_groups: Literal["resample", "drop", "keep"] = "resample"
+    """What to do when some responses of a group fail: ask for them again, replace the group by a
+    group of the next prompt, or train on the responses that came (at least two)."""
+    logprobs: Literal["server", "trainer"] = "server"
+    """Whose log-probabilities are the old policy's. Those of the server are used only where it
+    gives them, and `rollouts.temperature` and `rollouts.top_p` are 1: of other sampling, servers
+    give other numbers, and the trainer computes its own."""
+    prefetch: bool = False
+    """Sample the next rollout batch during training; its policy is then one version old."""
+
+    def __post_init__(self) -> None:
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            yield f"url: {self.url} is not of the form http://host:port"
+        if parts.username or parts.password:
+            yield (
+                "url: holds a user name or password; put the key into the environment and name its "
+                "variable in api_key_variable"
+            )
+        yield from below(self, 1, "concurrency", "max_attempts")
+        for name in ("request_timeout_s", "patience_s"):
+            if not getattr(self, name) > 0:
+                yield f"{name}: {getattr(self, name)} must be above 0"
+
+    @property
+    def address(self) -> str:
+        """The URL in front of every path."""
+        return self.url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def loads_weights(self) -> bool:
+        """Whether weights can be handed over to this kind of server."""
+        return self.kind != "openai"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """How the trained weights get to the engine that samples (`openai` and `hf`)."""
+
+    every: int = 1
+    """Steps between hand-overs. The weights are also handed over before the first step."""
+    max_staleness: int = 1
+    """Versions (steps) that a group's policy may lag behind the trained policy. Older groups are
+    sampled again, and counted in the metric `stale_groups`."""
+    load_timeout_s: float = 1800.0
+    """Seconds in which the server has to load weights."""
+    directory: Path | None = None
+    """Folder of the weights, with a folder for each version. The server must see it under the same
+    path; null: `policy/` in `output.directory`."""
+    keep: int = 2
+    """Versions that are kept in the folder."""
+
+    def __post_init__(self) -> None:
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from below(self, 1, "every", "keep")
+        yield from below(self, 0, "max_staleness")
+        if not self.load_timeout_s > 0:
+            yield f"load_timeout_s: {self.load_timeout_s} must be above 0"
+        if self.every - 1 > self.max_staleness:
+            yield (
+                f"every: {self.every} makes groups {self.every - 1} versions old, more than "
+                f"max_staleness: {self.max_staleness} allows; lower it, or raise max_staleness"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """Responses of several turns, between which an environment answers."""
+
+    environment: str
+    """`module:function`, called after each turn with the messages so far and the record's answer;
+    see [agents](../rollouts/README.md#agents)."""
+    tool_calls: Literal["text", "hermes"] = "text"
+    """How the model's calls of tools reach the environment: in the text, as the model wrote them,
+    or read from it into the message's `tool_calls`. `hermes` reads
+    `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, which the chat templates of Hermes'
+    and Qwen's models ask for."""
+    max_turns: int = 8
+    """Turns of the model in a response at most."""
+    max_seconds: float = 600.0
+    """Seconds after which responses take no further turn."""
+    turn_timeout_s: float = 30.0
+    """Seconds of a call of the environment at most; a longer call is ended, with its process."""
+    processes: int = 4
+    """Processes that calls of the environment run in, at most."""
+    on_failure: float | None = None
+    """Reward of a response whose environment raised, crashed or took too long, in place of its
+    others; null: the response is left out, as one that the server did not give
+    (`server.partial_groups`)."""
+    turn_rewards: bool = False
+    """Rewards that the environment gives are those of turns (`objective.turn_advantage`); false:
+    their sum is the reward of the response."""
+
+    def __post_init__(self) -> None:
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        module, colon, function = self.environment.partition(":")
+        if not (module and colon and function):
+            yield f"environment: {self.environment} is not of the form module:function"
+        yield from below(self, 1, "max_turns", "processes")
+        for name in ("max_seconds", "turn_timeout_s"):
+            if not getattr(self, name) > 0:
+                yield f"{name}: {getattr(self, name)} must be above 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +301,13 @@ class RolloutsConfig:
         return all_files(self.paths)
 
     @property
-    def takes_servers_logprobs(self) -> bool:
-        """Whether a server's log-probabilities are those that responses were sampled with: of other
-        sampling, some give those before it, and others those after it."""
-        takes_them = self.server is not None and self.server.logprobs == "server"
-        return takes_them and self.temperature == self.top_p == 1
+    def takes_samplers_logprobs(self) -> bool:
+        """Whether log-probabilities are those that responses were sampled with, by other code than
+        the trainer's. Of a temperature or top_p other than 1, some servers give those before it,
+        and others those after it."""
+        if self.server is None:
+            return self.engine == "hf"
+        return self.server.logprobs == "server" and self.temperature == self.top_p == 1
 
     def _faults_of_agent(self) -> Iterator[str]:
         if self.agent is None:
@@ -159,49 +341,3 @@ class RolloutsConfig:
                 "server.prefetch: makes groups a version old, more than weights.max_staleness: "
                 f"{self.weights.max_staleness} allows; raise it, or set prefetch: false"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Sampling on prompts that are never trained on."""
-
-    paths: tuple[Path, ...] | dict[str, tuple[Path, ...]]
-    """JSONL or Parquet files of prompts with answers; `data/*.jsonl` is all files of that name.
-    Several data sets are a mapping of their names to their files; each is reported by itself, too.
-    """
-    num_prompts: int
-    """Number of prompts, from the beginning of the files; with several data sets, of each."""
-    responses_per_prompt: int = 1
-    """Responses to each prompt. With more than 1, pass@k is reported: the chance that of k
-    responses at least one is right, which is one with a reward of at least 1. It needs a
-    temperature above 0. Not with `rollouts.agent`."""
-    every: int = 0
-    """Steps between evaluations; 0: before the first and after the last step only."""
-    temperature: float = 0.0
-    """Temperature of sampling; 0 takes the most likely token."""
-
-    def __post_init__(self) -> None:
-        refuse(self._faults())
-
-    def _faults(self) -> Iterator[str]:
-        none = "none given; name at least one JSONL or Parquet file"
-        if not self.paths:
-            yield f"paths: {none}"
-        if isinstance(self.paths, dict) and "" in self.paths:
-            yield "paths: a data set has an empty name; give it one"
-        for name, paths in self.data_sets.items():
-            if self.paths and not paths:
-                yield f"paths.{name}: {none}"
-        yield from below(self, 1, "num_prompts", "responses_per_prompt")
-        yield from below(self, 0, "every", "temperature")
-        if self.responses_per_prompt > 1 and self.temperature == 0:
-            yield (
-                f"responses_per_prompt: {self.responses_per_prompt} with temperature: 0, which "
-                "makes them all the same; set a temperature, such as 1.0"
-            )
-
-    @property
-    def data_sets(self) -> dict[str, tuple[Path, ...]]:
-        """The files by the name of their data set, which is empty where there is only one."""
-        given = self.paths if isinstance(self.paths, dict) else {"": self.paths}
-        return {name: all_files(paths) for name, paths in given.items()}

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_prefix.config.bounds import refuse
+from megatron_prefix.config.evaluation import EvaluationConfig
 from megatron_prefix.config.model import ModelConfig
 from megatron_prefix.config.optimizer import OptimizerSettings
 from megatron_prefix.config.output import OutputConfig
 from megatron_prefix.config.parallel import ParallelConfig
-from megatron_prefix.config.rollouts import EvaluationConfig, RolloutsConfig
+from megatron_prefix.config.rollouts import RolloutsConfig
 from megatron_prefix.config.training import TrainingConfig, faults_of_layout
 from megatron_prefix.objective.config import ObjectiveConfig
 from megatron_prefix.objective.unused import unused_options

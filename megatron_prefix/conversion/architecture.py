@@ -24,6 +24,9 @@ FAMILIES = (
     "deepseek_v3",
     "glm4_moe",
     "gpt_oss",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
     "minimax_m2",
 )
 """Hugging Face's model_type of each family."""
@@ -43,6 +46,31 @@ class LatentAttention:
     """Of each query and key that are turned by the position; all heads' keys share them."""
     value_channels: int
     """Of each value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearAttention:
+    """The sizes of gated delta nets (arXiv 2412.06464)."""
+
+    convolution_width: int
+    """Inputs that a token's convolution reads, its own among them."""
+    key_heads: int
+    """Of queries and keys; each serves as many heads of values."""
+    value_heads: int
+    key_channels: int
+    """Of each query and key."""
+    value_channels: int
+    """Of each value."""
+
+    @property
+    def keys(self) -> int:
+        """Channels of all keys."""
+        return self.key_heads * self.key_channels
+
+    @property
+    def values(self) -> int:
+        """Channels of all values."""
+        return self.value_heads * self.value_channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +138,11 @@ class Architecture:
     """None: routers choose by softmax."""
     latent: LatentAttention | None = None
     """None: queries, keys and values are not compressed."""
+    linear: LinearAttention | None = None
+    """Of the layers that are gated delta nets. With them come a gate of the output of softmax
+    attention, and zero-centred norms. None: there is no such layer."""
+    linear_layers: tuple[bool, ...] = ()
+    """For each layer whether it is a gated delta net."""
     mtp_layers: int = 0
     """Layers of the folder that predict further tokens; kept aside, and not computed."""
 
@@ -120,7 +153,12 @@ class Architecture:
     @property
     def mixed_layers(self) -> bool:
         """Layers differ from each other."""
-        return len(set(self.expert_layers)) > 1
+        return len(set(self.expert_layers)) > 1 or self.linear is not None
+
+    @property
+    def canonical_family(self) -> str:
+        """The family whose folder is written where nothing says which: some compute the same."""
+        return "qwen3_next" if self.family == "qwen3_5_moe_text" else self.family
 
     def differences(self, other: Architecture) -> list[str]:
         """Fields that differ, in words; the longest sequence and what is kept aside may."""
@@ -129,4 +167,5 @@ class Architecture:
             for field in dataclasses.fields(self)
             if field.name not in ("max_length", "mtp_layers")
             and getattr(self, field.name) != getattr(other, field.name)
+            and (field.name != "family" or self.canonical_family != other.canonical_family)
         ]

@@ -9,11 +9,18 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from megatron_prefix.conversion import delta_net_tensors
 from megatron_prefix.conversion.architecture import Architecture
+from megatron_prefix.conversion.hf_qwen3_next import WITH_DELTA_NETS
 from megatron_prefix.packages import needed_by
 
 _LAYER = "model.layers.{layer_number}."
-_REGISTERED_AS = {"mistral": "llama", "gpt_oss": "mixtral", "minimax_m2": "mixtral"}
+_REGISTERED_AS = {
+    "mistral": "llama",
+    "gpt_oss": "mixtral",
+    "minimax_m2": "mixtral",
+    **dict.fromkeys(WITH_DELTA_NETS, "qwen3_moe"),
+}
 """Families that mbridge has no name for, and one whose tensors of attention are the same."""
 _MLP_OF = {
     "gpt_oss": {
@@ -57,6 +64,7 @@ def bridge_of(a: Architecture) -> Any:
             "self_attention.linear_proj.bias": [f"{_LAYER}self_attn.o_proj.bias"],
             "self_attention.core_attention.softmax_offset": [f"{_LAYER}self_attn.sinks"],
             **(_LATENT_NORMS if a.latent is not None else {}),
+            **delta_net_tensors.names(a.family),
         }
         _MLP_MAPPING: ClassVar[Any] = {
             **_MLP_OF.get(a.family, registered._MLP_MAPPING),

@@ -89,6 +89,8 @@ def parameter_dtype(
     parameter: Parameter, stored: torch.dtype, asked: torch.dtype | None
 ) -> torch.dtype:
     """The type that a parameter gets: its own, or what is asked for all weights."""
+    if parameter.is_less_1:
+        return torch.promote_types(stored, torch.float32)
     return stored if asked is None or parameter.is_bias_of_router else asked
 
 
@@ -153,6 +155,7 @@ def check_stored(
     Raises:
         ConversionError: a missing or unknown tensor, or one of another shape, naming it.
     """
+    shapes = _joined(shapes, parameters)
     family = f"a {architecture.family} model of its configuration"
     places, used = [], set()
     for parameter in parameters:
@@ -190,6 +193,18 @@ def check_stored(
             "nothing of the kind"
         )
     return places
+
+
+def _joined(shapes: Mapping[str, Shape], parameters: list[Parameter]) -> dict[str, Shape]:
+    """Parameters that are stored in parts as if they were whole."""
+    shapes = dict(shapes)
+    for parameter in parameters:
+        for key, _ in parameter.places:
+            parts = [key + end for end, _ in parameter.stored if end]
+            if parts and all(part in shapes for part in parts):
+                found = [shapes.pop(part) for part in parts]
+                shapes[key] = (sum(shape[0] for shape in found), *found[0][1:])
+    return shapes
 
 
 def _listed(names: list[str]) -> str:

@@ -89,28 +89,30 @@ def hf_to_megatron(
     check_source(folder, architecture, parameters, dtype)
     stored = stored_dtypes(folder, parameters, dtype)
 
-    def piece(parameter: Parameter, key: str, index: tuple[int, ...], counts: bool) -> Piece:
+    def piece(parameter: Parameter, key: str, part: tuple[str, slice], counts: bool) -> Piece:
+        end, rows = part
+
         def make() -> Tensor:
             tensors = [folder.read(name).to(stored[key]) for name, _ in parameter.sources]
-            whole = mapping.to_megatron(parameter, tensors)
+            data = mapping.to_megatron(parameter, tensors)[rows]
             if counts:
-                progress(whole.numel() * whole.itemsize)
-            return whole
+                progress(data.numel() * data.itemsize)
+            return data
 
         return Piece(
-            key=key,
-            index=index,
+            key=key + end,
+            index=parameter.places[0][1],
             leading=parameter.leading,
-            shape=parameter.shape,
+            shape=(len(range(*rows.indices(parameter.shape[0]))), *parameter.shape[1:]),
             dtype=stored[key],
             make=make,
         )
 
     pieces = []
     for parameter in parameters:
-        key, index = parameter.places[0]
-        pieces.append(piece(parameter, key, index, counts=True))
-        pieces += [piece(parameter, other, index, counts=False) for other in parameter.also]
+        for key in (parameter.places[0][0], *parameter.also):
+            counts = key not in parameter.also
+            pieces += [piece(parameter, key, part, counts) for part in parameter.stored]
     aside = kept_aside(architecture, folder.tensors)
     needed = sum(p.num_bytes for p in pieces)
     needed += sum(folder.tensors[name].num_bytes for name in aside)
@@ -162,21 +164,25 @@ def megatron_to_hf(
     architecture = find_architecture(reader.folder, hf_source, architecture)
     aside = _folder_of_aside(reader.folder, hf_source, architecture)
     if aside is not None:
-        found = mtp_layers(architecture.num_layers, aside.tensors)
+        found = mtp_layers(architecture, aside.tensors)
         architecture = dataclasses.replace(architecture, mtp_layers=found)
     mapping = Mapping(architecture)
     parameters = mapping.parameters()
     places = check_stored(reader.shapes(), architecture, parameters, of=str(reader.folder))
-    kinds = {
-        reader.dtype(key)
+    stored = [
+        reader.dtype(key + parameter.stored[0][0])
         for parameter, (key, _) in zip(parameters, places, strict=True)
-        if not parameter.is_bias_of_router
+    ]
+    kinds = {
+        kind
+        for parameter, kind in zip(parameters, stored, strict=True)
+        if not parameter.is_bias_of_router and not parameter.is_less_1
     }
     out_dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
     values = _config_for(architecture, hf_source, dtype_name(out_dtype))
     types = [
-        parameter_dtype(parameter, reader.dtype(key), dtype)
-        for parameter, (key, _) in zip(parameters, places, strict=True)
+        out_dtype if parameter.is_less_1 else parameter_dtype(parameter, kind, dtype)
+        for parameter, kind in zip(parameters, stored, strict=True)
     ]
     needed = sum(
         math.prod(parameter.shape) * kind.itemsize
@@ -185,9 +191,9 @@ def megatron_to_hf(
     with output_folder(output, force=force, needed_bytes=needed) as partial:
         writer = ShardWriter(partial, max_shard_bytes=max_shard_bytes)
         for parameter, (key, index), kind in zip(parameters, places, types, strict=True):
-            whole = reader.read(key, index).to(kind)
+            whole = _read(reader, parameter, key, index)
             for name, tensor in mapping.to_hf(parameter, whole).items():
-                writer.add(name, tensor)
+                writer.add(name, tensor.to(kind))
             progress(math.prod(parameter.shape) * whole.itemsize)
         if aside is not None:
             _copy(aside, kept_aside(architecture, aside.tensors), writer, dtype)
@@ -196,6 +202,13 @@ def megatron_to_hf(
         for file in companions(hf_source) if hf_source is not None else ():
             shutil.copyfile(file, partial / file.name)
     return architecture
+
+
+def _read(
+    reader: CheckpointReader, parameter: Parameter, key: str, index: tuple[int, ...]
+) -> Tensor:
+    parts = [reader.read(key + end, index) for end, _ in parameter.stored]
+    return torch.cat(parts) if parameter.parts else parts[0]
 
 
 def read_checkpoint(path: Path) -> CheckpointReader:
@@ -261,7 +274,8 @@ def _folder_of_aside(checkpoint: Path, hf_source: Path | None, a: Architecture) 
     beside = checkpoint.parent / KEPT_ASIDE
     if beside.is_dir():
         return HFFolder(beside)
-    return HFFolder(hf_source) if hf_source is not None and a.mtp_layers else None
+    may_have = a.mtp_layers or a.linear is not None
+    return HFFolder(hf_source) if hf_source is not None and may_have else None
 
 
 def _config_for(a: Architecture, hf_source: Path | None, dtype: str) -> dict[str, Any]:

@@ -12,6 +12,9 @@ _MADE_BY = {
     "deepseek_v3": _SIGMOID,
     "glm4_moe": _SIGMOID,
     "gpt_oss": "softmax_type: learnable and activation: quick_gelu",
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5_text"), "experimental_attention_variant: gated_delta_net"
+    ),
     "minimax_m2": "qk_norm_all_heads: true and its experts",
     "qwen2_moe": "moe_shared_expert_gate: true and its experts",
 }
@@ -29,6 +32,7 @@ def family_of(
     sinks: bool,
     qk_norm_all_heads: bool,
     shared_expert_gate: bool,
+    delta_nets: bool,
 ) -> str:
     """Hugging Face's model_type of a model that has these."""
     if sinks:
@@ -39,6 +43,8 @@ def family_of(
         return "deepseek_v3"
     if sigmoid:
         return "glm4_moe"
+    if delta_nets:
+        return "qwen3_next" if experts else "qwen3_5_text"
     if shared_expert_gate:
         return "qwen2_moe"
     if experts:
@@ -53,7 +59,8 @@ def family_of(
 
 def refuse_mixture(a: Architecture) -> None:
     """Combinations of options that no family has."""
-    if a.rotary_fraction != 1.0 and a.family not in ("glm4_moe", "minimax_m2"):
+    partly_turned = a.linear is not None or a.family in ("glm4_moe", "minimax_m2")
+    if a.rotary_fraction != 1.0 and not partly_turned:
         refuse_unless(("model.rotary_percent", a.rotary_fraction, (1.0,)))
     if (a.gate_limit is not None) != (a.family == "gpt_oss"):
         raise ConversionError(
@@ -65,6 +72,9 @@ def refuse_mixture(a: Architecture) -> None:
         return
     if a.latent is not None:
         _refuse_mixture_with_latent(a)
+        return
+    if a.linear is not None:
+        _refuse_mixture_with_delta_nets(a)
         return
     if a.family == "glm4_moe":
         _refuse_mixture_of_sigmoid_experts(a)
@@ -129,6 +139,18 @@ def _refuse_mixture_of_qwen2_experts(a: Architecture) -> None:
     _refuse_if(a, a.linear_bias, "add_bias_linear: true")
     _refuse_if(a, a.qk_norm, "qk_layernorm: true")
     _refuse_if(a, a.window is not None, "window_size")
+
+
+def _refuse_mixture_with_delta_nets(a: Architecture) -> None:
+    """What Qwen3-Next and Qwen3.5 have not."""
+    _refuse_if(a, not a.qk_norm, "qk_layernorm: false")
+    _refuse_if(a, a.qkv_bias, "add_qkv_bias or add_bias_linear: true")
+    _refuse_if(a, a.window is not None, "window_size")
+    _refuse_if(a, a.routing is not None, "moe_router_score_function: sigmoid")
+    _refuse_if(a, bool(a.expert_layers) and not a.shared_expert_gate, "no gated shared expert")
+    _refuse_if(
+        a, a.yarn is not None or a.llama3_rope_factor is not None, "scaled rotary frequencies"
+    )
 
 
 def _refuse_mixture_with_latent(a: Architecture) -> None:

@@ -16,6 +16,12 @@ from megatron_prefix.conversion.hf_deepseek import (
 )
 from megatron_prefix.conversion.hf_experts import expert_values, read_experts
 from megatron_prefix.conversion.hf_folder import read_json
+from megatron_prefix.conversion.hf_qwen3_next import (
+    MROPE_KEYS,
+    WITH_DELTA_NETS,
+    delta_net_values,
+    read_delta_nets,
+)
 from megatron_prefix.packages import needed_by
 
 _CLASSES = {
@@ -29,6 +35,9 @@ _CLASSES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
 }
 _WINDOWS = {
@@ -40,7 +49,7 @@ _WINDOWS = {
     "gpt_oss": "by layer",
 }
 """Families with sliding windows, and whether their layers differ in transformers."""
-_QK_NORM = ("qwen3", "qwen3_moe", "deepseek_v3", "minimax_m2")
+_QK_NORM = ("qwen3", "qwen3_moe", "deepseek_v3", "minimax_m2", *WITH_DELTA_NETS)
 """Families that norm queries and keys always."""
 SAME_AS = {"kimi_k2": "deepseek_v3"}
 """Families that are another one under a name of their own."""
@@ -52,14 +61,14 @@ REFUSED = {
     "glm4_moe_lite": "its latent attention and routers are not compared with deepseek_v3's yet",
     "glm_moe_dsa": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
     "llama4": "its attention in chunks and its routers are not converted",
-    "mistral3": "it reads images too; convert a folder of its text model",
     "nemotron_h": "its state-space layers (Mamba) have no shared prefixes yet",
     "qwen2_5_vl": "it reads images too, which runs do not yet",
-    "qwen3_5": "its gated delta nets are not converted yet",
-    "qwen3_5_moe": "its gated delta nets are not converted yet",
-    "qwen3_next": "its gated delta nets are not converted yet",
     "qwen3_vl": "it reads images too, which runs do not yet",
     "qwen3_vl_moe": "it reads images too, which runs do not yet",
+    **dict.fromkeys(
+        ("mistral3", "qwen3_5", "qwen3_5_moe"),
+        "it reads images too; convert a folder of its text model",
+    ),
 }
 """Families that are known and cannot be converted, and why."""
 # Numbers of Llama 3's scaling that Megatron's GPTModel has no option for.
@@ -75,7 +84,7 @@ _UNQUANTIZE_MXFP4 = (
     ".save_pretrained(other))"
 )
 
-_PARTLY_TURNED = ("glm4_moe", "minimax_m2")
+_PARTLY_TURNED = ("glm4_moe", "minimax_m2", *WITH_DELTA_NETS)
 """Families whose heads are turned in a part of their dimensions."""
 _ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _ROPE_KEYS = {
@@ -89,10 +98,7 @@ _ROPE_KEYS = {
 """What each kind of rotary embedding is made of here; a key beside would be lost."""
 _WITHOUT = {
     ("deepseek_v3", "llama3"),
-    ("glm4_moe", "llama3"),
-    ("glm4_moe", "yarn"),
-    ("minimax_m2", "llama3"),
-    ("minimax_m2", "yarn"),
+    *((family, kind) for family in _PARTLY_TURNED for kind in ("llama3", "yarn")),
 }
 """Families, and the kinds that Megatron or this conversion does not have for them."""
 
@@ -185,7 +191,7 @@ def _architecture(config: Any, family: str) -> Architecture:
         num_attention_heads=config.num_attention_heads,
         num_query_groups=value("num_key_value_heads", config.num_attention_heads),
         head_dim=value("head_dim", config.hidden_size // config.num_attention_heads),
-        ffn_hidden_size=config.intermediate_size,
+        ffn_hidden_size=value("intermediate_size", value("moe_intermediate_size")),
         vocab_size=config.vocab_size,
         max_length=config.max_position_embeddings,
         norm_epsilon=config.rms_norm_eps,
@@ -198,6 +204,7 @@ def _architecture(config: Any, family: str) -> Architecture:
         **windows,
         **_rope(config, family),
         **read_experts(config, family),
+        **read_delta_nets(config, family),
     )
 
 
@@ -240,6 +247,8 @@ def _rope(config: Any, family: str) -> dict[str, Any]:
         )
     latent = family == "deepseek_v3"
     known = (*_ROPE_KEYS[kind], *(("mscale", "mscale_all_dim") if latent else ()))
+    if family.startswith("qwen3_5"):
+        known += MROPE_KEYS
     for name, number in rope.items():
         if name not in known and number is not None:
             raise ConversionError(
@@ -341,7 +350,7 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
     }
     if a.family == "llama":
         options.update(attention_bias=a.linear_bias, mlp_bias=a.linear_bias)
-    options.update(expert_values(a))
+    options.update(expert_values(a), **delta_net_values(a))
     if a.family == "qwen2_moe":
         options.update(qkv_bias=a.qkv_bias, use_sliding_window=False)
     if a.family == "deepseek_v3":
@@ -349,8 +358,9 @@ def config_values(architecture: Architecture, dtype: str) -> dict[str, Any]:
     if a.family == "gpt_oss":
         options["attention_bias"] = a.qkv_bias
     if a.family in _PARTLY_TURNED:
-        rope["partial_rotary_factor"] = a.rotary_fraction
-        options.update(use_qk_norm=a.qk_norm, partial_rotary_factor=a.rotary_fraction)
+        rope["partial_rotary_factor"] = options["partial_rotary_factor"] = a.rotary_fraction
+    if a.family in ("glm4_moe", "minimax_m2"):
+        options["use_qk_norm"] = a.qk_norm
     if a.family == "glm4_moe":
         options["attention_bias"] = a.qkv_bias
     if a.family == "minimax_m2":

@@ -8,6 +8,7 @@ from megatron_prefix.conversion.architecture import Architecture, SigmoidRouting
 from megatron_prefix.conversion.errors import ConversionError
 from megatron_prefix.conversion.hf_deepseek import read_sigmoid_experts, sigmoid_expert_values
 
+_QWEN = ("qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_5_moe_text")
 _SWIGLU_ALPHA = 1.702
 """What Megatron's quick GELU multiplies by, and gpt-oss."""
 
@@ -20,7 +21,7 @@ def read_experts(config: Any, family: str) -> dict[str, Any]:
     """
     if family in ("deepseek_v3", "glm4_moe"):
         return read_sigmoid_experts(config)
-    if family in ("qwen3_moe", "qwen2_moe"):
+    if family in _QWEN:
         found = _read_qwen(config, family)
     elif family in ("mixtral", "minimax_m2", "gpt_oss"):
         found = {
@@ -43,17 +44,19 @@ def read_experts(config: Any, family: str) -> dict[str, Any]:
 
 
 def _read_qwen(config: Any, family: str) -> dict[str, Any]:
-    dense, every = config.mlp_only_layers or [], config.decoder_sparse_step
+    # Qwen3.5 has neither: all layers have experts, whose weights are normalized.
+    dense = getattr(config, "mlp_only_layers", None) or []
+    every = getattr(config, "decoder_sparse_step", 1)
     layers = tuple(i not in dense and (i + 1) % every == 0 for i in range(config.num_hidden_layers))
     if not any(layers):
         raise ConversionError(f"decoder_sparse_step: {every} leaves no layer with experts")
     found = {
         "num_experts": config.num_experts,
         "expert_ffn_hidden_size": config.moe_intermediate_size,
-        "normalized_routing": bool(config.norm_topk_prob),
+        "normalized_routing": bool(getattr(config, "norm_topk_prob", True)),
         "expert_layers": layers,
     }
-    if family == "qwen2_moe":
+    if family != "qwen3_moe":
         found["shared_expert_ffn_hidden_size"] = config.shared_expert_intermediate_size
         found["shared_expert_gate"] = True
     return found
@@ -94,17 +97,17 @@ def expert_values(a: Architecture) -> dict[str, Any]:
     if a.num_experts is None:
         return {}
     values: dict[str, Any] = {"num_experts_per_tok": a.experts_per_token}
-    if a.family in ("qwen3_moe", "qwen2_moe"):
+    if a.family in _QWEN:
+        values.update(num_experts=a.num_experts, moe_intermediate_size=a.expert_ffn_hidden_size)
+    if a.family in _QWEN and a.family != "qwen3_5_moe_text":
         values.update(
-            num_experts=a.num_experts,
-            moe_intermediate_size=a.expert_ffn_hidden_size,
             norm_topk_prob=a.normalized_routing,
             decoder_sparse_step=1,
             mlp_only_layers=[i for i, experts in enumerate(a.expert_layers) if not experts],
         )
-    else:
+    elif a.family not in _QWEN:
         values["num_local_experts"] = a.num_experts
-    if a.family == "qwen2_moe":
+    if a.shared_expert_gate:
         values["shared_expert_intermediate_size"] = a.shared_expert_ffn_hidden_size
     if a.family == "minimax_m2":
         values.update(scoring_func="sigmoid", use_routing_bias=True)

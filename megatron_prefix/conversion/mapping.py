@@ -8,7 +8,9 @@ embeddings in every family, dense layers between layers of experts, and experts 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_prefix.conversion import fused_experts
+from megatron_prefix.conversion import delta_net_tensors, fused_experts
 from megatron_prefix.conversion.architecture import Architecture
 from megatron_prefix.conversion.bridge_tables import bridge_of
 
@@ -46,6 +48,24 @@ class Parameter:
     sources: tuple[tuple[str, Shape], ...]
     """Hugging Face names and shapes."""
     of_all_experts: bool = False
+    parts: tuple[tuple[str, int], ...] = ()
+    """What Megatron stores it as, if not as one tensor: ends of keys, and rows of each."""
+
+    @property
+    def stored(self) -> list[tuple[str, slice]]:
+        """What is added to a place's key, and the rows that are stored there."""
+        if not self.parts:
+            return [("", slice(None))]
+        ends = itertools.accumulate(rows for _, rows in self.parts)
+        return [
+            (f".{name}", slice(end - rows, end))
+            for (name, rows), end in zip(self.parts, ends, strict=True)
+        ]
+
+    @property
+    def is_less_1(self) -> bool:
+        """One that Megatron has 1 smaller; in float32 there, so that it comes back as it was."""
+        return self.name.endswith(delta_net_tensors.OUT_NORM)
 
     @property
     def is_bias_of_router(self) -> bool:
@@ -73,6 +93,10 @@ class Mapping:
         """Fuse the tensors of `parameter.sources`; of the same dtype."""
         if parameter.of_all_experts:
             return fused_experts.to_megatron(tensors[0], gated=parameter.is_gated)
+        if self.architecture.linear is not None:
+            whole = delta_net_tensors.to_megatron(self.architecture, parameter.name, tensors)
+            if whole is not None:
+                return whole
         return self._bridge._weight_to_mcore_format(parameter.name, list(tensors))
 
     def to_hf(self, parameter: Parameter, tensor: Tensor) -> dict[str, Tensor]:
@@ -82,6 +106,10 @@ class Mapping:
             return {name: fused_experts.to_hf(tensor, gated=parameter.is_gated)}
         if tensor.shape[0] > parameter.shape[0]:
             tensor = tensor[: parameter.shape[0]]
+        if self.architecture.linear is not None:
+            parts = delta_net_tensors.to_hf(self.architecture, parameter.name, tensor)
+            if parts is not None:
+                return dict(zip((name for name, _ in parameter.sources), parts, strict=True))
         names, tensors = self._bridge._weight_to_hf_format(parameter.name, tensor)
         return dict(zip(names, tensors, strict=True))
 
@@ -90,7 +118,10 @@ class Mapping:
         h = a.hidden_size
         yield self._parameter("embedding.word_embeddings.weight", [(a.vocab_size, h)])
         for layer in range(a.num_layers):
-            yield from self._attention(layer) if a.latent is None else self._latent(layer)
+            if a.linear is not None and a.linear_layers[layer]:
+                yield from self._delta_net(layer)
+            else:
+                yield from self._attention(layer) if a.latent is None else self._latent(layer)
             yield from self._experts(layer) if a.has_experts(layer) else self._mlp(layer)
         yield self._parameter("decoder.final_layernorm.weight", [(h,)])
         if not a.tied_embeddings:
@@ -101,7 +132,7 @@ class Mapping:
         queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
         of = functools.partial(self._parameter, layer=layer)
         yield of("self_attention.linear_qkv.layer_norm_weight", [(a.hidden_size,)])
-        rows = (queries, keys, keys)
+        rows = (queries if a.linear is None else 2 * queries, keys, keys)
         yield of("self_attention.linear_qkv.weight", [(n, a.hidden_size) for n in rows])
         if a.qkv_bias:
             yield of("self_attention.linear_qkv.bias", [(n,) for n in rows])
@@ -114,6 +145,10 @@ class Mapping:
             yield of("self_attention.linear_proj.bias", [(a.hidden_size,)])
         if a.sinks:
             yield of("self_attention.core_attention.softmax_offset", [(a.num_attention_heads,)])
+
+    def _delta_net(self, layer: int) -> Iterator[Parameter]:
+        for name, shapes, parts in delta_net_tensors.parameters(self.architecture):
+            yield dataclasses.replace(self._parameter(name, shapes, layer), parts=parts)
 
     def _latent(self, layer: int) -> Iterator[Parameter]:
         a = self.architecture
@@ -277,6 +312,11 @@ _EXTRA_STATES_OF_LATENTS = (
     "self_attention.linear_kv_up_proj",
     "self_attention.kv_layernorm",
 )
+_EXTRA_STATES_OF_DELTA_NETS = (
+    "self_attention.in_proj",
+    "self_attention.out_norm",
+    "self_attention.out_proj",
+)
 _EXTRA_STATES_OF_SHARED_EXPERTS = (
     "mlp.shared_experts.linear_fc1",
     "mlp.shared_experts.linear_fc2",
@@ -289,6 +329,8 @@ def extra_state_keys(architecture: Architecture) -> list[str]:
     modules = _EXTRA_STATES
     if a.latent is not None:
         modules += _EXTRA_STATES_OF_LATENTS
+    if a.linear is not None:
+        modules += _EXTRA_STATES_OF_DELTA_NETS
     if a.shared_expert_ffn_hidden_size is not None:
         modules += _EXTRA_STATES_OF_SHARED_EXPERTS
     keys = ["decoder.final_layernorm._extra_state/shard_0_1"]
@@ -313,18 +355,26 @@ def extra_state_keys(architecture: Architecture) -> list[str]:
 
 def kept_aside(architecture: Architecture, names: Iterable[str]) -> list[str]:
     """Tensors of a folder that no layer of the Megatron model computes: its MTP layers'."""
-    first, count = architecture.num_layers, architecture.mtp_layers
-    return [n for n in names if (layer := _layer_of(n)) is not None and 0 <= layer - first < count]
+    if architecture.linear is not None:
+        # Whatever config.json says: that of Qwen3-Next says nothing of them.
+        return [name for name in names if name.startswith("mtp.")]
+    count = architecture.mtp_layers
+    return [
+        n for n in names if (layer := _mtp_layer(architecture, n)) is not None and layer < count
+    ]
 
 
-def mtp_layers(num_layers: int, names: Iterable[str]) -> int:
-    """The number of layers beyond the model's own that tensors belong to."""
-    return max((layer + 1 - num_layers for n in names if (layer := _layer_of(n))), default=0)
+def mtp_layers(architecture: Architecture, names: Iterable[str]) -> int:
+    """The number of MTP layers that tensors belong to."""
+    found = (_mtp_layer(architecture, name) for name in names)
+    return max((layer + 1 for layer in found if layer is not None), default=0)
 
 
-def _layer_of(name: str) -> int | None:
-    found = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(found[1]) if found else None
+def _mtp_layer(a: Architecture, name: str) -> int | None:
+    """The number among the MTP layers, from 0, of the one that a tensor belongs to."""
+    first, own = ("mtp", 0) if a.linear is not None else ("model", a.num_layers)
+    found = re.match(rf"{first}\.layers\.(\d+)\.", name)
+    return int(found[1]) - own if found and int(found[1]) >= own else None
 
 
 _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")

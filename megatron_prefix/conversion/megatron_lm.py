@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from megatron_prefix.conversion.architecture import Architecture
+from megatron_prefix.conversion.hf_qwen3_next import to_transformer
 
 
 def common_state(a: Architecture) -> dict[str, Any]:
@@ -41,6 +42,8 @@ def common_state(a: Architecture) -> dict[str, Any]:
         moe_ffn_hidden_size=a.expert_ffn_hidden_size,
         moe_router_topk=a.experts_per_token or 2,
         moe_router_pre_softmax=not a.normalized_routing,
+        apply_layernorm_1p=a.linear is not None,
+        **to_transformer(a),
         consumed_train_samples=0,
         skipped_train_samples=0,
         consumed_valid_samples=0,

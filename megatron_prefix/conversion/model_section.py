@@ -16,6 +16,9 @@ from megatron_prefix.conversion.architecture import (
 )
 from megatron_prefix.conversion.errors import ConversionError
 from megatron_prefix.conversion.family import family_of, refuse_mixture, refuse_unless
+from megatron_prefix.conversion.hf_qwen3_next import READ as DELTA_NET_FIELDS
+from megatron_prefix.conversion.hf_qwen3_next import from_transformer as delta_nets_from_transformer
+from megatron_prefix.conversion.hf_qwen3_next import to_transformer as delta_nets_to_transformer
 
 
 def to_model_config(architecture: Architecture) -> ModelConfig:
@@ -70,6 +73,7 @@ def to_model_config(architecture: Architecture) -> ModelConfig:
             transformer["moe_shared_expert_gate"] = True
         if a.routing is not None:
             transformer.update(_sigmoid_routing(a.routing))
+    transformer.update(delta_nets_to_transformer(a))
     return ModelConfig(
         vocab_size=a.vocab_size,
         max_sequence_length=a.max_length,
@@ -175,6 +179,7 @@ _READ = {
     "glu_linear_offset",
     "activation_func_clamp_value",
     "moe_shared_expert_gate",
+    *DELTA_NET_FIELDS,
 }
 
 
@@ -217,6 +222,7 @@ def from_model_config(model: ModelConfig) -> Architecture:
     experts = _experts_of(t, ffn)
     windows = _windows_of(t)
     sinks = t.get("softmax_type") == "learnable"
+    delta_nets = delta_nets_from_transformer(t)
     family = family_of(
         experts=bool(experts),
         qk_norm=qk_norm,
@@ -227,6 +233,7 @@ def from_model_config(model: ModelConfig) -> Architecture:
         sinks=sinks,
         qk_norm_all_heads=model.qk_norm_all_heads,
         shared_expert_gate=experts.get("shared_expert_gate", False),
+        delta_nets=bool(delta_nets),
     )
     if family in ("mixtral", "gpt_oss") and experts:
         ffn = experts["expert_ffn_hidden_size"]  # one size, and no layer without experts
@@ -257,6 +264,7 @@ def from_model_config(model: ModelConfig) -> Architecture:
         gate_limit=_gate_limit_of(model),
         **windows,
         **experts,
+        **delta_nets,
     )
     refuse_mixture(architecture)
     return architecture

@@ -20,10 +20,9 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_prefix.attention.comm_types import exchanges_heads
-from megatron_prefix.attention.context_parallel.halo import with_halo
 from megatron_prefix.attention.context_parallel.heads import from_packed_row, to_packed_row
-from megatron_prefix.attention.delta_rule import causal_convolution, gated_delta_rule
-from megatron_prefix.attention.row_recurrence import LayerRecurrence
+from megatron_prefix.attention.delta_rule import gated_delta_rule
+from megatron_prefix.attention.row_recurrence import LayerPaths
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.gated_delta_net import (
@@ -127,7 +126,7 @@ class _PrefixGatedDeltaNet:
         }
         return torch.func.functional_call(self.out_norm, parameters, (x,))
 
-    def _mix(self, hidden_states: Tensor, paths: LayerRecurrence) -> tuple[Tensor, Tensor]:
+    def _mix(self, hidden_states: Tensor, paths: LayerPaths) -> tuple[Tensor, Tensor]:
         """What each token reads from the state, and the gate of that, [T, value heads, V] both."""
         projected, _ = self.in_proj(hidden_states)
         heads = self.num_value_heads // self.tp_size
@@ -135,8 +134,6 @@ class _PrefixGatedDeltaNet:
         widths = [sum(self._channels()), values, heads, heads]
         qkv, gate, beta, alpha = projected[:, 0].split(widths, dim=-1)
         if paths.whole_row is None:
-            if paths.row.halo is not None:
-                qkv = with_halo(qkv, paths.row.halo, paths.exchange)
             out = self._read(qkv, beta, alpha, self._heads(), paths)
         else:
             exchange = paths.exchange.exchange
@@ -176,16 +173,15 @@ class _PrefixGatedDeltaNet:
         )
 
     def _read(
-        self, qkv: Tensor, beta: Tensor, alpha: Tensor, heads: _Heads, paths: LayerRecurrence
+        self, qkv: Tensor, beta: Tensor, alpha: Tensor, heads: _Heads, paths: LayerPaths
     ) -> Tensor:
         """[T, value heads, V] what tokens read from the state.
 
         Args:
-            qkv: [T, channels], and behind the tokens the rows of a halo.
+            qkv: [T, channels]
             beta, alpha: [T, value heads]
         """
-        row = paths.row
-        qkv = self.act_fn(causal_convolution(qkv, heads.conv_weight, heads.conv_bias, row))
+        qkv = self.act_fn(paths.convolve(qkv, heads.conv_weight, heads.conv_bias))
         keys = heads.num_keys * self.key_head_dim
         q, k, v = qkv.split([keys, keys, heads.num_values * self.value_head_dim], dim=-1)
         q, k = (x.unflatten(-1, (-1, self.key_head_dim)) for x in (q, k))
@@ -195,7 +191,7 @@ class _PrefixGatedDeltaNet:
         v = v.unflatten(-1, (-1, self.value_head_dim))
         wide = torch.promote_types(alpha.dtype, torch.float32)
         g = -heads.log_decay.exp() * F.softplus(alpha.to(wide) + heads.step_bias)
-        return gated_delta_rule(q, k, v, g, beta.sigmoid(), row, paths.states)
+        return paths.delta_rule(q, k, v, g, beta.sigmoid())
 
 
 def prefix_gated_delta_net(base: type) -> type:

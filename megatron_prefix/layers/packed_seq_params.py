@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.row_attention import AttentionSetup, CoreAttention, RowAttention
-from megatron_prefix.attention.row_recurrence import RowRecurrence
+from megatron_prefix.attention.row_recurrence import RowPaths, RowRecurrence
 from megatron_prefix.device_copy import copy_to_device, record_to_device
 from megatron_prefix.layout import (
     ContextShards,
@@ -70,7 +70,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
     """How the row is distributed over context-parallel ranks; None: all of it is here."""
     last_layer: PrefixPackedSeqParams | None = None
     """Params of the model's last layer, where it computes the output of some rows only."""
-    recurrence: RowRecurrence | None = None
+    recurrence: RowPaths | None = None
     """The paths of the tokens, for recurrent layers."""
     routes: Tensor | None = None
     """[T, layers with experts, topk] whole numbers: the experts that each token is sent to, or

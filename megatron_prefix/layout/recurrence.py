@@ -32,9 +32,6 @@ from megatron_prefix.layout.stages import Recurrence, Wave
 from megatron_prefix.layout.waves import in_waves
 from megatron_prefix.layout.windows import RankRows, exchanged_halo, rows_before
 
-CHUNK_TOKENS = 64
-"""Of a chunk, at most."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
@@ -48,6 +45,10 @@ class _Run:
     begin: int = -1
     """State from a piece that it begins with, among those of the rank; -1: none."""
     is_piece: bool = False
+
+
+CHUNK_TOKENS = 64
+"""Of a chunk, at most."""
 
 
 def recurrence(layout: PackedLayout, *, width: int) -> Recurrence[np.ndarray]:

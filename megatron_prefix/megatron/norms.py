@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 
 class PrefixTorchNorm:
@@ -32,16 +34,37 @@ class PrefixTorchNorm:
                 f"normalization={config.normalization!r} has no torch norm: use one of "
                 f"{sorted(classes)}, or a Transformer Engine layer spec"
             )
-        for option in ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm"):
-            if getattr(config, option):
-                raise ValueError(
-                    f"{option}=True is not an option of torch's norms, which this model has: set "
-                    "it to False, or use a Transformer Engine layer spec"
-                )
+        if config.memory_efficient_layer_norm:
+            raise ValueError(
+                "memory_efficient_layer_norm=True is not an option of torch's norms, which this "
+                "model has: set it to False, or use a Transformer Engine layer spec"
+            )
         norm = classes[config.normalization](hidden_size, eps=eps)
+        if config.layernorm_zero_centered_gamma:
+            norm.__class__ = _ZERO_CENTRED[config.normalization]
+            torch.nn.init.zeros_(norm.weight)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class _ZeroCentredRMSNorm(torch.nn.RMSNorm):
+    """The factor of each channel is 1 more than the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `torch.nn.RMSNorm`."""
+        return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+
+class _ZeroCentredLayerNorm(torch.nn.LayerNorm):
+    """The factor of each channel is 1 more than the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `torch.nn.LayerNorm`."""
+        return F.layer_norm(x, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
+
+
+_ZERO_CENTRED = {"LayerNorm": _ZeroCentredLayerNorm, "RMSNorm": _ZeroCentredRMSNorm}
 
 
 class PrefixFusedNorm:

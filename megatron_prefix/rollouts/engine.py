@@ -11,6 +11,10 @@ class EndOfRollouts(Exception):
     """There are not as many groups left as were asked for; the run ends in good order."""
 
 
+class ServerError(ValueError):
+    """Whoever is asked for responses, such as a server, does not give what was asked for."""
+
+
 ENGINE_ERRORS = (EndOfRollouts, ValueError, OSError)
 """What an engine may raise on rank 0, for what passes errors on to other ranks."""
 

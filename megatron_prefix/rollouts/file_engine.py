@@ -22,24 +22,31 @@ Rewards may be several by name (`named_rewards`). "turn_rewards" stand in place 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
-import numpy as np
-
 from megatron_prefix.rollouts.batch_builder import BatchBuilder
 from megatron_prefix.rollouts.group_reader import GroupReader, ReadGroup, Unrewarded
-from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.records import RolloutBatch
-from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, computed_rewards
-from megatron_prefix.rollouts.routes import RouteReader
-from megatron_prefix.rollouts.stream import RecordStream
-from megatron_prefix.rollouts.usable import Usable
+from megatron_prefix.rollouts.rewards import close_reward, reward_batch
+from megatron_prefix.rollouts.stream import RecordStream, position_kept
 
 RunAlone = Callable[[Callable[[], RolloutBatch]], "RolloutBatch | None"]
 """Runs a function on one rank, which gets the result. Every rank gets None or the error."""
+
+
+class _Made:
+    """A batch that is being read."""
+
+    def __init__(self) -> None:
+        self.builder = BatchBuilder()
+        self.unrewarded: list[tuple[Unrewarded, ...]] = []
+
+    def add(self, read: ReadGroup) -> None:
+        self.builder.add(read.batch)
+        self.unrewarded.append(read.unrewarded)
 
 
 class FileEngine:
@@ -52,17 +59,8 @@ class FileEngine:
     def __init__(
         self,
         paths: Sequence[str | PathLike[str]],
+        reader: GroupReader,
         *,
-        vocab_size: int,
-        max_positions: int,
-        group_size: int | None = None,
-        forms: RecordForms | None = None,
-        reward: RewardFunction | None = None,
-        reward_weights: Mapping[str, float] | None = None,
-        usable: Usable | None = None,
-        is_corrected: bool = False,
-        routes: RouteReader | None = None,
-        has_mrope: bool = False,
         reads: bool = True,
         run_alone: RunAlone = lambda read: read(),
         epochs: int | None = None,
@@ -71,16 +69,7 @@ class FileEngine:
 
         Args:
             paths: .jsonl, .jsonl.gz and .parquet files.
-            vocab_size: token ids lie in [0, vocab_size).
-            max_positions: positions of the model (see `validate_group`).
-            group_size: responses that every group must have; None takes groups of any size.
-            forms: of the records; None: this package's own, and token ids of others.
-            reward: computes rewards where a record has an answer and no rewards.
-            reward_weights: of rewards by name; None: a response has one reward.
-            usable: what becomes of groups that the model cannot train on; None: they are errors.
-            is_corrected: see `validate_group`.
-            routes: reads the routes that all records must have; None: no record may have any.
-            has_mrope: whether the model has mRoPE; without it no record may have positions.
+            reader: makes groups of their records.
             reads: whether this rank reads; a rank that does not needs no files.
             run_alone: on several ranks, what runs a function on the rank that reads; the other
                 ranks wait for it.
@@ -89,22 +78,10 @@ class FileEngine:
         Raises:
             ValueError: no paths, a file that is not there or of unknown format, or epochs below 1.
         """
-        self._reward = reward
+        self._reward = reader.reward
         self._run_alone = run_alone
         self._stream: RecordStream[ReadGroup] | None = None
         if reads:
-            reader = GroupReader(
-                vocab_size=vocab_size,
-                max_positions=max_positions,
-                group_size=group_size,
-                forms=forms,
-                has_reward=reward is not None,
-                reward_weights=reward_weights,
-                usable=usable,
-                is_corrected=is_corrected,
-                routes=routes,
-                has_mrope=has_mrope,
-            )
             self._stream = RecordStream(paths, reader.read, epochs=epochs, as_arrays=True)
 
     @property
@@ -130,47 +107,27 @@ class FileEngine:
     def _read(self, num_groups: int) -> RolloutBatch:
         stream = self._stream
         assert stream is not None
-        before = stream.state_dict()
-        builder = BatchBuilder()
-        unrewarded: list[tuple[Unrewarded, ...]] = []
+        with position_kept(stream):
+            made = _Made()
+            stream.take_each(num_groups, made.add)
+            return self._rewarded(made)
 
-        def add(read: ReadGroup) -> None:
-            builder.add(read.batch)
-            unrewarded.append(read.unrewarded)
-
-        stream.take_each(num_groups, add)
-        try:
-            return self._rewarded(builder.build(), unrewarded)
-        except ValueError:
-            stream.load_state_dict(before)
-            raise
-
-    def _rewarded(
-        self, batch: RolloutBatch, unrewarded: Sequence[tuple[Unrewarded, ...]]
-    ) -> RolloutBatch:
-        """The batch with the rewards that are to be computed, given for each group.
+    def _rewarded(self, made: _Made) -> RolloutBatch:
+        """The batch with the rewards that are to be computed.
 
         Raises:
             ValueError: a reward could not be computed.
         """
-        parts = [
+        batch = made.builder.build()
+        unrewarded = [
             (int(start) + part.first, part.group)
-            for start, of_group in zip(batch.group_offsets[:-1], unrewarded, strict=True)
+            for start, of_group in zip(batch.group_offsets[:-1], made.unrewarded, strict=True)
             for part in of_group
         ]
-        if not parts:
+        if not unrewarded:
             return batch
         assert self._reward is not None
-        computed = computed_rewards(self._reward, [group for _, group in parts])
-        places = np.concatenate([first + np.arange(len(group.responses)) for first, group in parts])
-        rewards = batch.rewards.copy()
-        rewards[places] = computed.totals
-        named_rewards = dict(batch.named_rewards)
-        for name, values in computed.named.items():
-            known = named_rewards.get(name, np.full(len(rewards), np.nan))
-            named_rewards[name] = known.copy()
-            named_rewards[name][places] = values
-        return dataclasses.replace(batch, rewards=rewards, named_rewards=named_rewards)
+        return reward_batch(self._reward, batch, unrewarded)
 
     def each(self) -> Iterator[ReadGroup]:
         """All groups once, for the rank that reads; the position stays.
@@ -180,6 +137,19 @@ class FileEngine:
         """
         assert self._stream is not None
         return self._stream.each()
+
+    def batches(self, num_groups: int) -> Iterator[RolloutBatch]:
+        """All groups once with their rewards, at most so many at a time; the position stays.
+
+        Raises:
+            ValueError: a record that is wrong, or a reward that could not be computed.
+        """
+        groups = self.each()
+        while part := list(itertools.islice(groups, num_groups)):
+            made = _Made()
+            for read in part:
+                made.add(read)
+            yield self._rewarded(made)
 
     def metrics(self) -> dict[str, float]:
         """Nothing: the trainer's own metrics say all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,15 +24,11 @@ from megatron_prefix.rollouts.positions import read_positions, with_positions
 from megatron_prefix.rollouts.record import START, FilePosition, Record
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, plain_tokens
+from megatron_prefix.rollouts.rewards import RewardFunction
 from megatron_prefix.rollouts.routes import FIELD as ROUTES
 from megatron_prefix.rollouts.routes import RouteReader, of_each_response
 from megatron_prefix.rollouts.usable import Usable
-from megatron_prefix.rollouts.validation import (
-    FieldName,
-    indexed_field,
-    is_trainable,
-    validate_group,
-)
+from megatron_prefix.rollouts.validation import Limits, is_trainable, validate_group
 
 Value = TypeVar("Value")
 
@@ -57,71 +53,48 @@ class ReadGroup:
     """What has to be rewarded."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class GroupReader:
     """Makes groups of records."""
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        max_positions: int,
-        group_size: int | None,
-        has_reward: bool,
-        forms: RecordForms | None = None,
-        reward_weights: Mapping[str, float] | None = None,
-        usable: Usable | None = None,
-        is_corrected: bool = False,
-        routes: RouteReader | None = None,
-        has_mrope: bool = False,
-    ) -> None:
-        """Nothing is read yet.
-
-        Args:
-            vocab_size: token ids lie in [0, vocab_size).
-            max_positions: positions of the model (see `validate_group`).
-            group_size: responses that every group must have; None takes groups of any size.
-            has_reward: whether rewards that are missing can be computed.
-            forms: of the records; None: this package's own, and token ids of others.
-            reward_weights: of rewards by name; None: a response has one reward.
-            usable: what becomes of groups that the model cannot train on; None: they are errors.
-            is_corrected: see `validate_group`.
-            routes: reads the routes that all records must have; None: no record may have any.
-            has_mrope: whether the model has mRoPE; without it no record may have positions.
-        """
-        self._routes = routes
-        self._has_mrope = has_mrope
-        self._is_corrected = is_corrected
-        self._usable = usable or Usable()
-        self._reward_weights = reward_weights
-        self._forms = RecordForms() if forms is None else forms
-        self._vocab_size = vocab_size
-        self._max_positions = max_positions
-        self._group_size = group_size
-        self._has_reward = has_reward
+    limits: Limits
+    """Of the model."""
+    group_size: int | None = None
+    """Responses that every group must have; None takes groups of any size."""
+    reward: RewardFunction | None = None
+    """For rewards that are missing; they are not computed here."""
+    forms: RecordForms = field(default_factory=RecordForms)
+    """Of the records; without more, this package's own and token ids of other programs."""
+    reward_weights: Mapping[str, float] | None = None
+    """Of rewards by name; None: a response has one reward."""
+    usable: Usable = field(default_factory=Usable)
+    """What becomes of groups that the model cannot train on; without more, they are errors."""
+    routes: RouteReader | None = None
+    """Reads the routes that all records must have; None: no record may have any."""
+    has_mrope: bool = False
+    """Whether the model has mRoPE; without it no record may have positions."""
 
     def read(self, records: Iterator[Record]) -> Iterator[tuple[ReadGroup, FilePosition]]:
         """The groups of one file, each with the position after its last record."""
-        in_own_form = (weighted_record(self._forms(r), self._reward_weights) for r in records)
+        in_own_form = (weighted_record(self.forms(r), self.reward_weights) for r in records)
         for key, members in itertools.groupby(in_own_form, key=_consecutive_group):
             if isinstance(key, (str, int)):
-                joined = self._usable.made(partial(self._join, key, members))
+                joined = self.usable.made(partial(self._join, key, members))
                 if joined is not None:
                     yield joined
             else:
                 # Unpacking `members` would read the next line, which a later batch answers for.
                 record = next(members)
-                whole = self._usable.made(partial(self._whole, record))
+                whole = self.usable.made(partial(self._whole, record))
                 if whole is not None:
                     yield whole, record.end
 
     def _whole(self, record: Record) -> ReadGroup:
         """The group of a record that holds a whole one."""
         batch = batch_of_arrays(record)
-        if batch is None or not is_trainable(
-            batch, vocab_size=self._vocab_size, max_positions=self._max_positions
-        ):
+        if batch is None or not is_trainable(batch, self.limits):
             group = parse_group(record)
-            self._validate(group, indexed_field)
+            validate_group(group, self.limits)
             batch = RolloutBatch.from_groups([group])
         unrewarded: tuple[Unrewarded, ...] = ()
         if self._lacks_rewards(record, "rewards"):
@@ -131,11 +104,11 @@ class GroupReader:
         if any(name in record.values for name in POSITIONS):
             batch = self._with_positions(batch, record)
         routes = self._routes_of(record)
-        if self._routes is not None:
+        if self.routes is not None:
             where = f"{record.source}: {ROUTES}"
             values = of_each_response(routes, where, batch.num_responses)
             names = [f"{where}[{response}]" for response in range(len(values))]
-            batch = self._routes.of_group(batch, values, names)
+            batch = self.routes.of_group(batch, values, names)
         return ReadGroup(batch=batch, unrewarded=unrewarded)
 
     def _join(self, name: str | int, records: Iterable[Record]) -> tuple[ReadGroup, FilePosition]:
@@ -148,7 +121,7 @@ class GroupReader:
         for record in records:
             end = record.end
             part = parse_response(record)
-            self._validate(part, response_field)
+            validate_group(part, self.limits, field_name=response_field)
             if self._lacks_rewards(record, "reward"):
                 unrewarded.append(Unrewarded(first=len(parts), group=part))
             routes.append((self._routes_of(record), f"{record.source}: {ROUTES}"))
@@ -158,10 +131,10 @@ class GroupReader:
             parts.append(part)
             _check_same_group(name, parts[0], part)
             # At once: a file in which every record has the same group must not be read to its end.
-            if self._group_size is not None and len(parts) > self._group_size:
+            if self.group_size is not None and len(parts) > self.group_size:
                 raise ValueError(
                     f"{part.source}: group: {name!r} has more responses than "
-                    f"group_size={self._group_size}"
+                    f"group_size={self.group_size}"
                 )
         first, last = parts[0], parts[-1]
         group = RolloutGroup(
@@ -188,19 +161,19 @@ class GroupReader:
         batch = RolloutBatch.from_groups([group])
         if any(found is not None for of_part in positions for found in of_part):
             batch = with_positions(batch, positions[0][0], [own for _, own in positions])
-        if self._routes is not None:
-            batch = self._routes.of_group(batch, *zip(*routes, strict=True))
+        if self.routes is not None:
+            batch = self.routes.of_group(batch, *zip(*routes, strict=True))
         return ReadGroup(batch=batch, unrewarded=tuple(unrewarded)), end
 
     def _routes_of(self, record: Record) -> Any:
         """The field of a record; None where no record has it."""
         is_there = ROUTES in record.values
-        if self._routes is None and is_there:
+        if self.routes is None and is_there:
             raise ValueError(
                 f"{record.source}: {ROUTES}: given, but training.replayed_routes: null does not "
                 "say what to do with them; set it to exact, first or ignore"
             )
-        if self._routes is not None and not is_there:
+        if self.routes is not None and not is_there:
             raise ValueError(
                 f"{record.source}: {ROUTES}: missing, and training.replayed_routes replays those "
                 "of all records; have the engine that samples give them, or set replayed_routes: "
@@ -211,7 +184,7 @@ class GroupReader:
     def _check_positions(self, record: Record) -> None:
         """Refuse positions of a model without mRoPE."""
         for name in POSITIONS:
-            if name in record.values and not self._has_mrope:
+            if name in record.values and not self.has_mrope:
                 raise ValueError(
                     f"{record.source}: {name}: only a model with mRoPE has positions of its own "
                     "(model.position_embedding_type: mrope); leave them out"
@@ -230,15 +203,6 @@ class GroupReader:
                 for index, value in enumerate(values)
             ]
         return with_positions(batch, prompt, found)
-
-    def _validate(self, group: RolloutGroup, field_name: FieldName) -> None:
-        validate_group(
-            group,
-            vocab_size=self._vocab_size,
-            max_positions=self._max_positions,
-            field_name=field_name,
-            is_corrected=self._is_corrected,
-        )
 
     def _lacks_rewards(self, record: Record, field: str) -> bool:
         """Whether the rewards of a record, in the field of that name, are to be computed."""
@@ -261,7 +225,7 @@ class GroupReader:
             raise ValueError(
                 f"{record.source}: {field}: missing, and so is answer; a record needs one of them"
             )
-        if not self._has_reward:
+        if self.reward is None:
             raise ValueError(
                 f"{record.source}: {field}: missing; give it, or set a reward function that "
                 "computes it from the answer"
@@ -269,9 +233,9 @@ class GroupReader:
         return True
 
     def _check_size(self, source: str, num_responses: int) -> None:
-        if self._group_size is not None and num_responses != self._group_size:
+        if self.group_size is not None and num_responses != self.group_size:
             raise ValueError(
-                f"{source}: responses: {num_responses} of them, but group_size={self._group_size}"
+                f"{source}: responses: {num_responses} of them, but group_size={self.group_size}"
             )
 
 
@@ -334,7 +298,7 @@ def _check_same_group(name: str | int, first: RolloutGroup, part: RolloutGroup) 
                 f"{where}: prompt_keys: group {name!r} of different prompts; their keys differ "
                 f"from those of {first.source} first at position {int(differs.argmax())}"
             )
-    for field in (
+    for attribute in (
         "turn_rewards",
         "advantages",
         "old_logprobs",
@@ -343,9 +307,9 @@ def _check_same_group(name: str | int, first: RolloutGroup, part: RolloutGroup) 
         "prompt_keys",
         "keys",
     ):
-        if (getattr(part, field) is None) != (getattr(first, field) is None):
+        if (getattr(part, attribute) is None) != (getattr(first, attribute) is None):
             raise ValueError(
-                f"{where}: {field}: of group {name!r}, some records have it and some do not; "
+                f"{where}: {attribute}: of group {name!r}, some records have it and some do not; "
                 f"{first.source} begins it; give it in all of them or in none"
             )
 

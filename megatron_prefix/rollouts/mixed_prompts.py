@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
+from megatron_prefix.rollouts.stream import position_kept
 
 
 class MixedPrompts:
@@ -32,16 +33,12 @@ class MixedPrompts:
         Raises:
             ValueError: a record that is wrong; nothing is taken then.
         """
-        before = self.state_dict()
-        try:
+        with position_kept(self):
             order = [self._next() for _ in range(count)]
             taken = [
                 iter(source.take(order.count(index)) if index in order else ())
                 for index, source in enumerate(self._sources)
             ]
-        except BaseException:
-            self.load_state_dict(before)
-            raise
         return [next(taken[index]) for index in order]
 
     def _next(self) -> int:

@@ -13,7 +13,7 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +44,8 @@ FIELDS = (
 )
 _FLAT_NAMES = {"responses": "response", "rewards": "reward"}
 
-Value = TypeVar("Value")
+Reader = Callable[[Any, str], Any]
+"""Reads a value; an error begins with the text that is given, such as "a.jsonl:2: prompt"."""
 
 
 def group_id(record: Record) -> str | int | None:
@@ -153,54 +154,45 @@ def parse_group(record: Record) -> RolloutGroup:
     Raises:
         ValueError: a field is missing or not of its type, naming it.
     """
-    record = record.plain()
-    responses = _list_of(_tokens, *_required(record, "responses"))
-    turn_rewards = _optional(record, "turn_rewards", _each(numbers))
-    rewards = (0.0,) * len(responses) if turn_rewards is None else [*map(_total, turn_rewards)]
-    return RolloutGroup(
-        prompt=_tokens(*_required(record, "prompt")),
-        responses=responses,
-        rewards=_optional(record, "rewards", numbers, default=rewards),
-        named_rewards=record.named_rewards,
-        turn_rewards=turn_rewards,
-        advantages=_optional(record, "advantages", _each(numbers)),
-        old_logprobs=_optional(record, "old_logprobs", _each(numbers)),
-        loss_mask=_optional(record, "loss_mask", _each(_flags)),
-        prompt_keys=_optional(record, "prompt_keys", _keys),
-        keys=_optional(record, "keys", _each(_keys)),
-        finished=_optional(record, "finished", _flags),
-        answer=record.values.get("answer"),
-        record=other_fields(record.values),
-        source=record.source,
-    )
+    return _parsed(record.plain(), lambda field: field, _each)
 
 
 def parse_response(record: Record) -> RolloutGroup:
-    """The group of one that a record of one response makes; a reward that it has not is that of its
-    turns together, or 0.
+    """The group of one that a record of one response makes; see `parse_group`."""
+    return _parsed(record, lambda field: _FLAT_NAMES.get(field, field), _single)
 
-    Raises:
-        ValueError: a field is missing or not of its type, naming it.
+
+def _parsed(
+    record: Record, name_of: Callable[[str], str], of_responses: Callable[[Reader], Reader]
+) -> RolloutGroup:
+    """The group of a record.
+
+    Args:
+        record: of any kind.
+        name_of: the record's name of a field of responses.
+        of_responses: from a reader of what one response has, a reader of such a field.
     """
-    turn_rewards = _optional(record, "turn_rewards", numbers)
-    total = 0.0 if turn_rewards is None else _total(turn_rewards)
-    advantages = _optional(record, "advantages", numbers)
-    old_logprobs = _optional(record, "old_logprobs", numbers)
-    loss_mask = _optional(record, "loss_mask", _flags)
-    keys = _optional(record, "keys", _keys)
-    finished = _optional(record, "finished", _flag)
+
+    def optional(field: str, read: Reader) -> Any:
+        return _optional(record, name_of(field), of_responses(read))
+
+    responses = of_responses(_tokens)(*_required(record, name_of("responses")))
+    turn_rewards = optional("turn_rewards", numbers)
+    rewards = optional("rewards", number)
+    if rewards is None:
+        rewards = [0.0] * len(responses) if turn_rewards is None else [*map(_total, turn_rewards)]
     return RolloutGroup(
         prompt=_tokens(*_required(record, "prompt")),
-        responses=(_tokens(*_required(record, "response")),),
-        rewards=(_optional(record, "reward", number, default=total),),
+        responses=responses,
+        rewards=rewards,
         named_rewards=record.named_rewards,
-        turn_rewards=None if turn_rewards is None else (turn_rewards,),
-        advantages=None if advantages is None else (advantages,),
-        old_logprobs=None if old_logprobs is None else (old_logprobs,),
-        loss_mask=None if loss_mask is None else (loss_mask,),
+        turn_rewards=turn_rewards,
+        advantages=optional("advantages", numbers),
+        old_logprobs=optional("old_logprobs", numbers),
+        loss_mask=optional("loss_mask", _flags),
         prompt_keys=_optional(record, "prompt_keys", _keys),
-        keys=None if keys is None else (keys,),
-        finished=None if finished is None else (finished,),
+        keys=optional("keys", _keys),
+        finished=optional("finished", _flag),
         answer=record.values.get("answer"),
         record=other_fields(record.values),
         source=record.source,
@@ -251,11 +243,9 @@ def _required(record: Record, name: str) -> tuple[Any, str]:
     return record.values[name], f"{record.source}: {name}"
 
 
-def _optional(
-    record: Record, name: str, read: Callable[[Any, str], Value], *, default: Any = None
-) -> Any:
+def _optional(record: Record, name: str, read: Reader) -> Any:
     if name not in record.values:
-        return default
+        return None
     return read(record.values[name], f"{record.source}: {name}")
 
 
@@ -324,15 +314,19 @@ def _tokens(value: Any, where: str) -> Tokens:
     return tuple(value)
 
 
-def _list_of(read: Callable[[Any, str], Value], value: Any, where: str) -> tuple[Value, ...]:
+def _list_of(read: Reader, value: Any, where: str) -> tuple[Any, ...]:
     value = plain_value(value)
     if type(value) is not list:
         raise ValueError(f"{where}: {reprlib.repr(value)} is not a list")
     return tuple(read(item, f"{where}[{i}]") for i, item in enumerate(value))
 
 
-def _each(read: Callable[[Any, str], Value]) -> Callable[[Any, str], tuple[Value, ...]]:
+def _each(read: Reader) -> Reader:
     return lambda value, where: _list_of(read, value, where)
+
+
+def _single(read: Reader) -> Reader:
+    return lambda value, where: (read(value, where),)
 
 
 def numbers(value: Any, where: str) -> Sequence[float] | NDArray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -165,14 +165,46 @@ def load_reward(
     return ProcessReward(library.function, process, tokenizer=tokenizer, name=spec, when_ended=0.0)
 
 
-def reward_batch(reward: RewardFunction, batch: RolloutBatch) -> RolloutBatch:
-    """The batch with the rewards of all its responses.
+def reward_batch(
+    reward: RewardFunction,
+    batch: RolloutBatch,
+    unrewarded: Sequence[tuple[int, RolloutGroup]] | None = None,
+) -> RolloutBatch:
+    """The batch with rewards of its responses.
+
+    Args:
+        reward: that is computed.
+        batch: of any size.
+        unrewarded: the responses that have none yet: groups, each with the index of its first
+            response in the batch; None: all.
 
     Raises:
         ValueError: see `compute_rewards`.
     """
-    computed = computed_rewards(reward, list(batch.groups()))
-    return dataclasses.replace(batch, rewards=computed.totals, named_rewards=computed.named)
+    if unrewarded is None:
+        unrewarded = list(zip(batch.group_offsets[:-1].tolist(), batch.groups(), strict=True))
+    if not unrewarded:
+        return batch
+    computed = computed_rewards(reward, [group for _, group in unrewarded])
+    places = np.concatenate(
+        [first + np.arange(len(group.responses)) for first, group in unrewarded]
+    )
+
+    def placed(known: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+        filled = known.copy()
+        filled[places] = values
+        return filled
+
+    unknown = np.full(batch.num_responses, np.nan)
+    named = {
+        name: placed(batch.named_rewards.get(name, unknown), values)
+        for name, values in computed.named.items()
+    }
+    return dataclasses.replace(
+        batch,
+        rewards=placed(batch.rewards, computed.totals),
+        named_rewards={**batch.named_rewards, **named},
+    )
 
 
 def computed_rewards(reward: RewardFunction, groups: Sequence[RolloutGroup]) -> ComputedRewards:
@@ -191,31 +223,6 @@ def computed_rewards(reward: RewardFunction, groups: Sequence[RolloutGroup]) -> 
     return ComputedRewards(totals=np.array(found, dtype=np.float64), named={})
 
 
-def reward_groups(
-    reward: RewardFunction, groups: Iterable[RolloutGroup]
-) -> list[tuple[float, ...]]:
-    """For each group the reward of each of its responses.
-
-    Raises:
-        ValueError: see `compute_rewards`.
-    """
-    if not isinstance(reward, ProcessReward):
-        return [compute_rewards(reward, group) for group in groups]
-    groups = list(groups)
-    calls = [(g.prompt, response, g.answer, g.record) for g in groups for response in g.responses]
-    values = iter(reward.map(calls))
-    rewarded = []
-    for group in groups:
-        rewards = []
-        for r in range(len(group.responses)):
-            value = next(values)
-            if isinstance(value, CallFailed):
-                raise ValueError(f"{_where(group, r, reward)} {value}") from value
-            rewards.append(value)
-        rewarded.append(tuple(rewards))
-    return rewarded
-
-
 def compute_rewards(reward: RewardFunction, group: RolloutGroup) -> tuple[float, ...]:
     """The reward of each response of the group, whose own rewards are not looked at.
 
@@ -224,26 +231,66 @@ def compute_rewards(reward: RewardFunction, group: RolloutGroup) -> tuple[float,
             own) crashed or took too long; the message names the group's source, the response and
             the function.
     """
+    return reward_groups(reward, [group])[0]
+
+
+def reward_groups(
+    reward: RewardFunction, groups: Sequence[RolloutGroup]
+) -> list[tuple[float, ...]]:
+    """For each group the reward of each of its responses.
+
+    Raises:
+        ValueError: see `compute_rewards`.
+    """
     if isinstance(reward, ProcessReward):
-        return reward_groups(reward, [group])[0]
-    rewards = []
+        values = iter(
+            reward.map(
+                [
+                    (g.prompt, response, g.answer, g.record)
+                    for g in groups
+                    for response in g.responses
+                ]
+            )
+        )
+    else:
+        values = (value for group in groups for value in _computed_here(reward, group))
+    return [
+        tuple(
+            _checked(next(values), group, response, reward)
+            for response in range(len(group.responses))
+        )
+        for group in groups
+    ]
+
+
+def _computed_here(reward: RewardFunction, group: RolloutGroup) -> Iterator[float | CallFailed]:
+    """The rewards of a group's responses, in this process; a failed one is its `CallFailed`."""
     prompt = plain_tokens(group.prompt)
-    for r, response in enumerate(group.responses):
-        where = _where(group, r, reward)
+    for response in group.responses:
         try:
             value = reward(prompt, plain_tokens(response), group.answer)
         except Exception as error:
-            raise ValueError(f"{where} failed: {_described(error)}") from error
+            failed = CallFailed(f"failed: {_described(error)}")
+            failed.__cause__ = error
+            yield failed
+            continue
         number = as_number(value)
         if number is None:
-            raise ValueError(
-                f"{where} returned {reprlib.repr(value)}, a {type(value).__name__}; it must "
-                "return a float"
-            )
-        if not math.isfinite(number):
-            raise ValueError(f"{where} returned {value}; it must return a finite number")
-        rewards.append(number)
-    return tuple(rewards)
+            shown = f"{reprlib.repr(value)}, a {type(value).__name__}; it must return a float"
+            yield CallFailed(f"returned {shown}")
+        elif not math.isfinite(number):
+            yield CallFailed(f"returned {value}; it must return a finite number")
+        else:
+            yield number
+
+
+def _checked(
+    value: float | CallFailed, group: RolloutGroup, response: int, reward: RewardFunction
+) -> float:
+    if isinstance(value, CallFailed):
+        where = f"{group.source}: responses[{response}]: reward {_name(reward)}"
+        raise ValueError(f"{where} {value}") from (value.__cause__ or value)
+    return value
 
 
 def check_answer(reward: RewardFunction, answer: Any, source: str) -> None:
@@ -272,10 +319,6 @@ def close_reward(reward: RewardFunction | None) -> None:
             close_reward(function)
     if isinstance(reward, ProcessReward):
         reward.close()
-
-
-def _where(group: RolloutGroup, response: int, reward: RewardFunction) -> str:
-    return f"{group.source}: responses[{response}]: reward {_name(reward)}"
 
 
 def _answer_tokens(answer: Any) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -10,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.record import START, FilePosition, Record
@@ -22,6 +23,29 @@ Item = TypeVar("Item")
 
 ItemReader = Callable[[Iterator[Record]], Iterable[tuple[Item, FilePosition]]]
 """Makes items of one file's records; with each comes the position after its last record."""
+
+
+class HasPosition(Protocol):
+    """Whatever is read from a position that can be saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        ...
+
+
+@contextlib.contextmanager
+def position_kept(source: HasPosition) -> Iterator[None]:
+    """Within the block `source` is read; after an error it stands where it stood."""
+    before = source.state_dict()
+    try:
+        yield
+    except BaseException:
+        source.load_state_dict(before)
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)

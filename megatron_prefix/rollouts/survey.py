@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_prefix.rollouts.group_reader import ReadGroup
 from megatron_prefix.rollouts.prompts import Prompt
@@ -20,13 +19,27 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surveyed:
-    """What a survey wants to know of one prompt or group."""
+class Survey:
+    """What there is."""
 
-    prompt_length: int
-    response_lengths: Sequence[int] = ()
-    record: Mapping[str, Any]
-    """Its fields that are for a reward function only."""
+    records: int = 0
+    """Prompts or groups that can be used."""
+    prompt_tokens: int = 0
+    longest_prompt: int = 0
+    responses: int = 0
+    response_tokens: int = 0
+    answers: int = 0
+    """Records that have one."""
+
+    def plus(self, other: Survey) -> Survey:
+        """Of the records of both."""
+        sums = {name: value + getattr(other, name) for name, value in vars(self).items()}
+        longest = max(self.longest_prompt, other.longest_prompt)
+        return Survey(**{**sums, "longest_prompt": longest})
+
+
+Looked = tuple[Survey, Iterable[str]]
+"""At one record, and the fields of it that are for a reward function only."""
 
 
 def survey_prompts(
@@ -36,7 +49,7 @@ def survey_prompts(
     *,
     at_most: int,
     read_fields: Set[str] = frozenset(),
-) -> None:
+) -> Survey:
     """Read prompts, try their answers, and log what there is.
 
     Args:
@@ -50,59 +63,65 @@ def survey_prompts(
         ValueError: a record that is wrong, or an answer that the reward cannot compare with.
     """
 
-    def looked_at(prompt: Prompt) -> Surveyed:
+    def looked_at(prompt: Prompt) -> Looked:
         if reward is not None:
             check_answer(reward, prompt.answer, prompt.source)
-        return Surveyed(prompt_length=len(prompt.tokens), record=prompt.record)
+        length = len(prompt.tokens)
+        one = Survey(
+            records=1,
+            prompt_tokens=length,
+            longest_prompt=length,
+            answers=prompt.answer is not None,
+        )
+        return one, (name for name in prompt.record if name not in read_fields)
 
-    _survey("prompts", map(looked_at, prompts), usable, at_most, read_fields)
+    return _survey("prompts", map(looked_at, prompts), usable, at_most)
 
 
 def survey_groups(
     groups: Iterable[ReadGroup], reward: RewardFunction | None, usable: Usable, *, at_most: int
-) -> None:
+) -> Survey:
     """Read finished rollouts, try the answers of those without rewards, and log what there is.
 
     Raises:
         ValueError: see `survey_prompts`.
     """
 
-    def looked_at(read: ReadGroup) -> Surveyed:
+    def looked_at(read: ReadGroup) -> Looked:
         for part in read.unrewarded:
             assert reward is not None
             check_answer(reward, part.group.answer, part.group.source)
-        group = read.batch.group(0)
-        return Surveyed(
-            prompt_length=len(group.prompt),
-            response_lengths=[len(response) for response in group.responses],
-            record=group.record,
+        batch = read.batch
+        one = Survey(
+            records=1,
+            prompt_tokens=len(batch.prompt_tokens),
+            longest_prompt=len(batch.prompt_tokens),
+            responses=batch.num_responses,
+            response_tokens=len(batch.response_tokens),
+            answers=batch.answers[0] is not None,
         )
+        return one, batch.records[0] if batch.records else ()
 
-    _survey("groups", map(looked_at, groups), usable, at_most, frozenset())
+    return _survey("groups", map(looked_at, groups), usable, at_most)
 
 
-def _survey(
-    kind: str, found: Iterable[Surveyed], usable: Usable, at_most: int, read_fields: Set[str]
-) -> None:
-    if at_most == 0:
-        return
+def _survey(kind: str, found: Iterable[Looked], usable: Usable, at_most: int) -> Survey:
     usable.left_out.clear()
-    count = tokens = longest = responses = response_tokens = 0
+    survey = Survey()
     not_read: dict[str, None] = {}
-    for item in itertools.islice(found, at_most):
-        count += 1
-        tokens += item.prompt_length
-        longest = max(longest, item.prompt_length)
-        responses += len(item.response_lengths)
-        response_tokens += sum(item.response_lengths)
-        not_read.update(dict.fromkeys(name for name in item.record if name not in read_fields))
+    for one, fields in itertools.islice(found, at_most):
+        survey = survey.plus(one)
+        not_read.update(dict.fromkeys(fields))
     left_out = ", ".join(f"{number} {reason}" for reason, number in usable.left_out.items())
-    if count == 0 and left_out:
+    if survey.records == 0 and left_out:
         raise ValueError(f"rollouts.unusable: leave_out leaves no record: {left_out}")
-    said = f"{count} {kind}, {tokens} prompt tokens (the longest has {longest})"
-    if responses:
-        said += f", {responses} responses of {response_tokens} tokens"
-    if count == at_most:
+    said = (
+        f"{survey.records} {kind}, {survey.prompt_tokens} prompt tokens (the longest has "
+        f"{survey.longest_prompt})"
+    )
+    if survey.responses:
+        said += f", {survey.responses} responses of {survey.response_tokens} tokens"
+    if survey.records == at_most:
         said = f"the first {said} (rollouts.check_records)"
     logger.info("records: %s; left out: %s", said, left_out or "none")
     if not_read:
@@ -110,3 +129,4 @@ def _survey(
             "records: fields that only a reward function of your own may read: %s",
             ", ".join(not_read),
         )
+    return survey

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,24 @@ LOWEST_LOGPROB = -100.0
 the like for what they do not know, or for what rounds to a probability of 0."""
 TOO_LONG = "too long for the model"
 
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Of what a model is trained on."""
+
+    vocab_size: int
+    """Token ids lie in [0, vocab_size)."""
+    max_positions: int
+    """Positions of the model. A prompt and a response together take one less than they have tokens,
+    since the last one is nobody's input."""
+    is_corrected: bool = False
+    """Log-probabilities of -100 and less are taken: the objective corrects samples, counts those
+    that are not known, and leaves them out."""
+
+
+_OF_RESPONSES = ("turn_rewards", "advantages", "old_logprobs", "loss_mask", "keys")
+"""Optional fields of a group with a list for each response."""
+
 FieldName = Callable[[str, int], str]
 """How an error names the value of a field that belongs to a response, given by its index."""
 
@@ -36,36 +55,27 @@ def indexed_field(field: str, response: int) -> str:
     return f"{field}[{response}]"
 
 
-def validate_batch(batch: RolloutBatch, *, vocab_size: int, max_positions: int) -> None:
+def validate_batch(batch: RolloutBatch, limits: Limits) -> None:
     """Check that a model can train on every group of the batch.
 
     Raises:
         ValueError: see `validate_group`; the first group that is wrong is named.
     """
-    if not is_trainable(batch, vocab_size=vocab_size, max_positions=max_positions):
+    if not is_trainable(batch, limits):
         for group in batch.groups():
-            validate_group(group, vocab_size=vocab_size, max_positions=max_positions)
+            validate_group(group, limits)
         raise AssertionError("the checks of a batch and of its groups differ")
 
 
 def validate_group(
-    group: RolloutGroup,
-    *,
-    vocab_size: int,
-    max_positions: int,
-    field_name: FieldName = indexed_field,
-    is_corrected: bool = False,
+    group: RolloutGroup, limits: Limits, *, field_name: FieldName = indexed_field
 ) -> None:
     """Check that a model can train on the group.
 
     Args:
         group: what to check.
-        vocab_size: token ids lie in [0, vocab_size).
-        max_positions: positions of the model. A prompt and a response together take one less than
-            they have tokens, since the last one is nobody's input.
+        limits: of the model.
         field_name: how errors name what belongs to one response.
-        is_corrected: log-probabilities of -100 and less are taken: the objective corrects samples,
-            and leaves out those that are not known.
 
     Raises:
         ValueError: an empty prompt or response, no responses, a token that is not an id of the
@@ -75,61 +85,65 @@ def validate_group(
             message begins with the group's source and the field.
     """
     source = group.source
-    check_tokens(f"{source}: prompt", group.prompt, vocab_size)
-    if len(group.prompt) > max_positions:
+    check_tokens(f"{source}: prompt", group.prompt, limits.vocab_size)
+    if len(group.prompt) > limits.max_positions:
         raise UnusableRecord(
-            f"{source}: prompt: its {len(group.prompt)} tokens exceed the model's {max_positions} "
-            "positions; shorten it",
+            f"{source}: prompt: its {len(group.prompt)} tokens exceed the model's "
+            f"{limits.max_positions} positions; shorten it",
             TOO_LONG,
         )
     if len(group.responses) == 0:
         raise ValueError(f"{source}: responses: there are none; a group needs at least one")
     if group.prompt_keys is not None:
-        _check_keys(f"{source}: prompt_keys", group.prompt_keys, len(group.prompt))
-    for field in (
-        "turn_rewards",
-        "rewards",
-        "advantages",
-        "old_logprobs",
-        "loss_mask",
-        "finished",
-        "keys",
-    ):
+        _check_count(f"{source}: prompt_keys", group.prompt_keys, len(group.prompt))
+    for field in (*_OF_RESPONSES, "rewards", "finished"):
         values = getattr(group, field)
         if values is not None and len(values) != len(group.responses):
             raise ValueError(
                 f"{source}: {field}: {len(values)} for {len(group.responses)} responses; "
                 "there must be one for each"
             )
-    for r, response in enumerate(group.responses):
-        where = f"{source}: {field_name('responses', r)}"
-        check_tokens(where, response, vocab_size)
-        needed = len(group.prompt) + len(response) - 1
-        if needed > max_positions:
-            raise UnusableRecord(
-                f"{where}: its {len(response)} tokens after a prompt of {len(group.prompt)} need "
-                f"{needed} positions, the model has {max_positions}; shorten it",
-                TOO_LONG,
+    for r in range(len(group.responses)):
+        _validate_response(group, r, limits, lambda field, r=r: f"{source}: {field_name(field, r)}")
+
+
+def _validate_response(
+    group: RolloutGroup, r: int, limits: Limits, where: Callable[[str], str]
+) -> None:
+    """Check what belongs to one response; `where` is how errors name a field of it."""
+    response, length = group.responses[r], len(group.responses[r])
+    check_tokens(where("responses"), response, limits.vocab_size)
+    needed = len(group.prompt) + length - 1
+    if needed > limits.max_positions:
+        raise UnusableRecord(
+            f"{where('responses')}: its {length} tokens after a prompt of {len(group.prompt)} need "
+            f"{needed} positions, the model has {limits.max_positions}; shorten it",
+            TOO_LONG,
+        )
+    of = {name: values[r] for name in _OF_RESPONSES if (values := getattr(group, name)) is not None}
+    mask = of.get("loss_mask")
+    if mask is not None:
+        _check_count(where("loss_mask"), mask, length, " values for a response of {} tokens")
+        if not any(mask):
+            raise ValueError(
+                f"{where('loss_mask')}: no token of the response is trained on; leave it out"
             )
-        if group.loss_mask is not None:
-            where = f"{source}: {field_name('loss_mask', r)}"
-            _check_mask(where, group.loss_mask[r], len(response))
-        if group.turn_rewards is not None:
-            where = f"{source}: {field_name('turn_rewards', r)}"
-            mask = None if group.loss_mask is None else group.loss_mask[r]
-            _check_turn_rewards(where, group.turn_rewards[r], num_turns(mask))
-        _check_finite(f"{source}: {field_name('rewards', r)}", group.rewards[r])
-        if group.old_logprobs is not None:
-            where = f"{source}: {field_name('old_logprobs', r)}"
-            mask = None if group.loss_mask is None else group.loss_mask[r]
-            if is_corrected:  # which counts unknown ones, and leaves them out
-                mask = np.zeros(len(response), dtype=np.bool_)
-            _check_logprobs(where, group.old_logprobs[r], len(response), mask)
-        if group.advantages is not None:
-            where = f"{source}: {field_name('advantages', r)}"
-            _check_advantages(where, group.advantages[r], len(response))
-        if group.keys is not None:
-            _check_keys(f"{source}: {field_name('keys', r)}", group.keys[r], len(response))
+    if "turn_rewards" in of:
+        trained = " for {} trained turns (runs of tokens that loss_mask has trained)"
+        _check_count(where("turn_rewards"), of["turn_rewards"], num_turns(mask), trained)
+        _check_all_finite(where("turn_rewards"), of["turn_rewards"])
+    _check_finite(where("rewards"), group.rewards[r])
+    if "old_logprobs" in of:
+        found = " log-probabilities for a response of {} tokens"
+        _check_count(where("old_logprobs"), of["old_logprobs"], length, found)
+        if limits.is_corrected:
+            mask = np.zeros(length, dtype=np.bool_)
+        _check_logprobs(where("old_logprobs"), of["old_logprobs"], mask)
+    if "advantages" in of:
+        _check_count(where("advantages"), of["advantages"], length, " for a response of {} tokens")
+        _check_all_finite(where("advantages"), of["advantages"])
+    if "keys" in of:
+        _check_count(where("keys"), of["keys"], length)
 
 
 def check_tokens(where: str, tokens: Sequence[Any] | NDArray, vocab_size: int) -> None:
@@ -152,7 +166,7 @@ def check_tokens(where: str, tokens: Sequence[Any] | NDArray, vocab_size: int) -
             )
 
 
-def is_trainable(batch: RolloutBatch, *, vocab_size: int, max_positions: int) -> bool:
+def is_trainable(batch: RolloutBatch, limits: Limits) -> bool:
     """Whether every group passes `validate_group`; whole arrays are looked at."""
     prompts, responses = np.diff(batch.prompt_offsets), np.diff(batch.response_offsets)
     sizes = np.diff(batch.group_offsets)
@@ -160,11 +174,11 @@ def is_trainable(batch: RolloutBatch, *, vocab_size: int, max_positions: int) ->
         prompts.min(initial=1) >= 1
         and responses.min(initial=1) >= 1
         and sizes.min(initial=1) >= 1
-        and prompts.max(initial=0) <= max_positions
-        and (np.repeat(prompts, sizes) + responses - 1).max(initial=0) <= max_positions
+        and prompts.max(initial=0) <= limits.max_positions
+        and (np.repeat(prompts, sizes) + responses - 1).max(initial=0) <= limits.max_positions
     )
     values_are_good = all(
-        tokens.min(initial=0) >= 0 and tokens.max(initial=0) < vocab_size
+        tokens.min(initial=0) >= 0 and tokens.max(initial=0) < limits.vocab_size
         for tokens in (batch.prompt_tokens, batch.response_tokens)
     )
     if not (lengths_are_good and values_are_good and np.isfinite(batch.rewards).all()):
@@ -175,7 +189,7 @@ def is_trainable(batch: RolloutBatch, *, vocab_size: int, max_positions: int) ->
     if old is not None:
         sampled = old if mask is None else np.where(mask, old, 0.0)
         in_range = np.isfinite(old).all() and (old <= _LOGPROB_ROUNDING).all()
-        if not (in_range and (sampled > LOWEST_LOGPROB).all()):
+        if not (in_range and (limits.is_corrected or (sampled > LOWEST_LOGPROB).all())):
             return False
     if mask is None or not len(responses):
         return True
@@ -199,14 +213,17 @@ def _check_all_finite(where: str, values: Sequence[float] | NDArray) -> None:
         _check_finite(f"{where}[{i}]", value)
 
 
-def _check_logprobs(
-    where: str, logprobs: Sequence[float] | NDArray, length: int, mask: Sequence[bool] | None
+def _check_count(
+    where: str, values: Sequence[Any] | NDArray, count: int, of: str = " for {} tokens"
 ) -> None:
-    if len(logprobs) != length:
-        raise ValueError(
-            f"{where}: {len(logprobs)} log-probabilities for a response of {length} tokens; "
-            "there must be one for each"
-        )
+    """Raise a ValueError, which begins with `where`, unless there are so many values."""
+    if len(values) != count:
+        raise ValueError(f"{where}: {len(values)}{of.format(count)}; there must be one for each")
+
+
+def _check_logprobs(
+    where: str, logprobs: Sequence[float] | NDArray, mask: Sequence[bool] | NDArray | None
+) -> None:
     if isinstance(logprobs, np.ndarray):
         if ((logprobs > LOWEST_LOGPROB) & (logprobs <= _LOGPROB_ROUNDING)).all():
             return
@@ -223,36 +240,3 @@ def _check_logprobs(
                 "may stand for one that was not known); give the real one",
                 "log-probabilities that are none",
             )
-
-
-def _check_turn_rewards(where: str, rewards: Sequence[float] | NDArray, turns: int) -> None:
-    if len(rewards) != turns:
-        raise ValueError(
-            f"{where}: {len(rewards)} for {turns} trained turns (runs of tokens that loss_mask has "
-            "trained); there must be one for each"
-        )
-    _check_all_finite(where, rewards)
-
-
-def _check_advantages(where: str, advantages: Sequence[float] | NDArray, length: int) -> None:
-    if len(advantages) != length:
-        raise ValueError(
-            f"{where}: {len(advantages)} for a response of {length} tokens; there must be one for "
-            "each"
-        )
-    _check_all_finite(where, advantages)
-
-
-def _check_keys(where: str, keys: Sequence[int] | NDArray, length: int) -> None:
-    if len(keys) != length:
-        raise ValueError(f"{where}: {len(keys)} for {length} tokens; there must be one for each")
-
-
-def _check_mask(where: str, mask: Sequence[bool] | NDArray, length: int) -> None:
-    if len(mask) != length:
-        raise ValueError(
-            f"{where}: {len(mask)} values for a response of {length} tokens; there must be one for "
-            "each"
-        )
-    if not any(mask):
-        raise ValueError(f"{where}: no token of the response is trained on; leave it out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +10,6 @@ import torch.distributed as dist
 from megatron_prefix.config import RunConfig
 from megatron_prefix.distributed.rank_results import on_rank_0
 from megatron_prefix.distributed.runtime import Runtime
-from megatron_prefix.layout import Packing
-from megatron_prefix.rollouts.build import groups_of_files, prompts_of_files
-from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.training.report import report_start, say
 from megatron_prefix.training.step_plan import plan_rollouts
 from megatron_prefix.training.token_advantages import with_token_advantages
@@ -50,7 +46,7 @@ def check_run(config: RunConfig, runtime: Runtime) -> None:
             step=trainer.step,
             writes=False,
         )
-        lines = on_rank_0(lambda: _lines(config, trainer.update.packing))
+        lines = on_rank_0(lambda: _lines(trainer))
     finally:
         trainer.engine.close()
     if runtime.is_main:
@@ -60,16 +56,15 @@ def check_run(config: RunConfig, runtime: Runtime) -> None:
     dist.barrier()
 
 
-def _lines(config: RunConfig, packing: Packing) -> list[str]:
-    rollouts = config.rollouts
-    is_file = rollouts.engine == "file"
-    found = _groups(config, packing) if is_file else _prompts(config)
+def _lines(trainer: Trainer) -> list[str]:
+    rollouts, steps = trainer.config.rollouts, trainer.config.training.steps
+    found = _groups(trainer) if rollouts.engine == "file" else _prompts(trainer)
     lines = [f"records: {found.what}"]
-    wanted = config.training.steps * rollouts.groups_per_step
+    wanted = steps * rollouts.groups_per_step
     if rollouts.epochs is not None and rollouts.epochs * found.count < wanted:
-        steps = rollouts.epochs * found.count // rollouts.groups_per_step
+        lasting = rollouts.epochs * found.count // rollouts.groups_per_step
         lines.append(
-            f"records: they last for {steps} of the {config.training.steps} steps, with "
+            f"records: they last for {lasting} of the {steps} steps, with "
             f"rollouts.epochs: {rollouts.epochs} and rollouts.groups_per_step: "
             f"{rollouts.groups_per_step}"
         )
@@ -81,25 +76,21 @@ def _lines(config: RunConfig, packing: Packing) -> list[str]:
     return lines
 
 
-def _groups(config: RunConfig, packing: Packing) -> _Records:
+def _groups(trainer: Trainer) -> _Records:
     """Read every group, with its rewards, and plan it."""
-    engine = groups_of_files(config)
+    objective = trainer.config.objective
     groups, equal, tokens = 0, 0, 0
     sequences: list[int] = []
-    try:
-        for batch in _all(lambda count: engine.next_rollouts(count, step=0)):
-            assert batch is not None
-            summary = with_token_advantages(batch, config.objective).summary()
-            plan_rollouts(summary, config.objective, packing)
-            groups += summary.num_groups
-            starts = batch.group_offsets[:-1]
-            high = np.maximum.reduceat(batch.rewards, starts)
-            equal += int((high == np.minimum.reduceat(batch.rewards, starts)).sum())
-            tokens += int(summary.response_lengths.sum())
-            prompts = np.repeat(summary.prompt_lengths, summary.group_sizes)
-            sequences += (prompts + summary.response_lengths).tolist()
-    finally:
-        engine.close()
+    for batch in trainer.rollouts.file_engine.batches(_READ_AT_ONCE):
+        summary = with_token_advantages(batch, objective).summary()
+        plan_rollouts(summary, objective, trainer.update.packing)
+        groups += summary.num_groups
+        starts = batch.group_offsets[:-1]
+        high = np.maximum.reduceat(batch.rewards, starts)
+        equal += int((high == np.minimum.reduceat(batch.rewards, starts)).sum())
+        tokens += int(summary.response_lengths.sum())
+        prompts = np.repeat(summary.prompt_lengths, summary.group_sizes)
+        sequences += (prompts + summary.response_lengths).tolist()
     return _Records(
         what=f"{groups:,} groups of {len(sequences):,} responses with {tokens:,} tokens, the "
         f"longest sequence {max(sequences, default=0):,} tokens; in {equal:,} groups all rewards "
@@ -108,30 +99,12 @@ def _groups(config: RunConfig, packing: Packing) -> _Records:
     )
 
 
-def _prompts(config: RunConfig) -> _Records:
-    """Read every prompt."""
-    source = prompts_of_files(config)
-    lengths: list[int] = []
-    answers = 0
-    try:
-        for prompts in _all(source.take):
-            lengths += [len(prompt.tokens) for prompt in prompts]
-            answers += sum(prompt.answer is not None for prompt in prompts)
-    finally:
-        source.close()
+def _prompts(trainer: Trainer) -> _Records:
+    """What the look at every prompt has found."""
+    found = trainer.survey
+    assert found is not None
     return _Records(
-        what=f"{len(lengths):,} prompts with {sum(lengths):,} tokens, the longest "
-        f"{max(lengths, default=0):,}; {answers:,} have an answer",
-        count=len(lengths),
+        what=f"{found.records:,} prompts with {found.prompt_tokens:,} tokens, the longest "
+        f"{found.longest_prompt:,}; {found.answers:,} have an answer",
+        count=found.records,
     )
-
-
-def _all(take: Callable[[int], object]) -> Iterator:
-    """All that there is, in parts: at the end of the files one by one."""
-    for count in (_READ_AT_ONCE, 1):
-        while True:
-            try:
-                part = take(count)
-            except EndOfRollouts:
-                break
-            yield part

@@ -6,30 +6,30 @@ import json
 from typing import Any, Literal
 
 from megatron_prefix.config import RunConfig
-from megatron_prefix.rollouts.build import build_text_reader
 from megatron_prefix.rollouts.records import RolloutBatch
 from megatron_prefix.training.metrics import MetricsLog, open_lines
 from megatron_prefix.training.report import say_above_bar
-from megatron_prefix.training.samples import markdown, samples_of, table
+from megatron_prefix.training.samples import Reader, markdown, samples_of, table
 from megatron_prefix.training.trackers import Trackers
 
 
 class RunLog:
     """Metrics of each step, and some responses every few steps."""
 
-    def __init__(self, config: RunConfig, *, resume_after: int) -> None:
+    def __init__(self, config: RunConfig, read: Reader, *, resume_after: int) -> None:
         """Open the files.
 
         Args:
             config: the run's.
+            read: writes tokens as text.
             resume_after: lines of later steps are dropped; 0 starts anew.
 
         Raises:
-            ValueError: a tracker or a tokenizer that is not there.
+            ValueError: a tracker that is not there.
         """
         output = config.output
         self._output = output
-        self._read = build_text_reader(config)
+        self._read = read
         self._metrics = MetricsLog(
             output.directory, resume_after=resume_after, tensorboard=output.tensorboard
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_prefix.config import RunConfig, config_summary
-from megatron_prefix.config.trackers import MlflowConfig
+from megatron_prefix.config.output import MlflowConfig
 from megatron_prefix.packages import needed_by
 from megatron_prefix.training.report import say
 from megatron_prefix.training.samples import Sample, markdown

@@ -29,12 +29,9 @@ from megatron_prefix.distributed.rank_results import on_rank_0, raise_together, 
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.distributed.stop import StopRequest
 from megatron_prefix.model.build import build_model_chunks, model_shape
-from megatron_prefix.rollouts.build import (
-    build_engine,
-    build_evaluator,
-    survey_records,
-)
+from megatron_prefix.rollouts.build import build_engine, build_evaluator
 from megatron_prefix.rollouts.engine import EndOfRollouts
+from megatron_prefix.rollouts.parts import ALL_RECORDS, RolloutParts
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
 from megatron_prefix.training.kernel_check import check_kernel_of_run
 from megatron_prefix.training.metrics import plot_reward, read_metrics
@@ -71,8 +68,8 @@ class Trainer:
 
         Args:
             stop: when it is made on any rank, `run` saves and returns.
-            writes: False where the run is only checked: nothing in its folder is written, renamed
-                or removed, and `run` is not called.
+            writes: False where the run is only checked: all records are looked at, nothing in its
+                folder is written, renamed or removed, and `run` is not called.
         """
         self.config = config
         self._stop = stop
@@ -113,10 +110,13 @@ class Trainer:
                 mrope=has_mrope(self.chunks.config),
             ),
         )
+        self.rollouts = RolloutParts(config, is_main=runtime.is_main)
         with raise_together():
-            self.engine = build_engine(config, self.chunks, runtime)
-            self.evaluator = build_evaluator(config, self.chunks, runtime)
-        rank_0_alone(lambda: survey_records(config))
+            self.engine = build_engine(self.rollouts, self.chunks, runtime)
+            self.evaluator = build_evaluator(self.rollouts, self.chunks, runtime)
+        at_most = config.rollouts.check_records if writes else ALL_RECORDS
+        self.survey = rank_0_alone(lambda: self.rollouts.survey(at_most))
+        """Of the records that were looked at, on rank 0."""
         self._resampling: Resampling | None = None
         if config.objective.zero_advantages == "resample":
             self._resampling = Resampling(
@@ -220,7 +220,7 @@ class Trainer:
         report_start(config, self.runtime, self.chunks, weights=self.weights, step=began)
         with raise_together(name_rank=False):
             if self.runtime.is_main:
-                self._log = RunLog(config, resume_after=self.step)
+                self._log = RunLog(config, self.rollouts.read, resume_after=self.step)
         metrics: dict[str, Any] = {}
         saved_step = self.step
         has_failed = True

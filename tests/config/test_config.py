@@ -18,11 +18,9 @@ from megatron_prefix.config import (
     TrainingConfig,
     YarnConfig,
 )
-from megatron_prefix.config.agent import AgentConfig
 from megatron_prefix.config.loader import ConfigError, load_dataclass
 from megatron_prefix.config.packing import packing_of_run
-from megatron_prefix.config.server import ServerConfig
-from megatron_prefix.config.text import TextConfig
+from megatron_prefix.config.rollouts import AgentConfig, ServerConfig, TextConfig
 from megatron_prefix.layout import ModelShape, Packing
 from megatron_prefix.objective import ObjectiveConfig
 

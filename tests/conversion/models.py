@@ -81,6 +81,23 @@ OF_GPT_OSS = {
 GPT_OSS = "gpt_oss, yarn, windows in some layers"
 MINIMAX = "minimax_m2"
 QWEN2_MOE = "qwen2_moe, gate of the shared expert"
+DELTA_NETS = {
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+}
+QWEN3_NEXT = "qwen3_next, dense layer"
+QWEN3_5 = "qwen3_5"
+WITH_SHARED_EXPERT = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, rope scaling, wide heads": ("llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
     "llama, tied": ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-4}),
@@ -153,6 +170,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    QWEN3_NEXT: (
+        "qwen3_next",
+        {
+            **DELTA_NETS,
+            **WITH_SHARED_EXPERT,
+            "full_attention_interval": 2,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [0],
+        },
+    ),
+    QWEN3_5: ("qwen3_5_text", {**DELTA_NETS, "tie_word_embeddings": True}),
+    "qwen3_5, experts": (
+        "qwen3_5_moe_text",
+        {**DELTA_NETS, **WITH_SHARED_EXPERT, "num_hidden_layers": 2, "full_attention_interval": 2},
+    ),
     MINIMAX: (
         "minimax_m2",
         {
@@ -167,6 +199,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_hidden_layers": 2},
     ),
 }
+
+
+WITH_DELTA_NETS = [
+    case for case, (_, options) in CASES.items() if "linear_num_key_heads" in options
+]
 
 
 def write_model(
@@ -198,7 +235,7 @@ def write_model(
 
 
 def add_mtp_layer(folder: Path, layer: int, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Give a folder of one file what DeepSeek-V3 has for predicting the token after the next."""
+    """Give a folder of one file what its family has for predicting the token after the next."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     shapes = {
@@ -209,7 +246,11 @@ def add_mtp_layer(folder: Path, layer: int, dtype: torch.dtype = torch.float32) 
         "self_attn.kv_b_proj.weight": (88, 14),
         "shared_head.norm.weight": (64,),
     }
-    new = {f"model.layers.{layer}.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    first = f"model.layers.{layer}."
+    if json.loads((folder / "config.json").read_text())["model_type"] == "qwen3_next":
+        first = "mtp.layers.0."
+        tensors["mtp.fc.weight"] = torch.randn(64, 128, dtype=dtype)
+    new = {first + name: torch.randn(shape) for name, shape in shapes.items()}
     tensors |= {name: tensor.to(dtype) for name, tensor in new.items()}
     save_file(tensors, file, metadata={"format": "pt"})
     edit_json(folder / "config.json", num_nextn_predict_layers=1)

@@ -58,6 +58,7 @@ def _architecture(folder: Path, case: str, **changes: Any) -> Architecture:
         (QWEN2_MOE, {"use_sliding_window": True}, r"use_sliding_window: True"),
         (QWEN2_MOE, {"decoder_sparse_step": 4}, r"decoder_sparse_step: 4 leaves no layer"),
         (WINDOWS, {"layer_types": ["chunked_attention"] * 3}, r"layer_types"),
+        ("qwen2", {"model_type": "qwen3_5_moe"}, r"'qwen3_5_moe' is not supported: .*images too"),
         ("qwen2", {"model_type": "glm_moe_dsa"}, r"'glm_moe_dsa' is not supported: .*indexer"),
         (MINIMAX, {"qk_norm_type": "per_head"}, r"qk_norm_type: 'per_head' .* 'per_layer'"),
         (MINIMAX, {"attn_type_list": [1, 0]}, r"attn_type_list: \[1, 0\] has layers"),

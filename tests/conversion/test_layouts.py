@@ -29,10 +29,11 @@ from tests.conversion.models import (
     HAS_SHARED_EXPERT_GATE,
     MINIMAX,
     QWEN2_MOE,
+    QWEN3_NEXT,
     write_model,
 )
 from tests.distributed import run_distributed
-from tests.megatron.models import HAS_WINDOWS, TRAINING
+from tests.megatron.models import HAS_GATED_DELTA_NET, HAS_WINDOWS, TRAINING
 
 SINGLE: dict[str, int] = {}
 TP_PP = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
@@ -54,6 +55,8 @@ if HAS_WINDOWS:
     CASE_LAYOUTS.append((GPT_OSS, CASE_LAYOUTS[-1][1]))
 if HAS_SHARED_EXPERT_GATE:
     CASE_LAYOUTS.append((QWEN2_MOE, CASE_LAYOUTS[-1][1]))
+if HAS_GATED_DELTA_NET:
+    CASE_LAYOUTS.append((QWEN3_NEXT, CASE_LAYOUTS[-1][1]))
 
 
 def _load_and_save(

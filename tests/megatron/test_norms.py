@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 
@@ -50,9 +51,27 @@ def test_the_ready_layer_spec_builds_under_sequence_parallelism() -> None:
     assert run_distributed(_last_norm, 2, init_process_group=False) == [("RMSNorm", True)] * 2
 
 
-@pytest.mark.parametrize("option", ["layernorm_zero_centered_gamma", "memory_efficient_layer_norm"])
-def test_what_torchs_norms_do_not_have_is_refused_by_name(option: str) -> None:
+def test_what_torchs_norms_do_not_have_is_refused_by_name() -> None:
     config = transformer_config(model_config(), ParallelConfig(), TRAINING)
-    setattr(config, option, True)
-    with pytest.raises(ValueError, match=rf"{option}=True is not an option of torch's norms"):
+    config.memory_efficient_layer_norm = True
+    with pytest.raises(
+        ValueError, match=r"memory_efficient_layer_norm=True is not an option of torch's norms"
+    ):
         PrefixTorchNorm(config, 32)
+
+
+@pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])
+def test_the_weights_of_zero_centred_norms_are_less_1(normalization: str) -> None:
+    config = transformer_config(model_config(), ParallelConfig(), TRAINING)
+    config.normalization = normalization
+    plain = PrefixTorchNorm(config, 32).double()
+    config.layernorm_zero_centered_gamma = True
+    centred = PrefixTorchNorm(config, 32).double()
+    assert not centred.weight.any()
+    with torch.no_grad():
+        for parameter, of_plain in zip(centred.parameters(), plain.parameters(), strict=True):
+            parameter.copy_(torch.randn_like(parameter))
+            of_plain.copy_(parameter)
+        plain.weight += 1
+    x = torch.randn(5, 32, dtype=torch.float64)
+    torch.testing.assert_close(centred(x), plain(x), rtol=1e-14, atol=1e-14)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from megatron_prefix.config import ServerConfig
-from megatron_prefix.rollouts.prompts import prompt_stream
+from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream
 from megatron_prefix.rollouts.rewards import exact_match
+from megatron_prefix.rollouts.sampling.groups import Batch, GroupMaker, GroupSpec
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec, answered
 from megatron_prefix.rollouts.server.answers import Reader
 from megatron_prefix.rollouts.server.asking import Asker
-from megatron_prefix.rollouts.server.batches import BatchSampler, GroupSpec
 from megatron_prefix.rollouts.server.client import ServerClient
+from megatron_prefix.rollouts.server.sampler import ServerSampler
+from megatron_prefix.rollouts.server.weights import ServerWeights
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.validation import Limits
 from tests.rollouts.replies import Reply, ReplyServer, Request
 from tests.rollouts.servers import DIGITS, END
 
@@ -35,24 +40,43 @@ def parts(
 ) -> tuple[BatchSampler, ServerClient]:
     config = ServerConfig(url=url, model="policy", **{"patience_s": 5.0, "kind": "vllm", **server})
     client = ServerClient(config, api_key=key)
-    reader = Reader(tokenizer=tokenizer, stop_tokens=stop_tokens, max_response_length=4)
+    sampling = SamplingSpec(
+        group_size=group_size, max_response_length=4, top_p=top_p, stop_tokens=stop_tokens, seed=1
+    )
     spec = GroupSpec(
-        group_size=group_size,
-        vocab_size=16,
-        max_sequence_length=32,
+        sampling=sampling,
+        limits=Limits(vocab_size=16, max_positions=32),
         uses_logprobs=True,
         partial_groups=config.partial_groups,
-        seed=1,
+        asked=client.url,
     )
-    sampler = BatchSampler(
-        Asker(client, config, reader, temperature=1.0, top_p=top_p),
-        client,
-        prompt_stream([path], vocab_size=16, max_prompt_length=20, epochs=1),
-        exact_match,
-        spec,
-        load_again=load_again,
-    )
-    return sampler, client
+    asker = Asker(client, config, Reader(tokenizer=tokenizer, spec=sampling))
+    source = prompt_stream([path], vocab_size=16, max_prompt_length=20, epochs=1)
+    return BatchSampler(asker, client, source, GroupMaker(spec, exact_match), load_again), client
+
+
+class BatchSampler:
+    """Makes batches in one process, of a server whose weights are its own affair."""
+
+    def __init__(
+        self,
+        asker: Asker,
+        client: ServerClient,
+        source: PromptSource,
+        maker: GroupMaker,
+        load_again: Any = None,
+    ) -> None:
+        weights = ServerWeights(asker, None, None)
+        if load_again is not None:
+            weights.forgets, weights.load_again = True, load_again
+        self._asker = asker
+        self._source = source
+        self._maker = maker
+        self._sampler = ServerSampler(asker, client, weights)
+
+    def sample(self, num_groups: int, *, step: int, version: int | None) -> Batch:
+        making = self._maker.batch(self._source, num_groups, step=step, version=version)
+        return answered(making, functools.partial(self._sampler.sample, step=step))
 
 
 def ids_choice(index: int, tokens: list[int], prompt: list[int], **changes: Any) -> dict[str, Any]:

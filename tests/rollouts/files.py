@@ -16,11 +16,14 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from megatron_prefix.rollouts.file_engine import FileEngine
+from megatron_prefix.rollouts.group_reader import GroupReader
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.turns import num_turns
+from megatron_prefix.rollouts.validation import Limits
 
 VOCAB_SIZE = 32
 MAX_POSITIONS = 16
+LIMITS = Limits(vocab_size=VOCAB_SIZE, max_positions=MAX_POSITIONS)
 FORMATS = [".jsonl", ".jsonl.gz", ".parquet"]
 
 
@@ -37,8 +40,10 @@ def write(path: Path, records: Sequence[dict[str, Any]], *, row_group_size: int 
 
 
 def engine(*paths: Path, **options: Any) -> FileEngine:
-    options = {"vocab_size": VOCAB_SIZE, "max_positions": MAX_POSITIONS, **options}
-    return FileEngine(paths, **options)
+    names = ("epochs", "reads", "run_alone")
+    running = {name: options.pop(name) for name in names if name in options}
+    limits = vars(LIMITS) | {name: options.pop(name) for name in vars(LIMITS) if name in options}
+    return FileEngine(paths, GroupReader(limits=Limits(**limits), **options), **running)
 
 
 def whole_record(group: RolloutGroup) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_prefix.config import ModelConfig, ParallelConfig
+from megatron_prefix.megatron.gated_delta_net import is_gated_delta_net, recurrent_layers
 from megatron_prefix.model.build import ModelChunks, build_gpt_model, build_model_chunks
 from megatron_prefix.model.full_tensors import (
     FullTensors,
@@ -18,7 +19,9 @@ from megatron_prefix.model.full_tensors import (
     load_full_parameters,
 )
 from megatron_prefix.model.transformer_config import transformer_config
-from megatron_prefix.rollouts.embedded.sampler import Sampler
+from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
+from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.sampling.sampler import Response, SamplingSpec, Wanted
 from tests.megatron.models import TRAINING, sequence_logits
 
 CPU = torch.device("cpu")
@@ -48,16 +51,64 @@ def sampling_model(config: ModelConfig, *, spread: float = 1.0) -> ModelChunks:
     return chunks
 
 
-def sampler(chunks: ModelChunks, **options: Any) -> Sampler:
-    return Sampler(chunks, device=CPU, **options)
+class PromptSampler:
+    """Samples from lists of token ids, with the options of a sampling one by one."""
+
+    def __init__(self, chunks: ModelChunks, **options: Any) -> None:
+        self._chunks = chunks
+        self._options = options
+        EmbeddedSampler(chunks, SamplingSpec(max_response_length=1), device=CPU, **options)
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], **options: Any
+    ) -> list[list[tuple[int, ...]]] | None:
+        found = self.sample_with_logprobs(prompts, **options)
+        if found is None:
+            return None
+        return [[tuple(response.tokens.tolist()) for response in group] for group in found]
+
+    def sample_with_logprobs(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_responses: int,
+        step: int,
+        sources: Sequence[str] | None = None,
+        **options: Any,
+    ) -> list[list[Response]] | None:
+        spec = SamplingSpec(group_size=num_responses, **options)
+        sampler = EmbeddedSampler(self._chunks, spec, device=CPU, **self._options)
+        sources = sources or [f"prompt {i}" for i in range(len(prompts))]
+        wanted = [
+            Wanted(
+                prompt=Prompt(tokens=tuple(tokens), answer=None, source=source),
+                count=num_responses,
+            )
+            for tokens, source in zip(prompts, sources, strict=True)
+        ]
+        answers = sampler.sample(wanted, step=step)
+        return None if answers is None else answers.responses
+
+
+def sampler(chunks: ModelChunks, **options: Any) -> PromptSampler:
+    return PromptSampler(chunks, **options)
 
 
 def unmodified(config: ModelConfig, weights: FullTensors | ModelChunks) -> GPTModel:
-    """Megatron's own model, of the same weights."""
+    """Megatron's own model, of the same weights; its gated delta nets as their equations."""
     if isinstance(weights, ModelChunks):
         weights = full_parameters(weights)
     megatron_config = transformer_config(config, ParallelConfig(), TRAINING)
+    has_delta_nets = any(recurrent_layers(megatron_config))
+    # Megatron builds gated delta nets without flash-linear-attention only so.
+    megatron_config.deterministic_mode = has_delta_nets
     model = build_gpt_model(config, megatron_config, shared_prefixes=False)
+    if has_delta_nets:
+        from tests.megatron.test_gated_delta_net import TokenByToken
+
+        for module in model.modules():
+            if is_gated_delta_net(type(module)):
+                module.__class__ = TokenByToken
     load_full_parameters(
         ModelChunks(wrapped=[], bare=[model], config=megatron_config, head=None), weights
     )

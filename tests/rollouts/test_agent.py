@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 
 from megatron_prefix.config import ServerConfig, TextConfig
-from megatron_prefix.config.agent import AgentConfig
 from megatron_prefix.config.loader import ConfigError, load_dataclass
-from megatron_prefix.config.rollouts import RolloutsConfig
-from megatron_prefix.rollouts.server.agent import AgentLoop, AskedAgent
+from megatron_prefix.config.rollouts import AgentConfig, RolloutsConfig
+from megatron_prefix.rollouts.sampling.agent import AgentLoop
+from megatron_prefix.rollouts.sampling.environment import Environment
+from megatron_prefix.rollouts.sampling.groups import GroupMaker, GroupSpec
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
 from megatron_prefix.rollouts.server.answers import Reader
 from megatron_prefix.rollouts.server.asking import Asker
-from megatron_prefix.rollouts.server.batches import BatchSampler, GroupSpec
 from megatron_prefix.rollouts.server.client import ServerClient, ServerError
-from megatron_prefix.rollouts.server.environment import Environment
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
 from megatron_prefix.rollouts.text.prompts import TextPrompts
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
-from tests.rollouts.asking import completion, ids_choice
+from megatron_prefix.rollouts.validation import Limits
+from tests.rollouts.asking import BatchSampler, completion, ids_choice
 from tests.rollouts.files import write
 from tests.rollouts.replies import Reply, ReplyServer, Request, reply_server
 from tests.rollouts.servers import DIGITS, END, save_word_tokenizer
@@ -62,33 +63,29 @@ def two_turns(request: Request) -> Reply:
 
 def sampler(
     server: ReplyServer, path: Path, tokenizer: TextTokenizer, **options: Any
-) -> tuple[BatchSampler, AskedAgent, ServerClient]:
+) -> tuple[BatchSampler, AgentLoop, ServerClient]:
     turn_rewards, partial = options.pop("turn_rewards", False), options.pop("partial", "drop")
     config = ServerConfig(url=server.url, model="policy", patience_s=5.0, kind="openai")
     client = ServerClient(config)
-    reader = Reader(tokenizer=tokenizer, stop_tokens=(END,), max_response_length=4)
+    sampling = SamplingSpec(group_size=2, max_response_length=4, stop_tokens=(END,), seed=1)
+    asker = Asker(client, config, Reader(tokenizer=tokenizer, spec=sampling))
     agent = AgentConfig(
         **{"environment": "tests.rollouts.user_environments:echo", "turn_timeout_s": 3.0, **options}
     )
-    loop = AskedAgent(
-        Asker(client, config, reader, temperature=1.0, top_p=1.0),
-        AgentLoop(
-            Environment(agent),
-            tokenizer,
-            DialogueEncoder(tokenizer, stop_tokens=[END]),
-            agent,
-            max_sequence_length=32,
-            max_turn_length=4,
-        ),
+    loop = AgentLoop(
+        Environment(agent),
         tokenizer,
+        DialogueEncoder(tokenizer, stop_tokens=[END]),
+        agent,
+        max_sequence_length=32,
+        max_turn_length=4,
+        can_be_asked=asker.can_be_asked,
     )
     spec = GroupSpec(
-        group_size=2,
-        vocab_size=16,
-        max_sequence_length=32,
+        sampling=sampling,
+        limits=Limits(vocab_size=16, max_positions=32),
         uses_logprobs=True,
         partial_groups=partial,
-        seed=1,
         turn_rewards=turn_rewards,
     )
     prompts = TextPrompts(
@@ -101,7 +98,8 @@ def sampler(
         seed=0,
         epochs=1,
     )
-    return BatchSampler(loop, client, prompts, None, spec, load_again=None), loop, client
+    maker = GroupMaker(spec, None, agent=loop)
+    return BatchSampler(asker, client, prompts, maker), loop, client
 
 
 def records(path: Path, *answers: str) -> Path:

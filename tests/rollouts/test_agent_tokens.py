@@ -8,24 +8,26 @@ from typing import Any
 import pytest
 
 from megatron_prefix.config import ParallelConfig, ServerConfig, TextConfig
-from megatron_prefix.config.agent import AgentConfig
 from megatron_prefix.config.packing import packing_of_run
+from megatron_prefix.config.rollouts import AgentConfig
 from megatron_prefix.model.build import model_shape
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.records import RolloutBatch
-from megatron_prefix.rollouts.server.agent import AgentLoop, AskedAgent
+from megatron_prefix.rollouts.sampling.agent import AgentLoop
+from megatron_prefix.rollouts.sampling.environment import Environment
+from megatron_prefix.rollouts.sampling.groups import GroupMaker, GroupSpec
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
 from megatron_prefix.rollouts.server.answers import Reader
 from megatron_prefix.rollouts.server.asking import Asker
-from megatron_prefix.rollouts.server.batches import BatchSampler, GroupSpec
 from megatron_prefix.rollouts.server.client import ServerClient
-from megatron_prefix.rollouts.server.environment import Environment
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
 from megatron_prefix.rollouts.text.prompts import TextPrompts
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.validation import Limits
 from megatron_prefix.training.minibatch import build_minibatch
 from tests.megatron.models import ON_CPU, TRAINING, model_config
-from tests.rollouts.asking import completion
+from tests.rollouts.asking import BatchSampler, completion
 from tests.rollouts.chat_templates import FORMATS, chat_tokenizer
 from tests.rollouts.files import write
 from tests.rollouts.replies import Reply, Request, Script, reply_server
@@ -82,18 +84,18 @@ def sampled_batch(
     with reply_server(policy) as server:
         config = ServerConfig(url=server.url, model="policy", kind="openai")
         client = ServerClient(config)
-        reader = Reader(tokenizer=tokenizer, stop_tokens=(end,), max_response_length=TURN)
-        asked = AskedAgent(
-            Asker(client, config, reader, temperature=1.0, top_p=1.0),
-            AgentLoop(
-                Environment(agent),
-                tokenizer,
-                DialogueEncoder(tokenizer, stop_tokens=[end]),
-                agent,
-                max_sequence_length=POSITIONS,
-                max_turn_length=TURN,
-            ),
+        sampling = SamplingSpec(
+            group_size=group_size, max_response_length=TURN, stop_tokens=(end,), seed=1
+        )
+        asker = Asker(client, config, Reader(tokenizer=tokenizer, spec=sampling))
+        loop = AgentLoop(
+            Environment(agent),
             tokenizer,
+            DialogueEncoder(tokenizer, stop_tokens=[end]),
+            agent,
+            max_sequence_length=POSITIONS,
+            max_turn_length=TURN,
+            can_be_asked=asker.can_be_asked,
         )
         prompts = TextPrompts(
             [write(tmp_path / "a.jsonl", [record])],
@@ -105,16 +107,11 @@ def sampled_batch(
             seed=0,
         )
         spec = GroupSpec(
-            group_size=group_size,
-            vocab_size=VOCAB_SIZE,
-            max_sequence_length=POSITIONS,
-            uses_logprobs=False,
-            partial_groups="drop",
-            seed=1,
+            sampling=sampling, limits=Limits(vocab_size=VOCAB_SIZE, max_positions=POSITIONS)
         )
-        sampler = BatchSampler(asked, client, prompts, None, spec, load_again=None)
+        sampler = BatchSampler(asker, client, prompts, GroupMaker(spec, None, agent=loop))
         batch = sampler.sample(1, step=0, version=None).rollouts
-        asked.close()
+        loop.close()
         client.close()
     assert batch is not None
     return batch

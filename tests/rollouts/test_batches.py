@@ -15,9 +15,7 @@ from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.validation import is_trainable, validate_batch, validate_group
 from megatron_prefix.training.waiting import read_waiting, write_waiting
 
-from .files import MAX_POSITIONS, VOCAB_SIZE, contents, groups_strategy
-
-LIMITS = {"vocab_size": VOCAB_SIZE, "max_positions": MAX_POSITIONS}
+from .files import LIMITS, MAX_POSITIONS, VOCAB_SIZE, contents, groups_strategy
 
 
 def assert_equal(found: RolloutBatch, expected: RolloutBatch) -> None:
@@ -39,7 +37,7 @@ def test_groups_come_out_of_a_batch_as_they_went_in(groups, data):
         for i, (group, version) in enumerate(zip(groups, versions, strict=True))
     ]
     batch = RolloutBatch.from_groups(groups)
-    validate_batch(batch, **LIMITS)
+    validate_batch(batch, LIMITS)
     assert contents(batch) == contents(groups)
     assert [group.policy_version for group in batch.groups()] == versions
     assert list(batch.sources) == [str(i) for i in range(len(groups))]
@@ -174,7 +172,7 @@ def broken(draw: st.DrawFn, group: RolloutGroup) -> RolloutGroup:
 
 def _error(check: Any, *args: Any) -> str | None:
     try:
-        check(*args, **LIMITS)
+        check(*args, LIMITS)
     except ValueError as error:
         return str(error)
     return None
@@ -191,7 +189,7 @@ def test_a_batch_is_refused_with_the_words_for_its_first_bad_group(groups, data)
         bad = dataclasses.replace(bad, old_logprobs=())
     groups[index] = bad
     batch = RolloutBatch.from_groups(groups)
-    assert not is_trainable(batch, **LIMITS)
+    assert not is_trainable(batch, LIMITS)
     found = _error(validate_batch, batch)
     assert found is not None and found == _error(validate_group, batch.group(index))
     # Of plain numbers it is the same fault; a number may be printed in other digits.

@@ -21,17 +21,21 @@ from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.distributed.runtime import Runtime, runtime
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.build import build_engine, build_evaluator
-from megatron_prefix.rollouts.embedded.batch import SamplingOptions
-from megatron_prefix.rollouts.embedded.engine import EmbeddedEngine
 from megatron_prefix.rollouts.embedded.evaluator import Evaluator
+from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.file_engine import FileEngine
+from megatron_prefix.rollouts.parts import RolloutParts
 from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream, take_first
+from megatron_prefix.rollouts.sampling.engine import SampledGroups
+from megatron_prefix.rollouts.sampling.groups import GroupMaker, GroupSpec
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
+from megatron_prefix.rollouts.validation import Limits
 from tests.megatron.models import model_config
 from tests.rollouts.files import FORMATS, plain, write
-from tests.rollouts.sampling import greedy_response, sampler, sampling_model, unmodified
+from tests.rollouts.sampling import greedy_response, sampling_model, unmodified
 
-OPTIONS = SamplingOptions(max_response_length=5, stop_tokens=tuple(range(0, 61, 4)))
+SPEC = SamplingSpec(group_size=4, max_response_length=5, stop_tokens=tuple(range(0, 61, 4)), seed=8)
 PROMPTS = [{"prompt": list(range(2, 4 + n)), "answer": n, "id": f"p{n}"} for n in range(5)]
 
 
@@ -50,18 +54,18 @@ def prompts_of(path: Path, *, epochs: int = 1) -> PromptSource:
     return prompt_stream([path], vocab_size=61, max_prompt_length=59, epochs=epochs)
 
 
-def engine(path: Path, **options: Any) -> EmbeddedEngine:
-    options = {"max_sequence_length": 64, **options}
-    return EmbeddedEngine(
-        sampler(sampling_model(model_config())),
-        prompts_of(path, epochs=2),
-        vocab_size=61,
-        group_size=4,
-        options=OPTIONS,
-        reward=even_first_token,
-        seed=8,
-        **options,
-    )
+def maker(spec: SamplingSpec) -> GroupMaker:
+    limits = Limits(vocab_size=61, max_positions=64)
+    return GroupMaker(GroupSpec(sampling=spec, limits=limits), even_first_token)
+
+
+def embedded(chunks: Any, spec: SamplingSpec) -> EmbeddedSampler:
+    return EmbeddedSampler(chunks, spec, device=torch.device("cpu"))
+
+
+def engine(path: Path) -> SampledGroups:
+    chunks = sampling_model(model_config())
+    return SampledGroups(embedded(chunks, SPEC), prompts_of(path, epochs=2), maker(SPEC))
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -78,7 +82,7 @@ def test_groups_hold_the_prompts_in_order_with_sampled_responses_and_rewards(tmp
         assert group.old_logprobs is None
         assert group.rewards == tuple(float(r[0] % 2 == 0) for r in group.responses)
         for response, finished in zip(group.responses, group.finished, strict=True):
-            assert finished == (response[-1] in OPTIONS.stop_tokens)
+            assert finished == (response[-1] in SPEC.stop_tokens)
             assert finished or len(response) == 5
     assert len({response for group in groups for response in group.responses}) > 4
 
@@ -127,8 +131,8 @@ def test_a_reward_that_fails_is_named_with_its_prompt(tmp_path):
 
 def evaluator(path: Path, chunks: Any, count: int) -> Evaluator:
     prompts = take_first(prompts_of(path), count, names=str(path))
-    options = SamplingOptions(max_response_length=3, temperature=0.0)
-    return Evaluator(sampler(chunks), prompts, options=options, reward=even_first_token, seed=1)
+    spec = SamplingSpec(max_response_length=3, temperature=0.0, seed=1)
+    return Evaluator(embedded(chunks, spec), maker(spec), prompts)
 
 
 def test_an_evaluation_is_the_mean_reward_of_the_first_prompts_and_changes_nothing(tmp_path):
@@ -175,14 +179,16 @@ def test_a_configuration_builds_its_engine_and_its_evaluator(tmp_path, place):
     path = write(tmp_path / "prompts.jsonl", PROMPTS)
     chunks = sampling_model(model_config())
     config = run_config(path, temperature=0.7, stop_tokens=(1,))
-    with_config = build_engine(config, chunks, place)
+    parts = RolloutParts(config, is_main=True)
+    with_config = build_engine(parts, chunks, place)
     [group] = plain(with_config.next_rollouts(1, step=0))
     assert len(group.responses) == 3
     assert max(map(len, group.responses)) <= 4
-    found = build_evaluator(config, chunks, place)
+    found = build_evaluator(parts, chunks, place)
     assert found.evaluate() in (0.0, 0.5, 1.0)
     from_file = run_config(path, engine="file")
-    assert isinstance(build_engine(from_file, chunks, place), FileEngine)
+    parts = RolloutParts(from_file, is_main=True)
+    assert isinstance(build_engine(parts, chunks, place), FileEngine)
 
 
 @pytest.mark.parametrize(

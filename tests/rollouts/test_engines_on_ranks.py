@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_prefix.config import RunConfig
 from megatron_prefix.config.loader import load_dataclass
 from megatron_prefix.rollouts.build import build_engine
+from megatron_prefix.rollouts.parts import RolloutParts
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.training.minibatch import build_minibatch
 from megatron_prefix.training.step import compute_logprobs
@@ -69,7 +70,8 @@ def run_values(folder: Path, *, parallel: dict[str, int], **rollouts: Any) -> di
 def embedded_groups(run: Trainer, values: dict[str, Any], count: int) -> list[RolloutGroup]:
     rollouts = {k: v for k, v in values["rollouts"].items() if k != "server"}
     config = load_dataclass(RunConfig, {**values, "rollouts": {**rollouts, "engine": "embedded"}})
-    engine = build_engine(config, run.chunks, run.runtime)
+    parts = RolloutParts(config, is_main=run.runtime.is_main)
+    engine = build_engine(parts, run.chunks, run.runtime)
     batch = engine.next_rollouts(count, step=0)
     engine.close()
     return groups_on_rank_0(batch)

@@ -18,9 +18,16 @@ from megatron_prefix.conversion.hf_folder import HFFolder
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.rollouts.hf import export
 from tests.conversion.loading import load_converted
-from tests.conversion.models import CASES, GPT_OSS, MANY_SHARDS, MINIMAX, write_model
+from tests.conversion.models import (
+    CASES,
+    GPT_OSS,
+    MANY_SHARDS,
+    MINIMAX,
+    QWEN3_NEXT,
+    write_model,
+)
 from tests.distributed import run_distributed
-from tests.megatron.models import HAS_WINDOWS
+from tests.megatron.models import HAS_GATED_DELTA_NET, HAS_WINDOWS
 from tests.resident_memory import peak_growth
 
 TP_PP = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
@@ -41,6 +48,8 @@ LAYOUTS: list[tuple[str, dict[str, int]]] = [
 LAYOUTS.append((MINIMAX, LAYOUTS[-1][1]))
 if HAS_WINDOWS:
     LAYOUTS.append((GPT_OSS, LAYOUTS[-1][1]))
+if HAS_GATED_DELTA_NET:
+    LAYOUTS.append((QWEN3_NEXT, LAYOUTS[-1][1]))
 SHARD = 20_000
 """Several files for each rank."""
 

@@ -18,6 +18,7 @@ import pytest
 
 from megatron_prefix.rollouts.build import build_engine
 from megatron_prefix.rollouts.engine import EndOfRollouts
+from megatron_prefix.rollouts.parts import RolloutParts
 from megatron_prefix.rollouts.server.answers import ServerMismatch
 from megatron_prefix.rollouts.server.client import ServerError
 from megatron_prefix.training.trainer import Trainer
@@ -134,7 +135,7 @@ class Interruption:
         self._thread = threading.Thread(target=self._restart)
 
     def watch(self, run: Trainer) -> None:
-        next_rollouts, post = run.engine.next_rollouts, run.engine._client.post
+        next_rollouts, post = run.engine.next_rollouts, run.engine.sampler.client.post
 
         def watched_rollouts(num_groups: int, *, step: int) -> Any:
             if step == self._at_step:
@@ -150,7 +151,7 @@ class Interruption:
                     self._thread.start()
             return post(path, body, **options)
 
-        run.engine.next_rollouts, run.engine._client.post = watched_rollouts, watched_post
+        run.engine.next_rollouts, run.engine.sampler.client.post = watched_rollouts, watched_post
 
     def _restart(self) -> None:
         time.sleep(OUTAGE_S)
@@ -232,7 +233,8 @@ def test_the_server_samples_from_exactly_the_weights_that_were_handed_over(data,
         from megatron_prefix.config.loader import load_dataclass
 
         config = load_dataclass(RunConfig, {**values, "rollouts": embedded})
-        own = plain(build_engine(config, run.chunks, run.runtime).next_rollouts(4, step=0))
+        parts = RolloutParts(config, is_main=True)
+        own = plain(build_engine(parts, run.chunks, run.runtime).next_rollouts(4, step=0))
         run.engine.close()
     assert [group.prompt for group in groups] == [group.prompt for group in own]
     assert [group.answer for group in groups] == [group.answer for group in own]
@@ -263,7 +265,7 @@ def test_a_tokenizer_that_is_not_the_servers_is_found_out(data, server, tmp_path
     folder = tmp_path / "policy" / "version_000000"
     values = run_values(tmp_path, rollouts=rollouts(data, server.url, groups_per_step=1))
     with trainer(values) as run:
-        write = run.engine._folders.write
+        write = run.engine.sampler.weights.folders.write
 
         def other_tokenizer(version: int) -> Path:
             path = write(version)
@@ -274,7 +276,7 @@ def test_a_tokenizer_that_is_not_the_servers_is_found_out(data, server, tmp_path
             (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
             return path
 
-        run.engine._folders.write = other_tokenizer
+        run.engine.sampler.weights.folders.write = other_tokenizer
         with pytest.raises(ServerMismatch, match=r"grpo.jsonl:\d+: prompt: .* counts"):
             run.engine.next_rollouts(1, step=0)
         run.engine.close()
@@ -283,14 +285,14 @@ def test_a_tokenizer_that_is_not_the_servers_is_found_out(data, server, tmp_path
 def test_a_folder_that_the_server_cannot_load_is_an_error_in_its_words(data, server, tmp_path):
     values = run_values(tmp_path, rollouts=rollouts(data, server.url))
     with trainer(values) as run:
-        write = run.engine._folders.write
+        write = run.engine.sampler.weights.folders.write
 
         def broken(version: int) -> Path:
             path = write(version)
             (path / "model.safetensors").write_bytes(b"nothing")
             return path
 
-        run.engine._folders.write = broken
+        run.engine.sampler.weights.folders.write = broken
         with pytest.raises(ServerError, match=r"loading .*version_000000 failed: .*header"):
             run.engine.next_rollouts(1, step=0)
         run.engine.close()
@@ -340,8 +342,8 @@ def test_batches_sampled_ahead_carry_their_version_and_too_old_ones_are_sampled_
     with trainer(
         {**values, "rollouts": {**values["rollouts"], "server": {"url": "http://x"}}}
     ) as run:
-        expected = [prompt.source for prompt in run.engine._source.take(10)]
+        expected = [prompt.source for prompt in run.engine.source.take(10)]
         with pytest.raises(EndOfRollouts):
-            run.engine._source.take(1000)
+            run.engine.source.take(1000)
         run.engine.close()
     assert sources == expected

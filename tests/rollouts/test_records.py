@@ -8,7 +8,7 @@ import math
 import pytest
 
 from megatron_prefix.rollouts.records import RolloutGroup
-from megatron_prefix.rollouts.validation import validate_group
+from megatron_prefix.rollouts.validation import Limits, validate_group
 
 GROUP = RolloutGroup(
     prompt=(1, 2, 3),
@@ -26,7 +26,7 @@ BARE = {"old_logprobs": None, "finished": None, "prompt_keys": None, "keys": Non
 
 
 def validate(group: RolloutGroup = GROUP, *, vocab_size: int = 10, max_positions: int = 8) -> None:
-    validate_group(group, vocab_size=vocab_size, max_positions=max_positions)
+    validate_group(group, Limits(vocab_size=vocab_size, max_positions=max_positions))
 
 
 def test_a_good_group_passes_at_the_edge_of_every_limit():

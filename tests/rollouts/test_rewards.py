@@ -158,8 +158,8 @@ def test_an_unknown_name_lists_those_that_there_are(spec):
         load_reward(spec)
     assert str(caught.value) == (
         f"reward {spec!r}: name one of exact_match, token_match_fraction, contains_answer, "
-        "ends_with_answer, numeric, multiple_choice, math, reasoning_gym, or a function of yours "
-        "as module:function"
+        "ends_with_answer, numeric, multiple_choice, math, reasoning_gym, code, or a function of "
+        "yours as module:function"
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.model.build import ModelChunks, build_model_chunks
@@ -17,8 +18,10 @@ from megatron_prefix.model.full_tensors import (
     full_parameters,
     load_full_parameters,
 )
-from megatron_prefix.rollouts.embedded.batch import SamplingOptions
-from megatron_prefix.rollouts.embedded.sampler import SampledResponse
+from megatron_prefix.rollouts.embedded.kv_cache import KeyValueCache, prompt_row
+from megatron_prefix.rollouts.embedded.recurrent_states import state_tokens
+from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
+from megatron_prefix.rollouts.sampling.sampler import Response, SamplingSpec
 from tests.distributed import run_distributed
 from tests.megatron.models import (
     HAS_GATED_DELTA_NET,
@@ -64,6 +67,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+DELTA_NETS = {**HYBRID, "num_layers": 4, "linear_attention_freq": [1, 1, 0, 1]}
+if HAS_GATED_DELTA_NET:
+    MODELS["gated delta nets, experts"] = {
+        "transformer": {**DELTA_NETS, "num_moe_experts": 4, "moe_router_topk": 2}
+    }
+    MODELS["gated delta nets alone"] = {"transformer": {**HYBRID, "linear_attention_freq": [1, 1]}}
+
 # One-token prompts, prompts of equal length, and in any order.
 LENGTHS = [7, 1, 12, 7, 3]
 
@@ -75,7 +85,7 @@ def _megatron() -> Iterator[None]:
 
 
 def assert_logprobs_of(
-    responses: list[list[SampledResponse]],
+    responses: list[list[Response]],
     prompts: list[list[int]],
     config: ModelConfig,
     chunks: ModelChunks,
@@ -107,16 +117,21 @@ def test_greedy_responses_are_those_of_naive_decoding(name):
         assert group == [expected, expected]
 
 
-@pytest.mark.parametrize("common", [0, 20])
-def test_log_probabilities_are_those_of_whole_forward_passes(common):
-    config = model_config(**PADDED_VOCABULARY)
+@pytest.mark.parametrize(
+    ("common", "hybrid"),
+    [(0, False), (20, False)] + [(20, True)] * (HAS_GATED_DELTA_NET),
+)
+def test_log_probabilities_are_those_of_whole_forward_passes(common, hybrid):
+    config = model_config(**PADDED_VOCABULARY, transformer=DELTA_NETS if hybrid else {})
     chunks = sampling_model(config)
     prompts = random_prompts([common + length for length in LENGTHS], common=common)
     if common:
         prompts.append(prompts[0][:common])  # a prompt that is nothing but the common beginning
     responses = sampler(chunks).sample_with_logprobs(
         prompts,
-        SamplingOptions(max_response_length=9, temperature=0.8, stop_tokens=tuple(range(0, 61, 5))),
+        max_response_length=9,
+        temperature=0.8,
+        stop_tokens=tuple(range(0, 61, 5)),
         num_responses=4,
         seed=1,
         step=0,
@@ -185,6 +200,39 @@ def test_batches_change_no_response():
     assert sampler(chunks).sample(prompts[:2], **options) == whole[:2]
 
 
+@pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core before 0.16")
+def test_recurrent_states_count_as_the_tokens_that_take_as_much_memory():
+    chunks = sampling_model(model_config(**PADDED_VOCABULARY, transformer=DELTA_NETS))
+    cache = KeyValueCache(
+        prompt_row([[1, 2, 3], [4]]),
+        AttentionSetup.of(chunks.config, torch.device("cpu")),
+        num_responses=5,
+        slots=2,
+    )
+    row = torch.tensor([[1, 2, 3, 4]])
+    params = cache.prefill_params(max_seqlen=8)
+    with torch.no_grad():
+        chunks.bare[0](row, params.position_ids[None], None, packed_seq_params=params)
+        cache.decode_params(torch.zeros(10, dtype=torch.int64), slot=0, max_seqlen=8)
+    held = sum(
+        tensor.numel() * tensor.itemsize
+        for layer in cache.states.layers.values()
+        for tensor in (layer.inputs, layer.state)
+    )
+    # One layer of attention, two heads of 8 channels in float64.
+    of_token = 2 * 2 * 8 * 8
+    assert held == 10 * 3 * 8 * (3 * (2 * 16 + 24) + 4 * 8 * 6)
+    assert state_tokens(chunks.config) == -(-held // (10 * of_token))
+    # A group that fits without them runs alone with them.
+    small = EmbeddedSampler(
+        chunks,
+        SamplingSpec(max_response_length=3),
+        device=torch.device("cpu"),
+        max_cached_tokens=2 * (4 + 5 * 3),
+    )
+    assert len(small._rounds([4, 4], [4 + 5 * (3 + state_tokens(chunks.config))] * 2)) == 2
+
+
 def test_another_step_or_seed_gives_other_responses():
     chunks = sampling_model(model_config())
     prompts = random_prompts(LENGTHS)
@@ -240,7 +288,8 @@ def test_a_prompt_without_room_for_a_response_is_named():
 def test_an_option_out_of_its_range_is_named(option, value):
     chunks = sampling_model(model_config())
     options = {"num_responses": 1, "max_response_length": 2, "seed": 0, "step": 0}
-    with pytest.raises(ValueError, match=f"{option}={value}"):
+    named = "group_size" if option == "num_responses" else option
+    with pytest.raises(ValueError, match=f"{named}={value}"):
         sampler(chunks).sample([[1, 2]], **{**options, option: value})
 
 
@@ -257,6 +306,11 @@ EXPERTS: dict[str, Any] = {"num_layers": 2, "num_moe_experts": 4, "moe_router_to
 EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
     "experts, tp2, sequence parallel": {"tensor_model_parallel_size": 2},
     "experts, ep2": {"expert_model_parallel_size": 2},
+}
+HYBRID_LAYOUTS = {
+    f"gated delta nets, {name}": LAYOUTS[name]
+    for name in ("tp2", "cp2", "pp2, vpp2")
+    if HAS_GATED_DELTA_NET
 }
 SAMPLING = {
     "num_responses": 3,
@@ -292,16 +346,18 @@ def _sample_in_layouts(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "layouts", "expert_layouts"),
+    ("world_size", "layouts"),
     [
-        (2, LAYOUTS, EXPERT_LAYOUTS),
-        (4, {"tp2, pp2, vpp2": {**LAYOUTS["tp2"], **LAYOUTS["pp2, vpp2"]}}, {}),
+        (2, [(DENSE, LAYOUTS), (EXPERTS, EXPERT_LAYOUTS), (DELTA_NETS, HYBRID_LAYOUTS)]),
+        (4, [(DENSE, {"tp2, pp2, vpp2": {**LAYOUTS["tp2"], **LAYOUTS["pp2, vpp2"]}})]),
     ],
     ids=["two ranks", "four ranks"],
 )
-def test_every_layout_gives_the_responses_of_one_process(world_size, layouts, expert_layouts):
+def test_every_layout_gives_the_responses_of_one_process(world_size, layouts):
     cases, expected = [], {}
-    for transformer, named in ((DENSE, layouts), (EXPERTS, expert_layouts)):
+    for transformer, named in layouts:
+        if not named:
+            continue
         config = model_config(**PADDED_VOCABULARY, transformer=transformer)
         chunks = sampling_model(config)
         weights = full_parameters(chunks)
@@ -329,15 +385,6 @@ def test_layers_that_predict_further_tokens_take_no_part() -> None:
 @pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14, which refuses both by itself")
 @pytest.mark.parametrize("option", [{"window_size": [4, 0]}, {"softmax_type": "learnable"}])
 def test_a_model_with_windows_or_sinks_is_refused(option: dict[str, Any]) -> None:
-    _assert_refused(option)
-
-
-@pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core before 0.16")
-def test_a_model_with_recurrent_layers_is_refused() -> None:
-    _assert_refused(HYBRID)
-
-
-def _assert_refused(option: dict[str, Any]) -> None:
-    name = next(iter(option))
+    (name,) = option
     with pytest.raises(ValueError, match=f"^{name}=.* the embedded engine cannot sample from"):
         sampler(sampling_model(model_config(option)))

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_prefix.config import ServerConfig
 from megatron_prefix.rollouts.engine import EndOfRollouts
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
 from megatron_prefix.rollouts.server.answers import Reader, ServerMismatch
 from megatron_prefix.rollouts.server.asking import Asker
 from megatron_prefix.rollouts.server.client import ServerClient, ServerDown, ServerError
@@ -186,8 +187,8 @@ def test_a_model_that_the_server_does_not_list_is_named_with_those_it_does(model
     with reply_server(lambda request: answer) as server:
         config = ServerConfig(url=server.url, model=model)
         client = ServerClient(config)
-        reader = Reader(tokenizer=None, stop_tokens=(END,), max_response_length=4)
-        asker = Asker(client, config, reader, temperature=1.0, top_p=1.0)
+        spec = SamplingSpec(max_response_length=4, stop_tokens=(END,))
+        asker = Asker(client, config, Reader(tokenizer=None, spec=spec))
         with pytest.raises(ServerError, match=message):
             asker.find_model()
         server.script = lambda request: Reply(body={"data": [{"id": model or "only"}]})

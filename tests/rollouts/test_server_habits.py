@@ -15,10 +15,19 @@ import numpy as np
 import pytest
 
 from megatron_prefix.config import RolloutsConfig, ServerConfig
-from megatron_prefix.rollouts.server.answers import OtherWeights, ServerMismatch
+from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.sampling.groups import GroupMaker, GroupSpec
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
+from megatron_prefix.rollouts.server.answers import (
+    OtherWeights,
+    Reader,
+    SampleRejected,
+    ServerMismatch,
+)
 from megatron_prefix.rollouts.server.client import ServerError
-from megatron_prefix.rollouts.server.kept_weights import KeptWeights
+from megatron_prefix.rollouts.server.weights import KeptWeights
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
+from megatron_prefix.rollouts.validation import Limits
 from tests.rollouts.asking import (
     GOOD,
     completion,
@@ -279,6 +288,30 @@ def test_a_server_that_loads_is_not_warned_of(path, tmp_path, caplog):
     assert not caplog.records
 
 
+def test_log_probabilities_that_are_none_are_taken_only_where_the_objective_corrects():
+    spec = SamplingSpec(max_response_length=4, stop_tokens=(END,))
+    choice = ids_choice(0, [1, END], [5])
+    choice["logprobs"]["token_logprobs"] = [-9999.0, -0.5]
+    with pytest.raises(SampleRejected, match="-9999 is no log-probability"):
+        Reader(tokenizer=None, spec=spec).read(choice, (5,), None)
+    response = Reader(tokenizer=None, spec=spec, is_corrected=True).read(choice, (5,), None)
+    prompt = Prompt(tokens=(5,), answer=None, source="a.jsonl:1")
+    made = {
+        corrects: GroupMaker(
+            GroupSpec(
+                sampling=spec,
+                limits=Limits(vocab_size=16, max_positions=8, is_corrected=corrects),
+                uses_logprobs=True,
+            ),
+            None,
+        )
+        for corrects in (False, True)
+    }
+    assert made[True].group(prompt, [response], 0).old_logprobs[0].tolist() == [-9999.0, -0.5]
+    with pytest.raises(ValueError, match=r"old_logprobs\[0\]\[0\]: -9999 is no log-probability"):
+        made[False].group(prompt, [response], 0)
+
+
 @pytest.mark.parametrize(
     ("changes", "takes_them"),
     [({}, True), ({"top_p": 0.9}, False), ({"temperature": 0.7}, False)],
@@ -294,4 +327,4 @@ def test_log_probabilities_after_another_sampling_are_the_trainers(changes, take
         server=ServerConfig(url="http://localhost:1", kind="vllm"),
         **changes,
     )
-    assert config.takes_servers_logprobs == takes_them
+    assert config.takes_samplers_logprobs == takes_them

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_prefix.config import ServerConfig
 from megatron_prefix.rollouts.server.client import RequestFailed, ServerClient, ServerError
-from megatron_prefix.rollouts.server.loading import SGLangLoader, TransformersLoader, VLLMLoader
+from megatron_prefix.rollouts.server.loading import WeightLoader
 from tests.rollouts.replies import Reply, Request, reply_server
 
 
@@ -29,12 +29,12 @@ def test_weights_are_loaded_by_the_calls_that_each_server_documents():
         return Reply(body={"success": True, "message": "ok"})
 
     with reply_server(answer) as server:
-        for loader in (VLLMLoader, SGLangLoader, TransformersLoader):
+        for kind in ("vllm", "sglang", "transformers"):
             client = loading(server, "vllm")
-            made = loader(client, 60.0)
+            made = WeightLoader(kind, client, timeout_s=60.0)
             made.load(Path("/policy/version_000003"), 3)
             client.close()
-    assert made.model() == "/policy/version_000003"
+    assert made.names_folder
     folder = "/policy/version_000003"
     assert [(r.path, r.body) for r in server.requests] == [
         ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}),
@@ -54,47 +54,45 @@ def test_weights_are_loaded_by_the_calls_that_each_server_documents():
 
 
 @pytest.mark.parametrize(
-    ("loader", "reply", "error", "message"),
+    ("kind", "reply", "error", "message"),
     [
-        (VLLMLoader, Reply(status=404, body={"detail": "Not Found"}), ServerError, "DEV_MODE=1"),
-        (SGLangLoader, Reply(body={"success": False, "message": "shapes"}), ServerError, "shapes"),
+        ("vllm", Reply(status=404, body={"detail": "Not Found"}), ServerError, "DEV_MODE=1"),
+        ("sglang", Reply(body={"success": False, "message": "shapes"}), ServerError, "shapes"),
         (
-            TransformersLoader,
+            "transformers",
             Reply(body=b'data: {"status": "error", "model": "m", "message": "no config"}\n\n'),
             ServerError,
             "loading m failed: no config",
         ),
         (
-            TransformersLoader,
+            "transformers",
             Reply(body=b'data: {"status": "load'),
             RequestFailed,
             "failed 2 times",
         ),
         (
-            VLLMLoader,
+            "vllm",
             Reply(status=500, body={"error": {"message": "no such file"}}),
             RequestFailed,
             "collective_rpc: 500 .*: no such file",
         ),
         (
-            SGLangLoader,
+            "sglang",
             Reply(body={"success": True}, delay_s=1.5),
             RequestFailed,
             r"took longer than 1 s \(weights.load_timeout_s\)",
         ),
-        (TransformersLoader, Reply(status=404, body={}), ServerError, "is it transformers serve"),
+        ("transformers", Reply(status=404, body={}), ServerError, "is it transformers serve"),
     ],
 )
-def test_weights_that_are_not_loaded_are_an_error_in_the_servers_words(
-    loader, reply, error, message
-):
+def test_weights_that_are_not_loaded_are_an_error_in_the_servers_words(kind, reply, error, message):
     def answer(request: Request) -> Reply:
         return Reply(body={"status": "ok"}) if request.path == "/reset" else reply
 
     with reply_server(answer) as server:
         client = loading(server, "vllm")
         with pytest.raises(error, match=message):
-            loader(client, 1.0).load(Path("/policy/version_000003"), 3)
+            WeightLoader(kind, client, timeout_s=1.0).load(Path("/policy/version_000003"), 3)
         client.close()
     # A load that failed or took too long would do so again.
     if reply.status == 500 or reply.delay_s:

@@ -173,7 +173,7 @@ def test_a_kernel_that_cannot_run_here_is_refused_before_anything_is_read(tmp_pa
 REWARD = """
 import os
 
-if os.environ["RANK"] == "1":
+if os.environ["RANK"] == "0":
     raise RuntimeError("the judge is away")
 
 def reward(prompt, response, answer):
@@ -199,7 +199,7 @@ def test_an_error_on_one_rank_alone_ends_all_of_them_and_names_it(tmp_path: Path
     assert failed.returncode != 0
     (error,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert error == (
-        "error: rank 1 of 2: reward 'rewards_of_this_test:reward': importing rewards_of_this_test "
+        "error: rank 0 of 2: reward 'rewards_of_this_test:reward': importing rewards_of_this_test "
         "failed: RuntimeError: the judge is away"
     )
     assert "trainer.py" not in failed.stderr

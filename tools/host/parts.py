@@ -28,8 +28,9 @@ from megatron_prefix.distributed.rank_results import on_rank_0
 from megatron_prefix.layout import Packing
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.rollouts.file_engine import FileEngine
+from megatron_prefix.rollouts.group_reader import GroupReader
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
-from megatron_prefix.rollouts.validation import validate_batch
+from megatron_prefix.rollouts.validation import Limits, validate_batch
 from megatron_prefix.training.batch import HostBatch
 from megatron_prefix.training.row_planning import RowPlanner
 from megatron_prefix.training.shares import Distribution, Share
@@ -152,16 +153,12 @@ def _pack(work: Work, plan: RolloutPlan, share: Share) -> list[HostBatch]:
 
 
 def _read(work: Work, clock: Clock) -> RolloutBatch:
-    engine = FileEngine(
-        [work.path], vocab_size=work.vocab_size, max_positions=MAX_POSITIONS, epochs=1
-    )
+    limits = Limits(vocab_size=work.vocab_size, max_positions=MAX_POSITIONS)
+    engine = FileEngine([work.path], GroupReader(limits=limits), epochs=1)
     batch = clock.time("read", lambda: engine.next_rollouts(work.groups, step=0))
     engine.close()
     assert batch is not None
-    clock.time(
-        "validate",
-        lambda: validate_batch(batch, vocab_size=work.vocab_size, max_positions=MAX_POSITIONS),
-    )
+    clock.time("validate", lambda: validate_batch(batch, limits))
     return batch
 
 

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prefix.distributed.rank_results import on_rank_0
-from megatron_prefix.rollouts.embedded.batch import SamplingOptions
-from megatron_prefix.rollouts.embedded.engine import sample_rollouts
-from megatron_prefix.rollouts.embedded.sampler import Sampler
+from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
 from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.records import RolloutBatch
-from megatron_prefix.rollouts.rewards import RewardFunction
+from megatron_prefix.rollouts.sampling.groups import GroupMaker
+from megatron_prefix.rollouts.sampling.sampler import Asking, Tally, Wanted, answered_by_ranks
 
 STEP = 1 << 63
 """Keys the randomness of evaluations: no step of training, and the same for all of them."""
@@ -81,10 +79,22 @@ def _counts(responses: int) -> list[int]:
     return sorted({2**i for i in range(responses.bit_length()) if 2**i <= responses} | {responses})
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Evaluated:
+    """What an evaluation found."""
+
+    result: EvaluationResult
+    rollouts: RolloutBatch | None
+    """None on other ranks than 0, and where no dialogue came to an end."""
+    metrics: dict[str, float]
+
+
 class Evaluator:
     """Samples responses to each of a fixed list of prompts and averages their rewards.
 
-    Nothing of the training changes by it, its random state and its place in the data included.
+    Nothing of the training changes by it, its random state and its place in the data included. With
+    an agent the trained model itself plays the dialogues, not a server; one that is left out since
+    its environment failed counts with 0.
     """
 
     last: EvaluationResult | None = None
@@ -94,34 +104,26 @@ class Evaluator:
 
     def __init__(
         self,
-        sampler: Sampler,
-        prompts: Sequence[Prompt],
+        sampler: EmbeddedSampler,
+        maker: GroupMaker | None,
+        prompts: Sequence[Prompt] = (),
         *,
-        options: SamplingOptions,
-        reward: RewardFunction,
-        seed: int,
-        responses_per_prompt: int = 1,
         data_sets: Sequence[str] = (),
     ) -> None:
         """Nothing is sampled yet.
 
         Args:
-            sampler: of the model.
-            prompts: at least one.
-            options: of the sampling.
-            reward: of each response.
-            seed: of the sampling; all evaluations draw the same random numbers.
-            responses_per_prompt: as many.
+            sampler: of the model; all evaluations draw the same random numbers.
+            maker: of the groups, on rank 0; None elsewhere.
+            prompts: on rank 0 at least one.
             data_sets: for each prompt the name of its data set; empty where they are of one.
         """
-        assert prompts and len(data_sets) in (0, len(prompts))
+        assert (maker is None or prompts) and len(data_sets) in (0, len(prompts))
         self._sampler = sampler
+        self._maker = maker
         self._prompts = prompts
-        self._options = options
-        self._reward = reward
-        self._seed = seed
-        self._responses_per_prompt = responses_per_prompt
         self._data_sets = tuple(data_sets)
+        self._metrics: dict[str, float] = {}
 
     def evaluate(self) -> float:
         """The mean reward of the model as it is now, the same on every rank. Collective.
@@ -129,26 +131,35 @@ class Evaluator:
         Raises:
             ValueError: a reward could not be computed, naming the prompt's source.
         """
-        self.batch = sample_rollouts(
-            self._sampler,
-            self._prompts,
-            self._options,
-            group_size=self._responses_per_prompt,
-            reward=self._reward,
-            seed=self._seed,
-            step=STEP,
-        )
-        self.last = on_rank_0(self._result)
+        asking = None if self._maker is None else self._evaluated(self._maker)
+        found: _Evaluated = answered_by_ranks(asking, self._sampler, step=STEP)
+        self.last, self.batch, self._metrics = found.result, found.rollouts, found.metrics
         return self.last.mean
 
     def metrics(self) -> dict[str, float]:
         """What there is beside the mean reward of the last `evaluate`."""
-        return {} if self.last is None else self.last.metrics()
+        return self._metrics
 
-    def _result(self) -> EvaluationResult:
-        assert self.batch is not None
-        return EvaluationResult(
-            rewards=tuple(self.batch.rewards.tolist()),
-            responses_per_prompt=self._responses_per_prompt,
-            data_sets=self._data_sets,
+    def _evaluated(self, maker: GroupMaker) -> Asking[_Evaluated]:
+        tally = Tally()
+        count = maker.spec.sampling.group_size
+        wanted = [Wanted(prompt=prompt, count=count) for prompt in self._prompts]
+        answers = yield from maker.answers(wanted, tally)
+        groups = [
+            maker.group(prompt, responses, None)
+            for prompt, responses in zip(self._prompts, answers, strict=True)
+            if responses
+        ]
+        rollouts = maker.rewarded(groups) if groups else None
+        came = np.repeat([len(responses) > 0 for responses in answers], count)
+        rewards = np.zeros(len(came))
+        if rollouts is not None:
+            rewards[came] = rollouts.rewards
+        result = EvaluationResult(
+            rewards=tuple(rewards.tolist()), responses_per_prompt=count, data_sets=self._data_sets
         )
+        metrics = result.metrics()
+        if maker.agent is not None:
+            metrics["eval_turns"] = tally.turns / max(1, int(came.sum()))
+            metrics["eval_environment_failures"] = float(tally.environment_failures)
+        return _Evaluated(result=result, rollouts=rollouts, metrics=metrics)

@@ -1,9 +1,10 @@
-"""The keys and values of one batch of prompts and of the responses that are being sampled.
+"""What the layers hold of one batch of prompts and of the responses that are being sampled.
 
 All prompts run once, as one packed row; what each layer computes as their keys and values stays
 here. Then every response grows by one token per step: its query attends to its prompt's keys, which
 all responses of the prompt share, and to its own earlier tokens, merged by log-sum-exp as in
 training. If the prompts begin alike (instructions, shots), that beginning is shared by all of them.
+Recurrent layers have states instead (see `recurrent_states`).
 
 Legend: P prompts; n responses in the cache, those of a prompt adjacent and in the prompts' order;
 H query heads, Hk key/value heads, D head dimension.
@@ -25,6 +26,11 @@ from megatron_prefix.device_copy import record_to_device
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import AttentionStage, PackedLayout, PrefixTree, pack
 from megatron_prefix.layout.stages import attention_stage
+from megatron_prefix.rollouts.embedded.recurrent_states import (
+    DecodeStates,
+    PrefillStates,
+    RecurrentStates,
+)
 
 _SHORTEST_COMMON = 16
 """A common beginning of fewer tokens is not worth an attention stage of its own."""
@@ -94,7 +100,7 @@ class _LayerCache:
 
 
 class KeyValueCache:
-    """Keys and values of the layers of this rank, for one row of prompts and their responses."""
+    """Keys and values, or states, of this rank's layers, for a row of prompts and its responses."""
 
     def __init__(
         self, row: PromptRow, setup: AttentionSetup, *, num_responses: int, slots: int
@@ -111,6 +117,7 @@ class KeyValueCache:
         self._row = row
         self._slots = slots
         self._layers: dict[int, _LayerCache] = {}
+        self.states = RecurrentStates()
         self._stages: tuple[AttentionStage[Tensor], ...] = ()
         self._set_counts(np.full(len(row.last_positions), num_responses))
 
@@ -126,11 +133,15 @@ class KeyValueCache:
             max_seqlen: of the whole responses, so that one table of rotary embeddings does.
         """
         params = PrefixPackedSeqParams.from_layout(self._row.layout, self._setup)
+        recurrence = params.recurrence
+        if recurrence is not None:
+            recurrence = PrefillStates.of(self.states, recurrence, self._row.last_positions)
         return dataclasses.replace(
             params,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
             attention=_PrefillAttention(cache=self, row=params.attention),
+            recurrence=recurrence,
         )
 
     def decode_params(
@@ -143,6 +154,7 @@ class KeyValueCache:
             slot: how many tokens of each response are in the cache already.
             max_seqlen: as for `prefill_params`.
         """
+        self.states.hand_over(self._counts)
         cu_seqlens = torch.tensor([0, len(position_ids)], dtype=torch.int32).to(
             position_ids.device, non_blocking=True
         )
@@ -153,6 +165,7 @@ class KeyValueCache:
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
             attention=_DecodeAttention(cache=self, slot=slot),
+            recurrence=DecodeStates(states=self.states),
             position_ids=position_ids,
             own_rows=np.arange(len(position_ids)),
         )
@@ -165,6 +178,7 @@ class KeyValueCache:
         """
         prompts = np.repeat(np.arange(len(self._counts)), self._counts)
         self._set_counts(np.bincount(prompts[rows], minlength=len(self._counts)))
+        self.states.keep(rows)
         for layer in self._layers.values():
             if layer.keys is not None:
                 index = torch.from_numpy(rows).to(layer.keys.device)
@@ -199,16 +213,16 @@ class KeyValueCache:
         """Put k and v into a slot, and let the queries see it and everything before it.
 
         Args:
-            q: [n, H, D]; k and v: [n, Hk, D], of the responses' current tokens.
+            q: [n, H, D]; k: [n, Hk, D]; v: [n, Hk, Dv], of the responses' current tokens.
 
         Returns:
-            [n, H, D] in float32 or wider.
+            [n, H, Dv] in float32 or wider.
         """
         cached = self._layers[layer.number]
         if cached.keys is None:
-            n, num_key_heads, head_dim = k.shape
-            shape = (n, num_key_heads, self._slots, head_dim)
-            cached.keys, cached.values = k.new_empty(shape), v.new_empty(shape)
+            cached.keys, cached.values = (
+                x.new_empty(x.shape[0], x.shape[1], self._slots, x.shape[2]) for x in (k, v)
+            )
         cached.keys[:, :, slot] = k
         cached.values[:, :, slot] = v
         seen = slice(0, slot + 1)
@@ -234,10 +248,10 @@ def _attend_own(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[
     """One query per response against its own keys, which are equally many for all.
 
     Args:
-        q: [n, H, D]; keys and values: [n, Hk, length, D].
+        q: [n, H, D]; keys: [n, Hk, length, D]; values: [n, Hk, length, Dv].
 
     Returns:
-        out [n, H, D] and lse [n, H], in float32 or wider.
+        out [n, H, Dv] and lse [n, H], in float32 or wider.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     # Query heads that read the same key/value head are rows of one product.
@@ -272,7 +286,7 @@ class _DecodeAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         """Attention to the cache; 0 for padding."""
         n = self.cache.num_responses
-        out = torch.zeros_like(q)
+        out = q.new_zeros(*q.shape[:2], v.shape[2])
         if n:
             out[:n] = self.cache.attend(layer, self.slot, q[:n], k[:n], v[:n])
         return out

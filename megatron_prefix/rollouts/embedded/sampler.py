@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,33 +10,29 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
-from numpy.typing import NDArray
 
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.megatron.releases import option
 from megatron_prefix.model.build import ModelChunks
-from megatron_prefix.rollouts.embedded.batch import ResponseBatch, SamplingOptions
+from megatron_prefix.rollouts.embedded.batch import ResponseBatch
 from megatron_prefix.rollouts.embedded.drawing import response_uniforms
 from megatron_prefix.rollouts.embedded.pipeline import draw, row_multiple, sampling_mode
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SampledResponse:
-    """One response and how likely its tokens were."""
-
-    tokens: NDArray[np.int32]
-    logprobs: NDArray[np.float64]
-    """One for each token: at the sampling temperature (at 1 where that is 0), before top-p."""
+from megatron_prefix.rollouts.embedded.recurrent_states import state_tokens
+from megatron_prefix.rollouts.sampling.sampler import (
+    Answers,
+    Response,
+    Sampler,
+    SamplingSpec,
+    Wanted,
+)
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:
-    """Attention to cached keys has no windows and no sinks, and requests have no images. States
-    of recurrent layers are not cached."""
+    """Attention to cached keys has no windows and no sinks, and requests have no images."""
     for name, without in (
         ("window_size", None),
         ("softmax_type", "vanilla"),
         ("mrope_section", None),
-        ("experimental_attention_variant", None),
     ):
         value = option(config, name)
         if value not in (None, without):
@@ -47,8 +42,8 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
             )
 
 
-class Sampler:
-    """Samples from the live model.
+class EmbeddedSampler(Sampler):
+    """A `Sampler` of the live model.
 
     Every rank calls it with the same arguments, and rank 0 gets all responses. Prompts are divided
     over data- and context-parallel ranks; each copy of the model runs a batch of prompts once, as
@@ -58,6 +53,7 @@ class Sampler:
     def __init__(
         self,
         chunks: ModelChunks,
+        spec: SamplingSpec,
         *,
         device: torch.device,
         kernel: str | None = None,
@@ -67,20 +63,24 @@ class Sampler:
 
         Args:
             chunks: the model, in the current parallel state.
+            spec: of the sampling.
             device: of the model.
             kernel: attention kernel by name; None takes the best for the device.
             max_cached_tokens: prompts are taken in batches whose prompts and (longest possible)
                 responses have together so many tokens at most, but at least one prompt at a time;
-                None takes all at once.
+                a response's recurrent states count as the tokens whose keys and values are as
+                large; None takes all at once.
 
         Raises:
-            ValueError: the model has sliding windows, attention sinks, mRoPE or recurrent layers.
+            ValueError: the model has sliding windows, attention sinks or mRoPE.
         """
         _refuse_unsupported(chunks.config)
         self._chunks = chunks
+        self._spec = spec
         self._device = device
         self._setup = AttentionSetup.of(chunks.config, device, kernel=kernel)
         self._max_cached_tokens = max_cached_tokens
+        self._state_tokens = state_tokens(chunks.config)
         # Rows of a few tokens per response are not worth distributing: each context-parallel rank
         # samples for prompts of its own.
         self._data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -93,99 +93,56 @@ class Sampler:
             config.pipeline_model_parallel_size if len(chunks.wrapped) > 1 else 1
         )
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        num_responses: int,
-        max_response_length: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        stop_tokens: Sequence[int] = (),
-        seed: int,
-        step: int,
-        sources: Sequence[str] | None = None,
-    ) -> list[list[tuple[int, ...]]] | None:
-        """The tokens of `sample_with_logprobs`, its options spelt out."""
-        options = SamplingOptions(
-            max_response_length=max_response_length,
-            temperature=temperature,
-            top_p=top_p,
-            stop_tokens=tuple(stop_tokens),
-        )
-        responses = self.sample_with_logprobs(
-            prompts, options, num_responses=num_responses, seed=seed, step=step, sources=sources
-        )
-        if responses is None:
-            return None
-        return [[tuple(response.tokens.tolist()) for response in group] for group in responses]
+    def sample(self, wanted: Sequence[Wanted], *, step: int) -> Answers | None:
+        """Responses to each prompt, on rank 0; None on other ranks. Collective.
 
-    def sample_with_logprobs(
-        self,
-        prompts: Sequence[Sequence[int]],
-        options: SamplingOptions,
-        *,
-        num_responses: int,
-        seed: int,
-        step: int,
-        sources: Sequence[str] | None = None,
-    ) -> list[list[SampledResponse]] | None:
-        """Responses to each prompt. Collective.
+        They do not depend on the parallel layout or on batches, up to the rounding of logits.
 
         Args:
-            prompts: token ids of each prompt, at least one.
-            options: of the sampling.
-            num_responses: to each prompt.
-            seed, step: the randomness: other numbers give other responses, the same ones the same.
-            sources: what errors call each prompt; None calls them by their index.
-
-        Returns:
-            On rank 0 `num_responses` responses to each prompt, in the prompts' order; None on
-            other ranks. They do not depend on the parallel layout or on batches, up to the rounding
-            of logits.
+            wanted: at least one, of as many responses each.
+            step: with the spec's seed the randomness: other numbers give other responses, the same
+                ones the same.
 
         Raises:
-            ValueError: an option out of range, an empty prompt, or one that leaves too few of the
-                model's positions for the response, naming it.
+            ValueError: an empty prompt, or one that leaves too few of the model's positions for the
+                response, naming it.
         """
-        if num_responses < 1:
-            raise ValueError(f"num_responses={num_responses}: set at least 1")
-        self._check(prompts, sources, options.max_response_length)
-        mine: dict[int, list[SampledResponse]] = {}
-        costs = [len(prompt) + num_responses * options.max_response_length for prompt in prompts]
+        self._check(wanted)
+        spec, count = self._spec, wanted[0].count
+        assert all(item.count == count for item in wanted)
+        prompts = [item.prompt.tokens for item in wanted]
+        mine: dict[int, list[Response]] = {}
+        of_response = spec.max_response_length + self._state_tokens
+        costs = [len(prompt) + count * of_response for prompt in prompts]
         with sampling_mode(self._chunks):
             for indices_of_batches in self._rounds([len(prompt) for prompt in prompts], costs):
                 batches = [
                     ResponseBatch(
                         [prompts[i] for i in indices],
-                        _uniforms(indices, num_responses, options, seed=seed, step=step),
-                        options,
+                        _uniforms(indices, count, spec, step=step),
+                        spec,
                         setup=self._setup,
                         pad_to_multiple=self._pad_to_multiple,
                     )
                     for indices in indices_of_batches
                 ]
-                self._run(batches, options)
+                self._run(batches)
                 for indices, batch in zip(indices_of_batches, batches, strict=True):
-                    mine.update(zip(indices, _groups(batch), strict=True))
-        return self._gather(mine, len(prompts))
+                    mine.update(zip(indices, batch.responses(), strict=True))
+        responses = self._gather(mine, len(prompts))
+        return None if responses is None else Answers(responses=responses)
 
-    def _check(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sources: Sequence[str] | None,
-        max_response_length: int,
-    ) -> None:
+    def _check(self, wanted: Sequence[Wanted]) -> None:
         positions = self._chunks.bare[0].max_sequence_length
-        for i, prompt in enumerate(prompts):
-            source = f"prompt {i}" if sources is None else sources[i]
-            if len(prompt) == 0:
-                raise ValueError(f"{source}: prompt: is empty; it needs at least one token")
-            if len(prompt) + max_response_length > positions:
+        max_response_length = self._spec.max_response_length
+        for prompt in (item.prompt for item in wanted):
+            if len(prompt.tokens) == 0:
+                raise ValueError(f"{prompt.source}: prompt: is empty; it needs at least one token")
+            if len(prompt.tokens) + max_response_length > positions:
                 raise ValueError(
-                    f"{source}: prompt: its {len(prompt)} tokens and a response of up to "
-                    f"{max_response_length} exceed the model's max_sequence_length={positions}; "
-                    "shorten the prompt or lower max_response_length"
+                    f"{prompt.source}: prompt: its {len(prompt.tokens)} tokens and a response of "
+                    f"up to {max_response_length} exceed the model's max_sequence_length="
+                    f"{positions}; shorten the prompt or lower max_response_length"
                 )
 
     def _rounds(self, lengths: Sequence[int], costs: Sequence[int]) -> list[list[list[int]]]:
@@ -215,12 +172,15 @@ class Sampler:
         ]
         return [batches for batches in rounds if self._in_step or any(batches)]
 
-    def _run(self, batches: Sequence[ResponseBatch], options: SamplingOptions) -> None:
+    def _run(self, batches: Sequence[ResponseBatch]) -> None:
         """Prompts, then step after step, until every response has ended."""
         requests = [batch.prefill() for batch in batches]
         while True:
             drawn = draw(
-                self._chunks, requests, temperature=options.temperature, top_p=options.top_p
+                self._chunks,
+                requests,
+                temperature=self._spec.temperature,
+                top_p=self._spec.top_p,
             )
             for batch, draws in zip(batches, drawn, strict=True):
                 batch.accept(draws)
@@ -236,8 +196,8 @@ class Sampler:
         return bool(flag)
 
     def _gather(
-        self, mine: dict[int, list[SampledResponse]], num_prompts: int
-    ) -> list[list[SampledResponse]] | None:
+        self, mine: dict[int, list[Response]], num_prompts: int
+    ) -> list[list[Response]] | None:
         """On rank 0 all prompts' responses, from the data-parallel ranks that sampled them."""
         # The ranks of another group hold the same responses, and so need not send them.
         if 0 not in dist.get_process_group_ranks(self._data_group):
@@ -252,26 +212,16 @@ class Sampler:
         return [everything[index] for index in range(num_prompts)]
 
 
-def _uniforms(
-    prompts: Sequence[int], num_responses: int, options: SamplingOptions, *, seed: int, step: int
-) -> np.ndarray:
-    """[prompts, num_responses, max_response_length] random numbers, by the prompts' indices."""
-    uniforms = np.empty((len(prompts), num_responses, options.max_response_length))
+def _uniforms(prompts: Sequence[int], count: int, spec: SamplingSpec, *, step: int) -> np.ndarray:
+    """[prompts, count, max_response_length] random numbers, by the prompts' indices."""
+    uniforms = np.empty((len(prompts), count, spec.max_response_length))
     for i, prompt in enumerate(prompts):
-        for response in range(num_responses):
+        for response in range(count):
             uniforms[i, response] = response_uniforms(
-                seed=seed,
+                seed=spec.seed,
                 step=step,
                 prompt=prompt,
                 response=response,
-                length=options.max_response_length,
+                length=spec.max_response_length,
             )
     return uniforms
-
-
-def _groups(batch: ResponseBatch) -> list[list[SampledResponse]]:
-    """The responses to each prompt of a batch."""
-    return [
-        [SampledResponse(tokens=tokens, logprobs=logprobs) for tokens, logprobs in group]
-        for group in batch.responses()
-    ]

@@ -29,6 +29,7 @@ from megatron_prefix.packages import needed_by
 
 if TYPE_CHECKING:
     from megatron_prefix.conversion.hf_folder import Shard
+    from megatron_prefix.conversion.mapping import Parameter
 
 _SHARD_BYTES = 10**9
 """Of each rank that writes."""
@@ -96,14 +97,18 @@ def weights_exporter(
     # Parts travel through the processes' own memory: a GPU has none to spare for them.
     group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
     rank = dist.get_rank()
-    # One of all experts of a layer has fewer leading axes than the experts' shards.
-    axes = {key: len(index) for parameter in parameters for key, index in parameter.places}
-    parts = _all_parts(list(_own_parts(chunks, axes)), group)
+    stored = {
+        key + end: _Stored(key=key, axes=len(index), rows=rows, of=parameter)
+        for parameter in parameters
+        for key, index in parameter.places
+        for end, rows in parameter.stored
+    }
+    parts = _all_parts(list(_own_parts(chunks, stored)), group)
     shapes = {key: _any_of(found).global_shape for (key, _), found in parts.items()}
     places = check_stored(shapes, mapping.architecture, parameters, of="the model in training")
 
     def export(directory: Path) -> None:
-        mine = _own_parts(chunks, axes)
+        mine = _own_parts(chunks, stored)
         writers = _writers(parts, places, _ranks_that_see(directory, group))
         writer = ShardWriter(directory, max_shard_bytes=shard_bytes, prefix=f"rank-{rank:05d}")
         failure: Exception | None = None
@@ -140,18 +145,38 @@ def _any_of(parts: _Parts) -> _Part:
     return next(iter(parts))
 
 
-def _own_parts(chunks: ModelChunks, axes: dict[str, int]) -> dict[_Part, Tensor]:
-    """This rank's, by how many leading axes the parameters of a key have; further ones are places
-    in the parameter."""
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What Megatron stores under one key."""
+
+    key: str
+    """Of the whole parameter."""
+    axes: int
+    """Leading axes of the parameter. One of all experts of a layer has fewer than the experts'
+    shards; further ones are places in it."""
+    rows: slice
+    """Of the parameter, where that is stored in parts."""
+    of: Parameter
+
+
+def _own_parts(chunks: ModelChunks, stored: dict[str, _Stored]) -> dict[_Part, Tensor]:
+    """This rank's, by the keys of the parameters that they are part of."""
     parts = {}
     for shard in parameter_shards(chunks):
-        count = axes.get(shard.key, len(shard.index))
+        known = stored.get(shard.key)
+        key, shape = shard.key, shard.global_shape
+        count = len(shard.index) if known is None else known.axes
         within = [(i, i + 1) for i in shard.index[count:]]
+        place = [*within, *((bounds.start, bounds.stop) for bounds in shard.place)]
+        if known is not None and known.of.parts:
+            first = known.rows.start
+            key, place[0] = known.key, (first + place[0][0], first + place[0][1])
+            shape = (*shape[:count], *known.of.shape)
         part = _Part(
-            key=shard.key,
+            key=key,
             index=shard.index[:count],
-            place=(*within, *((bounds.start, bounds.stop) for bounds in shard.place)),
-            global_shape=shard.global_shape,
+            place=tuple(place),
+            global_shape=shape,
             dtype=shard.data.dtype,
         )
         parts[part] = shard.data

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_prefix.config import WeightsConfig
 from megatron_prefix.distributed.rank_results import gather
+from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
 _NAME = re.compile(r"version_\d{6,}(\.partial)?")
@@ -33,30 +35,44 @@ class PolicyFolders:
         directory: Path,
         export: Callable[[Path], None],
         *,
-        generation: dict[str, Any],
+        spec: SamplingSpec,
         tokenizer: TextTokenizer | None,
-        keep: int,
+        weights: WeightsConfig,
     ) -> None:
         """Nothing is written yet.
 
         Args:
             directory: made when first needed; on a disk that all who read it share.
             export: writes config.json and the weights into a folder that is there; collective.
-            generation: what generation_config.json says. Servers take their defaults from it
-                (top_k, penalties), and one without it may decode greedily.
+            spec: of the sampling, as generation_config.json says it. Servers take their defaults
+                from it (top_k, penalties), and one without it may decode greedily.
             tokenizer: written beside the weights.
-            keep: newest versions that stay.
+            weights: when they are written, and how many newest versions stay.
         """
         # Servers run in folders of their own.
         self.directory = directory.absolute()
         self._export = export
-        self._generation = generation
+        self._generation = generation_settings(spec)
         self._tokenizer = tokenizer
-        self._keep = keep
+        self._weights = weights
+        self.version: int | None = None
+        """Of the weights that `refresh` wrote last."""
 
     def path(self, version: int) -> Path:
         """The folder of a version."""
         return self.directory / f"version_{version:06d}"
+
+    def refresh(self, step: int) -> bool:
+        """Write the weights as they are at a step, if it is time; whether it is.
+
+        Raises:
+            ValueError: see `write`.
+        """
+        if self.version is not None and step - self.version < self._weights.every:
+            return False
+        self.write(step)
+        self.version = step
+        return True
 
     def write(self, version: int) -> Path:
         """Write the weights as they are now.
@@ -92,7 +108,7 @@ class PolicyFolders:
         # Versions above the newest are an earlier, longer run's.
         older = [p for p in versions if p.name < self.path(newest).name]
         later = [p for p in versions if p.name > self.path(newest).name]
-        for path in [*older[: max(0, len(older) + 1 - self._keep)], *later]:
+        for path in [*older[: max(0, len(older) + 1 - self._weights.keep)], *later]:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -100,18 +116,16 @@ def _nothing() -> None:
     pass
 
 
-def generation_settings(
-    *, temperature: float, top_p: float, stop_tokens: tuple[int, ...]
-) -> dict[str, Any]:
+def generation_settings(spec: SamplingSpec) -> dict[str, Any]:
     """generation_config.json of plain sampling: no top-k, no penalty, as the objective assumes."""
     settings: dict[str, Any] = {
         "do_sample": True,
-        "temperature": temperature,
-        "top_p": top_p,
+        "temperature": spec.temperature,
+        "top_p": spec.top_p,
         "top_k": 0,
         "repetition_penalty": 1.0,
     }
-    if stop_tokens:
-        settings["eos_token_id"] = list(stop_tokens)
-        settings["pad_token_id"] = stop_tokens[0]
+    if spec.stop_tokens:
+        settings["eos_token_id"] = list(spec.stop_tokens)
+        settings["pad_token_id"] = spec.stop_tokens[0]
     return settings

@@ -66,30 +66,20 @@ class Abilities:
 class Requests:
     """Makes the requests, and finds out which are understood."""
 
-    def __init__(
-        self,
-        client: ServerClient,
-        config: ServerConfig,
-        reader: Reader,
-        *,
-        temperature: float,
-        top_p: float,
-    ) -> None:
+    def __init__(self, client: ServerClient, config: ServerConfig, reader: Reader) -> None:
         """Nothing is asked yet.
 
         Args:
             client: the way to the server.
             config: of the server.
             reader: of its answers.
-            temperature: of the sampling.
-            top_p: of the sampling.
         """
         self.model = config.model
         """What requests name as the model."""
         self._client = client
         self._kind = config.kind
         self._reader = reader
-        self._sampling = {"temperature": temperature, "top_p": top_p}
+        self._spec = reader.spec
 
     def find_abilities(self, prompt: Prompt) -> Abilities:
         """Ask in the richest way, and in plainer ones while the server refuses.
@@ -126,9 +116,9 @@ class Requests:
         raise ServerError(f"{prompt.source}: {refusals[-1]}")
 
     def _check_sampling(self, refuses: Set[str], refusals: list[str]) -> None:
-        if "top_p" in refuses and self._sampling["top_p"] < 1:
+        if "top_p" in refuses and self._spec.top_p < 1:
             raise ServerError(
-                f"rollouts.top_p: {self._sampling['top_p']}, but the server takes no top_p "
+                f"rollouts.top_p: {self._spec.top_p}, but the server takes no top_p "
                 f"({refusals[-1]}); set it to 1"
             )
 
@@ -173,15 +163,16 @@ class Requests:
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": list(prompt.tokens) if as_ids else self._text(prompt),
-            "max_tokens": self._reader.max_response_length,
-            **self._sampling,
+            "max_tokens": self._spec.max_response_length,
+            "temperature": self._spec.temperature,
+            "top_p": self._spec.top_p,
             "n": count,
             "logprobs": 1,
             "seed": seed,
         }
         if "extras" not in refuses and self._kind in _EXTRAS:
             body |= _EXTRAS[self._kind]
-            body["stop_token_ids"] = list(self._reader.stop_tokens)
+            body["stop_token_ids"] = list(self._spec.stop_tokens)
         return {name: value for name, value in body.items() if name not in refuses}
 
     def _text(self, prompt: Prompt) -> str:

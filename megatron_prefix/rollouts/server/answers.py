@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prefix.rollouts.server.client import ServerError
+from megatron_prefix.rollouts.engine import ServerError
+from megatron_prefix.rollouts.sampling.sampler import Response, SamplingSpec
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens
 from megatron_prefix.rollouts.validation import LOWEST_LOGPROB
 
@@ -35,24 +36,6 @@ class OtherWeights(ServerMismatch):
     """The server answers with other weights than were loaded last."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Sample:
-    """One response."""
-
-    tokens: NDArray
-    """Whole numbers; whether they are ids of the vocabulary is not checked yet."""
-    logprobs: NDArray[np.float32] | None
-    """Of each token; None where the server gives none."""
-    finished: bool
-    """Whether it ended with a stop token."""
-    from_text: bool
-    """Whether the tokens were made from text."""
-    loss_mask: NDArray[np.bool_] | None = None
-    """Of each token, whether the model said it; None: all are its own."""
-    turn_rewards: tuple[float, ...] | None = None
-    """What the environment gave for each turn; None: there is no environment."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """Reads choices."""
@@ -60,11 +43,15 @@ class Reader:
     tokenizer: TextTokenizer | None
     has_our_tokenizer: bool = False
     """Whether the server uses the tokenizer's files that the run hands over."""
-    stop_tokens: Tokens
-    max_response_length: int
+    spec: SamplingSpec
+    """What was asked for."""
+    is_corrected: bool = False
+    """See `validate_group`."""
 
-    def read(self, choice: dict[str, Any], prompt: Tokens, usage: dict[str, Any] | None) -> Sample:
-        """The sample of one choice.
+    def read(
+        self, choice: dict[str, Any], prompt: Tokens, usage: dict[str, Any] | None
+    ) -> Response:
+        """The response of one choice.
 
         Args:
             choice: of the answer's `choices`.
@@ -85,12 +72,12 @@ class Reader:
         tokens = self._with_stop(tokens, choice)
         if not tokens:
             raise SampleRejected("it has no tokens")
-        if len(tokens) > self.max_response_length:
+        if len(tokens) > self.spec.max_response_length:
             raise ServerMismatch(
-                f"the server gave {len(tokens)} tokens where at most {self.max_response_length} "
-                "were asked for"
+                f"the server gave {len(tokens)} tokens where at most "
+                f"{self.spec.max_response_length} were asked for"
             )
-        finished = tokens[-1] in self.stop_tokens
+        finished = tokens[-1] in self.spec.stop_tokens
         if reason == "stop" and not finished:
             named = _stop_named(choice)
             seen = f"after token {tokens[-1]}" if named is None else f"at token {named}"
@@ -101,13 +88,14 @@ class Reader:
                     "generation_config.json (eos_token_id) of its model names"
                 )
             raise ServerMismatch(
-                f"the server stopped {seen}, which is not in stop_tokens {list(self.stop_tokens)}; "
-                f"add the model's other ends of sequence to rollouts.stop_tokens{guess}"
+                f"the server stopped {seen}, which is not in stop_tokens "
+                f"{list(self.spec.stop_tokens)}; add the model's other ends of sequence to "
+                f"rollouts.stop_tokens{guess}"
             )
         self._check_text(tokens, choice.get("text"))
-        return Sample(
+        return Response(
             tokens=_token_array(tokens),
-            logprobs=_logprobs(choice, len(tokens)),
+            logprobs=_logprobs(choice, len(tokens), is_corrected=self.is_corrected),
             finished=finished,
             from_text=False,
         )
@@ -117,7 +105,7 @@ class Reader:
         named = _stop_named(choice)
         if (
             choice["finish_reason"] == "stop"
-            and named in self.stop_tokens
+            and named in self.spec.stop_tokens
             and tokens[-1:] != (named,)
         ):
             return (*tokens, named)
@@ -136,7 +124,7 @@ class Reader:
                 "check server.model and rollouts.text.tokenizer"
             )
 
-    def _from_text(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> Sample:
+    def _from_text(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> Response:
         text = choice.get("text")
         if self.tokenizer is None:
             raise ServerMismatch(
@@ -153,7 +141,7 @@ class Reader:
                 "that were sampled"
             )
         finished = choice["finish_reason"] == "stop"
-        if finished and not (tokens and tokens[-1] in self.stop_tokens):
+        if finished and not (tokens and tokens[-1] in self.spec.stop_tokens):
             # Text ends before the stop token.
             tokens = (*tokens, self._stop_of_text(choice))
         counted = _count(usage, "completion_tokens")
@@ -163,20 +151,22 @@ class Reader:
             )
         if not tokens:
             raise SampleRejected("it is empty")
-        return Sample(tokens=_token_array(tokens), logprobs=None, finished=finished, from_text=True)
+        return Response(
+            tokens=_token_array(tokens), logprobs=None, finished=finished, from_text=True
+        )
 
     def _stop_of_text(self, choice: dict[str, Any]) -> int:
         """The token that ended a response of text."""
         named = _stop_named(choice)
-        if named is not None and named in self.stop_tokens:
+        if named is not None and named in self.spec.stop_tokens:
             return named
-        if len(self.stop_tokens) != 1:
+        if len(self.spec.stop_tokens) != 1:
             raise ServerMismatch(
                 "the server answers in text, which does not say which of the stop tokens "
-                f"{list(self.stop_tokens)} ended it; set rollouts.stop_tokens to the one that the "
-                "server ends with, or use a server that gives token ids"
+                f"{list(self.spec.stop_tokens)} ended it; set rollouts.stop_tokens to the one "
+                "that the server ends with, or use a server that gives token ids"
             )
-        return self.stop_tokens[0]
+        return self.spec.stop_tokens[0]
 
     def _check_not_cleaned(self, choice: dict[str, Any], text: str) -> None:
         """Refuse text that is not that of its tokens: others would be trained on."""
@@ -273,7 +263,9 @@ def _token_array(tokens: Tokens) -> NDArray:
     return array.astype(np.int32) if fits else array
 
 
-def _logprobs(choice: dict[str, Any], length: int) -> NDArray[np.float32] | None:
+def _logprobs(
+    choice: dict[str, Any], length: int, *, is_corrected: bool
+) -> NDArray[np.float32] | None:
     logprobs = choice.get("logprobs")
     found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     if not isinstance(found, list) or not found:
@@ -282,6 +274,6 @@ def _logprobs(choice: dict[str, Any], length: int) -> NDArray[np.float32] | None
         raise SampleRejected(f"{len(found)} log-probabilities for {length} tokens")
     if not all(type(value) in (int, float) for value in found):
         raise SampleRejected("a log-probability is missing")
-    if min(found) <= LOWEST_LOGPROB:
+    if min(found) <= LOWEST_LOGPROB and not is_corrected:
         raise SampleRejected(f"{min(found):g} is no log-probability of a token that was sampled")
     return np.array(found, dtype=np.float64).astype(np.float32)

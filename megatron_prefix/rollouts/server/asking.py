@@ -6,18 +6,17 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megatron_prefix.config import ServerConfig
 from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.sampling.sampler import Response, Tally, Wanted
 from megatron_prefix.rollouts.server.abilities import Abilities, Requests, choices_of
 from megatron_prefix.rollouts.server.answers import (
     OtherWeights,
     Reader,
-    Sample,
     SampleRejected,
     ServerMismatch,
     check_prompt_count,
@@ -29,64 +28,21 @@ from megatron_prefix.rollouts.server.client import (
     ServerDown,
     ServerError,
 )
+from megatron_prefix.rollouts.text.tokenizer import Tokens
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class Tally:
-    """What happened while a batch was sampled."""
-
-    samples: int = 0
-    from_text: int = 0
-    rejected: int = 0
-    """Responses that could not be used."""
-    failed_requests: int = 0
-    environment_failures: int = 0
-    """Calls of an environment that raised, crashed or took too long."""
-    turns: int = 0
-    """Of all samples of several turns."""
-    identical_groups: int = 0
-    """Whose responses are all the same."""
-    reasons: list[str] = dataclasses.field(default_factory=list)
-    """The first few."""
-
-    def reject(self, count: int, reason: str) -> None:
-        """Count responses that are missing for one reason."""
-        self.rejected += count
-        if count and len(self.reasons) < 3:
-            self.reasons.append(reason)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """So many responses to a prompt."""
-
-    prompt: Prompt
-    count: int
-    seed: int
 
 
 class Asker:
     """Asks one server for responses."""
 
-    def __init__(
-        self,
-        client: ServerClient,
-        config: ServerConfig,
-        reader: Reader,
-        *,
-        temperature: float,
-        top_p: float,
-    ) -> None:
+    def __init__(self, client: ServerClient, config: ServerConfig, reader: Reader) -> None:
         """Nothing is asked yet.
 
         Args:
             client: the way to the server.
             config: of the server.
             reader: of its answers.
-            temperature: of the sampling.
-            top_p: of the sampling.
         """
         self.weights: str | None = None
         """Version that answers have to be of, where they tell it; None: any."""
@@ -95,7 +51,7 @@ class Asker:
         self._client = client
         self._config = config
         self._reader = reader
-        self.requests = Requests(client, config, reader, temperature=temperature, top_p=top_p)
+        self.requests = Requests(client, config, reader)
         self._probe: Prompt | None = None
         self._n_differs = False
         """Whether responses of one request have differed: several are of use, then."""
@@ -121,7 +77,7 @@ class Asker:
                 f"{', '.join(names) or 'none'}; name one of them"
             )
 
-    def ask(self, wanted: Sequence[Wanted], tally: Tally) -> list[list[Sample]]:
+    def ask(self, wanted: Sequence[Wanted], tally: Tally) -> list[list[Response]]:
         """Samples for each of the wanted, as many as came out well.
 
         Raises:
@@ -135,7 +91,7 @@ class Asker:
         samples = self._asked(wanted, tally)
         return self._without_copies(wanted, samples, tally)
 
-    def _asked(self, wanted: Sequence[Wanted], tally: Tally) -> list[list[Sample]]:
+    def _asked(self, wanted: Sequence[Wanted], tally: Tally) -> list[list[Response]]:
         requests = []
         for index, item in enumerate(wanted):
             if self.abilities is not None and self.abilities.takes_n:
@@ -145,13 +101,12 @@ class Asker:
                     (index, dataclasses.replace(item, count=1, seed=(item.seed + i) % (1 << 31)))
                     for i in range(item.count)
                 ]
-        samples: list[list[Sample]] = [[] for _ in wanted]
+        samples: list[list[Response]] = [[] for _ in wanted]
         threads = ThreadPoolExecutor(max_workers=self._config.concurrency)
         try:
             answers = threads.map(self._one, [item for _, item in requests])
             for (index, item), answer in zip(requests, answers, strict=True):
                 if isinstance(answer, RequestFailed):
-                    tally.failed_requests += 1
                     tally.reject(item.count, str(answer))
                 else:
                     samples[index] += self._read(item, answer, tally)
@@ -160,8 +115,8 @@ class Asker:
         return samples
 
     def _without_copies(
-        self, wanted: Sequence[Wanted], samples: list[list[Sample]], tally: Tally
-    ) -> list[list[Sample]]:
+        self, wanted: Sequence[Wanted], samples: list[list[Response]], tally: Tally
+    ) -> list[list[Response]]:
         """The samples, those of a server that copies one response n times asked for one by one.
 
         A policy that is certain gives equal responses too: one group, asked again, tells the two
@@ -198,6 +153,13 @@ class Asker:
             )
         return samples
 
+    def can_be_asked(self, tokens: Tokens) -> bool:
+        """Whether responses can be sampled behind these tokens, for all that is known."""
+        if self.abilities is None or self.abilities.takes_ids:
+            return True
+        tokenizer = self._reader.tokenizer
+        return tokenizer is not None and tokenizer.as_text(tokens) is not None
+
     def fingerprint(self) -> list[float] | None:
         """Log-probabilities that the server's weights give to the likeliest answer to the first
         prompt; None where it gives none, or has not been asked yet."""
@@ -230,7 +192,7 @@ class Asker:
         except RequestRefused as error:
             raise ServerError(f"{wanted.prompt.source}: {error}") from error
 
-    def _read(self, wanted: Wanted, answer: Any, tally: Tally) -> list[Sample]:
+    def _read(self, wanted: Wanted, answer: Any, tally: Tally) -> list[Response]:
         choices = choices_of(answer, self._client.url)
         self._check_weights(answer)
         usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else None
@@ -249,8 +211,6 @@ class Asker:
             except ServerMismatch as error:
                 raise ServerMismatch(f"{wanted.prompt.source}: {error}") from error
             read.append(sample)
-            tally.samples += 1
-            tally.from_text += sample.from_text
         return read
 
     def _check_weights(self, answer: dict[str, Any]) -> None:
@@ -264,11 +224,5 @@ class Asker:
             )
 
 
-def request_seed(*, seed: int, step: int, prompt: int, attempt: int) -> int:
-    """Of a group's first request; those of its later ones count on from it."""
-    state = np.random.SeedSequence([seed, step, prompt, attempt]).generate_state(1)
-    return int(state[0]) % (1 << 31)
-
-
-def _are_equal(samples: Sequence[Sample]) -> bool:
+def _are_equal(samples: Sequence[Response]) -> bool:
     return all(np.array_equal(sample.tokens, samples[0].tokens) for sample in samples)

@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 
 from megatron_prefix.config import ServerConfig
+from megatron_prefix.rollouts.engine import ServerError
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,6 @@ _REPORT_EVERY_S = 30.0
 
 # 429: too many requests; 502 to 504: a proxy whose server is away, or one that is starting.
 _BUSY = {408, 425, 429, 502, 503, 504}
-
-
-class ServerError(ValueError):
-    """A server that does not give what was asked for."""
 
 
 class RequestRefused(ServerError):
@@ -64,7 +61,7 @@ class ServerClient:
             config: of the server.
             api_key: sent as a bearer token.
         """
-        self.url = config.url.rstrip("/").removesuffix("/v1")
+        self.url = config.address
         self._config = config
         self._places = threading.BoundedSemaphore(config.concurrency)
         self._closed = threading.Event()

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 
-from megatron_prefix.config import ServerConfig
 from megatron_prefix.rollouts.server.client import RequestRefused, ServerClient, ServerError
 
 
-class WeightLoader(Protocol):
-    """Has the server load weights."""
+class WeightLoader:
+    """Has a server load weights."""
 
-    forgets: bool
-    """Whether a server that is started anew has other weights than it was told to load, without
-    this showing in its answers."""
+    def __init__(self, kind: str, client: ServerClient, *, timeout_s: float) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            kind: of the server, one that loads weights.
+            client: the way to it.
+            timeout_s: of each of the calls that load weights.
+        """
+        self._load = {
+            "transformers": self._transformers,
+            "sglang": self._sglang,
+            "vllm": self._vllm,
+        }[kind]
+        self._client = client
+        self._timeout_s = timeout_s
+        self.names_folder = kind == "transformers"
+        """Whether requests name the folder as the model, so that a server that is started anew
+        loads it by itself. Another one has other weights then, without this showing."""
 
     def load(self, folder: Path, version: int) -> None:
         """Return when every later request is answered with the weights in `folder`.
@@ -25,89 +40,35 @@ class WeightLoader(Protocol):
         Raises:
             ServerError: it did not load them.
         """
-        ...
+        self._load(folder, version)
 
-    def model(self) -> str | None:
-        """What requests name as the model; None leaves it to the configuration."""
-        ...
-
-
-class TransformersLoader:
-    """`transformers serve`: a model is a folder, loaded by /load_model; /reset drops the others."""
-
-    # A request names the folder, and so its version; a new server loads it by itself.
-    forgets = False
-
-    def __init__(self, client: ServerClient, timeout_s: float) -> None:
-        self._client = client
-        self._timeout_s = timeout_s
-        self._model: str | None = None
-
-    def load(self, folder: Path, version: int) -> None:
-        """Drop the models before, whose memory would stay in use, and load this one."""
-        self._client.load("/reset", {}, _read_nothing, timeout_s=self._timeout_s)
+    def _transformers(self, folder: Path, version: int) -> None:
+        """`transformers serve`: /reset drops models, whose memory would stay in use."""
+        self._post("/reset", {}, _read_nothing)
         try:
-            self._client.load(
-                "/load_model", {"model": str(folder)}, _read_events, timeout_s=self._timeout_s
-            )
+            self._post("/load_model", {"model": str(folder)}, _read_events)
         except RequestRefused as error:
             hint = "; is it transformers serve?" if error.status == 404 else ""
             raise ServerError(f"{error}{hint}") from error
-        self._model = str(folder)
 
-    def model(self) -> str | None:
-        """The folder."""
-        return self._model
-
-
-class SGLangLoader:
-    """SGLang: /update_weights_from_disk, which also empties its cache of prefixes."""
-
-    forgets = True
-
-    def __init__(self, client: ServerClient, timeout_s: float) -> None:
-        self._client = client
-        self._timeout_s = timeout_s
-
-    def load(self, folder: Path, version: int) -> None:
-        """Load in place; the version comes back in each answer's metadata."""
-        answer = self._client.load(
-            "/update_weights_from_disk",
-            {
-                "model_path": str(folder),
-                "flush_cache": True,
-                "abort_all_requests": True,
-                "weight_version": str(version),
-            },
-            httpx.Response.json,
-            timeout_s=self._timeout_s,
-        )
+    def _sglang(self, folder: Path, version: int) -> None:
+        """In place, with its cache of prefixes; the version comes back in each answer."""
+        body = {
+            "model_path": str(folder),
+            "flush_cache": True,
+            "abort_all_requests": True,
+            "weight_version": str(version),
+        }
+        answer = self._post("/update_weights_from_disk", body, httpx.Response.json)
         if not (isinstance(answer, dict) and answer.get("success") is True):
             raise ServerError(f"{self._client.url}: did not load {folder}: {answer}")
 
-    def model(self) -> str | None:
-        """The served name stays."""
-        return None
-
-
-class VLLMLoader:
-    """vLLM: every worker's `reload_weights` from the folder, then an empty cache of prefixes.
-
-    Both calls are there only in a server started with VLLM_SERVER_DEV_MODE=1.
-    """
-
-    forgets = True
-
-    def __init__(self, client: ServerClient, timeout_s: float) -> None:
-        self._client = client
-        self._timeout_s = timeout_s
-
-    def load(self, folder: Path, version: int) -> None:
-        """Load in place."""
-        call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+    def _vllm(self, folder: Path, version: int) -> None:
+        """In place, by every worker, then the cache of prefixes: in a server's developer mode."""
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         try:
-            for path, body in (("/collective_rpc", call), ("/reset_prefix_cache", {})):
-                self._client.load(path, body, _read_nothing, timeout_s=self._timeout_s)
+            self._post("/collective_rpc", body, _read_nothing)
+            self._post("/reset_prefix_cache", {}, _read_nothing)
         except RequestRefused as error:
             raise ServerError(
                 f"{error}; a vLLM server loads weights only if it was started with the environment "
@@ -115,27 +76,8 @@ class VLLMLoader:
                 "weights_path"
             ) from error
 
-    def model(self) -> str | None:
-        """The served name stays."""
-        return None
-
-
-def weight_loader(
-    config: ServerConfig, client: ServerClient, *, timeout_s: float
-) -> WeightLoader | None:
-    """The loader of a kind of server; None where none is known.
-
-    Args:
-        config: of the server.
-        client: the way to it.
-        timeout_s: of each of the calls that load weights.
-    """
-    loaders: dict[str, Any] = {
-        "transformers": TransformersLoader,
-        "sglang": SGLangLoader,
-        "vllm": VLLMLoader,
-    }
-    return loaders[config.kind](client, timeout_s) if config.loads_weights else None
+    def _post(self, path: str, body: dict[str, Any], read: Callable[[httpx.Response], Any]) -> Any:
+        return self._client.load(path, body, read, timeout_s=self._timeout_s)
 
 
 def _read_events(response: httpx.Response) -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_prefix.config.agent import AgentConfig
+from megatron_prefix.config.rollouts import AgentConfig
 from megatron_prefix.rollouts.text.messages import Message, checked_messages
 from megatron_prefix.rollouts.user_process import CallFailed, UserFunction
 

@@ -7,8 +7,7 @@ requests are completions, not chats: a server that applies the template itself w
 tokens of earlier turns.
 
 All responses of a batch take a turn together: the turn is sampled for all of them, then come the
-calls of the environment. `AgentLoop` does not know who samples: a server (`AskedAgent`), or the
-trained model itself (`embedded.agent_evaluator`).
+calls of the environment. `AgentLoop` does not know who samples (see `sampler`).
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_prefix.config.agent import AgentConfig
+from megatron_prefix.config.rollouts import AgentConfig
+from megatron_prefix.rollouts.engine import ServerError
 from megatron_prefix.rollouts.prompts import Prompt
-from megatron_prefix.rollouts.server.answers import Sample
-from megatron_prefix.rollouts.server.asking import Asker, Tally, Wanted
-from megatron_prefix.rollouts.server.client import ServerError
-from megatron_prefix.rollouts.server.environment import Environment, Reaction
+from megatron_prefix.rollouts.sampling.environment import Environment, Reaction
+from megatron_prefix.rollouts.sampling.sampler import Answers, Response, Tally, Wanted
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
 from megatron_prefix.rollouts.text.messages import Message
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens
@@ -39,8 +37,10 @@ logger = logging.getLogger(__name__)
 Outcome = Literal["goes on", "ended", "left out"]
 """Of a trajectory after a turn."""
 
-Play = Generator[list[Wanted], list[list[Sample]], list[list[Sample]]]
-"""Gives the turns that are wanted next, takes samples of each, and returns whole responses."""
+CanBeAsked = Callable[[Tokens], bool]
+
+Play = Generator[list[Wanted], Answers, list[list[Response]]]
+"""Gives the turns that are wanted next, takes them, and returns whole responses."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -69,7 +69,7 @@ class _Trajectory:
         prompt = dataclasses.replace(self.prompt, tokens=(*self.prompt.tokens, *self.tokens))
         return Wanted(prompt=prompt, count=1, seed=(self.seed + 65537 * turn) % (1 << 31))
 
-    def say(self, turn: Sample, message: Message) -> None:
+    def say(self, turn: Response, message: Message) -> None:
         """Take a turn of the model, which is this message."""
         tokens = turn.tokens.tolist()
         self._add(tokens, is_trained=True)
@@ -88,9 +88,9 @@ class _Trajectory:
         self.tokens += tokens
         self.mask += [is_trained] * len(tokens)
 
-    def sample(self) -> Sample:
-        """The whole response."""
-        return Sample(
+    def response(self) -> Response:
+        """The whole of it."""
+        return Response(
             tokens=np.array(self.tokens, dtype=np.int32),
             logprobs=np.array(self.logprobs, dtype=np.float32) if self.has_logprobs else None,
             finished=self.finished,
@@ -112,6 +112,7 @@ class AgentLoop:
         *,
         max_sequence_length: int,
         max_turn_length: int,
+        can_be_asked: CanBeAsked | None = None,
     ) -> None:
         """Nothing is sampled yet.
 
@@ -122,38 +123,34 @@ class AgentLoop:
             config: limits of turns and time.
             max_sequence_length: of the model; a turn begins only where it has room.
             max_turn_length: tokens of a turn at most.
+            can_be_asked: whether a turn can be sampled behind some tokens; None: behind any.
         """
+        self._can_be_asked = can_be_asked
         self._environment = environment
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._config = config
         self._room = max_sequence_length - max_turn_length
 
-    def play(
-        self,
-        wanted: Sequence[Wanted],
-        tally: Tally,
-        *,
-        can_be_asked: Callable[[Tokens], bool] = lambda tokens: True,
-    ) -> Play:
+    def play(self, wanted: Sequence[Wanted], tally: Tally) -> Play:
         """Responses for each of the wanted, as many as came out well.
 
         Args:
             wanted: at least one.
             tally: of what happens.
-            can_be_asked: whether a turn can be sampled behind these tokens.
 
         Raises:
             ServerError: a prompt that is no chat.
         """
         ended = time.monotonic() + self._config.max_seconds
-        samples: list[list[Sample]] = [[] for _ in wanted]
+        responses: list[list[Response]] = [[] for _ in wanted]
         live = [t for index, item in enumerate(wanted) for t in _begun(index, item)]
         for turn in range(self._config.max_turns):
             if not live:
                 break
-            found = yield [trajectory.wanted() for trajectory in live]
-            spoken = list(self._speak(live, found, tally))
+            answers = yield [trajectory.wanted() for trajectory in live]
+            tally.add_failures(answers.tally)
+            spoken = list(self._speak(live, answers.responses, tally))
             dialogues = [([_shown(m) for m in t.messages], t.prompt.answer) for t in spoken]
             live = []
             for trajectory, reaction in zip(
@@ -162,35 +159,35 @@ class AgentLoop:
                 is_last = turn + 1 == self._config.max_turns or time.monotonic() > ended
                 outcome = self._take(trajectory, reaction, tally, is_last=is_last)
                 if outcome == "goes on":
-                    if can_be_asked(trajectory.wanted().prompt.tokens):
+                    asked = trajectory.wanted().prompt.tokens
+                    if self._can_be_asked is None or self._can_be_asked(asked):
                         live.append(trajectory)
                     else:
                         tally.reject(
                             1, "the server takes text only, and no text gives a dialogue's tokens"
                         )
                 elif outcome == "ended":
-                    samples[trajectory.index].append(trajectory.sample())
+                    responses[trajectory.index].append(trajectory.response())
                     tally.turns += len(trajectory.rewards)
-        return samples
+        return responses
 
     def close(self) -> None:
         """End the environment's processes."""
         self._environment.close()
 
     def _speak(
-        self, live: Sequence[_Trajectory], found: Sequence[list[Sample]], tally: Tally
+        self, live: Sequence[_Trajectory], found: Sequence[list[Response]], tally: Tally
     ) -> Iterator[_Trajectory]:
         """The trajectories whose next turn was sampled."""
-        for trajectory, samples in zip(live, found, strict=True):
-            for turn in samples:
+        for trajectory, turns in zip(live, found, strict=True):
+            for turn in turns:
                 if not trajectory.rewards:  # the first turn: of the response, and counted once
-                    tally.samples += 1
-                    tally.from_text += turn.from_text
+                    tally.count([turn])
                 trajectory.finished = turn.finished
                 trajectory.say(turn, self._message(turn, len(trajectory.rewards)))
                 yield trajectory
 
-    def _message(self, turn: Sample, index: int) -> Message:
+    def _message(self, turn: Response, index: int) -> Message:
         """The model's turn of this index, without its tokens."""
         text = self._tokenizer.read(turn.tokens.tolist())
         if self._config.tool_calls == "text":
@@ -244,51 +241,6 @@ class AgentLoop:
         trajectory.rewards = [0.0] * len(trajectory.rewards) + [reward]
         trajectory.finished = False
         return "ended"
-
-
-class AskedAgent:
-    """Gives responses of several turns where an `Asker` gives one."""
-
-    def __init__(self, asker: Asker, loop: AgentLoop, tokenizer: TextTokenizer) -> None:
-        """Nothing is asked yet.
-
-        Args:
-            asker: of the server.
-            loop: of the dialogues.
-            tokenizer: of the policy.
-        """
-        self._asker = asker
-        self._loop = loop
-        self._tokenizer = tokenizer
-
-    def ask(self, wanted: Sequence[Wanted], tally: Tally) -> list[list[Sample]]:
-        """Responses for each of the wanted, as many as came out well.
-
-        Raises:
-            ServerError: see `Asker.ask` and `AgentLoop.play`.
-        """
-        play = self._loop.play(wanted, tally, can_be_asked=self._can_be_asked)
-        try:
-            turns = next(play)
-            while True:
-                # A turn is no response: only what failed counts.
-                counted = Tally()
-                answers = self._asker.ask(turns, counted)
-                tally.failed_requests += counted.failed_requests
-                tally.reject(counted.rejected, "; ".join(counted.reasons))
-                turns = play.send(answers)
-        except StopIteration as ended:
-            return ended.value
-
-    def close(self) -> None:
-        """End the environment's processes."""
-        self._loop.close()
-
-    def _can_be_asked(self, tokens: Tokens) -> bool:
-        abilities = self._asker.abilities
-        if abilities is None or abilities.takes_ids:
-            return True
-        return self._tokenizer.as_text(tokens) is not None
 
 
 def _begun(index: int, wanted: Wanted) -> list[_Trajectory]:

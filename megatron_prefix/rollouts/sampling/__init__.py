@@ -1,0 +1,1 @@
+"""Rollouts that are sampled: prompts in, groups of responses with rewards out."""

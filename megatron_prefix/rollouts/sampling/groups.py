@@ -1,0 +1,247 @@
+"""Rollout batches of prompts and the responses to them, made on rank 0.
+
+A batch is made by a generator, which asks for responses (see `sampler`) and does not know who
+gives them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_prefix.rollouts.engine import ServerError
+from megatron_prefix.rollouts.prompts import Prompt, PromptSource
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
+from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_batch
+from megatron_prefix.rollouts.sampling.agent import AgentLoop
+from megatron_prefix.rollouts.sampling.sampler import (
+    Answers,
+    Asking,
+    Response,
+    SamplingSpec,
+    Tally,
+    Wanted,
+)
+from megatron_prefix.rollouts.stream import position_kept
+from megatron_prefix.rollouts.validation import Limits, validate_group
+
+_ATTEMPTS = 5
+"""Rounds in which a batch's missing responses or groups are asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """A rollout batch, and where the prompts stand after it."""
+
+    rollouts: RolloutBatch | None
+    """None on other ranks than 0."""
+    num_groups: int
+    version: int | None
+    """Of the policy; None where it is the trained model, or not known."""
+    source_state: dict[str, Any]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSpec:
+    """What makes a group of a prompt."""
+
+    sampling: SamplingSpec
+    limits: Limits
+    """Of the model."""
+    uses_logprobs: bool = False
+    """Whether the responses' log-probabilities become the old ones. Without them the trainer
+    computes its own, by the code that also computes the loss."""
+    partial_groups: Literal["resample", "drop", "keep"] = "drop"
+    """Of a group that has not all of its responses."""
+    turn_rewards: bool = False
+    """Whether rewards of an environment are those of turns."""
+    asked: str = "the model"
+    """What errors call whoever is asked."""
+
+
+@dataclass(kw_only=True)
+class _Answered:
+    """A prompt and the responses that have come to it."""
+
+    index: int
+    """Of the prompt, among those that were taken together."""
+    prompt: Prompt
+    responses: list[Response] = field(default_factory=list)
+    was_partial: bool = False
+    """Whether some were missing at first."""
+
+
+class GroupMaker:
+    """Asks for a group of responses to each prompt, checks and rewards them."""
+
+    def __init__(
+        self, spec: GroupSpec, reward: RewardFunction | None, *, agent: AgentLoop | None = None
+    ) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            spec: of the groups.
+            reward: of each response; None where an environment gives rewards.
+            agent: for responses of several turns; None: of one.
+        """
+        self.spec = spec
+        self.agent = agent
+        self._reward = reward
+
+    def batch(
+        self, source: PromptSource, num_groups: int, *, step: int, version: int | None
+    ) -> Asking[Batch]:
+        """The groups of the next prompts. The prompts' position is put back after an error.
+
+        Args:
+            source: of the prompts.
+            num_groups: how many.
+            step: of the responses' randomness.
+            version: of the policy.
+
+        Raises:
+            EndOfRollouts: fewer prompts are left.
+            ServerError: whoever is asked keeps giving what cannot be used.
+            ValueError: a prompt, response or reward that is wrong, naming it.
+        """
+        with position_kept(source):
+            tally = Tally()
+            groups: list[RolloutGroup] = []
+            partial = dropped = attempt = 0
+            while len(groups) < num_groups:
+                if attempt == _ATTEMPTS:
+                    raise ServerError(
+                        f"{self.spec.asked}: in {_ATTEMPTS} rounds only {len(groups)} of "
+                        f"{num_groups} groups could be used (server.partial_groups: "
+                        f"{self.spec.partial_groups}); {tally.rejected} responses failed: "
+                        f"{'; '.join(tally.reasons)}"
+                    )
+                prompts = source.take(num_groups - len(groups))
+                for found in (yield from self._responses(prompts, tally, step, attempt)):
+                    partial += found.was_partial
+                    if self._is_enough(len(found.responses)):
+                        groups.append(self.group(found.prompt, found.responses, version))
+                    else:
+                        dropped += 1
+                attempt += 1
+            return Batch(
+                rollouts=self.rewarded(groups),
+                num_groups=num_groups,
+                version=version,
+                source_state=source.state_dict(),
+                metrics={
+                    "partial_groups": float(partial),
+                    "dropped_groups": float(dropped),
+                    "rejected_responses": float(tally.rejected),
+                    "identical_groups": float(tally.identical_groups),
+                    "tokens_from_text": tally.from_text / max(1, tally.samples),
+                    "server_retries": float(tally.retries),
+                    **self._agent_metrics(tally, groups),
+                },
+            )
+
+    def answers(
+        self, wanted: list[Wanted], tally: Tally
+    ) -> Generator[list[Wanted], Answers, list[list[Response]]]:
+        """Responses to each of the wanted, of one turn or of several."""
+        if self.agent is not None:
+            return (yield from self.agent.play(wanted, tally))
+        answers = yield wanted
+        for responses in answers.responses:
+            tally.count(responses)
+        tally.identical_groups += answers.tally.identical_groups
+        tally.add_failures(answers.tally)
+        return answers.responses
+
+    def group(
+        self, prompt: Prompt, responses: Sequence[Response], version: int | None
+    ) -> RolloutGroup:
+        """The group of a prompt; its rewards are the environment's, or else 0.
+
+        Raises:
+            ValueError: a response that cannot be trained on.
+        """
+        logprobs = [response.logprobs for response in responses]
+        rewards = [response.turn_rewards or () for response in responses]
+        masks = [response.loss_mask for response in responses]
+        has_logprobs = self.spec.uses_logprobs and all(found is not None for found in logprobs)
+        group = RolloutGroup(
+            prompt=prompt.tokens,
+            responses=tuple(response.tokens for response in responses),
+            rewards=tuple(map(float, map(sum, rewards))),
+            turn_rewards=rewards if self.spec.turn_rewards else None,
+            loss_mask=None if any(mask is None for mask in masks) else masks,
+            old_logprobs=tuple(logprobs) if has_logprobs else None,
+            finished=tuple(response.finished for response in responses),
+            answer=prompt.answer,
+            record=prompt.record,
+            policy_version=version,
+            source=prompt.source,
+        )
+        validate_group(group, self.spec.limits)
+        return group
+
+    def rewarded(self, groups: Sequence[RolloutGroup]) -> RolloutBatch:
+        """A batch of groups with their rewards.
+
+        Raises:
+            ValueError: a reward could not be computed.
+        """
+        if any(group.old_logprobs is None for group in groups):
+            # An optimizer step has them of all its responses or of none.
+            groups = [dataclasses.replace(group, old_logprobs=None) for group in groups]
+        batch = RolloutBatch.from_groups(groups)
+        return batch if self._reward is None else reward_batch(self._reward, batch)
+
+    def close(self) -> None:
+        """End the processes of the reward and the environment."""
+        close_reward(self._reward)
+        if self.agent is not None:
+            self.agent.close()
+
+    def _responses(
+        self, prompts: list[Prompt], tally: Tally, step: int, attempt: int
+    ) -> Generator[list[Wanted], Answers, list[_Answered]]:
+        """The responses to each prompt, missing ones asked for again where that is configured."""
+        size = self.spec.sampling.group_size
+        found = [_Answered(index=i, prompt=prompt) for i, prompt in enumerate(prompts)]
+        for again in range(_ATTEMPTS if self.spec.partial_groups == "resample" else 1):
+            missing = [item for item in found if len(item.responses) < size]
+            if not missing:
+                break
+            seeds = [self._seed(step, item.index, _ATTEMPTS * attempt + again) for item in missing]
+            wanted = [
+                Wanted(prompt=item.prompt, count=size - len(item.responses), seed=seed)
+                for item, seed in zip(missing, seeds, strict=True)
+            ]
+            answers = yield from self.answers(wanted, tally)
+            for item, responses in zip(missing, answers, strict=True):
+                item.responses += responses
+                item.was_partial |= len(item.responses) < size
+        return found
+
+    def _seed(self, step: int, prompt: int, attempt: int) -> int:
+        """Of a group's first request; those of its later ones count on from it."""
+        entropy = [self.spec.sampling.seed, step, prompt, attempt]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0]) % (1 << 31)
+
+    def _is_enough(self, count: int) -> bool:
+        """Whether so many responses make a group."""
+        return count == self.spec.sampling.group_size or (
+            self.spec.partial_groups == "keep" and count >= 2
+        )
+
+    def _agent_metrics(self, tally: Tally, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        if self.agent is None:
+            return {}
+        finished = [flag for group in groups for flag in group.finished or ()]
+        return {
+            "environment_failures": float(tally.environment_failures),
+            "turns": tally.turns / max(1, len(finished)),
+            "unfinished_responses": float(len(finished) - sum(finished)),
+        }

@@ -1,0 +1,238 @@
+"""From prompts to responses: what engines that sample differ in, and all that they differ in.
+
+Rank 0 decides what is sampled. It runs a generator that gives the responses it wants next, takes
+their answers, and returns a result (`Asking`). Who answers is a `Sampler`: all ranks together
+(`answered_by_ranks`), or something elsewhere that rank 0 alone asks (`answered`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prefix.distributed.rank_results import on_rank_0
+from megatron_prefix.rollouts.engine import ENGINE_ERRORS
+from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.text.tokenizer import Tokens
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSpec:
+    """How responses are sampled."""
+
+    group_size: int = 1
+    """Responses to each prompt."""
+    max_response_length: int
+    """Tokens of a response at most (of a turn, where it has several)."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Tokens come from the smallest set of most likely ones that holds so much probability."""
+    stop_tokens: tuple[int, ...] = ()
+    """A response ends with the first of these, which it keeps."""
+    seed: int = 0
+    """The same seed and step give the same responses."""
+
+    def __post_init__(self) -> None:
+        for name in ("group_size", "max_response_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: set at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: set 0 or a number above it")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: set a number above 0, at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """So many responses to a prompt."""
+
+    prompt: Prompt
+    count: int
+    seed: int = 0
+    """Of a request to a server; the trained model's own sampler draws by step and index."""
+
+    def of_tokens(self) -> Wanted:
+        """Without what only rewards and environments read."""
+        prompt = Prompt(tokens=self.prompt.tokens, answer=None, source=self.prompt.source)
+        return dataclasses.replace(self, prompt=prompt)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Response:
+    """One response."""
+
+    tokens: NDArray
+    """Whole numbers; whether they are ids of the vocabulary is not checked yet."""
+    logprobs: NDArray | None
+    """Of each token, at the sampling temperature (at 1 where that is 0) and before top-p; None
+    where they are not known."""
+    finished: bool
+    """Whether it ended with a stop token."""
+    from_text: bool = False
+    """Whether the tokens were made from text."""
+    loss_mask: NDArray[np.bool_] | None = None
+    """Of each token, whether the model said it; None: all are its own."""
+    turn_rewards: tuple[float, ...] | None = None
+    """What the environment gave for each turn; None: there is no environment."""
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What happened while responses were sampled."""
+
+    samples: int = 0
+    from_text: int = 0
+    rejected: int = 0
+    """Responses that could not be used."""
+    retries: int = 0
+    """Requests that were sent again."""
+    environment_failures: int = 0
+    """Calls of an environment that raised, crashed or took too long."""
+    turns: int = 0
+    """Of all responses of several turns."""
+    identical_groups: int = 0
+    """Whose responses are all the same."""
+    reasons: list[str] = field(default_factory=list)
+    """The first few, of those that were rejected."""
+
+    def reject(self, count: int, reason: str) -> None:
+        """Count responses that are missing for one reason."""
+        self.rejected += count
+        if count and len(self.reasons) < 3:
+            self.reasons.append(reason)
+
+    def count(self, responses: Sequence[Response]) -> None:
+        """Count responses that came."""
+        self.samples += len(responses)
+        self.from_text += sum(response.from_text for response in responses)
+
+    def add_failures(self, other: Tally) -> None:
+        """Count what went wrong while some of the responses were sampled."""
+        self.retries += other.retries
+        self.reject(other.rejected, "; ".join(other.reasons))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What was sampled."""
+
+    responses: list[list[Response]]
+    """For each of the wanted, as many as came out well."""
+    tally: Tally = field(default_factory=Tally)
+
+
+Asking = Generator[list[Wanted], Answers, Result]
+"""Gives what is wanted next, takes its answers, and returns a result."""
+
+
+class Sampler(Protocol):
+    """Samples from the policy. What stands here is for one that samples from the trained model."""
+
+    is_remote: bool = False
+    """Whether rank 0 alone samples, somewhere else: so it may do so while ranks train, and some
+    responses may not come. Otherwise all ranks sample together."""
+
+    def sample(self, wanted: Sequence[Wanted], *, step: int) -> Answers | None:
+        """Responses on rank 0. Collective, unless `is_remote`; then it is called on rank 0 alone.
+
+        Args:
+            wanted: at least one.
+            step: has randomness of its own, and so has the seed of the `SamplingSpec`.
+
+        Returns:
+            None on other ranks.
+
+        Raises:
+            ValueError: such as a prompt that is too long, naming it, or a server that refuses.
+        """
+        ...
+
+    def hand_over(self, step: int) -> int | None:
+        """Bring the policy's weights to where they are sampled from, where that is due. Collective.
+
+        Args:
+            step: rollout batches trained on so far, which is the weights' version.
+
+        Returns:
+            The version that is sampled from; None where it is always the trained model, or where
+            the weights are not this run's affair.
+
+        Raises:
+            ValueError: the weights have no form that can be handed over, or were not taken.
+        """
+        return None
+
+    def can_be_asked(self, tokens: Tokens) -> bool:
+        """Whether responses can be sampled behind these tokens, for all that is known."""
+        return True
+
+    def close(self) -> None:
+        """Give up what is under way, and let go of models and connections."""
+        return None
+
+
+def answered(asking: Asking[Result], sample: Callable[[Sequence[Wanted]], Answers]) -> Result:
+    """The result, where one process asks and answers."""
+    try:
+        wanted = next(asking)
+        while True:
+            wanted = asking.send(sample(wanted))
+    except StopIteration as ended:
+        return ended.value
+    finally:
+        asking.close()
+
+
+def answered_by_ranks(asking: Asking[Any] | None, sampler: Sampler, *, step: int) -> Any:
+    """The result of rank 0, where all ranks sample. Collective.
+
+    Args:
+        asking: on rank 0; None elsewhere. Its result has the field `rollouts`.
+        sampler: of the responses.
+        step: of the first answers; those after them have the steps that follow.
+
+    Returns:
+        The result; on other ranks than 0 with None for its rollouts.
+
+    Raises:
+        ValueError: of the generator or the sampler, on every rank.
+    """
+    answers: Answers | None = None
+    try:
+        for turn in itertools.count():
+            go_on = functools.partial(_go_on, asking, answers)
+            wanted, result = on_rank_0(go_on, tell=_told, errors=ENGINE_ERRORS)
+            if wanted is None:
+                return result
+            answers = sampler.sample(wanted, step=step + turn)
+    finally:
+        if asking is not None:
+            asking.close()
+
+
+def _go_on(
+    asking: Asking[Any] | None, answers: Answers | None
+) -> tuple[list[Wanted] | None, Any | None]:
+    """What is wanted next, or else the result."""
+    assert asking is not None
+    try:
+        return (next(asking) if answers is None else asking.send(answers)), None
+    except StopIteration as ended:
+        return None, ended.value
+
+
+def _told(step: tuple[list[Wanted] | None, Any]) -> tuple[list[Wanted] | None, Any]:
+    wanted, result = step
+    if wanted is None:
+        return None, dataclasses.replace(result, rollouts=None)
+    return [item.of_tokens() for item in wanted], None

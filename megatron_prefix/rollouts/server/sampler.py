@@ -1,0 +1,132 @@
+"""Samples by a completions server, which rank 0 asks; all ranks hand over the weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from megatron_prefix.config import RunConfig
+from megatron_prefix.rollouts.hf.folders import PolicyFolders
+from megatron_prefix.rollouts.sampling.sampler import Answers, Sampler, SamplingSpec, Tally, Wanted
+from megatron_prefix.rollouts.server.answers import OtherWeights, Reader
+from megatron_prefix.rollouts.server.asking import Asker
+from megatron_prefix.rollouts.server.client import ServerClient
+from megatron_prefix.rollouts.server.loading import WeightLoader
+from megatron_prefix.rollouts.server.weights import ServerWeights
+from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens
+
+logger = logging.getLogger(__name__)
+
+
+class ServerSampler(Sampler):
+    """A `Sampler` of a server. Only rank 0 ever asks; the other ranks need the same arguments."""
+
+    is_remote = True
+
+    def __init__(self, asker: Asker, client: ServerClient, weights: ServerWeights) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            asker: of the server.
+            client: what the asker asks through.
+            weights: of the server.
+        """
+        self.client = client
+        self.weights = weights
+        self._asker = asker
+        self._retries_told = 0
+
+    def hand_over(self, step: int) -> int | None:
+        """Have the server load the weights, where that is due. Collective.
+
+        Raises:
+            ServerError: the server does not load them, or serves another model.
+        """
+        return self.weights.hand_over(step)
+
+    def sample(self, wanted: Sequence[Wanted], *, step: int) -> Answers:
+        """Responses that are all of the current weights, though the server may come back with
+        others: a server that was away has been started anew, for all that is known.
+
+        Raises:
+            ServerError: the server is down, refuses, or serves another model.
+        """
+        if not self.weights.forgets:
+            return self._ask(wanted)
+        has_differed = False
+        while True:
+            outages = self.client.outages
+            try:
+                found = self._ask(wanted)
+                if self.client.outages == outages:
+                    return found
+            except OtherWeights:
+                # Once, where no outage explains it: a second time somebody else loads them.
+                if self.client.outages == outages:
+                    if has_differed:
+                        raise
+                    has_differed = True
+            logger.warning(
+                "%s: seems to have been started anew; loading the weights and asking again",
+                self.client.url,
+            )
+            self.weights.load_again()
+
+    def _ask(self, wanted: Sequence[Wanted]) -> Answers:
+        tally = Tally()
+        responses = self._asker.ask(wanted, tally)
+        # Those of the weights' hand-over count too.
+        tally.retries = self.client.retries - self._retries_told
+        self._retries_told += tally.retries
+        return Answers(responses=responses, tally=tally)
+
+    def can_be_asked(self, tokens: Tokens) -> bool:
+        """Whether responses can be sampled behind these tokens, for all that is known."""
+        return self._asker.can_be_asked(tokens)
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        self.client.close()
+
+
+def server_sampler(
+    config: RunConfig,
+    spec: SamplingSpec,
+    tokenizer: TextTokenizer | None,
+    folders: PolicyFolders,
+    environment: Mapping[str, str],
+) -> ServerSampler:
+    """The sampler of `rollouts.server`; nothing is sent yet.
+
+    Raises:
+        ValueError: the key's variable is not set, or a server that answers in text would have to
+            say which of several stop tokens it ended with.
+    """
+    server = config.rollouts.server
+    assert server is not None
+    key = None
+    if server.api_key_variable is not None:
+        key = environment.get(server.api_key_variable)
+        if not key:
+            raise ValueError(
+                f"rollouts.server.api_key_variable: the environment variable "
+                f"{server.api_key_variable} is not set; set it to the server's key"
+            )
+    if server.kind == "transformers" and len(spec.stop_tokens) != 1:
+        raise ValueError(
+            f"rollouts.stop_tokens: {list(spec.stop_tokens)}, but server.kind: {server.kind} "
+            "answers in text, which does not say which of them ended it; give one"
+        )
+    client = ServerClient(server, api_key=key)
+    reader = Reader(
+        spec=spec,
+        tokenizer=tokenizer,
+        has_our_tokenizer=server.kind == "transformers",
+        is_corrected=config.objective.correction is not None,
+    )
+    asker = Asker(client, server, reader)
+    loader = None
+    if server.loads_weights:
+        timeout_s = config.rollouts.weights.load_timeout_s
+        loader = WeightLoader(server.kind, client, timeout_s=timeout_s)
+    return ServerSampler(asker, client, ServerWeights(asker, folders, loader))
