@@ -230,7 +230,6 @@ class _Chunks:
                 state = state * kept + added
             outs.append(out)
             ends.append(state[going_on : wave.pieces])
-            here = wave.chunks
             for chunk in kept_states or ():
                 if wave.chunks.start <= chunk < wave.chunks.stop:
                     kept_states[chunk] = state[chunk - wave.chunks.start].clone()
