@@ -1,4 +1,4 @@
-"""The proof of models with gated delta nets, against Megatron's own layer on whole sequences."""
+"""`verify_equivalence.py` of models with gated delta nets, against Megatron's own layer."""
 
 from __future__ import annotations
 
