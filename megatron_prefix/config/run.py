@@ -85,10 +85,19 @@ class RunConfig:
         if kind is None:
             return
         key = f"training.replayed_routes: {kind}"
-        if self.rollouts.engine != "file":
+        engine, server = self.rollouts.engine, self.rollouts.server
+        if engine == "openai" and kind != "ignore":
+            if server is not None and server.kind not in ("vllm", "sglang"):
+                yield (
+                    f"{key} with rollouts.server.kind: {server.kind}: only vllm and sglang give "
+                    "routes; set it to null"
+                )
+            if self.rollouts.agent is not None:
+                yield f"{key} with rollouts.agent: routes of turns are not read; set one to null"
+        elif engine != "file":
             yield (
-                f"{key} with rollouts.engine: {self.rollouts.engine}: only records of engine: file "
-                "have routes; set it to null"
+                f"{key} with rollouts.engine: {engine}: only records of engine: file have routes, "
+                "and servers of engine: openai (exact, first); set it to null"
             )
         if kind != "ignore" and not self.model.transformer.get("num_moe_experts"):
             yield f"{key} needs a model with experts (model.transformer.num_moe_experts)"

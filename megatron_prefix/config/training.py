@@ -42,11 +42,12 @@ class TrainingConfig:
     prompt are kept until the last piece is done. Not with pipeline, context or expert
     parallelism, and not with gated delta nets."""
     replayed_routes: Literal["exact", "first", "ignore"] | None = None
-    """What becomes of the experts that records of `file` say tokens were sent to
-    (`routed_experts`). `exact`: the policy's routers send each token there; responses share their
-    prompt as far as its routes agree. `first`: the same, but the prompt of a group has the routes
-    of its first response, so that it is shared whole: that is another run than one without sharing.
-    `ignore`: the routers choose. null: records must have none. Not before megatron-core 0.16."""
+    """What becomes of the experts that records of `file` (`routed_experts`) or a server of kind
+    vllm or sglang say tokens were sent to. `exact`: the policy's routers send each token there;
+    responses share their prompt as far as its routes agree. `first`: the same, but the prompt of a
+    group has the routes of its first response, so that it is shared whole: that is another run than
+    one without sharing. `ignore`: the routers choose. null: records must have none. Not before
+    megatron-core 0.16."""
     optimizer_steps_per_rollout: int = 1
     """Optimizer steps that a rollout batch is divided into, in each of its epochs."""
     epochs_per_rollout: int = 1

@@ -18,6 +18,7 @@ from megatron_prefix.rollouts.mixed_prompts import MixedPrompts
 from megatron_prefix.rollouts.parts import RolloutParts
 from megatron_prefix.rollouts.prompts import PromptSource
 from megatron_prefix.rollouts.rewards import check_answer
+from megatron_prefix.rollouts.routes import RouteReader, route_reader
 from megatron_prefix.rollouts.sampling.agent import AgentLoop
 from megatron_prefix.rollouts.sampling.engine import SampledGroups
 from megatron_prefix.rollouts.sampling.environment import Environment
@@ -46,12 +47,16 @@ def build_engine(parts: RolloutParts, chunks: ModelChunks, runtime: Runtime) -> 
     if parts.is_main:
         data_sets = parts.data_sets
         source = MixedPrompts(data_sets, rollouts.ratios) if rollouts.ratios else data_sets[0]
+    group_spec = _group_spec(
+        parts,
+        spec,
+        uses_logprobs=rollouts.takes_samplers_logprobs,
+        routes=route_reader(parts.config),
+    )
     return SampledGroups(
         sampler,
         source,
-        _maker(
-            parts, _group_spec(parts, spec, uses_logprobs=rollouts.takes_samplers_logprobs), sampler
-        ),
+        _maker(parts, group_spec, sampler),
         prefetch=rollouts.server is not None and rollouts.server.prefetch,
         max_staleness=rollouts.weights.max_staleness,
     )
@@ -81,7 +86,11 @@ def build_evaluator(parts: RolloutParts, chunks: ModelChunks, runtime: Runtime) 
 
 
 def _group_spec(
-    parts: RolloutParts, sampling: SamplingSpec, *, uses_logprobs: bool = False
+    parts: RolloutParts,
+    sampling: SamplingSpec,
+    *,
+    uses_logprobs: bool = False,
+    routes: RouteReader | None = None,
 ) -> GroupSpec:
     rollouts, server = parts.config.rollouts, parts.config.rollouts.server
     return GroupSpec(
@@ -90,6 +99,7 @@ def _group_spec(
         uses_logprobs=uses_logprobs,
         partial_groups="drop" if server is None else server.partial_groups,
         turn_rewards=rollouts.agent is not None and rollouts.agent.turn_rewards,
+        routes=routes,
         asked="the model" if server is None else server.address,
     )
 

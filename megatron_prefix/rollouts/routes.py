@@ -2,8 +2,8 @@
 
 A sequence has a route for each of its inputs, which are all tokens of the prompt and the response
 but the last: for each layer with experts the ids of the experts. Engines give them as SGLang does
-(base64 of int32) or as lists, nested or flat, and some have entries for layers without experts too,
-which say nothing.
+(base64 of int32), as vLLM does (base64 of a NumPy file) or as lists, nested or flat, and some have
+entries for layers without experts too, which say nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import io
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from megatron_prefix.rollouts.records import RolloutBatch
 
 if TYPE_CHECKING:  # reading rollouts needs NumPy only
     from megatron_prefix.config import ModelConfig, RunConfig
+
+_NUMPY_FILE = b"\x93NUMPY"
+"""What such a file begins with."""
 
 FIELD = "routed_experts"
 """The field of a record, which has the name that inference engines give it."""
@@ -124,11 +128,16 @@ class RouteReader:
             for value, source, length in zip(values, where, lengths, strict=True)
         ]
         if self.prompts_as_first:
-            for of_response in routes[1:]:
-                of_response[:prompt] = routes[0][:prompt]
+            share_prompt_of_first(routes, prompt)
         joined = np.concatenate(routes)
         joined.flags.writeable = False
         return dataclasses.replace(batch, routes=joined)
+
+
+def share_prompt_of_first(routes: Sequence[NDArray], prompt: int) -> None:
+    """Give the prompts of a group's sequences, of so many tokens, the routes of the first one's."""
+    for of_response in routes[1:]:
+        of_response[:prompt] = routes[0][:prompt]
 
 
 def route_reader(config: RunConfig) -> RouteReader | None:
@@ -143,9 +152,14 @@ def _numbers(value: Any, where: str) -> NDArray:
     """Whole numbers, as an array of any shape."""
     if isinstance(value, str):
         try:
-            return np.frombuffer(base64.b64decode(value, validate=True), dtype="<i4")
+            data = base64.b64decode(value, validate=True)
+            if not data.startswith(_NUMPY_FILE):
+                return np.frombuffer(data, dtype="<i4")
+            value = np.load(io.BytesIO(data), allow_pickle=False)
         except (binascii.Error, ValueError) as error:
-            raise ValueError(f"{where}: not base64 of int32: {error}") from error
+            raise ValueError(
+                f"{where}: not base64 of int32, or of a NumPy file: {error}"
+            ) from error
     if isinstance(value, Lists):  # such as one for each token
         value = value.plain()
     if not isinstance(value, (list, np.ndarray)):

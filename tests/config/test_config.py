@@ -214,6 +214,19 @@ def _rollouts(**options: Any) -> RolloutsConfig:
             "training.replayed_routes: exact with rollouts.engine: embedded: only records of",
         ),
         (
+            {
+                "training": TrainingConfig(**VALID[TrainingConfig], replayed_routes="exact"),
+                "rollouts": _rollouts(
+                    engine="openai",
+                    group_size=2,
+                    server=ServerConfig(url="http://a:1", kind="openai"),
+                    text=TextConfig(tokenizer="t"),
+                    **SAMPLED,
+                ),
+            },
+            "training.replayed_routes: exact with rollouts.server.kind: openai: only vllm and sgla",
+        ),
+        (
             {"training": TrainingConfig(**VALID[TrainingConfig], replayed_routes="first")},
             "training.replayed_routes: first needs a model with experts",
         ),

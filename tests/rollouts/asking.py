@@ -9,6 +9,7 @@ from typing import Any
 from megatron_prefix.config import ServerConfig
 from megatron_prefix.rollouts.prompts import PromptSource, prompt_stream
 from megatron_prefix.rollouts.rewards import exact_match
+from megatron_prefix.rollouts.routes import RouteReader
 from megatron_prefix.rollouts.sampling.groups import Batch, GroupMaker, GroupSpec
 from megatron_prefix.rollouts.sampling.sampler import SamplingSpec, answered
 from megatron_prefix.rollouts.server.answers import Reader
@@ -36,6 +37,7 @@ def parts(
     key: str | None = None,
     stop_tokens: tuple[int, ...] = (END,),
     top_p: float = 1.0,
+    routes: RouteReader | None = None,
     **server: Any,
 ) -> tuple[BatchSampler, ServerClient]:
     config = ServerConfig(url=url, model="policy", **{"patience_s": 5.0, "kind": "vllm", **server})
@@ -48,9 +50,11 @@ def parts(
         limits=Limits(vocab_size=16, max_positions=32),
         uses_logprobs=True,
         partial_groups=config.partial_groups,
+        routes=routes,
         asked=client.url,
     )
-    asker = Asker(client, config, Reader(tokenizer=tokenizer, spec=sampling))
+    shape = None if routes is None else routes.shape
+    asker = Asker(client, config, Reader(tokenizer=tokenizer, spec=sampling, routes=shape))
     source = prompt_stream([path], vocab_size=16, max_prompt_length=20, epochs=1)
     return BatchSampler(asker, client, source, GroupMaker(spec, exact_match), load_again), client
 

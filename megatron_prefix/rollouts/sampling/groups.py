@@ -17,6 +17,7 @@ from megatron_prefix.rollouts.engine import ServerError
 from megatron_prefix.rollouts.prompts import Prompt, PromptSource
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.rewards import RewardFunction, close_reward, reward_batch
+from megatron_prefix.rollouts.routes import RouteReader, share_prompt_of_first
 from megatron_prefix.rollouts.sampling.agent import AgentLoop
 from megatron_prefix.rollouts.sampling.sampler import (
     Answers,
@@ -60,6 +61,8 @@ class GroupSpec:
     """Of a group that has not all of its responses."""
     turn_rewards: bool = False
     """Whether rewards of an environment are those of turns."""
+    routes: RouteReader | None = None
+    """What becomes of the responses' routes; None: there are none."""
     asked: str = "the model"
     """What errors call whoever is asked."""
 
@@ -169,6 +172,12 @@ class GroupMaker:
         logprobs = [response.logprobs for response in responses]
         rewards = [response.turn_rewards or () for response in responses]
         masks = [response.loss_mask for response in responses]
+        routes = None
+        if self.spec.routes is not None:
+            routes = [response.routes for response in responses]
+            assert not any(of_response is None for of_response in routes)
+            if self.spec.routes.prompts_as_first:
+                share_prompt_of_first(routes, len(prompt.tokens))
         has_logprobs = self.spec.uses_logprobs and all(found is not None for found in logprobs)
         group = RolloutGroup(
             prompt=prompt.tokens,
@@ -177,6 +186,7 @@ class GroupMaker:
             turn_rewards=rewards if self.spec.turn_rewards else None,
             loss_mask=None if any(mask is None for mask in masks) else masks,
             old_logprobs=tuple(logprobs) if has_logprobs else None,
+            routes=routes,
             finished=tuple(response.finished for response in responses),
             answer=prompt.answer,
             record=prompt.record,

@@ -82,6 +82,9 @@ class Response:
     """Whether the tokens were made from text."""
     loss_mask: NDArray[np.bool_] | None = None
     """Of each token, whether the model said it; None: all are its own."""
+    routes: NDArray | None = None
+    """The experts that the tokens of prompt and response, but the last, were sent to, see
+    `RolloutGroup`; None: they were not asked for."""
     turn_rewards: tuple[float, ...] | None = None
     """What the environment gave for each turn; None: there is no environment."""
 

@@ -80,6 +80,8 @@ class Requests:
         self._kind = config.kind
         self._reader = reader
         self._spec = reader.spec
+        # vLLM gives them to all requests or to none.
+        self._asks_for_routes = reader.routes is not None and config.kind == "sglang"
 
     def find_abilities(self, prompt: Prompt) -> Abilities:
         """Ask in the richest way, and in plainer ones while the server refuses.
@@ -132,7 +134,8 @@ class Requests:
             takes_ids=as_ids,
             refuses=refuses,
             # Text is checked by its count of tokens, which is given for all choices together.
-            takes_n=len(choices) == 2 and gives_ids,
+            # Of several choices SGLang gives the routes of the first one.
+            takes_n=len(choices) == 2 and gives_ids and not self._asks_for_routes,
             gives_ids=gives_ids,
             gives_logprobs=isinstance(first.get("logprobs"), dict),
         )
@@ -173,6 +176,8 @@ class Requests:
         if "extras" not in refuses and self._kind in _EXTRAS:
             body |= _EXTRAS[self._kind]
             body["stop_token_ids"] = list(self._spec.stop_tokens)
+            if self._asks_for_routes:
+                body["return_routed_experts"] = True
         return {name: value for name, value in body.items() if name not in refuses}
 
     def _text(self, prompt: Prompt) -> str:

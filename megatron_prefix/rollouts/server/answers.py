@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prefix.rollouts.engine import ServerError
+from megatron_prefix.rollouts.routes import FIELD as ROUTES
+from megatron_prefix.rollouts.routes import RouteShape
 from megatron_prefix.rollouts.sampling.sampler import Response, SamplingSpec
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens
 from megatron_prefix.rollouts.validation import LOWEST_LOGPROB
@@ -47,6 +49,8 @@ class Reader:
     """What was asked for."""
     is_corrected: bool = False
     """See `validate_group`."""
+    routes: RouteShape | None = None
+    """Of the routes that each answer must have; None: they are not looked at."""
 
     def read(
         self, choice: dict[str, Any], prompt: Tokens, usage: dict[str, Any] | None
@@ -67,6 +71,11 @@ class Reader:
             raise SampleRejected(f"finish_reason is {reason!r}")
         _check_prompt(choice.get("prompt_token_ids"), prompt)
         tokens = _token_ids(choice)
+        if tokens is None and self.routes is not None:
+            raise ServerMismatch(
+                "the server returns no token ids, and training.replayed_routes needs to know which "
+                "tokens its routes are of; use a server that does, or set replayed_routes: null"
+            )
         if tokens is None:
             return self._from_text(choice, usage)
         tokens = self._with_stop(tokens, choice)
@@ -98,7 +107,21 @@ class Reader:
             logprobs=_logprobs(choice, len(tokens), is_corrected=self.is_corrected),
             finished=finished,
             from_text=False,
+            routes=None if self.routes is None else self._routes(choice, len(prompt) + len(tokens)),
         )
+
+    def _routes(self, choice: dict[str, Any], num_tokens: int) -> NDArray:
+        assert self.routes is not None
+        value = choice.get(ROUTES)
+        if value is None:
+            raise ServerMismatch(
+                f"the server gives no {ROUTES}, which training.replayed_routes replays; start it "
+                "with --enable-return-routed-experts (SGLang, vLLM), or set replayed_routes: null"
+            )
+        try:
+            return self.routes.read(value, ROUTES, num_tokens)
+        except ValueError as error:
+            raise ServerMismatch(str(error)) from error
 
     def _with_stop(self, tokens: Tokens, choice: dict[str, Any]) -> Tokens:
         """With the stop token that some servers cut off and name."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_prefix.config import ServerConfig
 from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.routes import FIELD as ROUTES
 from megatron_prefix.rollouts.sampling.sampler import Response, Tally, Wanted
 from megatron_prefix.rollouts.server.abilities import Abilities, Requests, choices_of
 from megatron_prefix.rollouts.server.answers import (
@@ -199,6 +200,8 @@ class Asker:
         check_prompt_count(usage, wanted.prompt.tokens, wanted.prompt.source)
         if len(choices) < wanted.count:
             tally.reject(wanted.count - len(choices), f"{len(choices)} of {wanted.count} came back")
+        if len(choices) == 1:
+            choices = [_with_routes_of_answer(choices[0], answer)]
         read = []
         for choice in choices[: wanted.count]:
             try:
@@ -222,6 +225,13 @@ class Asker:
                 f"{self._client.url}: answers with weights of version {found}, but {self.weights} "
                 "were loaded; does something else load weights into this server?"
             )
+
+
+def _with_routes_of_answer(choice: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """SGLang has the routes of the first choice beside the choices."""
+    beside = answer.get("sglext")
+    found = beside.get(ROUTES) if isinstance(beside, dict) else None
+    return choice if found is None else {ROUTES: found, **choice}
 
 
 def _are_equal(samples: Sequence[Response]) -> bool:

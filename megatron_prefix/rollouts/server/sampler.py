@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_prefix.config import RunConfig
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
+from megatron_prefix.rollouts.routes import route_reader
 from megatron_prefix.rollouts.sampling.sampler import Answers, Sampler, SamplingSpec, Tally, Wanted
 from megatron_prefix.rollouts.server.answers import OtherWeights, Reader
 from megatron_prefix.rollouts.server.asking import Asker
@@ -118,11 +119,13 @@ def server_sampler(
             "answers in text, which does not say which of them ended it; give one"
         )
     client = ServerClient(server, api_key=key)
+    routes = route_reader(config)
     reader = Reader(
         spec=spec,
         tokenizer=tokenizer,
         has_our_tokenizer=server.kind == "transformers",
         is_corrected=config.objective.correction is not None,
+        routes=None if routes is None else routes.shape,
     )
     asker = Asker(client, server, reader)
     loader = None
