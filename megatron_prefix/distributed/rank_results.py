@@ -124,7 +124,7 @@ def gather(
 
 @contextlib.contextmanager
 def raise_together(*, name_rank: bool = True) -> Iterator[None]:
-    """Raise a ValueError of any rank on all of them, so that none is left waiting. Collective.
+    """Raise an error of any rank on all of them, so that none is left waiting. Collective.
 
     For blocks whose ranks compute the same: user's data and user's functions are read on every
     rank, and may fail on one alone.
@@ -133,13 +133,13 @@ def raise_together(*, name_rank: bool = True) -> Iterator[None]:
         name_rank: False where it does not matter which rank it was, such as where one acts for all.
 
     Raises:
-        ValueError: the block's own where every rank has the same; otherwise that of the first rank
-            that has one, naming the rank.
+        ValueError: the block's own (or its OSError) where every rank has the same; otherwise that
+            of the first rank that has one, naming the rank.
     """
     error = None
     try:
         yield
-    except ValueError as caught:
+    except (ValueError, OSError) as caught:
         error = caught
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, None if error is None else str(error))

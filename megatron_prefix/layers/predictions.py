@@ -99,7 +99,11 @@ def prediction_depths(
         tensors: their arrays on the device.
         setup: of the model.
     """
-    assert params.last_layer is None, "a trimmed last layer has not all rows"
+    if params.last_layer is not None:
+        raise ValueError(
+            "needed: multi-token prediction reads all rows of the last layer; make the params of "
+            "the batch without needed"
+        )
     found = []
     for shift, (plan, arrays) in enumerate(zip(plans, tensors, strict=True), start=1):
         if shift == 1:

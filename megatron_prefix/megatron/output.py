@@ -99,8 +99,7 @@ def _made(
 ) -> Tensor:
     """hidden_states [T, 1, h], or [T/tp, 1, h] under sequence parallelism -> [N, ...].
 
-    A weight is given where it is another
-    layer's: that of tied embeddings.
+    A weight is given where it is another layer's: that of tied embeddings.
     """
     weight = gradient_by_autograd(output_layer.weight if weight is None else weight)
     return make(all_rows(hidden_states, output_layer), weight)

@@ -17,6 +17,7 @@ from megatron_prefix.config.bounds import refuse
 from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
 from megatron_prefix.megatron.comm_type_list import repair_comm_type_list
+from megatron_prefix.megatron.gated_delta_net import recurrent_layers
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
 from megatron_prefix.megatron.options.layers import MARK_OF_PREDICTING_MODELS
 from megatron_prefix.megatron.recurrent_config import config_with_context_parallelism
@@ -145,6 +146,8 @@ def transformer_config(
             f"model.position_embedding_type: {model.position_embedding_type}; give both or neither"
         )
     _check_recurrent_layers(model, config, training)
+    if config.mtp_num_layers:
+        _check_predictions(model, config)
     if training.share_across_microbatches and config.mtp_num_layers:
         raise ConfigError(
             "training.share_across_microbatches: true with model.transformer.mtp_num_layers: "
@@ -184,6 +187,24 @@ def _activation(name: str, *, on_cpu: bool) -> Callable[[torch.Tensor], torch.Te
         # Megatron's fusions look for this very function, which torch compiles at its first call.
         return getattr(fused_bias_geglu, name, _ACTIVATIONS[name])
     return _ACTIVATIONS[name]
+
+
+def _check_predictions(model: ModelConfig, config: TransformerConfig) -> None:
+    """What does not go with multi-token prediction, and Megatron does not refuse."""
+    pipeline = config.pipeline_model_parallel_size
+    if model.position_embedding_type == "learned_absolute" and pipeline > 1:
+        raise ConfigError(
+            "model.position_embedding_type: learned_absolute with model.transformer."
+            f"mtp_num_layers: {config.mtp_num_layers} and parallel.pipeline_model_parallel_size: "
+            f"{pipeline}: the last stage has a table of positions of its own, which Megatron does "
+            "not keep equal to the first stage's; use rotary positions or one stage, or set "
+            "mtp_num_layers: null"
+        )
+    if config.mtp_loss_scaling_factor is None:
+        raise ConfigError(
+            "model.transformer.mtp_loss_scaling_factor: null, with mtp_num_layers: "
+            f"{config.mtp_num_layers}; give the factor of that loss, such as 0.1"
+        )
 
 
 def _check_replay(training: TrainingConfig, config: TransformerConfig) -> None:
@@ -246,6 +267,11 @@ def _check_recurrent_layers(
         raise ConfigError(f"{name}: {every} needs one entry for each of {config.num_layers} layers")
     if isinstance(every, int) and every < 1:
         raise ConfigError(f"{name}: {every} must be at least 1: one in so many layers attends")
+    if not any(recurrent_layers(config)):
+        raise ConfigError(
+            f"{name}: {every}: no layer is a gated delta net then; change it, or remove it and "
+            "model.transformer.experimental_attention_variant"
+        )
     if training.share_across_microbatches:
         raise ConfigError(
             "training.share_across_microbatches: true with "

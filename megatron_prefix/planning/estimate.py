@@ -74,8 +74,10 @@ class StepEstimate:
         """
         if all(self.setup.memory.shape.recurrent_layers or (False,)):
             return 0
-        windowed = self.setup.memory.shape.windowed_layers
-        if windowed and all(windowed):
+        shape = self.setup.memory.shape
+        windowed = shape.windowed_layers
+        recurrent = shape.recurrent_layers or (False,) * len(windowed)
+        if windowed and all(w or r for w, r in zip(windowed, recurrent, strict=True)):
             return max((row.windows.received_per_layer for row in self._rows), default=0)
         return max((row.received_per_layer for row in self._rows), default=0)
 

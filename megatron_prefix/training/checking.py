@@ -49,6 +49,8 @@ def check_run(config: RunConfig, runtime: Runtime) -> None:
         lines = on_rank_0(lambda: _lines(trainer))
     finally:
         trainer.engine.close()
+        if trainer.evaluator is not None:
+            trainer.evaluator.close()
     if runtime.is_main:
         for line in lines:
             say(line)

@@ -261,6 +261,8 @@ class Trainer:
             if self._log is not None:
                 self._log.close(failed=has_failed)
             self.engine.close()
+            if self.evaluator is not None:
+                self.evaluator.close()
         # No rank is gone before all have closed what they hold.
         dist.barrier()
         if self.runtime.is_main:

@@ -25,11 +25,14 @@ except NotIsolated as error:
 _SECONDS = 5
 """Of each test."""
 _BLOCK = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
-_PYTHON = ("python", "py", "python3", "")
+_PYTHON = ("python", "py", "python3")
 
 
 def passes_tests(prompt: str, response: str, answer: Any) -> float:
-    """1 if the response's last block of Python, or all of it without a block, passes all tests.
+    """1 if the response's last block of Python passes all tests.
+
+    Without a block that is named so, it is the last block without a name, and without a block all
+    of the response.
 
     Args:
         prompt: not read.
@@ -56,9 +59,11 @@ def passes_tests(prompt: str, response: str, answer: Any) -> float:
 
 
 def _program(response: str) -> str:
-    blocks = [code for name, code in _BLOCK.findall(response) if name.strip() in _PYTHON]
-    if blocks:
-        return blocks[-1]
+    blocks = [(name.strip().lower(), code) for name, code in _BLOCK.findall(response)]
+    for names in (_PYTHON, ("",)):  # plain fences often show what a program prints
+        for name, code in reversed(blocks):
+            if name in names:
+                return code
     return "" if "```" in response else response
 
 

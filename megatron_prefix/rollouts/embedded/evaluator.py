@@ -136,6 +136,11 @@ class Evaluator:
         self.last, self.batch, self._metrics = found.result, found.rollouts, found.metrics
         return self.last.mean
 
+    def close(self) -> None:
+        """End the processes of the reward and the environment."""
+        if self._maker is not None:
+            self._maker.close()
+
     def metrics(self) -> dict[str, float]:
         """What there is beside the mean reward of the last `evaluate`."""
         return self._metrics
