@@ -66,7 +66,7 @@ for name in ("httpx", "transformers", "datasets", "mbridge", "pyarrow", "tensorb
              "psutil", "tqdm", "jinja2", "safetensors", "einops", "simdjson"):
     sys.modules[name] = None
 import megatron_prefix.training.trainer
-import megatron_prefix.rollouts.server.build as build
+import megatron_prefix.rollouts.server.sampler as build
 """
 
 

@@ -83,7 +83,7 @@ def batch_on(device: torch.device, kernel: str | None, *, deterministic: bool) -
 
 def run_microbatch(model: GPTModel, head: LogProbHead, batch: PackedBatch) -> torch.Tensor:
     """Forward and backward, by the functions that a train step is made of."""
-    chunks = SimpleNamespace(head=head, wrapped=[model])
+    chunks = SimpleNamespace(head=head, wrapped=[model], config=model.config)
     output, loss_function = _forward_step(
         iter([batch]),
         model,
