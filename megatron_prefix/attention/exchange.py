@@ -153,14 +153,7 @@ class Exchange:
     ) -> Tensor:
         """Send the first `sent[0]` rows to rank 0, the next ones to rank 1, ..., and return the
         `received[i]` rows that come from each rank i, in the order of the ranks."""
-        found = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(
-            found,
-            rows,
-            output_split_sizes=list(received),
-            input_split_sizes=list(sent),
-            group=self.group,
-        )
+        found = exchanged_rows(rows, sent, received, self.group)
         record(_bytes(rows), _bytes(found))
         return found
 
@@ -181,6 +174,21 @@ class Exchange:
                 operations.append(dist.P2POp(dist.irecv, tensor, source, group=self.group))
         record(sum(_bytes(t) for _, t in sends), sum(_bytes(t) for _, t in receives))
         return dist.batch_isend_irecv(operations) if operations else []
+
+
+def exchanged_rows(
+    rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
+) -> Tensor:
+    """See `Exchange.send_rows`; nothing is counted."""
+    found = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(
+        found,
+        rows.contiguous(),
+        output_split_sizes=list(received),
+        input_split_sizes=list(sent),
+        group=group,
+    )
+    return found
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from megatron_prefix.attention.exchange import exchanged_rows
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.device_copy import record_to_device
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
@@ -161,22 +162,8 @@ class _SentRows(torch.autograd.Function):
         group: dist.ProcessGroup,
     ) -> Tensor:
         ctx.way_back = received, sent, group
-        return _exchanged(rows, sent, received, group)
+        return exchanged_rows(rows, sent, received, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchanged(gradient, *ctx.way_back), None, None, None
-
-
-def _exchanged(
-    rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: dist.ProcessGroup
-) -> Tensor:
-    found = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(
-        found,
-        rows.contiguous(),
-        output_split_sizes=list(received),
-        input_split_sizes=list(sent),
-        group=group,
-    )
-    return found
+        return exchanged_rows(gradient, *ctx.way_back), None, None, None

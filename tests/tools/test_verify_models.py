@@ -82,6 +82,9 @@ def test_experts_that_a_bias_chooses(
 
 
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+WHOLE_EXPERTS = ParallelConfig(
+    tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1
+)
 
 
 @pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14, which refuses windows and sinks")
@@ -152,11 +155,7 @@ def test_norms_over_all_heads_of_all_ranks(tool: ModuleType) -> None:
     report = tool.verify(
         model=dataclasses.replace(model, qk_norm_all_heads=True, rotary_percent=0.5),
         shapes=SHAPES,
-        parallel=ParallelConfig(
-            tensor_model_parallel_size=2,
-            expert_model_parallel_size=2,
-            expert_tensor_parallel_size=1,
-        ),
+        parallel=WHOLE_EXPERTS,
         recompute="full",
         optimizer_steps=2,
         packing=ALWAYS,
@@ -189,11 +188,7 @@ def test_a_model_like_gpt_oss(tool: ModuleType) -> None:
             model, activation="quick_gelu", position_embedding_type="yarn", yarn=yarn
         ),
         shapes=SHAPES,
-        parallel=ParallelConfig(
-            tensor_model_parallel_size=2,
-            expert_model_parallel_size=2,
-            expert_tensor_parallel_size=1,
-        ),
+        parallel=WHOLE_EXPERTS,
         recompute="full",
         optimizer_steps=2,
         packing=ALWAYS,
