@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
 from megatron_prefix.megatron.options.record import (
     Option,
     Reason,
@@ -20,8 +19,6 @@ _INITIAL = "it says where weights begin, not what is computed with them"
 
 MARK_OF_PREDICTING_MODELS = "built_by_prefix_gpt_model"
 """Attribute that a config has whose model is built so; Megatron's own GPTModel rolls labels."""
-
-_COUNTED_ROWS = "Megatron counts rows for it that predict nothing"
 
 
 def _predictions(value: Any, config: Any) -> Reason | None:
@@ -45,22 +42,16 @@ def _predictions(value: Any, config: Any) -> Reason | None:
         ("mrope_section", "the rows of each depth would need positions of images"),
         ("experimental_attention_variant", "recurrent layers have not been seen right there"),
         ("window_attn_skip_freq", "releases number these layers differently"),
-        ("moe_z_loss_coeff", _COUNTED_ROWS),
     ):
         if getattr(config, name, None):
             return Reason(why=why, instead=without, beside=f"{name}={getattr(config, name)!r}")
-    for name, differs, why in (
-        ("cp_comm_type", isinstance(config.cp_comm_type, list), "it has none for these layers"),
-        ("moe_aux_loss_coeff", bool(auxiliary_losses(config)), _COUNTED_ROWS),
-        ("moe_router_bias_update_rate", _bias_moves(config), _COUNTED_ROWS),
-    ):
-        if differs:
-            return Reason(why=why, instead=without, beside=f"{name}={getattr(config, name)!r}")
+    if isinstance(config.cp_comm_type, list):
+        return Reason(
+            why="it has none for these layers",
+            instead=without,
+            beside=f"cp_comm_type={config.cp_comm_type!r}",
+        )
     return None
-
-
-def _bias_moves(config: Any) -> bool:
-    return bool(config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate)
 
 
 OPTIONS: list[Option] = [
