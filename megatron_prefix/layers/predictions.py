@@ -106,6 +106,8 @@ def prediction_depths(
             "the batch without needed"
         )
     found = []
+    # The layers inside attend, also where the model has others that are recurrent.
+    setup = dataclasses.replace(setup, recurrence_width=None)
     for shift, (plan, arrays) in enumerate(zip(plans, tensors, strict=True), start=1):
         if shift == 1:
             # The routers of these layers are not among those that routes are replayed to.

@@ -30,6 +30,7 @@ from megatron_prefix.model.head import LogProbHead, PredictedLabels
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.megatron.models import (
     HAS_PREDICTIONS,
+    HYBRID,
     ON_CPU,
     TRAINING,
     model_config,
@@ -292,11 +293,14 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     "options",
     [
         {"cp_comm_type": ["p2p", "a2a"]},
+        {"window_size": (4, 0), "window_attn_skip_freq": [1, 0]},
+        {"no_rope_freq": [0, 1]},
+        {**HYBRID, "linear_attention_freq": [0, 1]},
     ],
     ids=lambda options: [*options][-1],
 )
 def test_options_that_count_rows_or_layers_otherwise_are_refused(options: dict[str, Any]) -> None:
-    name = [*options][-1]
+    name = "linear_attention_freq" if "linear_attention_freq" in options else [*options][-1]
     with pytest.raises(ConfigError, match=rf"mtp_num_layers=3 with {name}="):
         transformer_config(model_config({**PREDICTING, **options}), ParallelConfig(), TRAINING)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_prefix.config import ParallelConfig
-from tests.megatron.models import HAS_PREDICTIONS, HAS_WINDOWS
+from tests.megatron.models import HAS_WINDOWS
 from tests.tools.proofs import (
     ALWAYS,
     SERIES,
@@ -426,68 +425,3 @@ def test_an_impossible_layout_ends_with_status_2(
     assert _main(tool, monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("verify_equivalence: ") and message in error, error
-
-
-LONG_PROMPTS = [
-    {"prefix": 11, "responses": [3, 7, 1, 5]},
-    {"system": 6, "prefix": 7, "responses": [2, 9]},
-    {"system": 6, "prefix": 4, "responses": [1, 3]},
-]
-"""Three levels of sharing; responses shorter than the depth, prompts longer."""
-
-
-EXPERTS = {
-    "num_moe_experts": 4,
-    "moe_layer_freq": [0, 1],
-    "moe_ffn_hidden_size": 24,
-    "moe_shared_expert_intermediate_size": 16,
-    "moe_router_topk": 2,
-    "moe_router_num_groups": 2,
-    "moe_router_group_topk": 1,
-    "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "moe_router_bias_update_rate": 1e-2,
-    "moe_router_load_balancing_type": ["seq_aux_loss", "global_aux_loss"],
-    "moe_aux_loss_coeff": [2e-2, 3e-2],
-    "moe_z_loss_coeff": 1e-2,
-}
-LATENT = {
-    "add_qkv_bias": False,
-    "num_query_groups": 8,
-    "multi_latent_attention": True,
-    "kv_lora_rank": 14,
-    "qk_head_dim": 10,
-    "qk_pos_emb_head_dim": 6,
-    "v_head_dim": 12,
-}
-
-
-@pytest.mark.skipif(not HAS_PREDICTIONS, reason="megatron-core before 0.16 has another model")
-@pytest.mark.parametrize(
-    ("parallel", "depths", "transformer"),
-    [
-        (
-            ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
-            3,
-            EXPERTS,
-        ),
-        (ParallelConfig(context_parallel_size=2), 3, {}),
-        (ParallelConfig(context_parallel_size=2), 2, {**LATENT, **EXPERTS}),
-    ],
-    ids=["experts with tensor and pipeline", "context", "latent and experts with context"],
-)
-def test_multi_token_prediction_is_that_of_whole_sequences(
-    tool: ModuleType, parallel: ParallelConfig, depths: int, transformer: dict[str, Any]
-) -> None:
-    model = small_model(
-        tool, num_layers=2, mtp_num_layers=depths, mtp_loss_scaling_factor=0.7, **transformer
-    )
-    report = tool.verify(
-        model=dataclasses.replace(model, vocab_size=64),
-        shapes=LONG_PROMPTS,
-        parallel=parallel,
-        recompute="full",
-        packing={**ALWAYS, "sharing": "everything"},
-        optimizer_steps=2 if transformer else 1,
-    )
-    assert_exact(tool, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_prefix.megatron.gated_delta_net import recurrent_layers
 from megatron_prefix.megatron.options.record import (
     Option,
     Reason,
@@ -13,6 +14,7 @@ from megatron_prefix.megatron.options.record import (
     set_to,
     used,
 )
+from megatron_prefix.megatron.prediction_layers import prediction_layer_numbers
 
 _BY_ROW = "Megatron's layers compute it, row by row"
 _INITIAL = "it says where weights begin, not what is computed with them"
@@ -37,20 +39,30 @@ def _predictions(value: Any, config: Any) -> Reason | None:
             instead="Build prefix_gpt_model(GPTModel), with prefix_grouped(mtp_block_spec), or "
             f"{without[0].lower()}{without[1:]}",
         )
-    for name, why in (
-        ("pipeline_model_parallel_layout", "these layers have to be on the last stage"),
-        ("mrope_section", "the rows of each depth would need positions of images"),
-        ("experimental_attention_variant", "recurrent layers have not been seen right there"),
-        ("window_attn_skip_freq", "releases number these layers differently"),
-    ):
-        if getattr(config, name, None):
-            return Reason(why=why, instead=without, beside=f"{name}={getattr(config, name)!r}")
-    if isinstance(config.cp_comm_type, list):
+    layout = getattr(config, "pipeline_model_parallel_layout", None)
+    if layout:
         return Reason(
-            why="it has none for these layers",
+            why="these layers have to be on the last stage",
             instead=without,
-            beside=f"cp_comm_type={config.cp_comm_type!r}",
+            beside=f"pipeline_model_parallel_layout={layout!r}",
         )
+    if any(recurrent_layers(config)[-1:]):
+        return Reason(
+            why="these layers are as the model's last one, and a gated delta net has not been seen "
+            "right there",
+            instead=f"Let the last layer attend, or {without[0].lower()}{without[1:]}",
+            beside=f"linear_attention_freq={config.linear_attention_freq!r}",
+        )
+    last = max(prediction_layer_numbers(config))
+    for name in ("window_attn_skip_freq", "no_rope_freq", "cp_comm_type"):
+        of_layers = getattr(config, name, None)
+        if isinstance(of_layers, list) and last > config.num_layers:
+            return Reason(
+                why=f"Megatron takes these layers for layer {last} and the like, and the list ends "
+                f"at layer {config.num_layers}",
+                instead=without,
+                beside=f"{name}={of_layers!r}",
+            )
     return None
 
 
