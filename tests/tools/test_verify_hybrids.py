@@ -24,7 +24,12 @@ SHAPES: list[dict[str, Any]] = [
     {"system": 9, "prefix": 1, "responses": [3, {"turns": [12], "then": [4, 6]}]},
 ]
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
-THREE_TO_ONE = {**HYBRID, "linear_attention_freq": 4, **EXPERTS}
+THREE_TO_ONE = {
+    **HYBRID,
+    "linear_attention_freq": 4,
+    "attention_output_gate": True,
+    **EXPERTS,
+}
 RECURRENT_ONLY = {**HYBRID, "linear_attention_freq": [1, 1, 1, 1]}
 
 
