@@ -38,8 +38,8 @@ class ServerSampler(Sampler):
         self.forgets = loader is not None and not loader.names_folder
         """Whether a server that is started anew has other weights than it was told to load."""
         self._asker = asker
-        self._client = asker.client
-        self._folders = folders
+        self.client = asker.client
+        self.folders = folders
         self._loader = loader
         self._kept = KeptWeights(asker)
         self._has_checked_model = False
@@ -54,17 +54,17 @@ class ServerSampler(Sampler):
         if self._loader is None:
             on_rank_0(self._check_model)
             return None
-        assert self._folders is not None
-        if self._folders.refresh(step):
+        assert self.folders is not None
+        if self.folders.refresh(step):
             on_rank_0(self.load_again)
-        return self._folders.version
+        return self.folders.version
 
     def load_again(self) -> None:
         """Have the server load what was written last, and look whether it has; on rank 0."""
-        assert self._loader is not None and self._folders is not None
-        version = self._folders.version
+        assert self._loader is not None and self.folders is not None
+        version = self.folders.version
         assert version is not None
-        folder = self._folders.path(version)
+        folder = self.folders.path(version)
         before = self._kept.before()
         self._loader.load(folder, version)
         self._asker.weights = str(version)
@@ -88,23 +88,23 @@ class ServerSampler(Sampler):
         """
         has_differed = False
         while True:
-            outages = self._client.outages
+            outages = self.client.outages
             try:
                 tally = Tally()
                 responses = self._asker.ask(wanted, tally)
-                if not self.forgets or self._client.outages == outages:
+                if not self.forgets or self.client.outages == outages:
                     # Those of the weights' hand-over count too.
-                    tally.retries = self._client.retries - self._retries_told
+                    tally.retries = self.client.retries - self._retries_told
                     self._retries_told += tally.retries
                     return Answers(responses=responses, tally=tally)
             except OtherWeights:
                 # Once, where no outage explains it: a second time somebody else loads them.
-                if not self.forgets or (has_differed and self._client.outages == outages):
+                if not self.forgets or (has_differed and self.client.outages == outages):
                     raise
-                has_differed |= self._client.outages == outages
+                has_differed |= self.client.outages == outages
             logger.warning(
                 "%s: seems to have been started anew; loading the weights and asking again",
-                self._client.url,
+                self.client.url,
             )
             self.load_again()
 
@@ -114,7 +114,7 @@ class ServerSampler(Sampler):
 
     def close(self) -> None:
         """Give up what is under way."""
-        self._client.close()
+        self.client.close()
 
 
 def server_sampler(
