@@ -201,7 +201,7 @@ def test_a_reward_process_outlives_what_asks_the_run_to_stop(tokenizer):
 def test_a_reward_process_ends_with_the_process_that_started_it(tokenizer):
     reward = process_reward(tokenizer)
     worker = reward._function._idle.get()
-    worker._process.stdin.close()
+    worker._calls.close()
     assert worker._process.wait(timeout=10) == 0
     reward._function._idle.put(None)
 
