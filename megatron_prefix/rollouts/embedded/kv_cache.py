@@ -13,6 +13,7 @@ H query heads, Hk key/value heads, D head dimension.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,9 +56,10 @@ class PromptRow:
 
 def prompt_row(prompts: Sequence[Sequence[int]], *, pad_to_multiple: int = 1) -> PromptRow:
     """Lay prompts out as one row; what they all begin with is there once."""
-    prompts = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
-    common = _common_length(prompts) if len(prompts) > 1 else 0
+    alike = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))
+    common = sum(1 for _ in alike) if len(prompts) > 1 else 0
     common = common if common >= _SHORTEST_COMMON else 0
+    prompts = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
     # A packed row holds what predicts its labels: one more token behind each prompt makes the
     # prompt's last token an input.
     tokens = [np.append(prompt[common:], 0) for prompt in prompts]
@@ -74,14 +76,6 @@ def prompt_row(prompts: Sequence[Sequence[int]], *, pad_to_multiple: int = 1) ->
     return PromptRow(
         layout=layout, common=starts[0] if starts else 0, bounds=np.array([*starts, end])
     )
-
-
-def _common_length(prompts: list[np.ndarray]) -> int:
-    """Tokens with which all prompts begin."""
-    shortest = min(map(len, prompts))
-    beginnings = np.stack([prompt[:shortest] for prompt in prompts])
-    differs = (beginnings != beginnings[0]).any(axis=0)
-    return int(differs.argmax()) if differs.any() else shortest
 
 
 @dataclass
@@ -125,11 +119,8 @@ class KeyValueCache:
         return int(self._counts.sum())
 
     def prefill_params(self, *, max_seqlen: int) -> PrefixPackedSeqParams:
-        """The params with which the row of prompts fills the cache.
-
-        Args:
-            max_seqlen: of the whole responses, so that one table of rotary embeddings does.
-        """
+        """The params with which the row of prompts fills the cache; `max_seqlen` is that of the
+        whole responses, so that one table of rotary embeddings does."""
         params = PrefixPackedSeqParams.from_layout(self._row.layout, self._setup)
         recurrence = params.recurrence
         if recurrence is not None:

@@ -43,8 +43,7 @@ class SampledGroups:
 
         Args:
             sampler: of the responses.
-            source: of the prompts, on rank 0; None elsewhere.
-            maker: of the groups, on rank 0; None elsewhere.
+            source, maker: of prompts and groups, on rank 0; None elsewhere.
             prefetch: whether to sample ahead; the sampler is remote then.
             max_staleness: versions that the policy of a group sampled ahead may lag behind.
         """

@@ -28,13 +28,7 @@ class ServerSampler(Sampler):
     def __init__(
         self, asker: Asker, folders: PolicyFolders | None, loader: WeightLoader | None
     ) -> None:
-        """Nothing is written or asked yet.
-
-        Args:
-            asker: of the server.
-            folders: where the weights are written.
-            loader: has the server load them; None leaves the server's weights alone.
-        """
+        """Nothing is written or asked yet; without a loader the server's weights are left alone."""
         self.forgets = loader is not None and not loader.names_folder
         """Whether a server that is started anew has other weights than it was told to load."""
         self._asker = asker
