@@ -70,11 +70,8 @@ class UserFunction:
             return list(threads.map(attempt, items))
 
     def __call__(self, *arguments: Any) -> dict[str, Any]:
-        """What a call returned, as `result_of` has it.
-
-        Raises:
-            CallFailed: it raised, crashed or took too long.
-        """
+        """What a call returned, as `result_of` has it; a `CallFailed` is raised where it raised,
+        crashed or took too long."""
         worker = self._idle.get()
         try:
             worker = worker or _Worker(self.name)

@@ -146,7 +146,7 @@ class Asker:
 
     def can_be_asked(self, tokens: Tokens) -> bool:
         """Whether responses can be sampled behind these tokens, for all that is known."""
-        if self.abilities is None or self.abilities.takes_ids:
+        if self.abilities is None or self.abilities.form.as_ids:
             return True
         tokenizer = self._reader.tokenizer
         return tokenizer is not None and tokenizer.as_text(tokens) is not None
@@ -168,13 +168,7 @@ class Asker:
 
     def _one(self, wanted: Wanted, **changes: Any) -> Any:
         assert self.abilities is not None
-        body = self.requests.body(
-            wanted.prompt,
-            count=wanted.count,
-            seed=wanted.seed,
-            as_ids=self.abilities.takes_ids,
-            refuses=self.abilities.refuses,
-        )
+        body = self.requests.body(wanted, self.abilities.form)
         try:
             return self.client.send("POST", "/v1/completions", body | changes)
         except RequestFailed as error:
