@@ -152,16 +152,13 @@ def reward_batch(
     batch: RolloutBatch,
     unrewarded: Sequence[tuple[int, RolloutGroup]] | None = None,
 ) -> RolloutBatch:
-    """The batch with rewards of its responses.
+    """The batch with rewards of its responses (see `reward_groups`).
 
     Args:
         reward: that is computed.
         batch: of any size.
         unrewarded: the responses that have none yet: groups, each with the index of its first
             response in the batch; None: all.
-
-    Raises:
-        ValueError: see `reward_groups`.
     """
     if unrewarded is None:
         unrewarded = list(zip(batch.group_offsets[:-1].tolist(), batch.groups(), strict=True))
@@ -253,12 +250,8 @@ def _checked(value: float | CallFailed, where: str) -> float:
 
 
 def check_answer(reward: RewardFunction, answer: Any, source: str) -> None:
-    """Refuse an answer that a reward with a name cannot compare with; a user's function may read
-    anything.
-
-    Raises:
-        ValueError: such as token ids where text is compared; the message begins with `source`.
-    """
+    """Refuse an answer that a reward with a name cannot compare with, such as token ids where text
+    is compared, by a ValueError that begins with `source`; a user's function may read anything."""
     for function in _single(reward):
         if not isinstance(function, ProcessReward):
             try:

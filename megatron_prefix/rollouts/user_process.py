@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -35,8 +35,21 @@ class CallEnded(CallFailed):
 class UserFunction:
     """Calls of a `module:function` in worker processes, from any thread."""
 
-    def __init__(self, spec: str, *, processes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        spec: str,
+        *,
+        processes: int,
+        timeout_s: float,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Start the first process, which imports the function; others start when needed.
+
+        Args:
+            spec: module:function.
+            processes: at most.
+            timeout_s: of a call.
+            environment: variables that the processes have beside those of this one.
 
         Raises:
             CallFailed: there is no such module or function, or the module does not import.
@@ -44,7 +57,8 @@ class UserFunction:
         self.name = spec
         self._processes = processes
         self._timeout_s = timeout_s
-        first = _Worker(spec)
+        self._environment = environment or {}
+        first = _Worker(spec, self._environment)
         self.parameters = first.parameters
         """Names of what the function takes by position."""
         # None stands for a process that is not there (any more).
@@ -74,7 +88,7 @@ class UserFunction:
         crashed or took too long."""
         worker = self._idle.get()
         try:
-            worker = worker or _Worker(self.name)
+            worker = worker or _Worker(self.name, self._environment)
             what = f"the call (limit {self._timeout_s:g} s)"
             answer = worker.ask(arguments, self._timeout_s, what)
         except CallFailed:
@@ -97,7 +111,7 @@ class UserFunction:
 class _Worker:
     """One process, which runs one call at a time."""
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, environment: Mapping[str, str]) -> None:
         module, _, function = spec.partition(":")
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         self._calls, theirs = multiprocessing.Pipe()
@@ -107,7 +121,7 @@ class _Worker:
                 [sys.executable, "-m", "megatron_prefix.rollouts.user_worker", str(descriptor)],
                 stdin=subprocess.DEVNULL,
                 stdout=2,
-                env={**os.environ, "PYTHONPATH": root},
+                env={**os.environ, **environment, "PYTHONPATH": root},
                 pass_fds=[descriptor],
                 # A group of its own, so that what the function has started ends with it.
                 start_new_session=True,

@@ -96,13 +96,10 @@ class KeyValueCache:
     def __init__(
         self, row: PromptRow, setup: AttentionSetup, *, num_responses: int, slots: int
     ) -> None:
-        """An empty cache.
+        """An empty cache for so many responses to each prompt.
 
-        Args:
-            row: the prompts.
-            setup: of the model, without context parallelism: a row is whole on its rank.
-            num_responses: to each prompt.
-            slots: tokens of a response that are inputs at most (all but its last).
+        Of a response `slots` tokens are inputs at most, all but its last. There is no context
+        parallelism: a row is whole on its rank.
         """
         self._setup = setup
         self._row = row
@@ -136,13 +133,8 @@ class KeyValueCache:
     def decode_params(
         self, position_ids: Tensor, *, slot: int, max_seqlen: int
     ) -> PrefixPackedSeqParams:
-        """The params of a step that runs one token of each response.
-
-        Args:
-            position_ids: [n or more] the tokens' positions; rows from n on are padding.
-            slot: how many tokens of each response are in the cache already.
-            max_seqlen: as for `prefill_params`.
-        """
+        """The params of a step that runs one token of each response, behind `slot` others. The
+        tokens' positions are [n or more]; rows from n on are padding."""
         self.states.hand_over(self._counts)
         cu_seqlens = torch.tensor([0, len(position_ids)], dtype=torch.int32).to(
             position_ids.device, non_blocking=True
@@ -160,11 +152,7 @@ class KeyValueCache:
         )
 
     def keep(self, rows: np.ndarray) -> None:
-        """Drop all responses but these.
-
-        Args:
-            rows: ascending indices into the n responses.
-        """
+        """Drop all responses but these, by ascending indices into the n."""
         prompts = np.repeat(np.arange(len(self._counts)), self._counts)
         self._counts = np.bincount(prompts[rows], minlength=len(self._counts))
         self._stages = None

@@ -89,11 +89,8 @@ class Requests:
             self._extras["return_routed_experts"] = True
 
     def find_abilities(self, prompt: Prompt) -> Abilities:
-        """Ask in the richest way, and in plainer ones while the server refuses.
-
-        Raises:
-            ServerError: it refuses all of them, or a sampling that was configured.
-        """
+        """Ask in the richest way, and in plainer ones while the server refuses; a `ServerError`
+        where it refuses all of them, or a sampling that was configured."""
         refusals: list[str] = []
 
         def answer(*form: Any) -> Any:
@@ -142,11 +139,7 @@ class Requests:
         return abilities
 
     def body(self, wanted: Wanted, form: Form) -> dict[str, Any]:
-        """A request for responses.
-
-        Raises:
-            ServerError: the prompt is to be text, and no text gives its tokens.
-        """
+        """A request for responses; a `ServerError` where no text gives a prompt's tokens."""
         spec = self._reader.spec
         body: dict[str, Any] = {
             "model": self.model,

@@ -53,11 +53,8 @@ class Asker:
         self._has_warned = False
 
     def find_model(self) -> None:
-        """Take the server's only model where none is configured, and refuse one it does not list.
-
-        Raises:
-            ServerError: the server lists another, several or none.
-        """
+        """Take the server's only model where none is configured, and refuse one it does not
+        list."""
         listed = self.client.send("GET", "/v1/models")
         entries = listed.get("data") if isinstance(listed, dict) else None
         if not isinstance(entries, list):
@@ -72,11 +69,8 @@ class Asker:
             )
 
     def ask(self, wanted: Sequence[Wanted], tally: Tally) -> list[list[Response]]:
-        """Samples for each of the wanted, as many as came out well.
-
-        Raises:
-            ServerError: the server is down, refuses a request, or serves another model.
-        """
+        """Samples for each of the wanted, as many as came out well. A server that is down, refuses
+        a request or serves another model is a `ServerError`."""
         if not wanted:
             return []
         if self.abilities is None:

@@ -99,9 +99,7 @@ class ServerClient:
         """What `read` makes of the answer.
 
         Args:
-            method: of HTTP.
-            path: below the server's address.
-            body: sent as JSON.
+            method, path, body: of the request, below the server's address and in JSON.
             read: its ValueErrors, other than ServerErrors, are answers that were cut off.
             attempts: if the server is there and fails; None: `server.max_attempts`.
             load_timeout_s: of a request that loads weights: one that fails or takes too long is

@@ -40,11 +40,7 @@ class ServerSampler(Sampler):
         self._retries_told = 0
 
     def hand_over(self, step: int) -> int | None:
-        """Have the server load the weights, where that is due. Collective.
-
-        Raises:
-            ServerError: the server does not load them, or serves another model.
-        """
+        """Have the server load the weights, where that is due. Collective."""
         if self._loader is None:
             on_rank_0(self._check_model)
             return None
@@ -75,11 +71,7 @@ class ServerSampler(Sampler):
 
     def sample(self, wanted: Sequence[Wanted], *, step: int) -> Answers:
         """Responses that are all of the current weights, though the server may come back with
-        others: a server that was away has been started anew, for all that is known.
-
-        Raises:
-            ServerError: the server is down, refuses, or serves another model.
-        """
+        others: a server that was away has been started anew, for all that is known."""
         has_differed = False
         while True:
             outages = self.client.outages
