@@ -9,6 +9,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -138,7 +139,7 @@ class _Worker:
     def ask(self, message: Any, timeout_s: float, what: str) -> dict[str, Any]:
         """The answer of the process, which is ended where it gives none."""
         try:
-            self._calls.send(message)
+            self._calls.send_bytes(pickle.dumps(message))
             if self._calls.poll(timeout_s):
                 # Not pickled, as what goes there: the function may be anybody's.
                 return json.loads(self._calls.recv_bytes())
