@@ -62,16 +62,14 @@ class _Again(Exception):
 
 
 class ServerClient:
-    """Sends requests, from any thread, at most `concurrency` at once."""
+    """Sends requests, from any thread."""
 
     def __init__(self, config: ServerConfig, *, api_key: str | None = None) -> None:
         """Nothing is sent yet; the key goes along as a bearer token."""
         self.url = config.address
         self._config = config
-        self._places = threading.BoundedSemaphore(config.concurrency)
         self._closed = threading.Event()
-        self._lock = threading.Lock()
-        self._last_report = 0.0
+        self._last_report = -_REPORT_EVERY_S
         self.retries = 0
         """Requests that were sent again."""
         self.outages = 0
@@ -116,8 +114,7 @@ class ServerClient:
             except _Again as error:
                 again = error
             if again.kind == "broken" or (again.kind == "away" and down_since is None):
-                with self._lock:
-                    self.outages += 1
+                self.outages += 1
             if self._closed.is_set():
                 raise RequestFailed(f"{self.url}{path}: given up, since the run ends") from again
             if again.kind in ("away", "busy"):
@@ -151,9 +148,8 @@ class ServerClient:
         is_load = load_timeout_s is not None
         timeout_s = load_timeout_s or self._config.request_timeout_s
         try:
-            with self._places:
-                timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
-                response = self._http.request(method, path, json=body, timeout=timeout)
+            timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
+            response = self._http.request(method, path, json=body, timeout=timeout)
             if not response.is_error:
                 return read(response)
         except ServerError:
@@ -166,14 +162,13 @@ class ServerClient:
                 raise _Again("away", what) from error
             if isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)):
                 raise _Again("broken", what) from error
-            if isinstance(error, httpx.TimeoutException):
-                what += f" ({timeout_s:g} s)"
-                if is_load:
-                    what = f"took longer than {timeout_s:g} s (weights.load_timeout_s)"
-                    raise RequestFailed(f"{self.url}{path}: {what}") from error
-            elif isinstance(error, RuntimeError) and not self._closed.is_set():
+            if isinstance(error, RuntimeError) and not self._closed.is_set():
                 raise
-            raise _Again("failed", what) from error
+            if isinstance(error, httpx.TimeoutException) and is_load:
+                what = f"took longer than {timeout_s:g} s (weights.load_timeout_s)"
+                raise RequestFailed(f"{self.url}{path}: {what}") from error
+            limit = f" ({timeout_s:g} s)" if isinstance(error, httpx.TimeoutException) else ""
+            raise _Again("failed", f"{what}{limit}") from error
         what = f"{response.status_code} {response.reason_phrase}: {_excerpt(response)}"
         if response.status_code in _BUSY:
             raise _Again("busy", what, retry_after=response.headers.get("retry-after"))
@@ -192,10 +187,9 @@ class ServerClient:
 
     def _report(self, what: str, down_since: float | None) -> None:
         now = time.monotonic()
-        with self._lock:
-            if now - self._last_report < _REPORT_EVERY_S and self._last_report:
-                return
-            self._last_report = now
+        if now - self._last_report < _REPORT_EVERY_S:
+            return
+        self._last_report = now
         left = ""
         if down_since is not None:
             left = f", for {self._config.patience_s - (now - down_since):.0f} s more"
