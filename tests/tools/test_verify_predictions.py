@@ -54,7 +54,7 @@ GATED_DELTA_NETS = {
     **HYBRID,
     "num_moe_experts": 4,
     "moe_ffn_hidden_size": 24,
-    "moe_router_load_balancing_type": "global_aux_loss",
+    "moe_router_load_balancing_type": "aux_loss",
     "moe_aux_loss_coeff": 2e-2,
     "moe_z_loss_coeff": 1e-2,
 }
