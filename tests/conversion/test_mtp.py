@@ -25,7 +25,7 @@ from megatron_prefix.layout.predictions import shifted_layouts
 from megatron_prefix.rollouts.hf.export import weights_exporter
 from tests.conversion.loading import load_converted, model_section
 from tests.conversion.models import CASES, QWEN3_5, QWEN3_NEXT, write_model
-from tests.conversion.mtp import WEIGHTS, add_mtp_layers, predicted_logits
+from tests.conversion.mtp import WEIGHTS, add_mtp_layers, fuse_experts, predicted_logits
 from tests.megatron.models import HAS_PREDICTIONS
 from tests.training.runs import good_records, read_rows, run_values, trainer, write_records
 
@@ -43,6 +43,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DEPTHS = {"glm4_moe": 2}
 """Names of GLM-4.5 allow for several layers, though published models have one."""
+FUSED = ("qwen3_next",)
+"""Models that are given the experts of the MTP layer in one tensor, as Qwen3.6 is published."""
 
 
 def write(folder: Path, name: str, **how: Any) -> Path:
@@ -50,6 +52,8 @@ def write(folder: Path, name: str, **how: Any) -> Path:
     family, options = MODELS[name]
     write_model(folder, family, **{**options, **how})
     add_mtp_layers(folder, DEPTHS.get(name, 1))
+    if name in FUSED:
+        fuse_experts(folder)
     return folder
 
 
