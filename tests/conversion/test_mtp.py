@@ -172,6 +172,21 @@ def test_an_embedding_that_is_no_copy_is_named_and_kept_aside(tmp_path: Path) ->
     assert_same(source, tmp_path / "from_source")
 
 
+def test_a_run_is_told_how_weights_get_such_layers(tmp_path: Path) -> None:
+    source = write(tmp_path / "hf", "glm4_moe")
+    hf_to_megatron(source, tmp_path / "megatron")
+    section = tmp_path / "megatron" / "model.yaml"
+    values = yaml.safe_load(section.read_text())
+    assert "mtp_num_layers" not in values["model"]["transformer"]
+    values["model"]["transformer"]["mtp_num_layers"] = 2
+    section.write_text(yaml.safe_dump(values))
+    with (
+        runtime(ParallelConfig(), device="cpu", seed=9, timeout_minutes=1),
+        pytest.raises(ValueError, match=r"no tensor mtp\.layers\.0\..* convert .* with --mtp"),
+    ):
+        load_converted(tmp_path / "megatron", ParallelConfig())
+
+
 def test_verify_converts_such_layers_where_it_is_asked_to(tmp_path: Path) -> None:
     checks = verify(write(tmp_path / "hf", "deepseek_v3"), mtp=True)
     assert all(check.ok for check in checks), report_table(checks)
