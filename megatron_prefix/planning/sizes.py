@@ -28,6 +28,11 @@ def memory_model(
             f"model.transformer.mtp_num_layers: {config.mtp_num_layers}: a plan does not count the "
             "memory and FLOPs of multi-token prediction yet; set it to null to plan without it"
         )
+    if model.hybrid_layer_pattern is not None:
+        raise ConfigError(
+            f"model.hybrid_layer_pattern: {model.hybrid_layer_pattern}: a plan does not count the "
+            "memory of a HybridModel yet; a run of it works without a plan"
+        )
     fused = training.device != "cpu"
     rotary = model.position_embedding_type in ("rope", "mrope", "yarn")
     shape = model_shape(model, config)
