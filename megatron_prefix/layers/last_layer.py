@@ -33,7 +33,6 @@ from megatron_prefix.megatron.borrowed import residual_through
 from megatron_prefix.megatron.fused_gradients import gradient_by_autograd
 from megatron_prefix.megatron.releases import option
 
-
 Trimming = Literal["before", "here", "behind"]
 """Whether a layer takes and puts out all rows, puts out the needed ones only, or takes these."""
 

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_prefix.attention.layer_kinds import hybrid_layers
-from megatron_prefix.layout.hybrid_pattern import GATED_DELTA_NET
+from megatron_prefix.layout.hybrid_pattern import ATTENTION, GATED_DELTA_NET
 
 try:
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants
@@ -62,6 +62,18 @@ def recurrent_layers(config: Any) -> tuple[bool, ...]:
     if isinstance(every, int):
         return tuple((layer + 1) % every != 0 for layer in range(config.num_layers))
     return tuple(bool(entry) for entry in every)
+
+
+def attending_layers(config: Any) -> tuple[bool, ...]:
+    """[num_layers] whether each layer has softmax attention.
+
+    Args:
+        config: Megatron's `TransformerConfig`.
+    """
+    if kinds := hybrid_layers(config):
+        return tuple(kind == ATTENTION for kind in kinds)
+    recurrent = recurrent_layers(config) or (False,) * config.num_layers
+    return tuple(not is_recurrent for is_recurrent in recurrent)
 
 
 def hybrid_block_spec(

@@ -57,7 +57,12 @@ class LogProbHead:
 
     @classmethod
     def of(
-        cls, model: LanguageModule, *, vocab_size: int, chunk_tokens: int, wide_products: bool = False
+        cls,
+        model: LanguageModule,
+        *,
+        vocab_size: int,
+        chunk_tokens: int,
+        wide_products: bool = False,
     ) -> LogProbHead | None:
         """The head of a GPTModel or HybridModel; None on stages that have no output layer."""
         if not model.post_process:
@@ -119,9 +124,7 @@ class LogProbHead:
             predicted = torch.cat([self._predicted(of, weight) for of in predictions])[:, None]
             return torch.cat((found, F.pad(predicted, (0, found.shape[1] - 1))))
 
-        return output_made_by(
-            make, call, self.output_layer, of_gpt_model=self.of_gpt_model
-        )
+        return output_made_by(make, call, self.output_layer, of_gpt_model=self.of_gpt_model)
 
     def _predicted(self, predicted: PredictedLabels, weight: Tensor) -> Tensor:
         """[M] log-probabilities of one depth's labels."""
@@ -166,6 +169,4 @@ class LogProbHead:
                 made.append(make_of(logits.to(wide), rows))
             return torch.cat(made)
 
-        return output_made_by(
-            make, call, self.output_layer, of_gpt_model=self.of_gpt_model
-        )
+        return output_made_by(make, call, self.output_layer, of_gpt_model=self.of_gpt_model)

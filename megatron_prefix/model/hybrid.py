@@ -125,12 +125,8 @@ def build_hybrid_model(
         vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
         max_sequence_length=model.max_sequence_length,
         hybrid_layer_pattern=model.hybrid_layer_pattern,
-        pre_process=parallel_state.is_pipeline_first_stage(
-            ignore_virtual=False, vp_stage=vp_stage
-        ),
-        post_process=parallel_state.is_pipeline_last_stage(
-            ignore_virtual=False, vp_stage=vp_stage
-        ),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         position_embedding_type=model.position_embedding_type,

@@ -14,7 +14,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import (
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
 from megatron_prefix.attention.comm_types import COMM_TYPES, RUN_AS, layer_comm_type
-from megatron_prefix.megatron.gated_delta_net import recurrent_layers
+from megatron_prefix.megatron.gated_delta_net import attending_layers, recurrent_layers
 from megatron_prefix.megatron.options.record import (
     Option,
     Reason,
@@ -129,15 +129,14 @@ def _comm_type(kinds: Any, config: Any) -> Reason | None:
 
 def _exchanged_heads(config: Any) -> list[str]:
     """Options with the numbers of heads that layers with a2a exchange."""
-    recurrent = recurrent_layers(config) or (False,) * config.num_layers
-    exchanging = {
-        is_recurrent
-        for number, is_recurrent in zip(range(1, config.num_layers + 1), recurrent, strict=False)
-        if layer_comm_type(config, number) == "a2a"
-    }
-    options = ["num_attention_heads", "num_query_groups"] if False in exchanging else []
-    if True in exchanging:
-        options += ["linear_num_key_heads", "linear_num_value_heads"]
+    exchanging = [layer_comm_type(config, n) == "a2a" for n in range(1, config.num_layers + 1)]
+    options = []
+    for layers, heads in (
+        (attending_layers(config), ["num_attention_heads", "num_query_groups"]),
+        (recurrent_layers(config), ["linear_num_key_heads", "linear_num_value_heads"]),
+    ):
+        if any(exchanges and has for exchanges, has in zip(exchanging, layers, strict=False)):
+            options += heads
     return options
 
 
