@@ -119,6 +119,20 @@ class ModelShape:
             return self.kinds.count(DENSE)
         return self.num_layers - self.num_moe_layers
 
+    def attends(self, layer: int) -> bool:
+        """Whether a layer, from 0, has attention."""
+        if self.kinds:
+            return self.kinds[layer] == ATTENTION
+        return not any(self.recurrent_layers[layer : layer + 1])
+
+    def mixes(self, layer: int) -> bool:
+        """Whether a layer, from 0, has attention or is recurrent."""
+        return self.attends(layer) or any(self.recurrent_layers[layer : layer + 1])
+
+    def has_mlp(self, layer: int) -> bool:
+        """Whether a layer, from 0, has a dense MLP or experts."""
+        return not self.kinds or not self.mixes(layer)
+
     @property
     def first_trimmed(self) -> int:
         """The first of the layers at the end that may go on with fewer rows, from 0."""

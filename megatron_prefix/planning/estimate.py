@@ -130,7 +130,7 @@ class StepEstimate:
         if bytes_per_second is not None:
             shape = setup.memory.shape
             num_windowed = sum(shape.windowed_layers)
-            others = shape.num_layers - num_windowed - sum(shape.recurrent_layers)
+            others = shape.num_attending_layers - num_windowed
             received = m.received_per_layer * others
             received += m.windows.received_per_layer * num_windowed
             seconds += received / stages / bytes_per_second

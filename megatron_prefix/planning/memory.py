@@ -103,11 +103,15 @@ class MemoryModel:
         biases = self.linear_bias
         norm = 1 if self.rms_norm else 2
         recurrent = self._recurrent(layer)
-        if recurrent is None:
-            dense = self._attention_parameters(tp) + h * biases
-        else:
-            dense = recurrent_parameters(recurrent, h, tensor=tp) + norm * recurrent.value_channels
-        dense += 2 * norm * h
+        dense = 0
+        if s.attends(layer):
+            dense += norm * h + self._attention_parameters(tp) + h * biases
+        elif recurrent is not None:
+            dense += norm * (h + recurrent.value_channels)
+            dense += recurrent_parameters(recurrent, h, tensor=tp)
+        if not s.has_mlp(layer):
+            return dense, 0
+        dense += norm * h
         first = 2 if s.gated_linear_unit else 1
         if not self.moe_layers[layer]:
             f = s.ffn_hidden_size // tp
@@ -133,7 +137,7 @@ class MemoryModel:
         return count + s.num_attention_heads // tensor * self.sinks
 
     def _recurrent(self, layer: int) -> RecurrentShape | None:
-        """Of a recurrent layer; None: the layer attends."""
+        """Of a recurrent layer; None: the layer is none."""
         return self.shape.recurrent if any(self.shape.recurrent_layers[layer : layer + 1]) else None
 
     def outer_parameters(self, ranks: RankSizes, *, first: bool, last: bool) -> int:
@@ -177,7 +181,8 @@ class MemoryModel:
     def kept_by_layer(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
         """Bytes that autograd keeps of a layer between its forward and backward."""
         if self.recompute == "full":
-            return tokens // ranks.sequence * self.shape.hidden_size * self.element
+            given = self._given(layer, tokens, labels, ranks)
+            return given // ranks.sequence * self.shape.hidden_size * self.element
         return self._all_of_layer(layer, tokens, labels, ranks)
 
     def kept_by_outer(
@@ -205,7 +210,8 @@ class MemoryModel:
         """Bytes that a series holds of its root's T tokens beside what autograd keeps of them:
         copies of keys and values, and the wide sums of their gradients, in these layers."""
         widths = 2 * self._kv // ranks.tensor
-        return len(layers) * tokens * widths * (self.element + self.wide)
+        attending = sum(map(self.shape.attends, layers))
+        return attending * tokens * widths * (self.element + self.wide)
 
     def transient(
         self,
@@ -256,7 +262,7 @@ class MemoryModel:
                 again = self._all_of_layer(layer, tokens, labels, ranks)
             # Gathered, in the order of the stages, and the gradients of both.
             windowed = any(s.windowed_layers[layer : layer + 1])
-            width = 2 * self._kv // ranks.tensor * (self._recurrent(layer) is None)
+            width = 2 * self._kv // ranks.tensor * s.attends(layer)
             gathered = (halo_tokens if windowed else travelling) * width * 2 * (b + self.wide)
             # The row's share of the gradients of the root's keys and values.
             gathered += root_tokens * width * b
@@ -268,16 +274,23 @@ class MemoryModel:
 
     def _rows(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
         """Rows that a layer goes on with: the labelled ones, filled up, where it is trimmed."""
-        if not (self.trim_last_layer and layer == self.shape.num_layers - 1):
+        if not (self.trim_last_layer and layer >= self.shape.first_trimmed):
             return tokens
         return min(tokens, -(-max(labels, 1) // ranks.sequence) * ranks.sequence)
+
+    def _given(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
+        """Rows that a layer is given: fewer behind the first one that is trimmed."""
+        return self._rows(layer - 1, tokens, labels, ranks) if layer else tokens
 
     def _all_of_layer(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
         s, b, tp = self.shape, self.element, ranks.tensor
         h, q, kv = s.hidden_size, self._q // tp, self._kv // tp
         rows = self._rows(layer, tokens, labels, ranks)
-        # Both norms, and the first products' inputs.
-        kept = (tokens + rows) // ranks.sequence * (self._norm + h * b)
+        normed = tokens * s.mixes(layer) + rows * s.has_mlp(layer)
+        # The norms, and the first products' inputs.
+        kept = normed // ranks.sequence * (self._norm + h * b)
+        if not s.mixes(layer):
+            return kept + self._of_mlp(layer, rows, ranks)
         recurrent = self._recurrent(layer)
         if recurrent is not None:
             kept += recurrent_kept(
@@ -334,6 +347,8 @@ class MemoryModel:
 
     def _of_mlp(self, layer: int, tokens: int, ranks: RankSizes) -> int:
         s, b = self.shape, self.element
+        if not s.has_mlp(layer):
+            return 0
         if not self.moe_layers[layer]:
             return tokens * self.mlp_widths * s.ffn_hidden_size // ranks.tensor * b
         k = s.num_experts_per_token
@@ -369,6 +384,10 @@ class MemoryModel:
         # its factors, when the second product's input is gone.
         factors = 2 if s.gated_linear_unit else 1
         mlp = row + max(width + f * s.hidden_size, factors * width) * b
+        if not s.mixes(layer):
+            return mlp
+        if not s.has_mlp(layer):
+            mlp = 0
         recurrent = self._recurrent(layer)
         if recurrent is not None:
             again = recurrent_backward(recurrent, tokens=tokens, tensor=tp, wide=self.wide)

@@ -244,6 +244,6 @@ def test_what_a_run_cannot_do_with_a_pattern_is_refused_by_name(
 @pytest.mark.skipif(HAS_HYBRID_MODEL, reason="megatron-core 0.18 and newer have it")
 def test_releases_without_it_say_so() -> None:
     with pytest.raises(ConfigError, match=r"hybrid_layer_pattern: \*-: .* install 0.18"):
-        transformer_config(hybrid("*-"), ParallelConfig(), TRAINING)
+        transformer_config(model_config(hybrid_layer_pattern="*-"), ParallelConfig(), TRAINING)
     with pytest.raises(ValueError, match=r"has no HybridModel: install 0.18 or newer"):
         prefix_hybrid_model()
