@@ -25,6 +25,7 @@ from megatron_prefix.megatron.options.record import (
     set_to,
     used,
 )
+from megatron_prefix.megatron.prediction_layers import prediction_layer_numbers
 from megatron_prefix.megatron.releases import release
 
 logger = logging.getLogger(__name__)
@@ -129,13 +130,15 @@ def _comm_type(kinds: Any, config: Any) -> Reason | None:
 
 def _exchanged_heads(config: Any) -> list[str]:
     """Options with the numbers of heads that layers with a2a exchange."""
-    exchanging = [layer_comm_type(config, n) == "a2a" for n in range(1, config.num_layers + 1)]
+    attending = [n for n, attends in enumerate(attending_layers(config), start=1) if attends]
+    attending += prediction_layer_numbers(config)
+    recurrent = [n for n, is_one in enumerate(recurrent_layers(config), start=1) if is_one]
     options = []
-    for layers, heads in (
-        (attending_layers(config), ["num_attention_heads", "num_query_groups"]),
-        (recurrent_layers(config), ["linear_num_key_heads", "linear_num_value_heads"]),
+    for numbers, heads in (
+        (attending, ["num_attention_heads", "num_query_groups"]),
+        (recurrent, ["linear_num_key_heads", "linear_num_value_heads"]),
     ):
-        if any(exchanges and has for exchanges, has in zip(exchanging, layers, strict=False)):
+        if any(layer_comm_type(config, number) == "a2a" for number in numbers):
             options += heads
     return options
 
