@@ -47,8 +47,8 @@ def prefix_grouped(spec: Spec) -> Spec:
 
     Args:
         spec: a layer `ModuleSpec`, `TransformerBlockSubmodules`, the spec of an MTP block (for
-            `prefix_gpt_model`), or any dataclass of specs (local, Transformer Engine, MoE,
-            heterogeneous). It is not changed.
+            `prefix_gpt_model`) or of a HybridModel's stack (for `prefix_hybrid_model`), or any
+            dataclass of specs (local, Transformer Engine, MoE, heterogeneous). It is not changed.
 
     Returns:
         The same structure with every `SelfAttention`, `MLASelfAttention` and `GatedDeltaNet`, their
