@@ -23,6 +23,7 @@ from megatron_prefix.checkpoints.torch_dist import contents, read_metadata
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.config.loader import load_dataclass, read_yaml
 from megatron_prefix.distributed.rank_results import raise_together
+from megatron_prefix.layout.hybrid_pattern import layers_of
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.model.parameter_shards import ParameterShard, parameter_shards
 
@@ -125,6 +126,11 @@ def _compare_options(
         for field in dataclasses.fields(ModelConfig)
         if field.name not in _FREE
     }
+    # Where stages begin is the layout's, which weights do not depend on.
+    pairs["model.hybrid_layer_pattern"] = (
+        recorded.hybrid_layer_pattern and layers_of(recorded.hybrid_layer_pattern),
+        model.hybrid_layer_pattern and layers_of(model.hybrid_layer_pattern),
+    )
     if not recorded.rope_scaling and not model.rope_scaling:
         del pairs["model.rope_scaling_factor"]
     for key, value in recorded.transformer.items():

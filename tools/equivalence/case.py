@@ -16,6 +16,7 @@ from megatron_prefix.config import (
     ParallelConfig,
     TrainingConfig,
 )
+from megatron_prefix.layout.hybrid_pattern import layers_of
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.planning.shapes import longest_sequence, responses_of
 from megatron_prefix.rollouts.records import RolloutGroup
@@ -280,6 +281,7 @@ def check_lengths(shapes: list[dict[str, Any]], model: ModelConfig, path: Path |
 
 def with_comm_types(model: ModelConfig, kinds: list[str]) -> ModelConfig:
     """The model with one kind of context-parallel communication, or with several by turns."""
-    layers = model.transformer["num_layers"]
+    pattern = model.hybrid_layer_pattern
+    layers = model.transformer["num_layers"] if pattern is None else len(layers_of(pattern))
     value = kinds[0] if len(kinds) == 1 else [kinds[i % len(kinds)] for i in range(layers)]
     return dataclasses.replace(model, transformer={**model.transformer, "cp_comm_type": value})
