@@ -28,8 +28,8 @@ from os import PathLike
 from typing import Any
 
 from megatron_prefix.rollouts.batch_builder import BatchBuilder
-from megatron_prefix.rollouts.group_reader import GroupReader, ReadGroup, Unrewarded
-from megatron_prefix.rollouts.records import RolloutBatch
+from megatron_prefix.rollouts.group_reader import GroupReader, ReadGroup
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.rewards import close_reward, reward_batch
 from megatron_prefix.rollouts.stream import RecordStream, position_kept
 
@@ -42,11 +42,14 @@ class _Made:
 
     def __init__(self) -> None:
         self.builder = BatchBuilder()
-        self.unrewarded: list[tuple[Unrewarded, ...]] = []
+        self.unrewarded: list[tuple[int, RolloutGroup]] = []
+        """With the index of each one's first response in the batch."""
+        self._num_responses = 0
 
     def add(self, read: ReadGroup) -> None:
         self.builder.add(read.batch)
-        self.unrewarded.append(read.unrewarded)
+        self.unrewarded += [(self._num_responses + n, group) for n, group in read.unrewarded]
+        self._num_responses += read.batch.num_responses
 
 
 class FileEngine:
@@ -119,15 +122,10 @@ class FileEngine:
             ValueError: a reward could not be computed.
         """
         batch = made.builder.build()
-        unrewarded = [
-            (int(start) + part.first, part.group)
-            for start, of_group in zip(batch.group_offsets[:-1], made.unrewarded, strict=True)
-            for part in of_group
-        ]
-        if not unrewarded:
+        if not made.unrewarded:
             return batch
         assert self._reward is not None
-        return reward_batch(self._reward, batch, unrewarded)
+        return reward_batch(self._reward, batch, made.unrewarded)
 
     def each(self) -> Iterator[ReadGroup]:
         """All groups once, for the rank that reads; the position stays.

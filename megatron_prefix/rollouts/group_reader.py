@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from megatron_prefix.rollouts.batch_builder import BatchBuilder
+from megatron_prefix.rollouts.kinds import offsets_of
 from megatron_prefix.rollouts.named_rewards import weighted_record
-from megatron_prefix.rollouts.parsing import (
-    batch_of_arrays,
-    group_id,
-    parse_group,
-    parse_response,
-    response_field,
-)
+from megatron_prefix.rollouts.parsing import ALL_OR_NONE, group_id, read_group
 from megatron_prefix.rollouts.positions import FIELDS as POSITIONS
-from megatron_prefix.rollouts.positions import PositionsOfParts, with_positions_of_group
-from megatron_prefix.rollouts.record import START, FilePosition, Record, of_each_response
+from megatron_prefix.rollouts.positions import with_positions
+from megatron_prefix.rollouts.record import FilePosition, Record
 from megatron_prefix.rollouts.record_forms import RecordForms
-from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, plain_tokens
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.rewards import RewardFunction
 from megatron_prefix.rollouts.routes import FIELD as ROUTES
 from megatron_prefix.rollouts.routes import RouteReader
 from megatron_prefix.rollouts.usable import Usable
-from megatron_prefix.rollouts.validation import Limits, is_trainable, validate_group
-
-Value = TypeVar("Value")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unrewarded:
-    """Responses of one record that gives an answer and no rewards."""
-
-    first: int
-    """Index of the first one in the group."""
-    group: RolloutGroup
-    """As the record gives them."""
+from megatron_prefix.rollouts.validation import Limits, validate_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +33,9 @@ class ReadGroup:
 
     batch: RolloutBatch
     """This group alone; a reward that is missing is 0."""
-    unrewarded: tuple[Unrewarded, ...]
-    """What has to be rewarded."""
+    unrewarded: tuple[tuple[int, RolloutGroup], ...]
+    """What has to be rewarded: the responses of each record that gives an answer and no rewards,
+    with the index of the first one in the group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,79 +76,82 @@ class GroupReader:
 
     def _whole(self, record: Record) -> ReadGroup:
         """The group of a record that holds a whole one."""
-        batch = batch_of_arrays(record)
-        if batch is None or not is_trainable(batch, self.limits):
-            group = parse_group(record)
-            validate_group(group, self.limits)
-            batch = RolloutBatch.from_groups([group])
-        unrewarded: tuple[Unrewarded, ...] = ()
-        if self._lacks_rewards(record, "rewards"):
-            unrewarded = (Unrewarded(first=0, group=batch.group(0)),)
+        batch, routes, unrewarded = self._read(record, 0)
         self._check_size(record.source, batch.num_responses)
-        self._check_positions(record)
-        if any(name in record.values for name in POSITIONS):
-            batch = with_positions_of_group(batch, record)
-        routes = self._routes_of(record)
-        if self.routes is not None:
-            where = f"{record.source}: {ROUTES}"
-            values = of_each_response(routes, where, batch.num_responses)
-            names = [f"{where}[{response}]" for response in range(len(values))]
-            batch = self.routes.of_group(batch, values, names)
-        return ReadGroup(batch=batch, unrewarded=unrewarded)
+        return self._finished(batch, routes, unrewarded)
 
     def _join(self, name: str | int, records: Iterable[Record]) -> tuple[ReadGroup, FilePosition]:
         """One group of the consecutive records of one response each, and the position after it."""
-        parts: list[RolloutGroup] = []
-        unrewarded: list[Unrewarded] = []
+        builder = BatchBuilder()
         routes: list[tuple[Any, str]] = []
-        positions = PositionsOfParts(name)
-        end = START
-        for record in records:
-            end = record.end
-            part = parse_response(record)
-            validate_group(part, self.limits, field_name=response_field)
-            if self._lacks_rewards(record, "reward"):
-                unrewarded.append(Unrewarded(first=len(parts), group=part))
-            routes.append((self._routes_of(record), f"{record.source}: {ROUTES}"))
-            self._check_positions(record)
-            positions.add(record, len(part.prompt), len(part.responses[0]))
-            parts.append(part)
-            _check_same_group(name, parts[0], part)
+        unrewarded: list[tuple[int, RolloutGroup]] = []
+        first: tuple[Record, RolloutBatch] | None = None
+        for count, record in enumerate(records, start=1):
+            part, of_part, to_reward = self._read(record, count - 1)
+            routes += of_part
+            unrewarded += to_reward
+            first = first or (record, part)
+            _check_same_group(name, first, (record, part))
+            builder.add(part)
             # At once: a file in which every record has the same group must not be read to its end.
-            if self.group_size is not None and len(parts) > self.group_size:
+            if self.group_size is not None and count > self.group_size:
                 raise ValueError(
-                    f"{part.source}: group: {name!r} has more responses than "
+                    f"{record.source}: group: {name!r} has more responses than "
                     f"group_size={self.group_size}"
                 )
-        first, last = parts[0], parts[-1]
-        group = RolloutGroup(
-            prompt=first.prompt,
-            responses=_chained(part.responses for part in parts),
-            rewards=_chained(part.rewards for part in parts),
-            named_rewards={
-                name: np.concatenate([part.named_rewards.get(name, [np.nan]) for part in parts])
-                for name in dict.fromkeys(name for part in parts for name in part.named_rewards)
-            },
-            # Every part has one response: nothing to chain means that none gives them.
-            turn_rewards=_chained(part.turn_rewards for part in parts) or None,
-            advantages=_chained(part.advantages for part in parts) or None,
-            old_logprobs=_chained(part.old_logprobs for part in parts) or None,
-            loss_mask=_chained(part.loss_mask for part in parts) or None,
-            prompt_keys=first.prompt_keys,
-            keys=_chained(part.keys for part in parts) or None,
-            finished=_chained(part.finished for part in parts) or None,
-            answer=first.answer,
-            record=first.record,
-            source=_source_range(first.source, last.source),
+        assert first is not None
+        source = _source_range(first[0].source, record.source)
+        self._check_size(source, count)
+        parts, beginning = builder.build(), first[1]
+        of_group = ("prompt_offsets", "prompt_tokens", "prompt_keys", "prompt_position_shifts")
+        batch = dataclasses.replace(
+            parts,
+            group_offsets=offsets_of([count]),
+            **{field: getattr(beginning, field) for field in (*of_group, "answers", "records")},
+            policy_versions=beginning.policy_versions,
+            sources=(source,),
         )
-        self._check_size(group.source, len(parts))
-        batch = positions.joined(RolloutBatch.from_groups([group]))
+        return self._finished(batch, routes, unrewarded), record.end
+
+    def _read(
+        self, record: Record, first: int
+    ) -> tuple[RolloutBatch, list[tuple[Any, str]], list[tuple[int, RolloutGroup]]]:
+        """A record's responses, the first of which has this index in its group.
+
+        Returns:
+            The responses, their routes (see `_finished`), and what has to be rewarded.
+        """
+        batch = read_group(record)
+        validate_batch(batch, self.limits, is_whole=record.is_whole)
+        unrewarded = [(first, batch.group(0))] if self._lacks_rewards(record) else []
+        if any(name in record.values for name in POSITIONS):
+            if not self.has_mrope:
+                raise ValueError(
+                    f"{record.source}: {next(n for n in POSITIONS if n in record.values)}: only a "
+                    "model with mRoPE has positions of its own (model.position_embedding_type: "
+                    "mrope); leave them out"
+                )
+            batch = with_positions(batch, record)
+        self._check_routes(record)
+        routes = []
+        if self.routes is not None:
+            values = record.of_each_response(ROUTES, batch.num_responses)
+            routes = [(value, record.where(ROUTES, i)) for i, value in enumerate(values)]
+        return batch, routes, unrewarded
+
+    def _finished(
+        self,
+        batch: RolloutBatch,
+        routes: list[tuple[Any, str]],
+        unrewarded: list[tuple[int, RolloutGroup]],
+    ) -> ReadGroup:
+        """A whole group; `routes` are the field's values, each with how its errors begin."""
         if self.routes is not None:
             batch = self.routes.of_group(batch, *zip(*routes, strict=True))
-        return ReadGroup(batch=batch, unrewarded=tuple(unrewarded)), end
+        return ReadGroup(batch=batch, unrewarded=tuple(unrewarded))
 
-    def _routes_of(self, record: Record) -> Any:
-        """The field of a record; None where no record has it."""
+    def _check_routes(self, record: Record) -> None:
+        """All records have routes, or none has any."""
         is_there = ROUTES in record.values
         if self.routes is None and is_there:
             raise ValueError(
@@ -175,22 +164,12 @@ class GroupReader:
                 "of all records; have the engine that samples give them, or set replayed_routes: "
                 "null"
             )
-        return record.values.get(ROUTES)
 
-    def _check_positions(self, record: Record) -> None:
-        """Refuse positions of a model without mRoPE."""
-        for name in POSITIONS:
-            if name in record.values and not self.has_mrope:
-                raise ValueError(
-                    f"{record.source}: {name}: only a model with mRoPE has positions of its own "
-                    "(model.position_embedding_type: mrope); leave them out"
-                )
-
-    def _lacks_rewards(self, record: Record, field: str) -> bool:
-        """Whether the rewards of a record, in the field of that name, are to be computed."""
-        other = "reward" if field == "rewards" else "rewards"
+    def _lacks_rewards(self, record: Record) -> bool:
+        """Whether the rewards of a record are to be computed."""
+        field, other = ("rewards", "reward") if record.is_whole else ("reward", "rewards")
         if other in record.values:
-            kind = "a whole group" if field == "rewards" else "one response"
+            kind = "a whole group" if record.is_whole else "one response"
             raise ValueError(f"{record.source}: {other}: a record of {kind} has {field}; rename it")
         if "turn_rewards" in record.values:
             for other in (field, "advantages"):
@@ -227,46 +206,42 @@ def _consecutive_group(record: Record) -> Any:
     return object() if name is None else name
 
 
-def _check_same_group(name: str | int, first: RolloutGroup, part: RolloutGroup) -> None:
-    where = part.source
-    if not np.array_equal(part.prompt, first.prompt):
-        pairs = itertools.zip_longest(plain_tokens(first.prompt), plain_tokens(part.prompt))
-        position = next(i for i, (a, b) in enumerate(pairs) if a != b)
+def _check_same_group(
+    group: str | int, first: tuple[Record, RolloutBatch], part: tuple[Record, RolloutBatch]
+) -> None:
+    """Refuse a record that is not of the group which the first one begins."""
+    (begun, beginning), (record, batch) = first, part
+    where, differ = record.source, f"group {group!r} of different"
+    ours, theirs = batch.prompt_tokens, beginning.prompt_tokens
+    if not np.array_equal(ours, theirs):
+        common = min(len(ours), len(theirs))
+        differs = np.append(ours[:common] != theirs[:common], True)
         raise ValueError(
-            f"{where}: prompt: group {name!r} of different prompts; {first.source} begins it with "
-            f"{len(first.prompt)} tokens, these are {len(part.prompt)}, and they differ first at "
-            f"position {position}"
+            f"{where}: prompt: {differ} prompts; {begun.source} begins it with {len(theirs)} "
+            f"tokens, these are {len(ours)}, and they differ first at position {differs.argmax()}"
         )
-    if part.answer != first.answer:
+    if batch.answers != beginning.answers:
         raise ValueError(
-            f"{where}: answer: group {name!r} of different answers; {first.source} begins it with "
-            "another"
+            f"{where}: answer: {differ} answers; {begun.source} begins it with another"
         )
-    if first.prompt_keys is not None and part.prompt_keys is not None:
-        differs = np.asarray(part.prompt_keys) != np.asarray(first.prompt_keys)
+    for name in ALL_OR_NONE:
+        if (name in record.values) != (name in begun.values):
+            raise ValueError(
+                f"{where}: {name}: of group {group!r}, some records have it and some do not; "
+                f"{begun.source} begins it; give it in all of them or in none"
+            )
+    for name, attribute in (("keys", "prompt_keys"), ("positions", "prompt_position_shifts")):
+        found = (getattr(of, attribute) for of in (batch, beginning))
+        mine, first_ones = (
+            np.zeros((len(ours), 1)) if values is None else values.reshape(len(ours), -1)
+            for values in found
+        )
+        differs = (mine != first_ones).any(axis=1)
         if differs.any():
             raise ValueError(
-                f"{where}: prompt_keys: group {name!r} of different prompts; their keys differ "
-                f"from those of {first.source} first at position {int(differs.argmax())}"
+                f"{where}: prompt_{name}: {differ} prompts; their {name} differ from those of "
+                f"{begun.source} first at position {differs.argmax()}"
             )
-    for attribute in (
-        "turn_rewards",
-        "advantages",
-        "old_logprobs",
-        "loss_mask",
-        "finished",
-        "prompt_keys",
-        "keys",
-    ):
-        if (getattr(part, attribute) is None) != (getattr(first, attribute) is None):
-            raise ValueError(
-                f"{where}: {attribute}: of group {name!r}, some records have it and some do not; "
-                f"{first.source} begins it; give it in all of them or in none"
-            )
-
-
-def _chained(parts: Iterable[tuple[Value, ...] | None]) -> tuple[Value, ...]:
-    return tuple(value for part in parts if part is not None for value in part)
 
 
 def _source_range(first: str, last: str) -> str:

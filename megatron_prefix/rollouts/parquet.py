@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prefix.packages import needed_by
-from megatron_prefix.rollouts.record import ARRAY_FIELDS, FilePosition, Lists, Record
+from megatron_prefix.rollouts.kinds import Lists
+from megatron_prefix.rollouts.record import ARRAY_FIELDS, FilePosition, Record
 
 if TYPE_CHECKING:  # imported where the first file is opened
     import pyarrow

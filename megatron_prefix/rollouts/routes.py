@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prefix.layout.routes import check_experts
-from megatron_prefix.rollouts.record import Lists
+from megatron_prefix.rollouts.kinds import Lists
 from megatron_prefix.rollouts.records import RolloutBatch
 
 if TYPE_CHECKING:  # reading rollouts needs NumPy only

@@ -29,7 +29,7 @@ import numpy as np
 from megatron_prefix.config import TextConfig
 from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.engine import EndOfRollouts
-from megatron_prefix.rollouts.parsing import check_names, other_fields, refuse_prompt_keys
+from megatron_prefix.rollouts.parsing import check_names_of_prompt, other_fields
 from megatron_prefix.rollouts.prompts import Prompt, check_prompt
 from megatron_prefix.rollouts.record import START, Record, value_at
 from megatron_prefix.rollouts.record_files import identity_of, open_record_file, stamp_of
@@ -222,8 +222,7 @@ class TextPrompts:
         if template is not None:
             return self._of_text(_filled(template, values, source), source, told={})
         record = Record(values=values, source=source, end=START)
-        check_names(record)
-        refuse_prompt_keys(record)
+        check_names_of_prompt(record)
         if "messages" in values and "prompt" in values:
             raise ValueError(f"{source}: messages: a record has either messages or prompt")
         field = "messages" if "messages" in values else "prompt"
