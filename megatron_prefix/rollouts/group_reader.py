@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from megatron_prefix.rollouts.batch_builder import BatchBuilder
-from megatron_prefix.rollouts.kinds import offsets_of
 from megatron_prefix.rollouts.named_rewards import weighted_record
-from megatron_prefix.rollouts.parsing import ALL_OR_NONE, group_id, read_group
+from megatron_prefix.rollouts.parsing import check_same_group, group_id, other_fields, read_group
 from megatron_prefix.rollouts.positions import FIELDS as POSITIONS
 from megatron_prefix.rollouts.positions import with_positions
-from megatron_prefix.rollouts.record import FilePosition, Record
+from megatron_prefix.rollouts.record import FilePosition, GroupRecords, Record
 from megatron_prefix.rollouts.record_forms import RecordForms
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.rewards import RewardFunction
@@ -63,95 +58,64 @@ class GroupReader:
         """The groups of one file, each with the position after its last record."""
         in_own_form = (weighted_record(self.forms(r), self.reward_weights) for r in records)
         for key, members in itertools.groupby(in_own_form, key=_consecutive_group):
-            if isinstance(key, (str, int)):
-                joined = self.usable.made(partial(self._join, key, members))
-                if joined is not None:
-                    yield joined
-            else:
-                # Unpacking `members` would read the next line, which a later batch answers for.
-                record = next(members)
-                whole = self.usable.made(partial(self._whole, record))
-                if whole is not None:
-                    yield whole, record.end
+            found = self._members(key, members)
+            group = self.usable.made(partial(self._group, GroupRecords(records=found)))
+            if group is not None:
+                yield group, found[-1].end
 
-    def _whole(self, record: Record) -> ReadGroup:
-        """The group of a record that holds a whole one."""
-        batch, routes, unrewarded = self._read(record, 0)
-        self._check_size(record.source, batch.num_responses)
-        return self._finished(batch, routes, unrewarded)
-
-    def _join(self, name: str | int, records: Iterable[Record]) -> tuple[ReadGroup, FilePosition]:
-        """One group of the consecutive records of one response each, and the position after it."""
-        builder = BatchBuilder()
-        routes: list[tuple[Any, str]] = []
-        unrewarded: list[tuple[int, RolloutGroup]] = []
-        first: tuple[Record, RolloutBatch] | None = None
-        for count, record in enumerate(records, start=1):
-            part, of_part, to_reward = self._read(record, count - 1)
-            routes += of_part
-            unrewarded += to_reward
-            first = first or (record, part)
-            _check_same_group(name, first, (record, part))
-            builder.add(part)
+    def _members(self, name: Any, records: Iterator[Record]) -> list[Record]:
+        """The records of one group: one that holds it whole, or consecutive ones of its name."""
+        if not isinstance(name, (str, int)):
+            # Unpacking `records` would read the next line, which a later batch answers for.
+            return [next(records)]
+        found = []
+        for record in records:
+            found.append(record)
             # At once: a file in which every record has the same group must not be read to its end.
-            if self.group_size is not None and count > self.group_size:
+            if self.group_size is not None and len(found) > self.group_size:
                 raise ValueError(
                     f"{record.source}: group: {name!r} has more responses than "
                     f"group_size={self.group_size}"
                 )
-        assert first is not None
-        source = _source_range(first[0].source, record.source)
-        self._check_size(source, count)
-        parts, beginning = builder.build(), first[1]
-        of_group = ("prompt_offsets", "prompt_tokens", "prompt_keys", "prompt_position_shifts")
-        batch = dataclasses.replace(
-            parts,
-            group_offsets=offsets_of([count]),
-            **{field: getattr(beginning, field) for field in (*of_group, "answers", "records")},
-            policy_versions=beginning.policy_versions,
-            sources=(source,),
-        )
-        return self._finished(batch, routes, unrewarded), record.end
+        return found
 
-    def _read(
-        self, record: Record, first: int
-    ) -> tuple[RolloutBatch, list[tuple[Any, str]], list[tuple[int, RolloutGroup]]]:
-        """A record's responses, the first of which has this index in its group.
-
-        Returns:
-            The responses, their routes (see `_finished`), and what has to be rewarded.
-        """
-        batch = read_group(record)
-        validate_batch(batch, self.limits, is_whole=record.is_whole)
-        unrewarded = [(first, batch.group(0))] if self._lacks_rewards(record) else []
-        if any(name in record.values for name in POSITIONS):
-            if not self.has_mrope:
-                raise ValueError(
-                    f"{record.source}: {next(n for n in POSITIONS if n in record.values)}: only a "
-                    "model with mRoPE has positions of its own (model.position_embedding_type: "
-                    "mrope); leave them out"
+    def _group(self, group: GroupRecords) -> ReadGroup:
+        batch = read_group(group)
+        validate_batch(batch, self.limits, records=group)
+        unrewarded = []
+        for index, record in enumerate(group.records):
+            if self._lacks_rewards(record):
+                responses = batch.responses_of(0) if group.is_whole else [index]
+                to_reward = RolloutGroup(
+                    prompt=batch.prompt(0),
+                    responses=[batch.response_tokens[batch.tokens_of(r)] for r in responses],
+                    rewards=(),
+                    answer=record.values["answer"],
+                    record=other_fields(record.values),
+                    source=record.source,
                 )
-            batch = with_positions(batch, record)
-        self._check_routes(record)
-        routes = []
+                unrewarded.append((index, to_reward))
+            self._check_extras(record)
+        check_same_group(group, batch)
+        if self.group_size is not None and batch.num_responses != self.group_size:
+            raise ValueError(
+                f"{group.source}: responses: {batch.num_responses} of them, but "
+                f"group_size={self.group_size}"
+            )
+        if any(name in record.values for name in POSITIONS for record in group.records):
+            batch = with_positions(batch, group)
         if self.routes is not None:
-            values = record.of_each_response(ROUTES, batch.num_responses)
-            routes = [(value, record.where(ROUTES, i)) for i, value in enumerate(values)]
-        return batch, routes, unrewarded
-
-    def _finished(
-        self,
-        batch: RolloutBatch,
-        routes: list[tuple[Any, str]],
-        unrewarded: list[tuple[int, RolloutGroup]],
-    ) -> ReadGroup:
-        """A whole group; `routes` are the field's values, each with how its errors begin."""
-        if self.routes is not None:
-            batch = self.routes.of_group(batch, *zip(*routes, strict=True))
+            batch = self.routes.of_group(batch, group)
         return ReadGroup(batch=batch, unrewarded=tuple(unrewarded))
 
-    def _check_routes(self, record: Record) -> None:
-        """All records have routes, or none has any."""
+    def _check_extras(self, record: Record) -> None:
+        """Refuse positions that the model has not; all records have routes, or none has any."""
+        for name in POSITIONS:
+            if name in record.values and not self.has_mrope:
+                raise ValueError(
+                    f"{record.source}: {name}: only a model with mRoPE has positions of its own "
+                    "(model.position_embedding_type: mrope); leave them out"
+                )
         is_there = ROUTES in record.values
         if self.routes is None and is_there:
             raise ValueError(
@@ -167,9 +131,10 @@ class GroupReader:
 
     def _lacks_rewards(self, record: Record) -> bool:
         """Whether the rewards of a record are to be computed."""
-        field, other = ("rewards", "reward") if record.is_whole else ("reward", "rewards")
+        is_whole = "responses" in record.values
+        field, other = ("rewards", "reward") if is_whole else ("reward", "rewards")
         if other in record.values:
-            kind = "a whole group" if record.is_whole else "one response"
+            kind = "a whole group" if is_whole else "one response"
             raise ValueError(f"{record.source}: {other}: a record of {kind} has {field}; rename it")
         if "turn_rewards" in record.values:
             for other in (field, "advantages"):
@@ -193,60 +158,8 @@ class GroupReader:
             )
         return True
 
-    def _check_size(self, source: str, num_responses: int) -> None:
-        if self.group_size is not None and num_responses != self.group_size:
-            raise ValueError(
-                f"{source}: responses: {num_responses} of them, but group_size={self.group_size}"
-            )
-
 
 def _consecutive_group(record: Record) -> Any:
     """Equal for neighbouring records of one group; a record of a whole group equals none."""
     name = group_id(record)
     return object() if name is None else name
-
-
-def _check_same_group(
-    group: str | int, first: tuple[Record, RolloutBatch], part: tuple[Record, RolloutBatch]
-) -> None:
-    """Refuse a record that is not of the group which the first one begins."""
-    (begun, beginning), (record, batch) = first, part
-    where, differ = record.source, f"group {group!r} of different"
-    ours, theirs = batch.prompt_tokens, beginning.prompt_tokens
-    if not np.array_equal(ours, theirs):
-        common = min(len(ours), len(theirs))
-        differs = np.append(ours[:common] != theirs[:common], True)
-        raise ValueError(
-            f"{where}: prompt: {differ} prompts; {begun.source} begins it with {len(theirs)} "
-            f"tokens, these are {len(ours)}, and they differ first at position {differs.argmax()}"
-        )
-    if batch.answers != beginning.answers:
-        raise ValueError(
-            f"{where}: answer: {differ} answers; {begun.source} begins it with another"
-        )
-    for name in ALL_OR_NONE:
-        if (name in record.values) != (name in begun.values):
-            raise ValueError(
-                f"{where}: {name}: of group {group!r}, some records have it and some do not; "
-                f"{begun.source} begins it; give it in all of them or in none"
-            )
-    for name, attribute in (("keys", "prompt_keys"), ("positions", "prompt_position_shifts")):
-        found = (getattr(of, attribute) for of in (batch, beginning))
-        mine, first_ones = (
-            np.zeros((len(ours), 1)) if values is None else values.reshape(len(ours), -1)
-            for values in found
-        )
-        differs = (mine != first_ones).any(axis=1)
-        if differs.any():
-            raise ValueError(
-                f"{where}: prompt_{name}: {differ} prompts; their {name} differ from those of "
-                f"{begun.source} first at position {differs.argmax()}"
-            )
-
-
-def _source_range(first: str, last: str) -> str:
-    """`file.jsonl:17` and `file.jsonl:20` as `file.jsonl:17-20`."""
-    if first == last:
-        return first
-    number = len(last) - len(last.rstrip("0123456789"))
-    return f"{first}-{last[-number:]}"

@@ -28,6 +28,12 @@ class Lists:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @classmethod
+    def of(cls, parts: Sequence[NDArray], dtype: type) -> Lists:
+        """Of arrays; `dtype` is for where there are none."""
+        values = np.concatenate([np.zeros(0, dtype), *parts])
+        return cls(values=values, offsets=offsets_of([len(part) for part in parts]))
+
     def plain(self) -> list[list[Any]]:
         """As Python's own lists and numbers."""
         values, ends = self.values.tolist(), self.offsets.tolist()
@@ -105,7 +111,7 @@ FLAGS = Kind(
 )
 
 
-def read_list(value: Any, kind: Kind, where: str) -> NDArray:
+def read_list(value: Any, where: str, kind: Kind) -> NDArray:
     """A list as an array of its kind; its numbers are finite.
 
     Raises:
@@ -114,12 +120,12 @@ def read_list(value: Any, kind: Kind, where: str) -> NDArray:
     return _read(_listed(value, kind, where), kind, lambda i: f"{where}[{i}]")
 
 
-def read_item(value: Any, kind: Kind, where: str) -> NDArray:
+def read_item(value: Any, where: str, kind: Kind) -> NDArray:
     """A value of the kind, in an array of one; see `read_list`."""
     return _read([plain_value(value)], kind, lambda _: where)
 
 
-def read_lists(value: Any, kind: Kind, where: str) -> Lists:
+def read_lists(value: Any, where: str, kind: Kind) -> Lists:
     """A list of lists; see `read_list`."""
     if isinstance(value, Lists):
         if _is_of(value.values, kind):
@@ -128,10 +134,9 @@ def read_lists(value: Any, kind: Kind, where: str) -> Lists:
         value = np.split(value.values, value.offsets[1:-1])
     found = _listed(plain_value(value), kind, where, "{} is not a list")
     parts = [
-        read_list(_as_in_arrays(part, kind), kind, f"{where}[{i}]") for i, part in enumerate(found)
+        read_list(_as_in_arrays(part, kind), f"{where}[{i}]", kind) for i, part in enumerate(found)
     ]
-    values = np.concatenate([np.zeros(0, kind.dtype), *parts])
-    return Lists(values=values, offsets=offsets_of([len(part) for part in parts]))
+    return Lists.of(parts, kind.dtype)
 
 
 def _listed(
@@ -151,8 +156,11 @@ def _is_of(value: Any, kind: Kind) -> bool:
 
 def _read(given: Sequence[Any] | NDArray, kind: Kind, where: Callable[[int], str]) -> NDArray:
     values = given if isinstance(given, np.ndarray) else _converted(given, kind, where)
-    with np.errstate(over="ignore"):
-        found = values.astype(kind.dtype, copy=False)
+    if values.dtype == kind.dtype:
+        found = values
+    else:
+        with np.errstate(over="ignore"):
+            found = values.astype(kind.dtype)
     if found is values and not (kind.is_finite and found.dtype.kind == "f"):
         return found
     is_wrong = ~np.isfinite(found) if found.dtype.kind == "f" else found != values

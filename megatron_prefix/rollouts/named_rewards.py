@@ -92,7 +92,7 @@ def _named(
     found: dict[str, NDArray[np.float64]] = {}
     for name in weights:
         read = read_list if of_group else read_item
-        values = found[name] = read(given[name], NUMBERS, f"{where}.{name}")
+        values = found[name] = read(given[name], f"{where}.{name}", NUMBERS)
         if len(values) != len(found[first]):
             raise ValueError(
                 f"{where}.{name}: {len(values)}, and {len(found[first])} of {first}; there must be "

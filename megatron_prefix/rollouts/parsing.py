@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +30,7 @@ from megatron_prefix.rollouts.kinds import (
     read_list,
     read_lists,
 )
-from megatron_prefix.rollouts.record import START, Record, check_count
+from megatron_prefix.rollouts.record import START, GroupRecords, Record, check_count
 from megatron_prefix.rollouts.records import UNKNOWN, RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.turns import at_turn_ends, turn_ends
 
@@ -43,12 +43,12 @@ _OF_TOKENS = {
 """Optional fields with a value for each token of a response, and how errors count them."""
 _OF_TURNS = " for {} trained turns (runs of tokens that loss_mask has trained)"
 
-ALL_OR_NONE = ("turn_rewards", *_OF_TOKENS, "finished", "prompt_keys")
+_ALL_OR_NONE = ("turn_rewards", *_OF_TOKENS, "finished", "prompt_keys")
 """Fields that all records of the responses of a group have, or none of them."""
 
 FIELDS = (
     *("prompt", "messages", "responses", "rewards", "group", "response", "reward", "answer"),
-    *ALL_OR_NONE,
+    *_ALL_OR_NONE,
     *("routed_experts", "prompt_positions", "positions"),
 )
 
@@ -61,7 +61,7 @@ def group_id(record: Record) -> str | int | None:
     """
     check_names(record)
     values, where = record.values, f"{record.source}: "
-    if record.is_whole:
+    if "responses" in values:
         if "response" in values:
             raise ValueError(
                 f"{where}response: a record has either responses (a whole group) or response (one "
@@ -78,37 +78,36 @@ def group_id(record: Record) -> str | int | None:
     return found
 
 
-def read_group(record: Record) -> RolloutBatch:
-    """The group of a record, or of the one response that it holds, as a batch.
+def read_group(group: GroupRecords) -> RolloutBatch:
+    """The group of these records, as a batch.
 
-    Rewards that it has not are those of its turns together, or 0.
+    Rewards that they have not are those of turns together, or 0.
 
     Raises:
         ValueError: a field is missing, not of its type or not of its length, naming it.
     """
-    prompt = read_prompt(record)
-    responses = _lists(record, "responses", TOKENS)
-    if responses is None:
-        raise ValueError(f"{record.source}: {record.own_name('responses')}: missing")
+    first = group.records[0]
+    prompt = read_prompt(first)
+    responses = _lists(group, "responses", TOKENS)
     count, offsets = len(responses), responses.offsets.astype(np.int64, copy=False)
     if count == 0:
-        raise ValueError(f"{record.source}: responses: there are none; a group needs at least one")
+        raise ValueError(f"{first.source}: responses: there are none; a group needs at least one")
     for r in np.flatnonzero(np.diff(offsets) == 0):
-        raise ValueError(_empty(record.where("responses", r)))
+        raise ValueError(_empty(group.where("responses", r)))
     found = {
-        name: _values(record, name, kind, offsets, counted)
+        name: _values(group, name, kind, offsets, counted)
         for name, (kind, counted) in _OF_TOKENS.items()
     }
     mask, turn_rewards = found["loss_mask"], None
-    rewards = _of_responses(record, "rewards", NUMBERS, count)
-    if "turn_rewards" in record.values:
+    rewards = _of_responses(group, "rewards", NUMBERS, count)
+    if any("turn_rewards" in record.values for record in group.records):
         turns = np.searchsorted(turn_ends(mask, offsets), offsets)
-        given = _values(record, "turn_rewards", NUMBERS, turns, _OF_TURNS)
+        given = _values(group, "turn_rewards", NUMBERS, turns, _OF_TURNS)
         turn_rewards = at_turn_ends(given, mask, offsets)
         if rewards is None:
             # The same number whatever the order and the Python: its `sum` changed with 3.12.
             rewards = np.array([*map(math.fsum, np.split(given, turns[1:-1]))])
-    finished = _of_responses(record, "finished", FLAGS, count)
+    finished = _of_responses(group, "finished", FLAGS, count)
     return RolloutBatch(
         prompt_tokens=prompt,
         prompt_offsets=offsets_of([len(prompt)]),
@@ -116,28 +115,30 @@ def read_group(record: Record) -> RolloutBatch:
         response_tokens=responses.values,
         response_offsets=offsets,
         rewards=np.zeros(count) if rewards is None else rewards,
-        named_rewards=record.named_rewards,
+        named_rewards={
+            name: np.concatenate([of.named_rewards.get(name, [np.nan]) for of in group.records])
+            for name in dict.fromkeys(name for of in group.records for name in of.named_rewards)
+        },
         turn_rewards=turn_rewards,
-        prompt_keys=_prompt_keys(record, len(prompt)),
+        prompt_keys=_prompt_keys(first, len(prompt)),
         **found,
         finished=np.full(count, UNKNOWN, np.int8) if finished is None else finished.astype(np.int8),
         policy_versions=np.array([UNKNOWN]),
-        answers=(record.values.get("answer"),),
-        sources=(record.source,),
-        records=(other_fields(record.values),),
+        answers=(first.values.get("answer"),),
+        sources=(group.source,),
+        records=(other_fields(first.values),),
     )
 
 
 def batch_of_group(group: RolloutGroup) -> RolloutBatch:
     """A batch of the one group; see `read_group`."""
-    batch = read_group(
-        Record(
-            values={n: v for n, v in vars(group).items() if n in FIELDS and v is not None},
-            source=group.source,
-            end=START,
-            named_rewards={n: np.asarray(v, np.float64) for n, v in group.named_rewards.items()},
-        )
+    record = Record(
+        values={n: v for n, v in vars(group).items() if n in FIELDS and v is not None},
+        source=group.source,
+        end=START,
+        named_rewards={n: np.asarray(v, np.float64) for n, v in group.named_rewards.items()},
     )
+    batch = read_group(GroupRecords(records=(record,)))
     changes: dict[str, Any] = {"records": (group.record,)}
     if group.policy_version is not None:
         changes["policy_versions"] = np.array([group.policy_version])
@@ -168,7 +169,7 @@ def read_tokens(value: Any, where: str) -> NDArray[np.int32]:
     Raises:
         ValueError: it is empty, or none; it begins with `where`.
     """
-    tokens = read_list(value, TOKENS, where)
+    tokens = read_list(value, where, TOKENS)
     if len(tokens) == 0:
         raise ValueError(_empty(where))
     return tokens
@@ -178,53 +179,105 @@ def _empty(where: str) -> str:
     return f"{where}: is empty; it needs at least one token"
 
 
+def check_same_group(group: GroupRecords, batch: RolloutBatch) -> None:
+    """Refuse records that are not of the group which the first one begins.
+
+    Args:
+        group: read already.
+        batch: that `read_group` has read.
+
+    Raises:
+        ValueError: naming the record and a field.
+    """
+    first, *others = group.records
+    prompt, keys = batch.prompt_tokens, batch.prompt_keys
+    for record in others:
+        where, name = record.source, f"group {record.values['group']!r}"
+        ours = read_prompt(record)
+        if not np.array_equal(ours, prompt):
+            common = min(len(ours), len(prompt))
+            differs = np.append(ours[:common] != prompt[:common], True)
+            raise ValueError(
+                f"{where}: prompt: {name} of different prompts; {first.source} begins it with "
+                f"{len(prompt)} tokens, these are {len(ours)}, and they differ first at position "
+                f"{differs.argmax()}"
+            )
+        if record.values.get("answer") != first.values.get("answer"):
+            raise ValueError(
+                f"{where}: answer: {name} of different answers; {first.source} begins it with "
+                "another"
+            )
+        differs = _prompt_keys(record, len(ours)) != keys
+        for field in _ALL_OR_NONE:
+            if (field in record.values) != (field in first.values):
+                raise ValueError(
+                    f"{where}: {field}: of {name}, some records have it and some do not; "
+                    f"{first.source} begins it; give it in all of them or in none"
+                )
+        if np.any(differs):
+            raise ValueError(
+                f"{where}: prompt_keys: {name} of different prompts; their keys differ from those "
+                f"of {first.source} first at position {differs.argmax()}"
+            )
+
+
 def _prompt_keys(record: Record, count: int) -> NDArray[np.int64] | None:
     if "prompt_keys" not in record.values:
         return None
     where = f"{record.source}: prompt_keys"
-    keys = read_list(record.values["prompt_keys"], KEYS, where)
+    keys = read_list(record.values["prompt_keys"], where, KEYS)
     if len(keys) != count:
         raise ValueError(f"{where}: {len(keys)} for {count} tokens; there must be one for each")
     return keys
 
 
-def _of_responses(record: Record, field: str, kind: Kind, count: int) -> NDArray | None:
-    """[R] a field with a value for each response."""
-    name = record.own_name(field)
-    if name not in record.values:
+def _of_responses(group: GroupRecords, field: str, kind: Kind, count: int) -> NDArray | None:
+    """[R] a field with a value for each response; 0 for records without it, None if none has it."""
+    name = group.own_name(field)
+    given = [(of.values.get(name), f"{of.source}: {name}") for of in group.records]
+    if all(value is None for value, _ in given):
         return None
-    value, where = record.values[name], f"{record.source}: {name}"
-    if not record.is_whole:
-        return read_item(value, kind, where)
-    found = read_list(value, kind, where)
+    if not group.is_whole:
+        nothing = np.zeros(1, kind.dtype)
+        return np.concatenate(
+            [nothing if value is None else read_item(value, at, kind) for value, at in given]
+        )
+    ((value, where),) = given
+    found = read_list(value, where, kind)
     check_count(where, len(found), count)
     return found
 
 
-def _lists(record: Record, field: str, kind: Kind) -> Lists | None:
-    """[R] a field with a list for each response."""
-    name = record.own_name(field)
-    if name not in record.values:
-        return None
-    value, where = record.values[name], f"{record.source}: {name}"
-    if record.is_whole:
-        return read_lists(value, kind, where)
-    values = read_list(value, kind, where)
-    return Lists(values=values, offsets=offsets_of([len(values)]))
+def _lists(
+    group: GroupRecords, field: str, kind: Kind, default: Callable[[int], NDArray] | None = None
+) -> Lists:
+    """[R] a field with a list for each response, or its default for a response without."""
+    name = group.own_name(field)
+    given = [(of.values.get(name), f"{of.source}: {name}") for of in group.records]
+    if group.is_whole:
+        return read_lists(*given[0], kind)
+    lists = [
+        default(r) if value is None and default is not None else read_list(value, where, kind)
+        for r, (value, where) in enumerate(given)
+    ]
+    return Lists.of(lists, kind.dtype)
 
 
 def _values(
-    record: Record, field: str, kind: Kind, offsets: NDArray[np.int64], counted: str
+    group: GroupRecords, field: str, kind: Kind, offsets: NDArray[np.int64], counted: str
 ) -> NDArray | None:
     """The values of a field that has so many for each response as these offsets say."""
-    found = _lists(record, field, kind)
-    if found is None or np.array_equal(found.offsets, offsets):
-        return None if found is None else found.values
-    check_count(f"{record.source}: {field}", len(found), len(offsets) - 1)
-    lengths, expected = np.diff(found.offsets), np.diff(offsets)
+    if not any(field in record.values for record in group.records):
+        return None
+    expected = np.diff(offsets)
+    found = _lists(group, field, kind, lambda r: np.full(expected[r], kind is FLAGS, kind.dtype))
+    if np.array_equal(found.offsets, offsets):
+        return found.values
+    check_count(f"{group.source}: {field}", len(found), len(expected))
+    lengths = np.diff(found.offsets)
     r = int((lengths != expected).argmax())
     raise ValueError(
-        f"{record.where(field, r)}: {lengths[r]}{counted.format(expected[r])}; there must be one "
+        f"{group.where(field, r)}: {lengths[r]}{counted.format(expected[r])}; there must be one "
         "for each"
     )
 

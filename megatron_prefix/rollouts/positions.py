@@ -14,39 +14,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prefix.rollouts.kinds import plain_value
-from megatron_prefix.rollouts.record import Record
+from megatron_prefix.rollouts.record import GroupRecords, Record
 from megatron_prefix.rollouts.records import RolloutBatch
 
 FIELDS = ("prompt_positions", "positions")
 """Of a record: those of the prompt, and those of each response."""
 
 
-def with_positions(batch: RolloutBatch, record: Record) -> RolloutBatch:
-    """The batch of a record with its positions.
+def with_positions(batch: RolloutBatch, group: GroupRecords) -> RolloutBatch:
+    """The batch of a group with the positions that its records have.
 
-    Without those of the prompt, all three are counted from 0; without those of the responses they
-    go on from the largest position of the prompt.
+    Without those of the prompt, all three are counted from 0; without those of a response they go
+    on from the largest position of the prompt.
 
     Raises:
         ValueError: they are not three lists of a position for each token, naming them.
     """
     length, lengths = len(batch.prompt_tokens), np.diff(batch.response_offsets).tolist()
     places = np.arange(length + max(lengths), dtype=np.int32)[:, None]
-    shifts, goes_on = np.zeros((length, 3), dtype=np.int32), 0
-    if FIELDS[0] in record.values:
-        where = f"{record.source}: {FIELDS[0]}"
-        prompt = _read(record.values[FIELDS[0]], where, length)
-        shifts, goes_on = prompt - places[:length], int(prompt.max()) + 1 - length
-    of_responses = [np.full((count, 3), goes_on, dtype=np.int32) for count in lengths]
-    if FIELDS[1] in record.values:
-        values = record.of_each_response(FIELDS[1], len(lengths))
-        of_responses = [
-            _read(value, record.where(FIELDS[1], i), count) - places[length : length + count]
-            for i, (value, count) in enumerate(zip(values, lengths, strict=True))
-        ]
+    first, *others = (_of_prompt(record, length) for record in group.records)
+    for record, of_prompt in zip(group.records[1:], others, strict=True):
+        if not np.array_equal(of_prompt, first):
+            raise ValueError(
+                f"{record.source}: {FIELDS[0]}: group {record.values['group']!r} of different "
+                f"prompts; their positions differ from those of {group.records[0].source}"
+            )
+    goes_on = int(first.max()) + 1 - length
+    of_responses = [
+        np.full((count, 3), goes_on, dtype=np.int32)
+        if value is None
+        else _read(value, group.where(FIELDS[1], i), count) - places[length : length + count]
+        for i, (value, count) in enumerate(
+            zip(group.given(FIELDS[1], len(lengths)), lengths, strict=True)
+        )
+    ]
     return dataclasses.replace(
-        batch, prompt_position_shifts=shifts, position_shifts=np.concatenate(of_responses)
+        batch,
+        prompt_position_shifts=first - places[:length],
+        position_shifts=np.concatenate(of_responses),
     )
+
+
+def _of_prompt(record: Record, length: int) -> NDArray[np.int32]:
+    """[length, 3] as a record has them, or else counted from 0."""
+    if FIELDS[0] not in record.values:
+        return np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, axis=1)
+    return _read(record.values[FIELDS[0]], f"{record.source}: {FIELDS[0]}", length)
 
 
 def _read(value: Any, where: str, num_tokens: int) -> NDArray[np.int32]:

@@ -8,7 +8,7 @@ of number, such as a list that holds a null.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,17 +37,6 @@ ARRAY_FIELDS: dict[str, Kind] = {
 _OF_ONE = {"responses": "response", "rewards": "reward"}
 
 
-def name_of(field: str, response: int, *, is_whole: bool) -> str:
-    """How errors name a field of a response.
-
-    Args:
-        field: of a group.
-        response: its index in the group.
-        is_whole: whether the record holds a whole group; one response by itself has no index.
-    """
-    return f"{field}[{response}]" if is_whole else _OF_ONE.get(field, field)
-
-
 @dataclass(frozen=True, kw_only=True)
 class FilePosition:
     """Where a file is to be read on."""
@@ -74,28 +63,47 @@ class Record:
     named_rewards: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     """[responses] each, where it gives rewards by name; `values` have their weighted sum."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRecords:
+    """The records of one group: one that holds all its responses, or one for each response."""
+
+    records: Sequence[Record]
+
     @property
     def is_whole(self) -> bool:
-        """Whether it holds a whole group, rather than one response of it."""
-        return "responses" in self.values
+        """Whether a record holds all responses."""
+        return "responses" in self.records[0].values
+
+    @property
+    def source(self) -> str:
+        """Where they stand: `file.jsonl:17` to `file.jsonl:20` are `file.jsonl:17-20`."""
+        first, last = self.records[0].source, self.records[-1].source
+        number = len(last) - len(last.rstrip("0123456789"))
+        return first if first == last else f"{first}-{last[-number:]}"
 
     def own_name(self, field: str) -> str:
-        """What the record calls a field of responses."""
+        """What the records call a field of responses."""
         return field if self.is_whole else _OF_ONE.get(field, field)
 
     def where(self, field: str, response: int) -> str:
         """How errors begin that are about a response's value of a field."""
-        return f"{self.source}: {name_of(field, response, is_whole=self.is_whole)}"
+        if self.is_whole:
+            return f"{self.records[0].source}: {field}[{response}]"
+        return f"{self.records[response].source}: {self.own_name(field)}"
 
-    def of_each_response(self, field: str, count: int) -> list[Any]:
-        """The values of a field that the record has, by response; arrays where it has arrays.
+    def given(self, field: str, count: int) -> list[Any]:
+        """The values of a field of so many responses, as they are; None where there is none.
 
         Raises:
-            ValueError: there is not one for each of so many responses.
+            ValueError: a record of a whole group has the field, and not one for each response.
         """
-        value, where = self.values[field], f"{self.source}: {field}"
         if not self.is_whole:
-            return [value]
+            return [record.values.get(field) for record in self.records]
+        (record,) = self.records
+        value, where = record.values.get(field), f"{record.source}: {field}"
+        if value is None:
+            return [None] * count
         if isinstance(value, Lists):
             value = np.split(value.values, value.offsets[1:-1])
         if not isinstance(value, list):

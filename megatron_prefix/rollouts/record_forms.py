@@ -372,7 +372,7 @@ _NUMBERS = dataclasses.replace(NUMBERS, is_finite=False)
 def _list(record: Record, name: str, kind: Kind, count: int | None = None) -> np.ndarray:
     """A field that has a value for each of so many tokens; None: of any length."""
     where = f"{record.source}: {name}"
-    found = read_list(record.values.get(name), kind, where)
+    found = read_list(record.values.get(name), where, kind)
     if count is not None and len(found) != count:
         raise ValueError(
             f"{where}: {len(found)} values for {count} tokens; there must be one for each"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prefix.rollouts.record import name_of
+from megatron_prefix.rollouts.record import GroupRecords
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.usable import UnusableRecord
 
@@ -43,13 +43,15 @@ def validate_group(group: RolloutGroup, limits: Limits) -> None:
     validate_batch(RolloutBatch.from_groups([group]), limits)
 
 
-def validate_batch(batch: RolloutBatch, limits: Limits, *, is_whole: bool = True) -> None:
+def validate_batch(
+    batch: RolloutBatch, limits: Limits, *, records: GroupRecords | None = None
+) -> None:
     """Check that a model can train on every group of the batch.
 
     Args:
         batch: its arrays are of their types and lengths.
         limits: of the model.
-        is_whole: False for a response whose record holds no others, in a batch by itself.
+        records: that the one group of the batch comes from, for errors; None: of other groups.
 
     Raises:
         ValueError: a token outside of the vocabulary, a prompt and response beyond the model's
@@ -59,9 +61,11 @@ def validate_batch(batch: RolloutBatch, limits: Limits, *, is_whole: bool = True
     prompts, responses = np.diff(batch.prompt_offsets), np.diff(batch.response_offsets)
 
     def where(field: str, response: int) -> str:
+        if records is not None:
+            return records.where(field, response)
         group = int(np.searchsorted(batch.group_offsets, response, side="right")) - 1
         index = response - int(batch.group_offsets[group])
-        return f"{batch.sources[group]}: {name_of(field, index, is_whole=is_whole)}"
+        return f"{batch.sources[group]}: {field}[{index}]"
 
     def where_token(field: str, place: int) -> str:
         response = int(np.searchsorted(batch.response_offsets, place, side="right")) - 1
