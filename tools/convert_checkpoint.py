@@ -245,7 +245,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _read_groups(path: Path, count: int) -> list[tuple[Any, Any]]:
-    from megatron_prefix.rollouts.parsing import read_group
+    from megatron_prefix.rollouts.parsing import group_id, read_group
     from megatron_prefix.rollouts.record import START, GroupRecords
     from megatron_prefix.rollouts.record_files import open_record_file
 
@@ -253,6 +253,7 @@ def _read_groups(path: Path, count: int) -> list[tuple[Any, Any]]:
     for record in open_record_file(path).records(START):
         if len(groups) == count:
             break
+        group_id(record)  # which refuses a record without responses
         group = read_group(GroupRecords(records=(record,))).group(0)
         groups.append((group.prompt, group.responses))
     return groups
