@@ -45,11 +45,7 @@ class ParquetFile:
 
     def can_continue_at(self, position: FilePosition) -> bool:
         """Whether there are so many rows."""
-        try:
-            with self._open(self.path) as file:
-                return position.number <= file.metadata.num_rows
-        except self._errors as error:
-            raise ValueError(f"{self.path}: not readable as Parquet: {error}") from error
+        return position.number <= self.count()
 
     def count(self) -> int:
         """The rows."""

@@ -22,7 +22,7 @@ from megatron_prefix.rollouts.parsing import (
     read_tokens,
 )
 from megatron_prefix.rollouts.record import FilePosition, Record
-from megatron_prefix.rollouts.stream import RecordStream
+from megatron_prefix.rollouts.stream import HasPosition, RecordStream
 from megatron_prefix.rollouts.text.messages import Message
 from megatron_prefix.rollouts.usable import UnusableRecord, Usable
 from megatron_prefix.rollouts.validation import TOO_LONG, check_vocabulary
@@ -47,7 +47,7 @@ class Prompt:
     """Other fields of its record, for a reward function."""
 
 
-class PromptSource(Protocol):
+class PromptSource(HasPosition, Protocol):
     """Gives an engine its prompts, in an order that can be continued."""
 
     def take(self, count: int) -> list[Prompt]:
@@ -56,26 +56,6 @@ class PromptSource(Protocol):
         Raises:
             EndOfRollouts: fewer are left in the last epoch.
             ValueError: a record that is wrong; nothing is taken then.
-        """
-        ...
-
-    def each(self) -> Iterator[Prompt]:
-        """All prompts once, in the order of the files; the position stays.
-
-        Raises:
-            ValueError: a record that is wrong.
-        """
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, as plain values."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
-
-        Raises:
-            ValueError: the data is not that of `state`.
         """
         ...
 
