@@ -6,8 +6,8 @@ For each token, with a state S [K, V] of a head that runs along its path:
 
 A chunk's tokens are computed together from the state before it, and waves of chunks one after the
 other (see `layout.recurrence`). Branches of the tree begin with the same state, whose gradient adds
-up theirs. Only the rows are kept for backward, and under context parallelism the states that a
-rank's runs begin with; chunks and the states between them are computed again there.
+up theirs. Only the rows are kept for backward, and the states that runs begin with where other
+ranks or an earlier row have made them; chunks and the states between them are computed again there.
 
 Shapes: T tokens, H heads, K and V the sizes of keys and values; C chunks of c tokens.
 """
@@ -36,6 +36,7 @@ def gated_delta_rule(
     beta: Tensor,
     row: Recurrence[Tensor],
     states: RankStates | None = None,
+    begin: Tensor | None = None,
 ) -> Tensor:
     """The outputs of a row's tokens. With `states` collective, backward too.
 
@@ -45,11 +46,26 @@ def gated_delta_rule(
         beta: [T, H] how much of a key's value is written, in [0, 1].
         row: the row's paths, or those of this rank's part of it.
         states: of the row's sharded segments; None: it has none.
+        begin: [H, K, V] the state behind a root that an earlier row has run; None: it has its own.
 
     Returns:
         [T, H, V] in v's dtype; 0 on padding.
     """
-    return _DeltaRule.apply(q, k, v, g, beta, row, states)
+    return _DeltaRule.apply(q, k, v, g, beta, begin, row, states, False)[0]
+
+
+def rule_and_last_state(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, row: Recurrence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The outputs of a row of one segment, and the state behind it; both have gradients.
+
+    Args:
+        q, k, v, g, beta, row: see `gated_delta_rule`.
+
+    Returns:
+        The outputs, and the state [H, K, V] in float32 or wider.
+    """
+    return _DeltaRule.apply(q, k, v, g, beta, None, row, None, True)
 
 
 def rule_and_states(
@@ -95,7 +111,7 @@ def delta_rule_step(
 
 
 class _DeltaRule(torch.autograd.Function):
-    """Saves the rows, and the states that runs begin with where other ranks have made them."""
+    """Saves the rows, and the states that runs begin with where they come from elsewhere."""
 
     @staticmethod
     def forward(
@@ -105,31 +121,42 @@ class _DeltaRule(torch.autograd.Function):
         v: Tensor,
         g: Tensor,
         beta: Tensor,
+        begin: Tensor | None,
         row: Recurrence[Tensor],
         states: RankStates | None,
-    ) -> Tensor:
+        asks_for_last: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         """Compute the maps of this rank's pieces, gather all, and go on from the states."""
-        chunks, begins = _Chunks.of(q, k, v, g, beta, row), None
-        if states is not None:
+        chunks, begins = _Chunks.of(q, k, v, g, beta, row), begin
+        if begin is not None:
+            begins = begin[None]
+        elif states is not None:
             begins = states.before_runs(chunks.maps(row, added=True))
         ctx.save_for_backward(q, k, v, g, beta, begins)
         ctx.row, ctx.states = row, states
-        return chunks.read(row, begins)[0].to(v.dtype)
+        ctx.last = {len(row.chunks) - 1: None} if asks_for_last else {}
+        last = dict(ctx.last)
+        out = chunks.read(row, begins, last)[0].to(v.dtype)
+        return (out, *last.values()) if asks_for_last else (out, None)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute the chunks again. What the gradient of a piece's last state is, ranks find as
         they found the states: from what each run gives to the state that it began with."""
         *inputs, begins = ctx.saved_tensors
         row, states = ctx.row, ctx.states
         inputs = [x.detach().requires_grad_() for x in inputs]
-        if states is not None:
+        if begins is not None:
             begins = begins.detach().requires_grad_()
+        last = dict(ctx.last)
         with torch.enable_grad():
             chunks = _Chunks.of(*inputs, row)
-            out, ends = chunks.read(row, begins)
+            out, ends = chunks.read(row, begins, last)
         outputs, gradients = [out], [dout.to(out.dtype)]
+        if last:
+            outputs += last.values()
+            gradients.append(d_last)
         if states is not None:
             (d_begins,) = torch.autograd.grad(
                 out, begins, gradients, retain_graph=True, materialize_grads=True
@@ -137,7 +164,10 @@ class _DeltaRule(torch.autograd.Function):
             factors = chunks.maps(row, added=False)
             outputs.append(ends)
             gradients.append(states.gradients_of_ends(factors, d_begins))
-        return *torch.autograd.grad(outputs, inputs, gradients), None, None
+        elif begins is not None:
+            *of_inputs, d_begins = torch.autograd.grad(outputs, [*inputs, begins], gradients)
+            return *of_inputs, d_begins[0], None, None, None
+        return *torch.autograd.grad(outputs, inputs, gradients), None, None, None, None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -274,7 +304,11 @@ def _in_chunks(x: Tensor, chunks: Tensor) -> Tensor:
 
 
 def causal_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, row: Recurrence[Tensor]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row: Recurrence[Tensor],
+    behind: Tensor | None = None,
 ) -> Tensor:
     """[T, d] of each channel, the sum of a token's last inputs along its path, weighted.
 
@@ -284,13 +318,21 @@ def causal_convolution(
         x: [T, d] inputs, and behind them those of other ranks, see `Recurrence.halo`.
         weight: [d, width], that of the token's own input last.
         bias: [d]
+        behind: [n, d] the last inputs of a root that an earlier row has run; None: it has its own.
     """
     return checkpoint(
-        _convolution, x, weight, bias, row, use_reentrant=False, preserve_rng_state=False
+        _convolution, x, weight, bias, row, behind, use_reentrant=False, preserve_rng_state=False
     )
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, row: Recurrence[Tensor]) -> Tensor:
-    with_zeros = torch.cat((x, x.new_zeros(1, x.shape[1])))
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row: Recurrence[Tensor],
+    behind: Tensor | None,
+) -> Tensor:
+    parts = (x,) if behind is None else (x, behind)
+    with_zeros = torch.cat((*parts, x.new_zeros(1, x.shape[1])))
     out = sum(with_zeros[row.inputs[:, i]] * weight[:, i] for i in range(weight.shape[1]))
     return out if bias is None else out + bias

@@ -180,7 +180,11 @@ class PrefixPackedSeqParams(PackedSeqParams):
         recurrence = None
         if setup.recurrence_width is not None:
             recurrence = RowRecurrence(
-                own=tensors.recurrence, whole_row=tensors.stages.whole_row, exchange=exchange
+                own=tensors.recurrence,
+                whole_row=tensors.stages.whole_row,
+                exchange=exchange,
+                root=root,
+                keeps_root=keeps_root,
             )
         params = cls(
             qkv_format="thd",
