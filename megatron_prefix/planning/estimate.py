@@ -131,7 +131,7 @@ class StepEstimate:
             shape = setup.memory.shape
             numbers = range(shape.num_layers + shape.prediction_depths)
             num_windowed = sum(map(shape.is_windowed, numbers))
-            others = len(numbers) - num_windowed - sum(shape.recurrent_layers)
+            others = sum(map(shape.attends, numbers)) - num_windowed
             received = m.received_per_layer * others
             received += m.windows.received_per_layer * num_windowed
             seconds += received / stages / bytes_per_second
