@@ -4,7 +4,7 @@ All prompts run once, as one packed row; what each layer computes as their keys 
 here. Then every response grows by one token per step: its query attends to its prompt's keys, which
 all responses of the prompt share, and to its own earlier tokens, merged by log-sum-exp as in
 training. If the prompts begin alike (instructions, shots), that beginning is shared by all of them.
-In layers with a sliding window it sees the last of these keys only.
+In layers with a sliding window the query sees the last of these keys only.
 Recurrent layers have states instead (see `recurrent_states`).
 
 Legend: P prompts; n responses in the cache, those of a prompt adjacent and in the prompts' order;
