@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from megatron_prefix.attention.context_parallel.halo import with_halo
 from megatron_prefix.attention.context_parallel.layer import LayerExchange
 from megatron_prefix.attention.context_parallel.states import RankStates
 from megatron_prefix.attention.delta_rule import causal_convolution, gated_delta_rule
+from megatron_prefix.attention.delta_rules import DeltaRule, TorchRule
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.layout import Recurrence
 from megatron_prefix.layout.rows import WholeRow
@@ -51,6 +52,8 @@ class RowRecurrence:
     """For layers that exchange heads; None: there are none."""
     exchange: Exchange | None = None
     """With the ranks that the row is distributed over; None: all of it is here."""
+    rule: DeltaRule = field(default_factory=TorchRule)
+    """What computes the delta rule."""
 
     def of_layer(self, number: int, *, by_heads: bool) -> LayerRecurrence:
         """What a layer needs of it.
@@ -74,7 +77,7 @@ class RowRecurrence:
                 f"layer {number}: the row was planned for layers with another cp_comm_type; give "
                 "the batch's AttentionSetup the comm_types of all layers"
             )
-        return LayerRecurrence(row=row, whole_row=whole_row, exchange=layer)
+        return LayerRecurrence(row=row, whole_row=whole_row, exchange=layer, rule=self.rule)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,6 +90,8 @@ class LayerRecurrence:
     """How heads are exchanged; None: they are not."""
     exchange: LayerExchange | None
     """None: the row is here."""
+    rule: DeltaRule
+    """See `RowRecurrence`."""
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `LayerPaths`. Collective where other ranks' inputs are needed."""
@@ -96,7 +101,7 @@ class LayerRecurrence:
 
     def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         """See `LayerPaths`. Collective where segments are sharded."""
-        return gated_delta_rule(q, k, v, g, beta, self.row, self.states)
+        return gated_delta_rule(q, k, v, g, beta, self.row, self.states, self.rule)
 
     @property
     def states(self) -> RankStates | None:

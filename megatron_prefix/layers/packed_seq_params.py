@@ -180,7 +180,10 @@ class PrefixPackedSeqParams(PackedSeqParams):
         recurrence = None
         if setup.recurrence_width is not None:
             recurrence = RowRecurrence(
-                own=tensors.recurrence, whole_row=tensors.stages.whole_row, exchange=exchange
+                own=tensors.recurrence,
+                whole_row=tensors.stages.whole_row,
+                exchange=exchange,
+                rule=setup.delta_rule,
             )
         params = cls(
             qkv_format="thd",

@@ -28,7 +28,7 @@ import numpy as np
 from megatron_prefix.layout.packing import PackedLayout
 from megatron_prefix.layout.sharding import ContextShards
 from megatron_prefix.layout.shared_states import PlacedStates, placed_states, segment_of
-from megatron_prefix.layout.stages import Recurrence, Wave
+from megatron_prefix.layout.stages import Recurrence, RunLevel, Runs, Wave
 from megatron_prefix.layout.waves import in_waves
 from megatron_prefix.layout.windows import RankRows, exchanged_halo, rows_before
 
@@ -133,7 +133,8 @@ def _recurrence(
     if ranks:
         halo, elsewhere = exchanged_halo(layout, ranks, rank, width - 1, place)
         place[elsewhere] = num_tokens + np.arange(len(elsewhere))
-    chunks, waves = _waves(runs, num_tokens, 0 if states is None else states.num_begins)
+    num_begins = 0 if states is None else states.num_begins
+    chunks, waves = _waves(runs, num_tokens, num_begins)
     places = np.zeros(num_tokens + 1, dtype=np.int64)
     places[chunks.reshape(-1)] = np.arange(chunks.size)
     return Recurrence(
@@ -142,6 +143,7 @@ def _recurrence(
         waves=waves,
         place=np.where(real, places[:-1], 0),
         real=real,
+        runs=_levels(runs, num_tokens, num_begins),
         halo=halo,
         states=None if states is None else states.shared,
     )
@@ -175,6 +177,29 @@ def _waves(
     if num_begins:
         waves[0] = dataclasses.replace(waves[0], before=begins[waves[0].chunks])
     return np.array(rows)[order], tuple(waves)
+
+
+def _levels(runs: Sequence[_Run], num_tokens: int, num_begins: int) -> Runs[np.ndarray]:
+    """The runs, level after level."""
+    found, order = in_waves([run.parent for run in runs])
+    levels = []
+    for wave in found:
+        of_level = [runs[i] for i in order[wave.chunks].tolist()]
+        bounds = np.cumsum([0] + [run.length for run in of_level])
+        before = wave.before
+        if not levels and num_begins:
+            before = np.array([run.begin % (num_begins + 1) for run in of_level], dtype=np.int64)
+        levels.append(RunLevel(bounds=tuple(bounds.tolist()), cu_seqlens=bounds, before=before))
+    ranges = [np.arange(runs[i].start, runs[i].start + runs[i].length) for i in order.tolist()]
+    tokens = np.concatenate([np.zeros(0, dtype=np.int64), *ranges])
+    place = np.full(num_tokens, len(tokens), dtype=np.int64)
+    place[tokens] = np.arange(len(tokens))
+    return Runs(
+        tokens=tokens,
+        place=place,
+        levels=tuple(levels),
+        pieces=sum(run.is_piece for run in runs),
+    )
 
 
 def _inputs(
