@@ -5,7 +5,8 @@ then rows with its responses. The root's row keeps each layer's keys and values;
 attend to them by one more stage, merged by log-sum-exp as any other, and add up their gradients
 here. Backward of the root's row comes last and takes these gradients as what flows into its keys
 and values from later rows. So the root runs once, forward and backward, and the sum of all
-gradients is the same as if it were in one row with all responses.
+gradients is the same as if it were in one row with all responses. Recurrent layers keep states,
+see `root_states.py`.
 
 Shapes: R tokens of the root, Hk key/value heads, D head dimension, Dv that of values.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_prefix.attention.kernels import MergedAttention
+from megatron_prefix.attention.root_states import RootStates
 from megatron_prefix.attention.stage_compute import StageCompute
 from megatron_prefix.layout import AttentionStage
 
@@ -47,7 +49,7 @@ class LayerRootKeys:
 
 
 class RootKeys:
-    """The root's keys and values in all layers of this rank, while its series runs."""
+    """The root's keys and values, or states, in all layers of this rank, while its series runs."""
 
     def __init__(self, num_tokens: int) -> None:
         """Nothing is kept yet.
@@ -56,21 +58,24 @@ class RootKeys:
             num_tokens: R.
         """
         self.num_tokens = num_tokens
+        self.recurrent = RootStates()
+        """Of recurrent layers."""
         self._layers: dict[int, LayerRootKeys] = {}
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """The time of one pass through the series; afterwards nothing is kept, come what may."""
-        assert not self._layers, "this series runs already"
+        assert not self.layers, "this series runs already"
         try:
             yield
         finally:
             self._layers.clear()
+            self.recurrent.clear()
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Numbers of the layers of which something is kept."""
-        return tuple(self._layers)
+        return tuple(sorted({*self._layers, *self.recurrent.inputs}))
 
     def of_layer(self, number: int) -> LayerRootKeys:
         """What was kept of a layer, counted from 1."""

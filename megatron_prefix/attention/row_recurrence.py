@@ -10,9 +10,15 @@ from torch import Tensor
 from megatron_prefix.attention.context_parallel.halo import with_halo
 from megatron_prefix.attention.context_parallel.layer import LayerExchange
 from megatron_prefix.attention.context_parallel.states import RankStates
-from megatron_prefix.attention.delta_rule import causal_convolution, gated_delta_rule
+from megatron_prefix.attention.delta_rule import (
+    causal_convolution,
+    gated_delta_rule,
+    rule_and_last_state,
+)
 from megatron_prefix.attention.delta_rules import DeltaRule, TorchRule
 from megatron_prefix.attention.exchange import Exchange
+from megatron_prefix.attention.root_keys import RootKeys
+from megatron_prefix.attention.root_states import keep
 from megatron_prefix.layout import Recurrence
 from megatron_prefix.layout.rows import WholeRow
 
@@ -52,10 +58,13 @@ class RowRecurrence:
     """For layers that exchange heads; None: there are none."""
     exchange: Exchange | None = None
     """With the ranks that the row is distributed over; None: all of it is here."""
+    root: RootKeys | None = None
+    keeps_root: bool = False
+    """See `RowAttention`; so is `root`."""
     rule: DeltaRule = field(default_factory=TorchRule)
     """What computes the delta rule."""
 
-    def of_layer(self, number: int, *, by_heads: bool) -> LayerRecurrence:
+    def of_layer(self, number: int, *, by_heads: bool) -> LayerPaths:
         """What a layer needs of it.
 
         Args:
@@ -77,6 +86,10 @@ class RowRecurrence:
                 f"layer {number}: the row was planned for layers with another cp_comm_type; give "
                 "the batch's AttentionSetup the comm_types of all layers"
             )
+        if self.root is not None:
+            assert layer is None, "no series of rows with context parallelism"
+            of_series = RootRecurrence if self.keeps_root else LaterRecurrence
+            return of_series(row=row, number=number, root=self.root, rule=self.rule)
         return LayerRecurrence(row=row, whole_row=whole_row, exchange=layer, rule=self.rule)
 
 
@@ -101,7 +114,7 @@ class LayerRecurrence:
 
     def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         """See `LayerPaths`. Collective where segments are sharded."""
-        return gated_delta_rule(q, k, v, g, beta, self.row, self.states, self.rule)
+        return gated_delta_rule(q, k, v, g, beta, self.row, self.states, rule=self.rule)
 
     @property
     def states(self) -> RankStates | None:
@@ -109,3 +122,49 @@ class LayerRecurrence:
         if self.exchange is None or self.row.states is None:
             return None
         return RankStates(plan=self.row.states, layer=self.exchange)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _RecurrenceInSeries:
+    """`LayerPaths` of a row of a series, which is whole on its rank."""
+
+    row: Recurrence[Tensor]
+    number: int
+    """Of the layer."""
+    root: RootKeys
+    rule: DeltaRule
+    """See `RowRecurrence`."""
+    whole_row: None = None
+    exchange: None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RootRecurrence(_RecurrenceInSeries):
+    """Of the first row, the root alone: what later rows go on from is kept."""
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `LayerPaths`."""
+        end = self.root.num_tokens
+        last = x[max(0, end + 1 - weight.shape[1]) : end]
+        x = keep(self.root.recurrent.inputs, self.number, last, along=x)
+        return causal_convolution(x, weight, bias, self.row)
+
+    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        """See `LayerPaths`."""
+        out, state = rule_and_last_state(q, k, v, g, beta, self.row, self.rule)
+        return keep(self.root.recurrent.states, self.number, state, along=out)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LaterRecurrence(_RecurrenceInSeries):
+    """Of a row with responses, which goes on from what was kept."""
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `LayerPaths`."""
+        behind = self.root.recurrent.inputs[self.number].leaf()
+        return causal_convolution(x, weight, bias, self.row, behind)
+
+    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        """See `LayerPaths`."""
+        begin = self.root.recurrent.states[self.number].leaf()
+        return gated_delta_rule(q, k, v, g, beta, self.row, begin=begin, rule=self.rule)

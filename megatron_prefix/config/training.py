@@ -44,8 +44,8 @@ class TrainingConfig:
     share_across_microbatches: bool = False
     """The pieces of a group that exceeds the budget follow one another on their rank and run the
     prompt once, where that makes the busiest rank less busy; each layer's keys and values of the
-    prompt are kept until the last piece is done. Not with pipeline, context or expert
-    parallelism, and not with gated delta nets."""
+    prompt, or its state, are kept until the last piece is done. Not with pipeline, context or
+    expert parallelism."""
     replayed_routes: Literal["exact", "first", "ignore"] | None = None
     """What becomes of the experts that records of `file` (`routed_experts`) or a server of kind
     vllm or sglang say tokens were sent to. `exact`: the policy's routers send each token there;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 
@@ -123,14 +123,15 @@ def gather(
 
 
 @contextlib.contextmanager
-def raise_together(*, name_rank: bool = True) -> Iterator[None]:
+def raise_together(*, name_rank: bool | Literal["others"] = True) -> Iterator[None]:
     """Raise an error of any rank on all of them, so that none is left waiting. Collective.
 
     For blocks whose ranks compute the same: user's data and user's functions are read on every
     rank, and may fail on one alone.
 
     Args:
-        name_rank: False where it does not matter which rank it was, such as where one acts for all.
+        name_rank: False where it does not matter which rank it was, such as where one acts for all;
+            "others" where rank 0 alone reads what the user gave, and other ranks may fail too.
 
     Raises:
         ValueError: the block's own (or its OSError) where every rank has the same; otherwise that
@@ -147,7 +148,8 @@ def raise_together(*, name_rank: bool = True) -> Iterator[None]:
         raise error
     for rank, message in enumerate(messages):
         if message is not None:
-            where = f"rank {rank} of {len(messages)}: " if name_rank else ""
+            is_named = rank != 0 if name_rank == "others" else name_rank
+            where = f"rank {rank} of {len(messages)}: " if is_named else ""
             raise ValueError(f"{where}{message}") from error
 
 

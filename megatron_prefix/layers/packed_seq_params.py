@@ -183,6 +183,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 own=tensors.recurrence,
                 whole_row=tensors.stages.whole_row,
                 exchange=exchange,
+                root=root,
+                keeps_root=keeps_root,
                 rule=setup.delta_rule,
             )
         params = cls(

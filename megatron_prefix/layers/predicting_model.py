@@ -171,6 +171,12 @@ class _PrefixGPTModel:
                 **tables,
             )
             depth.hidden = hidden
+            if option(self.config, "mrope_section") is not None:
+                # A table of the tokens, not of positions: its rows move as the hidden states do.
+                tables = {
+                    name: table if table is None else depth.moved(table, sequence_parallel=False)
+                    for name, table in tables.items()
+                }
 
     def _detached_embedding(self, **tokens: Tensor) -> Tensor:
         return self.embedding(**tokens).detach()

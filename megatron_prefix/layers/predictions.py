@@ -106,12 +106,20 @@ def prediction_depths(
             "the batch without needed"
         )
     found = []
+    # The layers inside attend, also where the model has others that are recurrent.
+    setup = dataclasses.replace(setup, recurrence_width=None)
     for shift, (plan, arrays) in enumerate(zip(plans, tensors, strict=True), start=1):
         if shift == 1:
             # The routers of these layers are not among those that routes are replayed to.
             of_depth = dataclasses.replace(params, routes=None, predictions=None)
         else:
             of_depth = PrefixPackedSeqParams.from_row(plan.row, arrays.model, setup)
+        # Routers learn from what predicts a token, as often as it does.
+        of_depth.multiplicity = arrays.predictions
+        if params.router_losses is not None:
+            of_depth.router_losses = dataclasses.replace(
+                params.router_losses, num_tokens=max(plan.num_predictions, 1)
+            )
         # The model's table of position embeddings is as long as the first row's sequences.
         of_depth.max_seqlen_q, of_depth.max_seqlen_kv = params.max_seqlen_q, params.max_seqlen_kv
         found.append(

@@ -15,12 +15,17 @@ The auxiliary loss of sequences (`seq_aux_loss`) is the same, since to Megatron 
 sequence. The global one has, in place of c_e, the mean over the microbatches of the step so far, of
 the counts on all data-parallel ranks; and their N.
 
+In the layers of multi-token prediction a row counts as often as a token is predicted from it, and N
+is the number of these predictions. (Megatron counts the last k rows of each sequence at depth k
+too, which read token 0 and predict nothing.)
+
 Ranks that hold parts of a row have parts of the sums over tokens, whose gradients Megatron adds up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +44,7 @@ from megatron_prefix.megatron.borrowed import (
     routing_followed_by,
     z_loss_by,
 )
+from megatron_prefix.megatron.releases import option
 
 
 def has_statistics(config: Any) -> bool:
@@ -154,11 +160,15 @@ class _WeightedRouter:
         dist.all_reduce(counts, group=group)
         return counts
 
-    def _known_scale(self, option: str) -> RouterLossScale:
+    def _known_scale(self, coefficient: str) -> RouterLossScale:
         if self.scale is None:
             raise ValueError(
-                f"the model's routers have losses ({option}), and PrefixPackedSeqParams has no "
-                "router_losses to scale them by. Give from_layout "
+                f"the model's routers have losses ({coefficient}), and PrefixPackedSeqParams has "
+                "no router_losses to scale them by. Give from_layout "
                 "router_losses=RouterLossScale(...)"
             )
+        config = self.router.config
+        if option(config, "mtp_use_repeated_layer") and getattr(self.router, "is_mtp_layer", False):
+            # A layer that runs for every depth: releases that tell it from others take the mean.
+            return dataclasses.replace(self.scale, factor=self.scale.factor / config.mtp_num_layers)
         return self.scale

@@ -26,7 +26,7 @@ import numpy as np
 
 from megatron_prefix.layout.packing import PackedLayout, pack
 from megatron_prefix.layout.rank_row import rank_row
-from megatron_prefix.layout.rows import COMM_TYPES, CommType, ModelRow, RankRow
+from megatron_prefix.layout.rows import COMM_TYPES, CommType, ModelRow, RankRow, own_values
 from megatron_prefix.layout.stages import Array
 from megatron_prefix.layout.windows import RankRows
 
@@ -55,6 +55,9 @@ class DepthArrays(Generic[Array]):
     tokens: Array
     """[C] int64: the tokens k behind, which it reads; 0 on padding."""
     moves: RowMoves[Array]
+    predictions: Array
+    """[C] int64, of shift k: tokens of all sequences that are predicted from each row; 0 on
+    padding."""
     labels: Array
     """[C] int64, of shift k + 1: what it predicts; 0 on padding."""
     multiplicity: Array
@@ -68,6 +71,10 @@ class DepthPlan:
     row: RankRow
     """Of shift k: it reads the row's labels, and attends."""
     moves: RowMoves[np.ndarray]
+    predictions: np.ndarray
+    """See `DepthArrays`."""
+    num_predictions: int
+    """Of all rows, on all ranks."""
     following: RankRow
     """Of shift k + 1: what it predicts are the row's labels."""
 
@@ -78,6 +85,7 @@ class DepthPlan:
             model=self.row.model,
             tokens=self.row.labels,
             moves=self.moves,
+            predictions=self.predictions,
             labels=self.following.labels,
             multiplicity=self.following.model.multiplicity,
         )
@@ -112,16 +120,23 @@ def plan_depths(
         rank_row(layout, rank=rank, num_ranks=num_ranks, comm_types=comm_types, window=window)
         for layout in layouts
     ]
-    return tuple(
-        DepthPlan(
-            row=before,
-            moves=_moves(copied_rows(*of_layouts), before, after, rank),
-            following=after,
+    found = []
+    for (before, after), (layout, following) in zip(
+        itertools.pairwise(rows), itertools.pairwise(layouts), strict=True
+    ):
+        source = copied_rows(layout, following)
+        predictions = np.zeros(layout.num_tokens, dtype=np.int64)
+        np.add.at(predictions, source, following.multiplicity)
+        found.append(
+            DepthPlan(
+                row=before,
+                moves=_moves(source, before, after, rank),
+                predictions=own_values(predictions, before.rows),
+                num_predictions=int(predictions.sum()),
+                following=after,
+            )
         )
-        for (before, after), of_layouts in zip(
-            itertools.pairwise(rows), itertools.pairwise(layouts), strict=True
-        )
-    )
+    return tuple(found)
 
 
 def copied_rows(layout: PackedLayout, following: PackedLayout) -> np.ndarray:

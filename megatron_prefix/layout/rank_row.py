@@ -45,8 +45,7 @@ def rank_row(
             it has no such layers.
 
     Raises:
-        ValueError: the row's length does not divide by the number of ranks, or its root ran in an
-            earlier row and the model has recurrent layers.
+        ValueError: the row's length does not divide by the number of ranks.
     """
     if num_ranks == 1:
         shards, rows = None, np.arange(layout.num_tokens)

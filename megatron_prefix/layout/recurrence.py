@@ -14,6 +14,8 @@ them can be computed at once from the states behind the wave before.
 Under context parallelism a rank has the chunks of its own runs: of its pieces of sharded segments,
 and of whole segments. Runs whose state comes from a piece begin in wave 0, whichever rank has the
 piece (see `shared_states.py`).
+
+In a series of rows those with responses begin in wave 0 too, with the state behind their root.
 """
 
 from __future__ import annotations
@@ -30,7 +32,13 @@ from megatron_prefix.layout.sharding import ContextShards
 from megatron_prefix.layout.shared_states import PlacedStates, placed_states, segment_of
 from megatron_prefix.layout.stages import Recurrence, RunLevel, Runs, Wave
 from megatron_prefix.layout.waves import in_waves
-from megatron_prefix.layout.windows import RankRows, exchanged_halo, rows_before
+from megatron_prefix.layout.windows import (
+    RankRows,
+    exchanged_halo,
+    last_root_positions,
+    num_root_positions,
+    rows_before,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +51,7 @@ class _Run:
     parent: int = -1
     """Run that it goes on from, among those before it; -1: none."""
     begin: int = -1
-    """State from a piece that it begins with, among those of the rank; -1: none."""
+    """State from elsewhere that it begins with, among those of the rank; -1: none."""
     is_piece: bool = False
 
 
@@ -55,19 +63,14 @@ def recurrence(layout: PackedLayout, *, width: int) -> Recurrence[np.ndarray]:
     """Plan a whole row for recurrent layers.
 
     Args:
-        layout: the whole row, with its roots.
+        layout: the whole row. Where its root ran in an earlier row, segments go on from that.
         width: inputs that the convolution reads, the token's own included.
-
-    Raises:
-        ValueError: the row's root ran in an earlier row.
     """
-    if layout.root_stage is not None:
-        raise ValueError(
-            "share_across_microbatches: true cannot be combined with recurrent layers yet (a row "
-            "of responses would need the state behind its prompt from an earlier row); set "
-            "share_across_microbatches: false"
-        )
-    runs = [_Run(start=s.start, length=s.length, parent=s.parent) for s in layout.segments]
+    begin = -1 if layout.root_stage is None else 0
+    runs = [
+        _Run(start=s.start, length=s.length, parent=s.parent, begin=begin if s.parent < 0 else -1)
+        for s in layout.segments
+    ]
     tokens = np.arange(layout.num_tokens)
     rows = np.where(tokens < layout.num_tokens - layout.num_padding, tokens, -1)
     return _recurrence(layout, rows, runs, width)
@@ -125,15 +128,16 @@ def _recurrence(
         rows: [T] position in the packed row of each token; -1 on padding.
         ranks, rank, states: under context parallelism.
     """
-    num_tokens = len(rows)
+    num_tokens, num_root = len(rows), num_root_positions(layout)
     real = rows >= 0
-    place = np.full(layout.num_tokens, -1, dtype=np.int64)
+    place = np.full(layout.num_tokens + num_root, -1, dtype=np.int64)
     place[rows[real]] = np.flatnonzero(real)
-    halo, elsewhere = None, np.zeros(0, dtype=np.int64)
+    halo, elsewhere = None, last_root_positions(layout, width - 1)
     if ranks:
+        assert num_root == 0, "no series of rows with context parallelism"
         halo, elsewhere = exchanged_halo(layout, ranks, rank, width - 1, place)
-        place[elsewhere] = num_tokens + np.arange(len(elsewhere))
-    num_begins = 0 if states is None else states.num_begins
+    place[elsewhere] = num_tokens + np.arange(len(elsewhere))
+    num_begins = min(num_root, 1) if states is None else states.num_begins
     chunks, waves = _waves(runs, num_tokens, num_begins)
     places = np.zeros(num_tokens + 1, dtype=np.int64)
     places[chunks.reshape(-1)] = np.arange(chunks.size)

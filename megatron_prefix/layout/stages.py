@@ -155,8 +155,9 @@ class Wave(Generic[Array]):
     chunks: slice
     before: Array
     """[n] int64: the chunk before each one, counted from the first of the wave before. In a rank's
-    first wave, which of `SharedStates.begins` it begins with, or their number for none; [0] where
-    no chunk of the first wave has a state before it."""
+    first wave, which of `SharedStates.begins` it begins with, or their number for none; in a row
+    that goes on from a root of an earlier row, 0 for all; [0] where no chunk of the first wave has
+    a state before it."""
     pieces: int = 0
     """So many of the first chunks lie in pieces, see `SharedStates`."""
 
@@ -195,9 +196,8 @@ class RunLevel(Generic[Array]):
     cu_seqlens: Array
     """[runs + 1] int64: the same."""
     before: Array
-    """[runs] int64: the run before each one, in the level above. In the first level, which of
-    `SharedStates.begins` it begins with, or their number for none; [0] where none has a state
-    before it."""
+    """[runs] int64: the run before each one, in the level above. In the first level, the state
+    that it begins with, as in the first `Wave`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -220,7 +220,8 @@ class Recurrence(Generic[Array]):
 
     inputs: Array
     """[T, width] int64: the last inputs of each token along its path, its own last. Behind the
-    tokens are those of `halo`, and then the row of zeros."""
+    tokens are those of `halo`, or the last ones of a root that an earlier row has run, and then the
+    row of zeros."""
     chunks: Array
     """[C, size] int64: the tokens of each chunk, wave after wave, filled up with T."""
     waves: tuple[Wave[Array], ...]

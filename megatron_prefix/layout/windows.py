@@ -89,8 +89,8 @@ def windowed_stages(
     if layout.max_seqlen <= window + 1:
         return [None] * len(layers)
     own = ranks[rank]
-    num_root = _num_root(layout)
-    elsewhere = layout.num_tokens + np.arange(max(0, num_root - window), num_root)
+    num_root = num_root_positions(layout)
+    elsewhere = last_root_positions(layout, window)
     place = np.full(layout.num_tokens + num_root, -1, dtype=np.int64)
     place[own.rows[own.rows >= 0]] = np.flatnonzero(own.rows >= 0)
     halo, root_rows = None, len(elsewhere)
@@ -203,14 +203,19 @@ def rows_before(layout: PackedLayout, position: int, count: int) -> np.ndarray:
         parts.append(np.arange(max(above.start, stop - missing), stop))
         missing -= len(parts[-1])
         parent = above.parent
-    num_root = _num_root(layout)
-    parts.append(layout.num_tokens + np.arange(max(0, num_root - missing), num_root))
+    parts.append(last_root_positions(layout, missing))
     return np.concatenate(parts[::-1])
 
 
-def _num_root(layout: PackedLayout) -> int:
+def num_root_positions(layout: PackedLayout) -> int:
     """Positions of a root that an earlier row has run."""
     return 0 if layout.root_stage is None else int(layout.root_stage.on.cu_k[-1])
+
+
+def last_root_positions(layout: PackedLayout, count: int) -> np.ndarray:
+    """The last `count` of them, or all there are, as `rows_before` counts them."""
+    num_root = num_root_positions(layout)
+    return layout.num_tokens + np.arange(max(0, num_root - count), num_root)
 
 
 def _copies(key_rows: np.ndarray, num_rows: int) -> Copies[np.ndarray]:

@@ -143,6 +143,9 @@ def _replace_tensor_methods(float64: bool) -> None:
     if float64:
         _replace(torch.Tensor, "float", float_)
         _replace(torch, "softmax", softmax)
+        # Compiled code has not seen the two.
+        torch.compiler.set_stance("force_eager")
+        _undo.append(lambda: torch.compiler.set_stance("default"))
 
 
 def _replace_torch_cuda() -> None:
@@ -196,8 +199,9 @@ def enable_cpu_device(*, float64: bool = False) -> None:
 
     Args:
         float64: also let models be held in float64 (for proofs of equality): `Tensor.float()`
-            and the router's softmax keep doubles, and Megatron's optimizers take doubles as main
-            parameters.
+            and the router's softmax keep doubles, Megatron's optimizers take doubles as main
+            parameters, and what Megatron compiles runs uncompiled (compiled, a gate or an
+            activation would round to float32).
 
     Calling it again with the same or a weaker choice changes nothing. `disable_cpu_device` puts
     everything back.

@@ -145,7 +145,7 @@ def transformer_config(
             f"model.transformer: mrope_section={config.mrope_section} does not go with "
             f"model.position_embedding_type: {model.position_embedding_type}; give both or neither"
         )
-    _check_recurrent_layers(model, config, training)
+    _check_recurrent_layers(config)
     if config.mtp_num_layers:
         _check_predictions(model, config)
     if training.share_across_microbatches and config.mtp_num_layers:
@@ -250,10 +250,8 @@ def _latent_rotary(model: ModelConfig) -> dict[str, Any]:
     return {**common, **yarn}
 
 
-def _check_recurrent_layers(
-    model: ModelConfig, config: TransformerConfig, training: TrainingConfig
-) -> None:
-    """What does not go with gated delta nets, and where they are in the model."""
+def _check_recurrent_layers(config: TransformerConfig) -> None:
+    """Where gated delta nets are in the model."""
     every = option(config, "linear_attention_freq")
     name = "model.transformer.linear_attention_freq"
     if option(config, "experimental_attention_variant") is None:
@@ -271,13 +269,6 @@ def _check_recurrent_layers(
         raise ConfigError(
             f"{name}: {every}: no layer is a gated delta net then; change it, or remove it and "
             "model.transformer.experimental_attention_variant"
-        )
-    if training.share_across_microbatches:
-        raise ConfigError(
-            "training.share_across_microbatches: true with "
-            "model.transformer.experimental_attention_variant: "
-            f"{config.experimental_attention_variant}: the state behind a prompt is not handed to "
-            "later rows yet; set share_across_microbatches: false"
         )
 
 

@@ -32,6 +32,7 @@ from megatron_prefix.planning.recurrent_memory import (
     recurrent_backward,
     recurrent_kept,
     recurrent_parameters,
+    recurrent_root,
 )
 
 Recompute = Literal["none", "selective", "full"]
@@ -203,9 +204,16 @@ class MemoryModel:
 
     def root_keys(self, layers: list[int], tokens: int, ranks: RankSizes) -> int:
         """Bytes that a series holds of its root's T tokens beside what autograd keeps of them:
-        copies of keys and values, and the wide sums of their gradients, in these layers."""
+        copies of keys and values, or states, and the wide sums of their gradients, in these
+        layers."""
+        kinds = [self._recurrent(layer) for layer in layers]
         widths = 2 * self._kv // ranks.tensor
-        return len(layers) * tokens * widths * (self.element + self.wide)
+        of_keys = kinds.count(None) * tokens * widths * (self.element + self.wide)
+        return of_keys + sum(
+            recurrent_root(kind, tensor=ranks.tensor, element=self.element, wide=self.wide)
+            for kind in kinds
+            if kind is not None
+        )
 
     def transient(
         self,

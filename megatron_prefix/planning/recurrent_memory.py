@@ -45,6 +45,19 @@ def recurrent_kept(
     return (kept + rows * r.values * (gate + wide + 2 * element)) // tensor
 
 
+def recurrent_root(recurrent: RecurrentShape, *, tensor: int, element: int, wide: int) -> int:
+    """Bytes that a series keeps of its root: the last inputs of the convolution, the state, and the
+    wide sums of the gradients of both.
+
+    Args:
+        tensor, element, wide: see `recurrent_kept`.
+    """
+    r = recurrent
+    inputs = (r.width - 1) * r.convolved * (element + wide)
+    state = r.num_value_heads * r.key_channels * r.value_channels * 2 * wide
+    return (inputs + state) // tensor
+
+
 def recurrent_backward(recurrent: RecurrentShape, *, tokens: int, tensor: int, wide: int) -> int:
     """Bytes of the chunks, which are computed again in backward, and of their gradients.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from megatron_prefix.rollouts.records import Tokens, plain_tokens
@@ -26,10 +25,6 @@ Call = tuple[Tokens, Tokens, Any, Mapping[str, Any]]
 """The prompt, the response, the answer and the record's other fields that a call is about."""
 _SEVERAL = ["prompts", "responses", "answers"]
 """Names of the first parameters of a function that takes many responses at once."""
-
-
-class WrongValue(CallFailed):
-    """A call that returned what is no reward: the function is wrong, whatever it is called with."""
 
 
 class ProcessReward:
@@ -59,9 +54,9 @@ class ProcessReward:
             ValueError: there is no such module or function, or the module does not import.
         """
         self.name = name or spec
-        self._when_ended = when_ended
         self._config = config
-        self._tokenizer = tokenizer
+        self._when_ended = when_ended if config.on_failure is None else config.on_failure
+        self._read = tuple if tokenizer is None else tokenizer.read
         try:
             self._function = UserFunction(
                 spec, processes=config.processes, timeout_s=config.timeout_s
@@ -69,84 +64,63 @@ class ProcessReward:
         except CallFailed as error:
             raise ValueError(f"reward {self.name!r}: {error}") from error
         self.failures = 0
-        """Calls that were given `on_failure`."""
+        """Calls that were given a reward though they failed."""
 
-    def __call__(
-        self,
-        prompt: tuple[int, ...],
-        response: tuple[int, ...],
-        answer: Any,
-        record: Mapping[str, Any] | None = None,
-    ) -> float:
+    def __call__(self, prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
         """The reward of one response.
 
         Raises:
             CallFailed: the call failed and `on_failure` is None, or it returned no finite number.
         """
-        (found,) = self.map([(prompt, response, answer, record or {})])
+        (found,) = self.map([(prompt, response, answer, {})])
         if isinstance(found, CallFailed):
             raise found
         return found
 
-    def map(self, calls: Sequence[Call]) -> list[Any]:
+    def map(self, calls: Sequence[Call]) -> list[float | CallFailed]:
         """Rewards of many responses, side by side; a failed one leaves its `CallFailed`."""
-        if self._function.parameters[:3] == _SEVERAL:
-            return self._together(calls)
-        with ThreadPoolExecutor(max_workers=self._config.processes) as threads:
-            return list(threads.map(self._one, calls))
-
-    def _one(self, call: Call) -> Any:
-        try:
-            return _reward(self._function(*self._arguments(call)))
-        except CallFailed as error:
-            return self._on_failure(error)
-
-    def _together(self, calls: Sequence[Call]) -> list[Any]:
-        """Of a function that takes all of them in one call."""
-        arguments = [list(values) for values in zip(*map(self._arguments, calls), strict=True)]
-        try:
-            answer = self._function(*arguments)
-        except CallFailed as error:
-            return [self._on_failure(error) for _ in calls]
-        items = answer.get("items")
-        if items is None or len(items) != len(calls):
+        if self._function.parameters[:3] != _SEVERAL:
+            return [self._reward(found) for found in self._function.map(calls, self._arguments)]
+        (answer,) = self._function.map(
+            [calls], lambda all_of: list(map(list, zip(*map(self._arguments, all_of), strict=True)))
+        )
+        if isinstance(answer, CallFailed):
+            return [self._reward(answer) for _ in calls]
+        items = answer.get("items", ())
+        if len(items) != len(calls):
             shown = answer.get("shown", answer.get("value"))
-            wrong = WrongValue(f"returned {shown}; it must return a list of {len(calls)} numbers")
-            return [wrong] * len(calls)
-        return [_reward_or_fault(item) for item in items]
+            text = f"returned {shown}; it must return a list of {len(calls)} numbers"
+            return [CallFailed(text)] * len(calls)
+        return [self._reward(item) for item in items]
 
     def _arguments(self, call: Call) -> tuple[Any, ...]:
-        prompt, response, answer, record = call
-        read = self._tokenizer.read if self._tokenizer is not None else tuple
-        # Only now: plain numbers of a whole batch would take gigabytes.
-        given = (read(plain_tokens(prompt)), read(plain_tokens(response)), answer, dict(record))
+        prompt, response = (self._read(plain_tokens(tokens)) for tokens in call[:2])
+        given = (prompt, response, call[2], dict(call[3]))
         return given if len(self._function.parameters) > 3 else given[:3]
 
-    def _on_failure(self, error: CallFailed) -> CallFailed | float:
-        on_failure = self._config.on_failure
-        if on_failure is None and isinstance(error, CallEnded):
-            on_failure = self._when_ended
-        if on_failure is None or isinstance(error, WrongValue):
-            return error
+    def _reward(self, answer: dict[str, Any] | CallFailed) -> float | CallFailed:
+        """The reward of an answer; of a call that failed, what it is worth."""
+        if not isinstance(answer, CallFailed):
+            return reward_of(answer)
+        worth = self._config.on_failure
+        if isinstance(answer, CallEnded):
+            worth = self._when_ended
+        if worth is None:
+            return answer
         self.failures += 1
-        logger.warning("reward %s %s; it counts as %g", self.name, error, on_failure)
-        return on_failure
+        logger.warning("reward %s %s; it counts as %g", self.name, answer, worth)
+        return worth
 
     def close(self) -> None:
         """End the processes; a later call starts new ones."""
         self._function.close()
 
 
-def _reward(answer: dict[str, Any]) -> float:
-    if "value" not in answer:
-        raise WrongValue(f"returned {answer['shown']}, a {answer['kind']}; it must return a float")
-    if not math.isfinite(answer["value"]):
-        raise WrongValue(f"returned {answer['value']}; it must return a finite number")
-    return answer["value"]
-
-
-def _reward_or_fault(answer: dict[str, Any]) -> float | WrongValue:
-    try:
-        return _reward(answer)
-    except WrongValue as wrong:
-        return wrong
+def reward_of(result: Mapping[str, Any]) -> float | CallFailed:
+    """The reward that a result is (see `result_of`): a function that returns anything but a finite
+    number is wrong, whatever it is called with."""
+    if "value" not in result:
+        return CallFailed(f"returned {result['shown']}, a {result['kind']}; it must return a float")
+    if not math.isfinite(result["value"]):
+        return CallFailed(f"returned {result['shown']}; it must return a finite number")
+    return result["value"]

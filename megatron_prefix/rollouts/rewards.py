@@ -8,7 +8,7 @@ Where the run has a tokenizer, `exact_match` compares text with an answer that i
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,18 +26,18 @@ from megatron_prefix.rollouts.names import (
     fault_of_name,
 )
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, plain_tokens
-from megatron_prefix.rollouts.reward_process import ProcessReward
-from megatron_prefix.rollouts.text.rewards import TEXT_REWARDS, TextReward
+from megatron_prefix.rollouts.reward_process import ProcessReward, reward_of
+from megatron_prefix.rollouts.text.rewards import TEXT_REWARDS, TextRewardFunction
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 from megatron_prefix.rollouts.user_process import CallFailed
-from megatron_prefix.rollouts.user_worker import as_number
+from megatron_prefix.rollouts.user_worker import result_of
 
 if TYPE_CHECKING:  # reading rollouts needs NumPy only
     from megatron_prefix.config import RewardProcessConfig
 
 
 class RewardFunction(Protocol):
-    """How good a response is. The same on every rank for the same arguments."""
+    """How good a response is."""
 
     def __call__(self, prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
         """The reward, a finite number; `answer` is the record's, as JSON or Parquet gave it."""
@@ -78,50 +78,21 @@ REWARDS: dict[str, RewardFunction] = {
 assert set(REWARDS) == set(REWARD_NAMES) and set(TEXT_REWARDS) == set(TEXT_REWARD_NAMES)
 
 
-class _ExactMatch:
-    """`exact_match`, of text or of tokens as the answer is one or the other."""
-
-    name = "exact_match"
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._of_text = TextReward(TEXT_REWARDS["exact_match"], tokenizer)
-
-    def __call__(self, prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
-        compare = self._of_text if isinstance(answer, str) else exact_match
-        return compare(prompt, response, answer)
-
-
+@dataclass(frozen=True)
 class WeightedReward:
     """Several reward functions by name, which together give the weighted sum of their values."""
 
-    def __init__(
-        self, functions: Mapping[str, RewardFunction], weights: Mapping[str, float]
-    ) -> None:
-        """Of the same names.
-
-        Args:
-            functions: at least one.
-            weights: of each.
-        """
-        assert functions.keys() == weights.keys()
-        self.functions, self.weights = functions, weights
+    functions: Mapping[str, RewardFunction]
+    weights: Mapping[str, float]
+    """Of each function."""
 
     def __call__(self, prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
         """The weighted sum of one response."""
-        group = RolloutGroup(
-            prompt=prompt, responses=(response,), rewards=(), answer=answer, source="response"
-        )
-        return float(computed_rewards(self, [group]).totals[0])
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ComputedRewards:
-    """Of R responses of several groups."""
-
-    totals: NDArray[np.float64]
-    """[R] what they are trained by."""
-    named: Mapping[str, NDArray[np.float64]]
-    """[R] each, of a `WeightedReward`; empty for a single reward."""
+        named = {
+            name: np.array([function(prompt, response, answer)])
+            for name, function in self.functions.items()
+        }
+        return float(weighted_sum(named, self.weights)[0])
 
 
 def load_reward(
@@ -147,9 +118,7 @@ def load_reward(
     if fault := fault_of_name(spec, has_tokenizer=tokenizer is not None):
         raise ValueError(f"reward {spec!r}: {fault}")
     if spec in TEXT_REWARDS and tokenizer is not None:
-        if spec in REWARDS:
-            return _ExactMatch(tokenizer)
-        return TextReward(TEXT_REWARDS[spec], tokenizer)
+        return _of_text(TEXT_REWARDS[spec], tokenizer, REWARDS.get(spec))
     if spec in REWARDS:
         return REWARDS[spec]
     if process is None:
@@ -163,6 +132,20 @@ def load_reward(
         raise ValueError(missing_line(f"reward {spec!r}", library.project, library.extra))
     # A response that takes the library too long, or all the memory, is a wrong one.
     return ProcessReward(library.function, process, tokenizer=tokenizer, name=spec, when_ended=0.0)
+
+
+def _of_text(
+    function: TextRewardFunction, tokenizer: TextTokenizer, of_tokens: RewardFunction | None
+) -> RewardFunction:
+    """A text reward as a function of token ids; with `of_tokens`, where the answer is no text."""
+
+    @functools.wraps(function)
+    def reward(prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
+        if of_tokens is not None and not isinstance(answer, str):
+            return of_tokens(prompt, response, answer)
+        return function(tokenizer.read(prompt), tokenizer.read(response), answer)
+
+    return reward
 
 
 def reward_batch(
@@ -179,13 +162,13 @@ def reward_batch(
             response in the batch; None: all.
 
     Raises:
-        ValueError: see `compute_rewards`.
+        ValueError: see `reward_groups`.
     """
     if unrewarded is None:
         unrewarded = list(zip(batch.group_offsets[:-1].tolist(), batch.groups(), strict=True))
     if not unrewarded:
         return batch
-    computed = computed_rewards(reward, [group for _, group in unrewarded])
+    groups = [group for _, group in unrewarded]
     places = np.concatenate(
         [first + np.arange(len(group.responses)) for first, group in unrewarded]
     )
@@ -195,42 +178,26 @@ def reward_batch(
         filled[places] = values
         return filled
 
+    def computed(function: RewardFunction) -> NDArray[np.float64]:
+        return np.concatenate([np.array(found) for found in reward_groups(function, groups)])
+
+    if not isinstance(reward, WeightedReward):
+        return dataclasses.replace(batch, rewards=placed(batch.rewards, computed(reward)))
+    values = {name: computed(function) for name, function in reward.functions.items()}
     unknown = np.full(batch.num_responses, np.nan)
     named = {
-        name: placed(batch.named_rewards.get(name, unknown), values)
-        for name, values in computed.named.items()
+        name: placed(batch.named_rewards.get(name, unknown), found)
+        for name, found in values.items()
     }
     return dataclasses.replace(
         batch,
-        rewards=placed(batch.rewards, computed.totals),
+        rewards=placed(batch.rewards, weighted_sum(values, reward.weights)),
         named_rewards={**batch.named_rewards, **named},
     )
 
 
-def computed_rewards(reward: RewardFunction, groups: Sequence[RolloutGroup]) -> ComputedRewards:
-    """The rewards of all responses of the groups, one group behind the other.
-
-    Raises:
-        ValueError: see `compute_rewards`.
-    """
-    if isinstance(reward, WeightedReward):
-        named = {
-            name: computed_rewards(function, groups).totals
-            for name, function in reward.functions.items()
-        }
-        return ComputedRewards(totals=weighted_sum(named, reward.weights), named=named)
-    found = [value for of_group in reward_groups(reward, groups) for value in of_group]
-    return ComputedRewards(totals=np.array(found, dtype=np.float64), named={})
-
-
 def compute_rewards(reward: RewardFunction, group: RolloutGroup) -> tuple[float, ...]:
-    """The reward of each response of the group, whose own rewards are not looked at.
-
-    Raises:
-        ValueError: the function raised, returned no finite float or int, or (in a process of its
-            own) crashed or took too long; the message names the group's source, the response and
-            the function.
-    """
+    """The reward of each response of the group, whose own rewards are not looked at."""
     return reward_groups(reward, [group])[0]
 
 
@@ -240,7 +207,9 @@ def reward_groups(
     """For each group the reward of each of its responses.
 
     Raises:
-        ValueError: see `compute_rewards`.
+        ValueError: the function raised, returned no finite float or int, or (in a process of its
+            own) crashed or took too long; the message names the group's source, the response and
+            the function.
     """
     if isinstance(reward, ProcessReward):
         values = iter(
@@ -256,8 +225,8 @@ def reward_groups(
         values = (value for group in groups for value in _computed_here(reward, group))
     return [
         tuple(
-            _checked(next(values), group, response, reward)
-            for response in range(len(group.responses))
+            _checked(next(values), f"{group.source}: responses[{i}]: reward {_name(reward)}")
+            for i in range(len(group.responses))
         )
         for group in groups
     ]
@@ -268,27 +237,18 @@ def _computed_here(reward: RewardFunction, group: RolloutGroup) -> Iterator[floa
     prompt = plain_tokens(group.prompt)
     for response in group.responses:
         try:
-            value = reward(prompt, plain_tokens(response), group.answer)
+            result = result_of(reward(prompt, plain_tokens(response), group.answer))
         except Exception as error:
-            failed = CallFailed(f"failed: {_described(error)}")
+            # One line about somebody else's code; its traceback stays in the cause.
+            failed = CallFailed(f"failed: {type(error).__name__}: {error}")
             failed.__cause__ = error
             yield failed
-            continue
-        number = as_number(value)
-        if number is None:
-            shown = f"{reprlib.repr(value)}, a {type(value).__name__}; it must return a float"
-            yield CallFailed(f"returned {shown}")
-        elif not math.isfinite(number):
-            yield CallFailed(f"returned {value}; it must return a finite number")
         else:
-            yield number
+            yield reward_of(result)
 
 
-def _checked(
-    value: float | CallFailed, group: RolloutGroup, response: int, reward: RewardFunction
-) -> float:
+def _checked(value: float | CallFailed, where: str) -> float:
     if isinstance(value, CallFailed):
-        where = f"{group.source}: responses[{response}]: reward {_name(reward)}"
         raise ValueError(f"{where} {value}") from (value.__cause__ or value)
     return value
 
@@ -300,33 +260,31 @@ def check_answer(reward: RewardFunction, answer: Any, source: str) -> None:
     Raises:
         ValueError: such as token ids where text is compared; the message begins with `source`.
     """
-    if isinstance(reward, WeightedReward):
-        for function in reward.functions.values():
-            check_answer(function, answer, source)
-    elif not isinstance(reward, ProcessReward):
-        try:
-            reward((0,), (0,), answer)
-        except Exception as error:
-            raise ValueError(
-                f"{source}: answer: reward {_name(reward)}: {_described(error)}"
-            ) from error
+    for function in _single(reward):
+        if not isinstance(function, ProcessReward):
+            try:
+                function((0,), (0,), answer)
+            except Exception as error:
+                raise ValueError(
+                    f"{source}: answer: reward {_name(function)}: {type(error).__name__}: {error}"
+                ) from error
 
 
 def close_reward(reward: RewardFunction | None) -> None:
     """End the processes that a reward runs in, if it has any."""
-    if isinstance(reward, WeightedReward):
-        for function in reward.functions.values():
-            close_reward(function)
-    if isinstance(reward, ProcessReward):
-        reward.close()
+    for function in _single(reward):
+        if isinstance(function, ProcessReward):
+            function.close()
+
+
+def _single(reward: RewardFunction | None) -> Sequence[RewardFunction | None]:
+    """Those that a reward is the sum of, or itself."""
+    return [*reward.functions.values()] if isinstance(reward, WeightedReward) else [reward]
 
 
 def _answer_tokens(answer: Any) -> tuple[int, ...]:
-    if (
-        not isinstance(answer, Sequence)
-        or len(answer) == 0
-        or any(type(token) is not int for token in answer)
-    ):
+    is_list = isinstance(answer, Sequence) and len(answer) > 0
+    if not is_list or any(type(token) is not int for token in answer):
         raise ValueError(
             f"it compares with the answer's token ids; answer is {reprlib.repr(answer)}"
         )
@@ -334,15 +292,8 @@ def _answer_tokens(answer: Any) -> tuple[int, ...]:
 
 
 def _name(reward: RewardFunction) -> str:
-    for name, function in REWARDS.items():
-        if function is reward:
-            return name
-    if isinstance(reward, (ProcessReward, TextReward, _ExactMatch)):
+    if isinstance(reward, ProcessReward):
         return reward.name
-    module = getattr(reward, "__module__", type(reward).__module__)
-    return f"{module}:{getattr(reward, '__qualname__', type(reward).__qualname__)}"
-
-
-def _described(error: Exception) -> str:
-    """One line about an error of somebody else's code; its traceback stays in the cause."""
-    return f"{type(error).__name__}: {error}"
+    named = reward if hasattr(reward, "__qualname__") else type(reward)
+    is_ours = named.__qualname__ in (*REWARD_NAMES, *TEXT_REWARD_NAMES)
+    return named.__qualname__ if is_ours else f"{named.__module__}:{named.__qualname__}"

@@ -1,9 +1,8 @@
 """The process in which a user's function runs; started by `user_process`.
 
-Over what was its standard input come pickled calls, from the process that started it. Answers go
-back as lines of JSON over what was its standard output; whatever the function prints goes to
-standard error, and it has nothing to read. Imports nothing but the standard library, so that it
-starts in a moment.
+Calls come pickled, from the process that started it, and answers go back as JSON, so that nothing
+of the user's is unpickled there. Whatever the function prints goes to standard error, and it has
+nothing to read. Imports nothing but the standard library, so that it starts in a moment.
 """
 
 from __future__ import annotations
@@ -11,67 +10,65 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import numbers
 import os
-import pickle
 import reprlib
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from decimal import Decimal
 from functools import reduce
-from typing import Any, BinaryIO
+from multiprocessing.connection import Connection
+from typing import Any
 
 
 def main() -> None:
-    """Serve calls until the input ends."""
+    """Serve calls until there are no more."""
     # A scheduler that asks a run to stop asks all of its processes; the run still needs this one.
     # Not SIG_IGN, which what the function starts would inherit.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
-    calls = os.fdopen(os.dup(0), "rb")
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    start = pickle.load(calls)
+    calls = Connection(int(sys.argv[1]))
+    os.set_inheritable(calls.fileno(), False)
+
+    def answer(message: dict[str, Any]) -> None:
+        calls.send_bytes(json.dumps(message).encode())
+
+    start = calls.recv()
     sys.path[:] = start["path"]
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
-        module = importlib.import_module(start["module"])
-    except BaseException as error:
-        text = f"importing {start['module']} failed: {type(error).__name__}: {error}"
-        if isinstance(error, ModuleNotFoundError):
-            text += f"; looked for in {_places(start['path'])}"
-        _answer(answers, {"error": text})
+        function = _imported(**start)
+    except Exception as error:
+        answer({"error": str(error)})
         return
-    try:
-        function = reduce(getattr, start["function"].split("."), module)
-    except AttributeError as error:
-        _answer(answers, {"error": str(error)})
-        return
-    if not callable(function):
-        _answer(answers, {"error": f"{reprlib.repr(function)} is not a function"})
-        return
-    _answer(answers, {"parameters": _parameters(function)})
+    answer({"parameters": _parameters(function)})
     while True:
         try:
-            arguments = pickle.load(calls)
+            arguments = calls.recv()
         except EOFError:
             return
         try:
-            value = function(*arguments)
+            answer(result_of(function(*arguments)))
         except Exception as error:
-            _answer(answers, {"error": f"{type(error).__name__}: {error}"})
-            continue
-        _answer(answers, _result(value))
+            answer({"error": f"{type(error).__name__}: {error}"})
 
 
-def _answer(answers: BinaryIO, message: dict[str, Any]) -> None:
-    answers.write(json.dumps(message).encode() + b"\n")
-    answers.flush()
+def _imported(module: str, function: str, path: list[str]) -> Callable[..., Any]:
+    try:
+        found = importlib.import_module(module)
+    except BaseException as error:
+        text = f"importing {module} failed: {type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError):
+            text += f"; looked for in {_places(path)}"
+        raise ImportError(text) from error
+    found = reduce(getattr, function.split("."), found)
+    if not callable(found):
+        raise TypeError(f"{reprlib.repr(found)} is not a function")
+    return found
 
 
 def _places(path: list[str]) -> str:
@@ -90,7 +87,7 @@ def _parameters(function: Any) -> list[str]:
     return [parameter.name for parameter in found if parameter.kind in by_position]
 
 
-def as_number(value: Any) -> float | None:
+def _as_number(value: Any) -> float | None:
     """The number that a value is: of Python, NumPy or a tensor without dimensions, true and false
     as 1 and 0; None for anything else."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
@@ -103,16 +100,20 @@ def as_number(value: Any) -> float | None:
         return float("inf")
 
 
-def _result(value: Any) -> dict[str, Any]:
-    """A value as JSON can hold it: a number as `value`, a list as the results of its items."""
-    number = as_number(value)
-    if number is not None:
+def result_of(value: Any) -> dict[str, Any]:
+    """What a function returned, as JSON can hold it: a number as `value`, a list's results as
+    `items`, else as `object`; and how it looks (`shown`) and its `kind`, where it is no finite
+    number."""
+    number = _as_number(value)
+    if number is not None and math.isfinite(number):
         return {"value": number}
+    shown = {"kind": type(value).__name__, "shown": reprlib.repr(value)}
+    if number is not None:
+        return {**shown, "value": number}
     if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist"):
         value = value.tolist()
-    shown = {"kind": type(value).__name__, "shown": reprlib.repr(value)}
     if isinstance(value, (list, tuple)):
-        return {**shown, "items": [_result(item) for item in value]}
+        return {**shown, "items": [result_of(item) for item in value]}
     try:
         json.dumps(value)
     except (TypeError, ValueError):

@@ -113,7 +113,7 @@ class Trainer:
             ),
         )
         self.rollouts = RolloutParts(config, is_main=runtime.is_main)
-        with raise_together():
+        with raise_together(name_rank="others"):
             self.engine = build_engine(self.rollouts, self.chunks, runtime)
             self.evaluator = build_evaluator(self.rollouts, self.chunks, runtime)
         at_most = config.rollouts.check_records if writes else ALL_RECORDS

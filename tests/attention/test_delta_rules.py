@@ -75,14 +75,14 @@ def random_row(rng: np.random.Generator, rank: int, num_ranks: int) -> Recurrenc
 
 
 def results(rule: Any, row: Recurrence[Tensor], inputs: list[Tensor], begins: Tensor) -> list[Any]:
-    """Outputs, ends and maps, and gradients of what was read from given states."""
+    """What was read from given states, its gradients, and the maps."""
     computed = rule.of(*inputs, row)
-    out, ends = computed.read(row, begins)
+    read = computed.read(row, begins)
     generator = torch.Generator().manual_seed(5)
-    loss = sum((x * torch.randn(x.shape, generator=generator)).sum() for x in (out, ends))
+    loss = sum((x * torch.randn(x.shape, generator=generator)).sum() for x in read)
     gradients = torch.autograd.grad(loss, [*inputs, begins], materialize_grads=True)
     maps = [computed.maps(row, added=added) for added in (True, False)]
-    return [out, ends, *gradients, *maps]
+    return [*read, *gradients, *maps]
 
 
 @pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (0, 2), (1, 2)])

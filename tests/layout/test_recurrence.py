@@ -85,3 +85,27 @@ def test_states_and_inputs_come_along_the_sequences(
             assert chunk_place == token
         seen += row.rows[ranks.plan(rank).real].tolist()
     assert sorted(seen) == sorted(before)
+
+
+@settings(deadline=None, max_examples=25)
+@given(below=trees(max_nodes=8), root=st.integers(2, 7), stretch=st.sampled_from([1, 40]))
+def test_a_row_goes_on_from_a_root_that_an_earlier_row_has_run(
+    below: PrefixTree, root: int, stretch: int
+) -> None:
+    first = np.arange(1000, 1000 + root)
+    responses = [np.repeat(below.sequence_tokens(i), stretch) for i in range(below.num_sequences)]
+    tree = PrefixTree.from_sequences([np.append(first, r) for r in ([2000, 2001], *responses)])
+    layout = pack(tree.as_trie().with_root_of(root), root_elsewhere=True)
+    plan = rank_row(layout, recurrence_width=WIDTH).model.recurrence
+    kept = np.arange(-root, 0)[1:][1 - WIDTH :]
+    places = np.concatenate([np.arange(layout.num_tokens), kept, [layout.num_tokens]])
+    inputs = places[plan.inputs]
+    for i in range(tree.num_sequences):
+        path = [*range(1 - root, 0), *layout.sequence_positions(i).tolist()]
+        for n, position in enumerate(path):
+            if position >= 0:
+                read = path[max(0, n + 1 - WIDTH) : n + 1]
+                nothing = [layout.num_tokens] * (WIDTH - len(read))
+                assert inputs[position].tolist() == nothing + read
+    # Every path begins with the one state that the root leaves behind.
+    assert plan.waves[0].before.tolist() == [0] * plan.waves[0].chunks.stop

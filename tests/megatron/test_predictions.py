@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -29,6 +30,7 @@ from megatron_prefix.model.head import LogProbHead, PredictedLabels
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.megatron.models import (
     HAS_PREDICTIONS,
+    HYBRID,
     ON_CPU,
     TRAINING,
     model_config,
@@ -225,6 +227,51 @@ def test_detached_predictions_train_their_own_layers_alone_and_these_the_same() 
     assert float(difference.norm()) > 1e-3, "attached ones train the output layer"
 
 
+def test_routers_count_what_megatrons_own_send_from_rows_that_predict() -> None:
+    tree = three_levels()
+    layout = pack(tree, pad_to_multiple=8)
+    options = {
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 16,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 1e-3,
+    }
+    with single_process():
+        reference, grouped = models(**options)
+        expected = {
+            # Its trunk's routers count by themselves; the last k rows of a sequence predict
+            # nothing at depth k.
+            router: _routed_without_last_rows(router, depth)
+            for depth, part in enumerate([reference.decoder, *reference.mtp.layers])
+            for router in _routers(part)
+        }
+        whole_sequences(reference, tree)
+        run(grouped, layout, with_predictions(layout))
+        found = [router.local_tokens_per_expert for router in _routers(grouped)]
+    assert [counts.tolist() for counts in found] == [
+        sum(maps).tolist() for maps in expected.values()
+    ]
+    lengths = tree.sequence_lengths - 1
+    totals = [lengths, *(np.maximum(lengths - depth, 0) for depth in range(DEPTHS + 1))]
+    # Two layers and three depths; each token goes to two experts.
+    assert [int(counts.sum()) for counts in found] == [2 * int(of.sum()) for of in totals]
+
+
+def _routers(module: torch.nn.Module) -> list[TopKRouter]:
+    return [m for m in module.modules() if isinstance(m, TopKRouter)]
+
+
+def _routed_without_last_rows(router: TopKRouter, last: int) -> list[Tensor]:
+    """Of each sequence to come: rows that go to each expert, [experts]."""
+    found: list[Tensor] = []
+    router.register_forward_hook(
+        lambda _module, _inputs, output: found.append(output[1][: len(output[1]) - last].sum(0))
+    )
+    return found
+
+
 def test_what_does_not_fit_is_refused_by_name() -> None:
     layout = pack(three_levels())
     with single_process():
@@ -246,17 +293,14 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     "options",
     [
         {"cp_comm_type": ["p2p", "a2a"]},
-        {"num_moe_experts": 2, "moe_z_loss_coeff": 1e-3},
-        {
-            "num_moe_experts": 2,
-            "moe_router_load_balancing_type": "aux_loss",
-            "moe_aux_loss_coeff": 1e-3,
-        },
+        {"window_size": (4, 0), "window_attn_skip_freq": [1, 0]},
+        {"no_rope_freq": [0, 1]},
+        {**HYBRID, "linear_attention_freq": [0, 1]},
     ],
     ids=lambda options: [*options][-1],
 )
 def test_options_that_count_rows_or_layers_otherwise_are_refused(options: dict[str, Any]) -> None:
-    name = [*options][-1]
+    name = "linear_attention_freq" if "linear_attention_freq" in options else [*options][-1]
     with pytest.raises(ConfigError, match=rf"mtp_num_layers=3 with {name}="):
         transformer_config(model_config({**PREDICTING, **options}), ParallelConfig(), TRAINING)
 

@@ -38,7 +38,15 @@ from megatron_prefix.training.series import BatchSeries
 from megatron_prefix.training.step import accumulate_gradients
 from tests.conversion.models import HAS_SHARED_EXPERT_GATE
 from tests.distributed import run_distributed
-from tests.megatron.models import HAS_WINDOWS, ON_CPU, TRAINING, model_config, single_process
+from tests.megatron.models import (
+    HAS_GATED_DELTA_NET,
+    HAS_WINDOWS,
+    HYBRID,
+    ON_CPU,
+    TRAINING,
+    model_config,
+    single_process,
+)
 from tests.megatron.models import LATENT as SMALL_LATENT
 from tests.planning.measured_memory import group_batch, kept_bytes, peak_bytes
 
@@ -179,21 +187,30 @@ def test_kept_tensors_and_peaks_are_those_of_real_models_on_one_process() -> Non
             assert peak == pytest.approx(_step_peak(chunks, [batch]), rel=PEAK_TOLERANCE), case
 
 
-@pytest.mark.parametrize(
-    ("dtype", "recompute", "trim"),
-    [
+SERIES = [(300, [100] * 4 + [60, 40, 80]), (900, [60, 30, 50, 60])]
+SERIES_CASES = [
+    (*options, shape, {})
+    for options in (
         ("float32", "none", True),
         ("bfloat16", "selective", False),
         ("bfloat16", "full", True),
-    ],
-)
-@pytest.mark.parametrize(
-    ("prefix", "responses"), [(300, [100] * 4 + [60, 40, 80]), (900, [60, 30, 50, 60])]
-)
+    )
+    for shape in SERIES
+]
+if HAS_GATED_DELTA_NET:
+    SERIES_CASES.append(("bfloat16", "full", True, SERIES[0], HYBRID))
+
+
+@pytest.mark.parametrize(("dtype", "recompute", "trim", "shape", "transformer"), SERIES_CASES)
 def test_a_series_holds_its_root_and_a_row_at_a_time(
-    dtype: str, recompute: str, trim: bool, prefix: int, responses: list[int]
+    dtype: str,
+    recompute: str,
+    trim: bool,
+    shape: tuple[int, list[int]],
+    transformer: dict[str, Any],
 ) -> None:
-    model = _model()
+    prefix, responses = shape
+    model = _model(**transformer)
     training = _training(dtype, recompute, trim_last_layer=trim, share_across_microbatches=True)
     budget = prefix + max(responses) + 60
     with single_process(float64=False):
@@ -210,7 +227,11 @@ def test_a_series_holds_its_root_and_a_row_at_a_time(
             source="here",
         )
         minibatch = build_minibatch(
-            [group], ObjectiveConfig(), packing, attention=ON_CPU, data_parallel_rank=0
+            [group],
+            ObjectiveConfig(),
+            packing,
+            attention=AttentionSetup.of(chunks.config, ON_CPU.device),
+            data_parallel_rank=0,
         )
         measured = _step_peak(chunks, minibatch.batches)
         series = [batch for batch in minibatch.batches if isinstance(batch, BatchSeries)]

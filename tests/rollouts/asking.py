@@ -16,7 +16,6 @@ from megatron_prefix.rollouts.server.answers import Reader
 from megatron_prefix.rollouts.server.asking import Asker
 from megatron_prefix.rollouts.server.client import ServerClient
 from megatron_prefix.rollouts.server.sampler import ServerSampler
-from megatron_prefix.rollouts.server.weights import ServerWeights
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 from megatron_prefix.rollouts.validation import Limits
 from tests.rollouts.replies import Reply, ReplyServer, Request
@@ -56,7 +55,7 @@ def parts(
     shape = None if routes is None else routes.shape
     asker = Asker(client, config, Reader(tokenizer=tokenizer, spec=sampling, routes=shape))
     source = prompt_stream([path], vocab_size=16, max_prompt_length=20, epochs=1)
-    return BatchSampler(asker, client, source, GroupMaker(spec, exact_match), load_again), client
+    return BatchSampler(asker, source, GroupMaker(spec, exact_match), load_again), client
 
 
 class BatchSampler:
@@ -65,18 +64,16 @@ class BatchSampler:
     def __init__(
         self,
         asker: Asker,
-        client: ServerClient,
         source: PromptSource,
         maker: GroupMaker,
         load_again: Any = None,
     ) -> None:
-        weights = ServerWeights(asker, None, None)
-        if load_again is not None:
-            weights.forgets, weights.load_again = True, load_again
         self._asker = asker
         self._source = source
         self._maker = maker
-        self._sampler = ServerSampler(asker, client, weights)
+        self._sampler = ServerSampler(asker, None, None)
+        if load_again is not None:
+            self._sampler.forgets, self._sampler.load_again = True, load_again
 
     def sample(self, num_groups: int, *, step: int, version: int | None) -> Batch:
         making = self._maker.batch(self._source, num_groups, step=step, version=version)

@@ -99,7 +99,7 @@ def sampler(
         epochs=1,
     )
     maker = GroupMaker(spec, None, agent=loop)
-    return BatchSampler(asker, client, prompts, maker), loop, client
+    return BatchSampler(asker, prompts, maker), loop, client
 
 
 def records(path: Path, *answers: str) -> Path:

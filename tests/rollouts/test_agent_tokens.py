@@ -109,7 +109,7 @@ def sampled_batch(
         spec = GroupSpec(
             sampling=sampling, limits=Limits(vocab_size=VOCAB_SIZE, max_positions=POSITIONS)
         )
-        sampler = BatchSampler(asker, client, prompts, GroupMaker(spec, None, agent=loop))
+        sampler = BatchSampler(asker, prompts, GroupMaker(spec, None, agent=loop))
         batch = sampler.sample(1, step=0, version=None).rollouts
         loop.close()
         client.close()

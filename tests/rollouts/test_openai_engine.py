@@ -135,23 +135,23 @@ class Interruption:
         self._thread = threading.Thread(target=self._restart)
 
     def watch(self, run: Trainer) -> None:
-        next_rollouts, post = run.engine.next_rollouts, run.engine.sampler.client.post
+        next_rollouts, send = run.engine.next_rollouts, run.engine.sampler.client.send
 
         def watched_rollouts(num_groups: int, *, step: int) -> Any:
             if step == self._at_step:
                 self._left = 10
             return next_rollouts(num_groups, step=step)
 
-        def watched_post(path: str, body: dict[str, Any], **options: Any) -> Any:
+        def watched_send(method: str, path: str, *body: Any, **options: Any) -> Any:
             if self._left is not None and path == "/v1/completions":
                 self._left -= 1
                 if self._left == 0:
                     self._server.kill()
                     self.began = time.monotonic()
                     self._thread.start()
-            return post(path, body, **options)
+            return send(method, path, *body, **options)
 
-        run.engine.next_rollouts, run.engine.sampler.client.post = watched_rollouts, watched_post
+        run.engine.next_rollouts, run.engine.sampler.client.send = watched_rollouts, watched_send
 
     def _restart(self) -> None:
         time.sleep(OUTAGE_S)
@@ -265,7 +265,7 @@ def test_a_tokenizer_that_is_not_the_servers_is_found_out(data, server, tmp_path
     folder = tmp_path / "policy" / "version_000000"
     values = run_values(tmp_path, rollouts=rollouts(data, server.url, groups_per_step=1))
     with trainer(values) as run:
-        write = run.engine.sampler.weights.folders.write
+        write = run.engine.sampler.folders.write
 
         def other_tokenizer(version: int) -> Path:
             path = write(version)
@@ -276,7 +276,7 @@ def test_a_tokenizer_that_is_not_the_servers_is_found_out(data, server, tmp_path
             (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
             return path
 
-        run.engine.sampler.weights.folders.write = other_tokenizer
+        run.engine.sampler.folders.write = other_tokenizer
         with pytest.raises(ServerMismatch, match=r"grpo.jsonl:\d+: prompt: .* counts"):
             run.engine.next_rollouts(1, step=0)
         run.engine.close()
@@ -285,14 +285,14 @@ def test_a_tokenizer_that_is_not_the_servers_is_found_out(data, server, tmp_path
 def test_a_folder_that_the_server_cannot_load_is_an_error_in_its_words(data, server, tmp_path):
     values = run_values(tmp_path, rollouts=rollouts(data, server.url))
     with trainer(values) as run:
-        write = run.engine.sampler.weights.folders.write
+        write = run.engine.sampler.folders.write
 
         def broken(version: int) -> Path:
             path = write(version)
             (path / "model.safetensors").write_bytes(b"nothing")
             return path
 
-        run.engine.sampler.weights.folders.write = broken
+        run.engine.sampler.folders.write = broken
         with pytest.raises(ServerError, match=r"loading .*version_000000 failed: .*header"):
             run.engine.next_rollouts(1, step=0)
         run.engine.close()

@@ -52,6 +52,12 @@ def tokenizer(tmp_path_factory) -> TextTokenizer:
         (r"\boxed{3\frac{1}{2}}", 3.5, 1),
         (r"\boxed{\sqrt{2}}", "2", 0),
         (r"\boxed{x = 5 \text{ apples}}", 5, 1),
+        (r"\boxed{72\ \text{km/h}}", 72, 1),
+        (r"\boxed{3\text{ m}^2}", 3, 1),
+        (r"\boxed{-10^{3}}", -1000, 1),
+        (r"1.5 \times 10^3", 1500, 1),
+        (r"\boxed{2^{10}}", 10, 0),
+        (r"\boxed{7!}", 7, 0),
         ("#### 1/2", "1/2", 1),
         ("#### Final answer\n72", "72", 1),
         ("The change is \N{MINUS SIGN}3", "-3", 1),
@@ -195,7 +201,7 @@ def test_a_reward_process_outlives_what_asks_the_run_to_stop(tokenizer):
 def test_a_reward_process_ends_with_the_process_that_started_it(tokenizer):
     reward = process_reward(tokenizer)
     worker = reward._function._idle.get()
-    worker._process.stdin.close()
+    worker._calls.close()
     assert worker._process.wait(timeout=10) == 0
     reward._function._idle.put(None)
 

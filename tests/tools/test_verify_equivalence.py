@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_prefix.config import ParallelConfig
-from tests.megatron.models import HAS_PREDICTIONS, HAS_WINDOWS
+from tests.megatron.models import HAS_WINDOWS
 from tests.tools.proofs import (
     ALWAYS,
     SERIES,
@@ -426,34 +425,3 @@ def test_an_impossible_layout_ends_with_status_2(
     assert _main(tool, monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("verify_equivalence: ") and message in error, error
-
-
-LONG_PROMPTS = [
-    {"prefix": 11, "responses": [3, 7, 1, 5]},
-    {"system": 6, "prefix": 7, "responses": [2, 9]},
-    {"system": 6, "prefix": 4, "responses": [1, 3]},
-]
-"""Three levels of sharing; responses shorter than the depth, prompts longer."""
-
-
-@pytest.mark.skipif(not HAS_PREDICTIONS, reason="megatron-core before 0.16 has another model")
-@pytest.mark.parametrize(
-    "parallel",
-    [
-        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
-        ParallelConfig(context_parallel_size=2),
-    ],
-    ids=["tensor and pipeline", "context"],
-)
-def test_multi_token_prediction_is_that_of_whole_sequences(
-    tool: ModuleType, parallel: ParallelConfig
-) -> None:
-    model = small_model(tool, num_layers=2, mtp_num_layers=3, mtp_loss_scaling_factor=0.7)
-    report = tool.verify(
-        model=dataclasses.replace(model, vocab_size=64),
-        shapes=LONG_PROMPTS,
-        parallel=parallel,
-        recompute="full",
-        packing={**ALWAYS, "sharing": "everything"},
-    )
-    assert_exact(tool, report)

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_prefix.config import ParallelConfig
 from tests.megatron.models import HAS_GATED_DELTA_NET, HYBRID
-from tests.tools.proofs import ALWAYS, assert_exact, small_model, tool
+from tests.tools.proofs import ALWAYS, SERIES, assert_exact, small_model, tool
 
 __all__ = ["tool"]
 
@@ -24,7 +24,12 @@ SHAPES: list[dict[str, Any]] = [
     {"system": 9, "prefix": 1, "responses": [3, {"turns": [12], "then": [4, 6]}]},
 ]
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
-THREE_TO_ONE = {**HYBRID, "linear_attention_freq": 4, **EXPERTS}
+THREE_TO_ONE = {
+    **HYBRID,
+    "linear_attention_freq": 4,
+    "attention_output_gate": True,
+    **EXPERTS,
+}
 RECURRENT_ONLY = {**HYBRID, "linear_attention_freq": [1, 1, 1, 1]}
 
 
@@ -75,3 +80,26 @@ def test_gated_delta_nets(
         packing={**ALWAYS, "sharing": "everything"},
     )
     assert_exact(tool, report)
+
+
+# Groups over the budget: a prompt of more than one chunk and one shorter than the convolution;
+# responses of one token, and such that share a turn.
+OVER_THE_BUDGET: list[dict[str, Any]] = [
+    {"prefix": 70, "responses": [20, 1, 9, 14]},
+    {"prefix": 3, "responses": [41, {"turns": [30], "then": [5, 1]}, 38]},
+]
+
+
+def test_pieces_of_a_large_group_go_on_from_the_state_behind_its_prompt(
+    tool: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    report = tool.verify(
+        model=small_model(tool, **HYBRID, num_layers=2),
+        shapes=OVER_THE_BUDGET,
+        parallel=ParallelConfig(),
+        token_budget=95,
+        recompute="full",
+        packing=SERIES,
+    )
+    assert_exact(tool, report)
+    assert "2 series of rows" in capfd.readouterr().out

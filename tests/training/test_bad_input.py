@@ -181,7 +181,7 @@ def reward(prompt, response, answer):
 """
 
 
-def test_an_error_on_one_rank_alone_ends_all_of_them_and_names_it(tmp_path: Path) -> None:
+def test_an_error_of_what_rank_0_reads_ends_all_ranks_and_is_said_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "rewards_of_this_test.py").write_text(REWARD)
     record = {k: v for k, v in GOOD[0].items() if k != "rewards"} | {"answer": [1]}
     path = write_records(tmp_path / "rollouts.jsonl", [record])
@@ -199,7 +199,7 @@ def test_an_error_on_one_rank_alone_ends_all_of_them_and_names_it(tmp_path: Path
     assert failed.returncode != 0
     (error,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert error == (
-        "error: rank 0 of 2: reward 'rewards_of_this_test:reward': importing rewards_of_this_test "
+        "error: reward 'rewards_of_this_test:reward': importing rewards_of_this_test "
         "failed: RuntimeError: the judge is away"
     )
     assert "trainer.py" not in failed.stderr

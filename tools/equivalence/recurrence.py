@@ -26,8 +26,6 @@ def use_exact_delta_rule(config: Any) -> None:
         return
     # Then the layer takes the torch version of the delta rule, and torch's convolution.
     config.deterministic_mode = True
-    # Compiled, its gates would be float32 in a model of float64 (see `cpu_device`).
-    torch.compiler.set_stance("force_eager")
     for base in GatedDeltaNet.__mro__:
         home = sys.modules[base.__module__]
         if hasattr(home, "torch_chunk_gated_delta_rule"):

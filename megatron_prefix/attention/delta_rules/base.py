@@ -33,9 +33,9 @@ class RuleInputs:
 class ComputedRule(Protocol):
     """A row's inputs, ready to be read from states. Autograd goes through it."""
 
-    def read(self, row: Recurrence[Tensor], begins: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[T, H, V] what tokens read, 0 on padding; and [pieces, H, K, V] the states behind the
-        row's pieces.
+    def read(self, row: Recurrence[Tensor], begins: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, H, V] what tokens read, 0 on padding; [pieces, H, K, V] the states behind the row's
+        pieces; and [H, K, V] that behind its last run, which for a row of one segment is its end.
 
         Args:
             begins: [begins, H, K, V] states that runs of the row begin with; None: all begin with

@@ -97,7 +97,7 @@ class _Levels:
     g: Tensor
     beta: Tensor
 
-    def read(self, row: Recurrence[Tensor], begins: Tensor | None) -> tuple[Tensor, Tensor]:
+    def read(self, row: Recurrence[Tensor], begins: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """See `ComputedRule.read`."""
         runs = row.runs
         heads, keys, values = *self.k.shape[1:], self.v.shape[2]
@@ -114,7 +114,8 @@ class _Levels:
             if number == 0:
                 ends = state[: runs.pieces]
         # One row more, of zeros, for padding.
-        return F.pad(torch.cat(outs), (0, 0, 0, 0, 0, 1))[runs.place], ends
+        out = F.pad(torch.cat(outs), (0, 0, 0, 0, 0, 1))[runs.place]
+        return out, ends, state[-1] if sizes else state.sum(0)
 
     @torch.no_grad()
     def maps(self, row: Recurrence[Tensor], *, added: bool) -> Tensor:

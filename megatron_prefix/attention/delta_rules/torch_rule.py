@@ -94,13 +94,10 @@ class Chunks:
         row: Recurrence[Tensor],
         begins: Tensor | None,
         kept_states: dict[int, Tensor | None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """[T, H, V] what tokens read, 0 on padding; and [pieces, H, K, V] the states behind the
-        row's pieces.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ComputedRule.read`.
 
         Args:
-            begins: [begins, H, K, V] states that runs of the row begin with; None: all begin with
-                none.
             kept_states: by numbers of chunks; becomes the states [H, K, V] behind these.
         """
         outs, ends, state = [], [], None
@@ -128,7 +125,7 @@ class Chunks:
                 if wave.chunks.start <= chunk < wave.chunks.stop:
                     kept_states[chunk] = state[chunk - wave.chunks.start].clone()
         out = torch.cat(outs).transpose(1, 2).flatten(0, 1)[row.place]
-        return out * row.real[:, None, None], torch.cat(ends[::-1])
+        return out * row.real[:, None, None], torch.cat(ends[::-1]), state[-1]
 
     @torch.no_grad()
     def maps(self, row: Recurrence[Tensor], *, added: bool) -> Tensor:

@@ -25,6 +25,7 @@ from megatron_prefix.megatron.options.record import (
     set_to,
     used,
 )
+from megatron_prefix.megatron.prediction_layers import prediction_layer_numbers
 from megatron_prefix.megatron.releases import release
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,8 @@ def _exchanged_heads(config: Any) -> list[str]:
         for number, is_recurrent in zip(range(1, config.num_layers + 1), recurrent, strict=False)
         if layer_comm_type(config, number) == "a2a"
     }
+    if any(layer_comm_type(config, n) == "a2a" for n in prediction_layer_numbers(config)):
+        exchanging.add(False)
     options = ["num_attention_heads", "num_query_groups"] if False in exchanging else []
     if True in exchanging:
         options += ["linear_num_key_heads", "linear_num_value_heads"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
+from megatron_prefix.megatron.gated_delta_net import recurrent_layers
 from megatron_prefix.megatron.options.record import (
     Option,
     Reason,
@@ -14,14 +14,13 @@ from megatron_prefix.megatron.options.record import (
     set_to,
     used,
 )
+from megatron_prefix.megatron.prediction_layers import prediction_layer_numbers
 
 _BY_ROW = "Megatron's layers compute it, row by row"
 _INITIAL = "it says where weights begin, not what is computed with them"
 
 MARK_OF_PREDICTING_MODELS = "built_by_prefix_gpt_model"
 """Attribute that a config has whose model is built so; Megatron's own GPTModel rolls labels."""
-
-_COUNTED_ROWS = "Megatron counts rows for it that predict nothing"
 
 
 def _predictions(value: Any, config: Any) -> Reason | None:
@@ -40,27 +39,31 @@ def _predictions(value: Any, config: Any) -> Reason | None:
             instead="Build prefix_gpt_model(GPTModel), with prefix_grouped(mtp_block_spec), or "
             f"{without[0].lower()}{without[1:]}",
         )
-    for name, why in (
-        ("pipeline_model_parallel_layout", "these layers have to be on the last stage"),
-        ("mrope_section", "the rows of each depth would need positions of images"),
-        ("experimental_attention_variant", "recurrent layers have not been seen right there"),
-        ("window_attn_skip_freq", "releases number these layers differently"),
-        ("moe_z_loss_coeff", _COUNTED_ROWS),
-    ):
-        if getattr(config, name, None):
-            return Reason(why=why, instead=without, beside=f"{name}={getattr(config, name)!r}")
-    for name, differs, why in (
-        ("cp_comm_type", isinstance(config.cp_comm_type, list), "it has none for these layers"),
-        ("moe_aux_loss_coeff", bool(auxiliary_losses(config)), _COUNTED_ROWS),
-        ("moe_router_bias_update_rate", _bias_moves(config), _COUNTED_ROWS),
-    ):
-        if differs:
-            return Reason(why=why, instead=without, beside=f"{name}={getattr(config, name)!r}")
+    layout = getattr(config, "pipeline_model_parallel_layout", None)
+    if layout:
+        return Reason(
+            why="these layers have to be on the last stage",
+            instead=without,
+            beside=f"pipeline_model_parallel_layout={layout!r}",
+        )
+    if any(recurrent_layers(config)[-1:]):
+        return Reason(
+            why="these layers are as the model's last one, and a gated delta net has not been seen "
+            "right there",
+            instead=f"Let the last layer attend, or {without[0].lower()}{without[1:]}",
+            beside=f"linear_attention_freq={config.linear_attention_freq!r}",
+        )
+    last = max(prediction_layer_numbers(config))
+    for name in ("window_attn_skip_freq", "no_rope_freq", "cp_comm_type"):
+        of_layers = getattr(config, name, None)
+        if isinstance(of_layers, list) and last > config.num_layers:
+            return Reason(
+                why=f"Megatron takes these layers for layer {last} and the like, and the list ends "
+                f"at layer {config.num_layers}",
+                instead=without,
+                beside=f"{name}={of_layers!r}",
+            )
     return None
-
-
-def _bias_moves(config: Any) -> bool:
-    return bool(config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate)
 
 
 OPTIONS: list[Option] = [

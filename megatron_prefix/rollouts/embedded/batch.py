@@ -84,14 +84,13 @@ class ResponseBatch:
         """Run the last token of every response and draw the next one."""
         n, slot = len(self._rows), self._num_drawn - 1
         num_tokens = max(1, -(-n // self._pad_to_multiple)) * self._pad_to_multiple
-        input_ids = np.zeros(num_tokens, dtype=np.int64)
-        position_ids = np.zeros(num_tokens, dtype=np.int64)
-        uniforms = np.zeros((n, 1))
-        if n:
-            input_ids[:n] = self._tokens[self._rows, slot]
-            position_ids[:n] = self._first_positions[self._rows] + slot
-            prompts, responses = np.divmod(self._rows, self._num_responses)
-            uniforms[:, 0] = self._uniforms[prompts, responses, self._num_drawn]
+        input_ids, position_ids = np.zeros((2, num_tokens), dtype=np.int64)
+        input_ids[:n] = self._tokens[self._rows, slot]
+        position_ids[:n] = self._first_positions[self._rows] + slot
+        # A batch without unfinished responses runs on while others do.
+        number = min(self._num_drawn, self._spec.max_response_length - 1)
+        prompts, responses = np.divmod(self._rows, self._num_responses)
+        uniforms = self._uniforms[prompts, responses, number, None]
         return DrawRequest(
             input_ids=self._on_device(input_ids)[None],
             params=self._cache.decode_params(
@@ -106,15 +105,12 @@ class ResponseBatch:
         rows, spec = self._rows, self._spec
         if len(rows) == 0:
             return
-        tokens = draws.tokens.reshape(-1)
+        tokens, logprobs = draws.reshape(2, -1)
         self._tokens[rows, self._num_drawn] = tokens
-        self._logprobs[rows, self._num_drawn] = draws.logprobs.reshape(-1)
+        self._logprobs[rows, self._num_drawn] = logprobs
         self._num_drawn += 1
-        ended = np.isin(tokens, spec.stop_tokens)
-        if self._num_drawn == spec.max_response_length:
-            ended[:] = True
-        ended_now = rows[ended & (self._lengths[rows] == 0)]
-        self._lengths[ended_now] = self._num_drawn
+        ended = np.isin(tokens, spec.stop_tokens) | (self._num_drawn == spec.max_response_length)
+        self._lengths[rows[ended & (self._lengths[rows] == 0)]] = self._num_drawn
         going_on = np.flatnonzero(self._lengths[rows] == 0)
         if len(going_on) <= _KEPT_PART * len(rows):
             self._cache.keep(going_on)
@@ -122,15 +118,14 @@ class ResponseBatch:
 
     def responses(self) -> list[list[Response]]:
         """The responses to each prompt."""
+        rows = zip(self._tokens, self._logprobs, self._lengths, strict=True)
         flat = [
             Response(
                 tokens=tokens[:length].astype(np.int32),
                 logprobs=logprobs[:length].copy(),
                 finished=bool(tokens[length - 1] in self._spec.stop_tokens),
             )
-            for tokens, logprobs, length in zip(
-                self._tokens, self._logprobs, self._lengths, strict=True
-            )
+            for tokens, logprobs, length in rows
         ]
         count = self._num_responses
         return [flat[start : start + count] for start in range(0, len(flat), count)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,10 @@ class EvaluationResult:
     responses_per_prompt: int = 1
     data_sets: tuple[str, ...] = ()
     """For each prompt the name of its data set; empty where prompts are of one."""
+    of_agent: Mapping[str, float] = field(default_factory=dict)
+    """Other metrics."""
+    rollouts: RolloutBatch | None = None
+    """None on other ranks than 0, and where no dialogue came to an end."""
 
     @property
     def mean(self) -> float:
@@ -54,7 +58,7 @@ class EvaluationResult:
         for k in _counts(self.responses_per_prompt):
             for end, part in parts.items():
                 found[f"eval_pass_at_{k}{end}"] = pass_at_k(part >= 1, k)
-        return found
+        return {**found, **self.of_agent}
 
 
 def pass_at_k(correct: NDArray[np.bool_], k: int) -> float:
@@ -79,16 +83,7 @@ def _counts(responses: int) -> list[int]:
     return sorted({2**i for i in range(responses.bit_length()) if 2**i <= responses} | {responses})
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Evaluated:
-    """What an evaluation found."""
-
-    result: EvaluationResult
-    rollouts: RolloutBatch | None
-    """None on other ranks than 0, and where no dialogue came to an end."""
-    metrics: dict[str, float]
-
-
+@dataclass(eq=False)
 class Evaluator:
     """Samples responses to each of a fixed list of prompts and averages their rewards.
 
@@ -97,33 +92,21 @@ class Evaluator:
     its environment failed counts with 0.
     """
 
-    last: EvaluationResult | None = None
+    sampler: EmbeddedSampler
+    """All evaluations draw the same random numbers."""
+    maker: GroupMaker | None
+    """Of the groups, on rank 0; None elsewhere."""
+    prompts: Sequence[Prompt] = ()
+    """On rank 0 at least one."""
+    data_sets: Sequence[str] = field(default=(), kw_only=True)
+    """For each prompt the name of its data set; empty where they are of one."""
+    last: EvaluationResult | None = field(default=None, init=False)
     """What the last `evaluate` found."""
-    batch: RolloutBatch | None = None
-    """The responses of the last `evaluate`, on rank 0."""
 
-    def __init__(
-        self,
-        sampler: EmbeddedSampler,
-        maker: GroupMaker | None,
-        prompts: Sequence[Prompt] = (),
-        *,
-        data_sets: Sequence[str] = (),
-    ) -> None:
-        """Nothing is sampled yet.
-
-        Args:
-            sampler: of the model; all evaluations draw the same random numbers.
-            maker: of the groups, on rank 0; None elsewhere.
-            prompts: on rank 0 at least one.
-            data_sets: for each prompt the name of its data set; empty where they are of one.
-        """
-        assert (maker is None or prompts) and len(data_sets) in (0, len(prompts))
-        self._sampler = sampler
-        self._maker = maker
-        self._prompts = prompts
-        self._data_sets = tuple(data_sets)
-        self._metrics: dict[str, float] = {}
+    @property
+    def batch(self) -> RolloutBatch | None:
+        """The responses of the last `evaluate`, on rank 0."""
+        return None if self.last is None else self.last.rollouts
 
     def evaluate(self) -> float:
         """The mean reward of the model as it is now, the same on every rank. Collective.
@@ -131,28 +114,27 @@ class Evaluator:
         Raises:
             ValueError: a reward could not be computed, naming the prompt's source.
         """
-        asking = None if self._maker is None else self._evaluated(self._maker)
-        found: _Evaluated = answered_by_ranks(asking, self._sampler, step=STEP)
-        self.last, self.batch, self._metrics = found.result, found.rollouts, found.metrics
+        asking = None if self.maker is None else self._evaluated(self.maker)
+        self.last = answered_by_ranks(asking, self.sampler, step=STEP)
         return self.last.mean
 
     def close(self) -> None:
         """End the processes of the reward and the environment."""
-        if self._maker is not None:
-            self._maker.close()
+        if self.maker is not None:
+            self.maker.close()
 
     def metrics(self) -> dict[str, float]:
         """What there is beside the mean reward of the last `evaluate`."""
-        return self._metrics
+        return {} if self.last is None else self.last.metrics()
 
-    def _evaluated(self, maker: GroupMaker) -> Asking[_Evaluated]:
+    def _evaluated(self, maker: GroupMaker) -> Asking[EvaluationResult]:
         tally = Tally()
         count = maker.spec.sampling.group_size
-        wanted = [Wanted(prompt=prompt, count=count) for prompt in self._prompts]
+        wanted = [Wanted(prompt=prompt, count=count) for prompt in self.prompts]
         answers = yield from maker.answers(wanted, tally)
         groups = [
             maker.group(prompt, responses, None)
-            for prompt, responses in zip(self._prompts, answers, strict=True)
+            for prompt, responses in zip(self.prompts, answers, strict=True)
             if responses
         ]
         rollouts = maker.rewarded(groups) if groups else None
@@ -160,11 +142,14 @@ class Evaluator:
         rewards = np.zeros(len(came))
         if rollouts is not None:
             rewards[came] = rollouts.rewards
-        result = EvaluationResult(
-            rewards=tuple(rewards.tolist()), responses_per_prompt=count, data_sets=self._data_sets
-        )
-        metrics = result.metrics()
+        of_agent = {}
         if maker.agent is not None:
-            metrics["eval_turns"] = tally.turns / max(1, int(came.sum()))
-            metrics["eval_environment_failures"] = float(tally.environment_failures)
-        return _Evaluated(result=result, rollouts=rollouts, metrics=metrics)
+            of_agent["eval_turns"] = tally.turns / max(1, int(came.sum()))
+            of_agent["eval_environment_failures"] = float(tally.environment_failures)
+        return EvaluationResult(
+            rewards=tuple(rewards.tolist()),
+            responses_per_prompt=count,
+            data_sets=tuple(self.data_sets),
+            of_agent=of_agent,
+            rollouts=rollouts,
+        )

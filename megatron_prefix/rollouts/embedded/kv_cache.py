@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -60,23 +61,19 @@ def prompt_row(prompts: Sequence[Sequence[int]], *, pad_to_multiple: int = 1) ->
     # A packed row holds what predicts its labels: one more token behind each prompt makes the
     # prompt's last token an input.
     tokens = [np.append(prompt[common:], 0) for prompt in prompts]
-    if common:
-        tree = PrefixTree(
-            parents=(-1, *(0 for _ in prompts)),
-            tokens=(prompts[0][:common], *tokens),
-            sequences=tuple((0, i + 1) for i in range(len(prompts))),
-        )
-    else:
-        tree = PrefixTree(
-            parents=tuple(-1 for _ in prompts),
-            tokens=tuple(tokens),
-            sequences=tuple((i,) for i in range(len(prompts))),
-        )
+    beginning = [prompts[0][:common]] if common else []
+    own = range(len(beginning), len(beginning) + len(prompts))
+    tree = PrefixTree(
+        parents=(*[-1 for _ in beginning], *(0 if common else -1 for _ in prompts)),
+        tokens=(*beginning, *tokens),
+        sequences=tuple((0, i) if common else (i,) for i in own),
+    )
     layout = pack(tree, pad_to_multiple=pad_to_multiple)
-    own = layout.segments[len(layout.segments) - len(prompts) :]
-    starts = [segment.start for segment in own]
+    starts = [layout.segments[i].start for i in own]
     end = layout.num_tokens - layout.num_padding
-    return PromptRow(layout=layout, common=starts[0] if own else 0, bounds=np.array([*starts, end]))
+    return PromptRow(
+        layout=layout, common=starts[0] if starts else 0, bounds=np.array([*starts, end])
+    )
 
 
 def _common_length(prompts: list[np.ndarray]) -> int:
@@ -118,8 +115,9 @@ class KeyValueCache:
         self._slots = slots
         self._layers: dict[int, _LayerCache] = {}
         self.states = RecurrentStates()
-        self._stages: tuple[AttentionStage[Tensor], ...] = ()
-        self._set_counts(np.full(len(row.last_positions), num_responses))
+        self._counts = np.full(len(row.last_positions), num_responses)
+        """Of each prompt."""
+        self._stages: tuple[AttentionStage[Tensor], ...] | None = None
 
     @property
     def num_responses(self) -> int:
@@ -140,7 +138,7 @@ class KeyValueCache:
             params,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
-            attention=_PrefillAttention(cache=self, row=params.attention),
+            attention=partial(self._attend_prompts, params.attention),
             recurrence=recurrence,
         )
 
@@ -164,7 +162,7 @@ class KeyValueCache:
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
-            attention=_DecodeAttention(cache=self, slot=slot),
+            attention=partial(self._attend, slot),
             recurrence=DecodeStates(states=self.states),
             position_ids=position_ids,
             own_rows=np.arange(len(position_ids)),
@@ -177,7 +175,8 @@ class KeyValueCache:
             rows: ascending indices into the n responses.
         """
         prompts = np.repeat(np.arange(len(self._counts)), self._counts)
-        self._set_counts(np.bincount(prompts[rows], minlength=len(self._counts)))
+        self._counts = np.bincount(prompts[rows], minlength=len(self._counts))
+        self._stages = None
         self.states.keep(rows)
         for layer in self._layers.values():
             if layer.keys is not None:
@@ -185,39 +184,34 @@ class KeyValueCache:
                 layer.keys = layer.keys.index_select(0, index)
                 layer.values = layer.values.index_select(0, index)
 
-    def _set_counts(self, counts: np.ndarray) -> None:
-        """Responses of each prompt; the stages to the prompts' keys follow from them."""
-        self._counts = counts
-        self._stages = ()
-
     def _prompt_stages(self) -> tuple[AttentionStage[Tensor], ...]:
         """One rectangle for the common beginning, and one for the rest of each prompt."""
-        if not self._stages and self.num_responses:
-            row, n = self._row, self.num_responses
+        if self._stages is None:
+            row = self._row
             stages = [_stage(row.bounds, self._counts)]
             if row.common:
-                stages.insert(0, _stage(np.array([0, row.common]), np.array([n])))
+                everyone = np.array([self.num_responses])
+                stages.insert(0, _stage(np.array([0, row.common]), everyone))
             self._stages = record_to_device(tuple(stages), self._setup.device)
         return self._stages
 
-    def store_prompts(self, layer_number: int, keys: Tensor, values: Tensor) -> None:
-        """Keep a layer's keys and values [row, Hk, D] of the prompts."""
+    def _attend_prompts(
+        self, attend: CoreAttention, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer
+    ) -> Tensor:
+        """`CoreAttention` of the row of prompts, whose keys and values stay here."""
         end = int(self._row.bounds[-1])
-        self._layers[layer_number] = _LayerCache(
-            # Copies: they may be views of a projection that holds the queries too.
-            prompt_keys=keys[:end].clone(memory_format=torch.contiguous_format),
-            prompt_values=values[:end].clone(memory_format=torch.contiguous_format),
-        )
+        # Copies: they may be views of a projection that holds the queries too.
+        keys, values = (x[:end].clone(memory_format=torch.contiguous_format) for x in (k, v))
+        self._layers[layer.number] = _LayerCache(prompt_keys=keys, prompt_values=values)
+        return attend(q, k, v, layer)
 
-    def attend(self, layer: AttentionLayer, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Put k and v into a slot, and let the queries see it and everything before it.
-
-        Args:
-            q: [n, H, D]; k: [n, Hk, D]; v: [n, Hk, Dv], of the responses' current tokens.
-
-        Returns:
-            [n, H, Dv] in float32 or wider.
-        """
+    def _attend(self, slot: int, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
+        """`CoreAttention` of one token of each response, behind `slot` others; 0 for padding."""
+        n = self.num_responses
+        padded = q.new_zeros(*q.shape[:2], v.shape[2])
+        if not n:
+            return padded
+        q, k, v = q[:n], k[:n], v[:n]
         cached = self._layers[layer.number]
         if cached.keys is None:
             cached.keys, cached.values = (
@@ -230,7 +224,8 @@ class KeyValueCache:
         compute = StageCompute(self._setup.kernel, layer.scale)
         prompts = (cached.prompt_keys, cached.prompt_values)
         compute.merge(self._prompt_stages(), q, *prompts, out, lse)
-        return out
+        padded[:n] = out
+        return padded
 
 
 def _stage(key_bounds: np.ndarray, counts: np.ndarray) -> AttentionStage[np.ndarray]:
@@ -260,33 +255,3 @@ def _attend_own(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[
     lse = scores.logsumexp(dim=-1)
     out = torch.matmul(scores.sub_(lse.unsqueeze(-1)).exp_(), values.to(wide))
     return out.flatten(1, 2), lse.flatten(1, 2)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _PrefillAttention:
-    """`CoreAttention` of a row of prompts whose keys and values stay in a cache."""
-
-    cache: KeyValueCache
-    row: CoreAttention
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
-        """Attention within the row, as in training."""
-        self.cache.store_prompts(layer.number, k, v)
-        return self.row(q, k, v, layer)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _DecodeAttention:
-    """`CoreAttention` of one token of each response, and padding behind them."""
-
-    cache: KeyValueCache
-    slot: int
-    """Tokens of each response that come before."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
-        """Attention to the cache; 0 for padding."""
-        n = self.cache.num_responses
-        out = q.new_zeros(*q.shape[:2], v.shape[2])
-        if n:
-            out[:n] = self.cache.attend(layer, self.slot, q[:n], k[:n], v[:n])
-        return out

@@ -38,14 +38,8 @@ class DrawRequest:
     """[N, k] float64 in [0, 1): for k draws at each of them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Draws:
-    """The tokens drawn for one request."""
-
-    tokens: np.ndarray
-    """[N, k] int64"""
-    logprobs: np.ndarray
-    """[N, k] float64, see `draw_tokens`."""
+Draws = np.ndarray
+"""[2, N, k] float64: the tokens drawn for one request, and their log-probabilities."""
 
 
 @contextlib.contextmanager
@@ -125,8 +119,7 @@ def draw(
         forward_only=True,
         collect_non_loss_data=True,
     )
-    shared = _from_last_stage(drawn, requests)
-    return [Draws(tokens=both[0].astype(np.int64), logprobs=both[1]) for both in shared]
+    return _from_last_stage(drawn, requests)
 
 
 def _forward_step(
@@ -166,26 +159,22 @@ def _as_it_is(output: Tensor, non_loss_data: bool = False) -> Tensor:
     return output[0]
 
 
-def _from_last_stage(drawn: list[Tensor], requests: Sequence[DrawRequest]) -> list[np.ndarray]:
-    """Tokens and log-probabilities [2, N, k] of every request, from where they were drawn."""
+def _from_last_stage(drawn: list[Tensor], requests: Sequence[DrawRequest]) -> list[Draws]:
+    """Of every request, from where they were drawn."""
     shapes = [request.uniforms.shape for request in requests]
+    total = sum(shape.numel() for shape in shapes)
+    values = requests[0].uniforms.new_empty(total, 2)
     if drawn:
         values = torch.cat([request.reshape(-1, 2) for request in drawn])
-    else:
-        total = sum(shape.numel() for shape in shapes)
-        values = torch.empty(total, 2, dtype=torch.float64, device=requests[0].uniforms.device)
     # Ranks of a tensor-parallel group have drawn from the same logits; should they differ in the
     # last bit of a sum, they must go on with the same tokens nevertheless.
     tensor_group = parallel_state.get_tensor_model_parallel_group()
     if drawn and tensor_group.size() > 1:
         dist.broadcast(values, dist.get_global_rank(tensor_group, 0), group=tensor_group)
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    stages = pipeline_group.size()
-    if stages > 1:
-        dist.broadcast(
-            values, dist.get_global_rank(pipeline_group, stages - 1), group=pipeline_group
-        )
-    split = values.cpu().numpy().T
+    if pipeline_group.size() > 1:
+        last = dist.get_global_rank(pipeline_group, pipeline_group.size() - 1)
+        dist.broadcast(values, last, group=pipeline_group)
     ends = np.cumsum([shape.numel() for shape in shapes])
-    parts = np.split(split, ends[:-1], axis=1)
+    parts = np.split(values.cpu().numpy().T, ends[:-1], axis=1)
     return [part.reshape(2, *shape) for part, shape in zip(parts, shapes, strict=True)]

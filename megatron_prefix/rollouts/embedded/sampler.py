@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from megatron_prefix.rollouts.sampling.sampler import (
     Sampler,
     SamplingSpec,
     Wanted,
+    answers_of_ranks,
 )
 
 
@@ -65,7 +65,7 @@ class EmbeddedSampler(Sampler):
             chunks: the model, in the current parallel state.
             spec: of the sampling.
             device: of the model.
-            kernel: attention kernel by name; None takes the best for the device.
+            kernel: by name; None takes the best for the device.
             max_cached_tokens: prompts are taken in batches whose prompts and (longest possible)
                 responses have together so many tokens at most, but at least one prompt at a time;
                 a response's recurrent states count as the tokens whose keys and values are as
@@ -74,17 +74,17 @@ class EmbeddedSampler(Sampler):
         Raises:
             ValueError: the model has sliding windows, attention sinks or mRoPE.
         """
-        _refuse_unsupported(chunks.config)
+        config = chunks.config
+        _refuse_unsupported(config)
         self._chunks = chunks
         self._spec = spec
         self._device = device
-        self._setup = AttentionSetup.of(chunks.config, device, kernel=kernel, delta_rule="torch")
+        self._setup = AttentionSetup.of(config, device, kernel=kernel, delta_rule="torch")
         self._max_cached_tokens = max_cached_tokens
-        self._state_tokens = state_tokens(chunks.config)
+        self._state_tokens = state_tokens(config)
         # Rows of a few tokens per response are not worth distributing: each context-parallel rank
         # samples for prompts of its own.
         self._data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        config = chunks.config
         # Expert-parallel ranks wait for each other in every layer, so all of them take every step.
         self._in_step = config.expert_model_parallel_size > 1
         self._pad_to_multiple = row_multiple(chunks)
@@ -111,11 +111,11 @@ class EmbeddedSampler(Sampler):
         spec, count = self._spec, wanted[0].count
         assert all(item.count == count for item in wanted)
         prompts = [item.prompt.tokens for item in wanted]
+        lengths = [len(prompt) for prompt in prompts]
+        of_responses = count * (spec.max_response_length + self._state_tokens)
         mine: dict[int, list[Response]] = {}
-        of_response = spec.max_response_length + self._state_tokens
-        costs = [len(prompt) + count * of_response for prompt in prompts]
         with sampling_mode(self._chunks):
-            for indices_of_batches in self._rounds([len(prompt) for prompt in prompts], costs):
+            for indices_of_batches in self._rounds(lengths, [n + of_responses for n in lengths]):
                 batches = [
                     ResponseBatch(
                         [prompts[i] for i in indices],
@@ -129,8 +129,10 @@ class EmbeddedSampler(Sampler):
                 self._run(batches)
                 for indices, batch in zip(indices_of_batches, batches, strict=True):
                     mine.update(zip(indices, batch.responses(), strict=True))
-        responses = self._gather(mine, len(prompts))
-        return None if responses is None else Answers(responses=responses)
+        # The ranks of another group hold the same responses, and so need not send them.
+        if 0 not in dist.get_process_group_ranks(self._data_group):
+            mine = {}
+        return answers_of_ranks(lambda: mine, len(prompts))
 
     def _check(self, wanted: Sequence[Wanted]) -> None:
         positions = self._chunks.bare[0].max_sequence_length
@@ -176,12 +178,8 @@ class EmbeddedSampler(Sampler):
         """Prompts, then step after step, until every response has ended."""
         requests = [batch.prefill() for batch in batches]
         while True:
-            drawn = draw(
-                self._chunks,
-                requests,
-                temperature=self._spec.temperature,
-                top_p=self._spec.top_p,
-            )
+            spec = self._spec
+            drawn = draw(self._chunks, requests, temperature=spec.temperature, top_p=spec.top_p)
             for batch, draws in zip(batches, drawn, strict=True):
                 batch.accept(draws)
             if not self._anyone(any(batch.unfinished for batch in batches)):
@@ -195,33 +193,13 @@ class EmbeddedSampler(Sampler):
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._data_group)
         return bool(flag)
 
-    def _gather(
-        self, mine: dict[int, list[Response]], num_prompts: int
-    ) -> list[list[Response]] | None:
-        """On rank 0 all prompts' responses, from the data-parallel ranks that sampled them."""
-        # The ranks of another group hold the same responses, and so need not send them.
-        if 0 not in dist.get_process_group_ranks(self._data_group):
-            return None
-        found: list[Any] | None = None
-        if dist.get_rank() == 0:
-            found = [None] * self._data_group.size()
-        dist.gather_object(mine, found, dst=0, group=self._data_group)
-        if found is None:
-            return None
-        everything = {index: group for part in found for index, group in part.items()}
-        return [everything[index] for index in range(num_prompts)]
-
 
 def _uniforms(prompts: Sequence[int], count: int, spec: SamplingSpec, *, step: int) -> np.ndarray:
     """[prompts, count, max_response_length] random numbers, by the prompts' indices."""
-    uniforms = np.empty((len(prompts), count, spec.max_response_length))
-    for i, prompt in enumerate(prompts):
-        for response in range(count):
-            uniforms[i, response] = response_uniforms(
-                seed=spec.seed,
-                step=step,
-                prompt=prompt,
-                response=response,
-                length=spec.max_response_length,
-            )
-    return uniforms
+    length = spec.max_response_length
+    found = [
+        response_uniforms(seed=spec.seed, step=step, prompt=prompt, response=i, length=length)
+        for prompt in prompts
+        for i in range(count)
+    ]
+    return np.array(found).reshape(len(prompts), count, length)

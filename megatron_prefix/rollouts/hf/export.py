@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prefix.config import ModelConfig
-from megatron_prefix.distributed.rank_results import gather
+from megatron_prefix.distributed.rank_results import gather, on_rank_0
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.model.parameter_shards import Shape, parameter_shards
 from megatron_prefix.packages import needed_by
@@ -131,11 +131,10 @@ def weights_exporter(
         shards = [shard for of_rank in gather(close) for shard in of_rank]
 
         def finish() -> None:
-            if rank == 0:
-                finish_shards(directory, shards)
-                write_json(directory / "config.json", values)
+            finish_shards(directory, shards)
+            write_json(directory / "config.json", values)
 
-        gather(finish)
+        on_rank_0(finish)
 
     return export
 
@@ -205,11 +204,7 @@ def _ranks_that_see(directory: Path, group: dist.ProcessGroup) -> list[int]:
     dist.broadcast_object_list(token, src=0, group=group)
     marker = directory / f".seen-{token[0]}"
 
-    def touch() -> None:
-        if dist.get_rank() == 0:
-            marker.touch()
-
-    gather(touch)
+    on_rank_0(marker.touch)
     seen = gather(marker.exists)
     if dist.get_rank() == 0:
         marker.unlink()

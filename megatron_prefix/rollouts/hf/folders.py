@@ -17,10 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_prefix.config import WeightsConfig
-from megatron_prefix.distributed.rank_results import gather
+from megatron_prefix.distributed.rank_results import on_rank_0
 from megatron_prefix.rollouts.sampling.sampler import SamplingSpec
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
@@ -44,15 +42,14 @@ class PolicyFolders:
         Args:
             directory: made when first needed; on a disk that all who read it share.
             export: writes config.json and the weights into a folder that is there; collective.
-            spec: of the sampling, as generation_config.json says it. Servers take their defaults
-                from it (top_k, penalties), and one without it may decode greedily.
+            spec: of the sampling, which generation_config.json gives servers as their defaults.
             tokenizer: written beside the weights.
             weights: when they are written, and how many newest versions stay.
         """
         # Servers run in folders of their own.
         self.directory = directory.absolute()
         self._export = export
-        self._generation = generation_settings(spec)
+        self._generation = _generation_settings(spec)
         self._tokenizer = tokenizer
         self._weights = weights
         self.version: int | None = None
@@ -63,11 +60,7 @@ class PolicyFolders:
         return self.directory / f"version_{version:06d}"
 
     def refresh(self, step: int) -> bool:
-        """Write the weights as they are at a step, if it is time; whether it is.
-
-        Raises:
-            ValueError: see `write`.
-        """
+        """Write the weights as they are at a step, if it is time; whether it is."""
         if self.version is not None and step - self.version < self._weights.every:
             return False
         self.write(step)
@@ -82,7 +75,6 @@ class PolicyFolders:
         """
         path = self.path(version)
         partial = path.with_name(path.name + ".partial")
-        is_main = dist.get_rank() == 0
 
         def prepare() -> None:
             for leftover in [*self.directory.glob("version_*.partial"), path]:
@@ -98,26 +90,25 @@ class PolicyFolders:
             os.replace(partial, path)
             self._prune(version)
 
-        gather(prepare if is_main else _nothing)
+        on_rank_0(prepare)
         self._export(partial)
-        gather(finish if is_main else _nothing)
+        on_rank_0(finish)
         return path
 
     def _prune(self, newest: int) -> None:
         versions = sorted(p for p in self.directory.iterdir() if _NAME.fullmatch(p.name))
-        # Versions above the newest are an earlier, longer run's.
-        older = [p for p in versions if p.name < self.path(newest).name]
-        later = [p for p in versions if p.name > self.path(newest).name]
-        for path in [*older[: max(0, len(older) + 1 - self._weights.keep)], *later]:
-            shutil.rmtree(path, ignore_errors=True)
+        place = versions.index(self.path(newest))
+        kept = versions[max(0, place + 1 - self._weights.keep) : place + 1]
+        for path in versions:  # those above the newest are an earlier, longer run's
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def _nothing() -> None:
-    pass
+def _generation_settings(spec: SamplingSpec) -> dict[str, Any]:
+    """generation_config.json of plain sampling: no top-k, no penalty, as the objective assumes.
 
-
-def generation_settings(spec: SamplingSpec) -> dict[str, Any]:
-    """generation_config.json of plain sampling: no top-k, no penalty, as the objective assumes."""
+    A server without it may decode greedily.
+    """
     settings: dict[str, Any] = {
         "do_sample": True,
         "temperature": spec.temperature,

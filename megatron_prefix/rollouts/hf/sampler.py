@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_prefix.distributed.rank_results import gather, gather_to_rank_0
+from megatron_prefix.distributed.rank_results import gather
 from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.sampling.sampler import (
@@ -28,6 +27,7 @@ from megatron_prefix.rollouts.sampling.sampler import (
     Sampler,
     SamplingSpec,
     Wanted,
+    answers_of_ranks,
 )
 
 
@@ -35,24 +35,14 @@ class TransformersSampler(Sampler):
     """A `Sampler` whose ranks generate with transformers."""
 
     def __init__(self, folders: PolicyFolders, spec: SamplingSpec, *, device: torch.device) -> None:
-        """Nothing is loaded yet.
-
-        Args:
-            folders: through which the weights come.
-            spec: of the sampling.
-            device: that the model is put on, beside the trained one.
-        """
+        """Nothing is loaded yet; the model comes to the device of the trained one."""
         self._folders = folders
         self._spec = spec
         self._device = device
         self._model: Any = None
 
     def hand_over(self, step: int) -> int | None:
-        """Write the weights and load them, where that is due. Collective.
-
-        Raises:
-            ValueError: a model that has no Hugging Face form.
-        """
+        """Write the weights and load them, where that is due. Collective."""
         if self._folders.refresh(step):
             gather(lambda: self._load(self._folders.path(step)))
         return self._folders.version
@@ -60,13 +50,10 @@ class TransformersSampler(Sampler):
     def sample(self, wanted: Sequence[Wanted], *, step: int) -> Answers | None:
         """Responses on rank 0. Collective."""
         share = range(dist.get_rank(), len(wanted), dist.get_world_size())
-        shares = gather_to_rank_0(
-            lambda: {index: self._responses(wanted[index], step, index) for index in share}
+        return answers_of_ranks(
+            lambda: {index: self._responses(wanted[index], step, index) for index in share},
+            len(wanted),
         )
-        if shares is None:
-            return None
-        found = {index: responses for part in shares for index, responses in part.items()}
-        return Answers(responses=[found[index] for index in range(len(wanted))])
 
     def close(self) -> None:
         """Let go of the model."""
@@ -87,7 +74,8 @@ class TransformersSampler(Sampler):
     def _responses(self, wanted: Wanted, step: int, index: int) -> list[Response]:
         """The responses to one prompt."""
         spec, prompt = self._spec, wanted.prompt.tokens
-        with torch.random.fork_rng(devices=self._devices()):
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(hash((spec.seed, step, index)) % (1 << 63))
             output = self._model.generate(
                 torch.tensor([prompt], device=self._device),
@@ -107,15 +95,12 @@ class TransformersSampler(Sampler):
         logprobs = _logprobs(output.logits, tokens, spec.temperature).cpu().numpy()
         responses = []
         for row, values in zip(tokens.cpu().numpy().astype(np.int32), logprobs, strict=True):
-            length = _length(row, spec.stop_tokens)
-            finished = bool(row[length - 1] in spec.stop_tokens)
+            stops = np.flatnonzero(np.isin(row, spec.stop_tokens))
+            end = stops[0] + 1 if len(stops) else len(row)
             responses.append(
-                Response(tokens=row[:length], logprobs=values[:length], finished=finished)
+                Response(tokens=row[:end], logprobs=values[:end], finished=len(stops) > 0)
             )
         return responses
-
-    def _devices(self) -> list[torch.device]:
-        return [self._device] if self._device.type == "cuda" else []
 
 
 def _logprobs(logits: tuple[Tensor, ...], tokens: Tensor, temperature: float) -> Tensor:
@@ -125,9 +110,3 @@ def _logprobs(logits: tuple[Tensor, ...], tokens: Tensor, temperature: float) ->
         for i, step in enumerate(logits)
     ]
     return torch.cat(columns, dim=1)
-
-
-def _length(tokens: NDArray[np.int32], stop_tokens: tuple[int, ...]) -> int:
-    """Tokens up to the first stop token, it included."""
-    stops = np.flatnonzero(np.isin(tokens, stop_tokens))
-    return int(stops[0]) + 1 if len(stops) else len(tokens)

@@ -27,7 +27,7 @@ class SampledGroups:
 
     Rank 0 reads prompts, makes groups and rewards them. Before a batch is sampled the weights are
     handed over, where that is due. With `prefetch` the next batch is sampled while this one is
-    trained on, with the weights that there were before it.
+    trained on, with the weights that there were before it. Methods are those of `RolloutEngine`.
     """
 
     def __init__(
@@ -62,10 +62,6 @@ class SampledGroups:
     def next_rollouts(self, num_groups: int, *, step: int) -> RolloutBatch | None:
         """The groups of the next `num_groups` prompts. Collective.
 
-        Args:
-            num_groups: how many.
-            step: rollout batches trained on so far; each has randomness of its own.
-
         Raises:
             EndOfRollouts: fewer prompts are left in the last epoch.
             ServerError: a server stayed away longer than its patience, refuses, or serves another
@@ -96,11 +92,7 @@ class SampledGroups:
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`. Collective.
-
-        Raises:
-            ValueError: the files have changed since.
-        """
+        """Continue from a `state_dict`, if the files are as they were then. Collective."""
         self._state = on_rank_0(functools.partial(self._go_to, state))
 
     def close(self) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,42 +57,38 @@ class Environment:
 
         Calls run side by side.
         """
-
-        def attempt(dialogue: tuple[Sequence[Message], Any]) -> Reaction | CallFailed:
-            messages, answer = dialogue
-            try:
-                return _reaction(self._function(list(messages), answer))
-            except CallFailed as error:
-                return error
-
-        with ThreadPoolExecutor(max_workers=self._function.processes) as threads:
-            return list(threads.map(attempt, dialogues))
+        answers = self._function.map(dialogues, lambda item: (list(item[0]), item[1]))
+        return [_reaction(answer) for answer in answers]
 
     def close(self) -> None:
         """End the processes."""
         self._function.close()
 
 
-def _reaction(answer: dict[str, Any]) -> Reaction:
+def _reaction(answer: dict[str, Any] | CallFailed) -> Reaction | CallFailed:
+    try:
+        return answer if isinstance(answer, CallFailed) else _checked(answer)
+    except ValueError as error:
+        return CallFailed(str(error))
+
+
+def _checked(answer: dict[str, Any]) -> Reaction:
     found = answer.get("object")
     if not isinstance(found, dict):
         shown = answer.get("shown", answer.get("value"))
-        raise CallFailed(
+        raise ValueError(
             f"returned {shown}; it must return a dict of what JSON can hold, with "
             f"{', '.join(_KEYS)}"
         )
     for key in found:
         if key not in _KEYS:
-            raise CallFailed(f"returned {key!r}; what is read are {', '.join(_KEYS)}")
+            raise ValueError(f"returned {key!r}; what is read are {', '.join(_KEYS)}")
     reward = found.get("reward", 0.0)
     if type(reward) not in (int, float) or not abs(reward) < float("inf"):
-        raise CallFailed(f"returned the reward {reprlib.repr(reward)}; it must be a finite number")
+        raise ValueError(f"returned the reward {reprlib.repr(reward)}; it must be a finite number")
     messages: list[Message] = []
     if found.get("messages") and not found.get("done"):
-        try:
-            messages = checked_messages(found["messages"], "returned messages")
-        except ValueError as error:
-            raise CallFailed(str(error)) from error
+        messages = checked_messages(found["messages"], "returned messages")
         if any(message["role"] == "assistant" for message in messages):
-            raise CallFailed("returned a message of the assistant, which only the model says")
+            raise ValueError("returned a message of the assistant, which only the model says")
     return Reaction(messages=tuple(messages), reward=float(reward))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -67,34 +67,15 @@ class GroupSpec:
     """What errors call whoever is asked."""
 
 
-@dataclass(kw_only=True)
-class _Answered:
-    """A prompt and the responses that have come to it."""
-
-    index: int
-    """Of the prompt, among those that were taken together."""
-    prompt: Prompt
-    responses: list[Response] = field(default_factory=list)
-    was_partial: bool = False
-    """Whether some were missing at first."""
-
-
+@dataclass(eq=False)
 class GroupMaker:
     """Asks for a group of responses to each prompt, checks and rewards them."""
 
-    def __init__(
-        self, spec: GroupSpec, reward: RewardFunction | None, *, agent: AgentLoop | None = None
-    ) -> None:
-        """Nothing is asked yet.
-
-        Args:
-            spec: of the groups.
-            reward: of each response; None where an environment gives rewards.
-            agent: for responses of several turns; None: of one.
-        """
-        self.spec = spec
-        self.agent = agent
-        self._reward = reward
+    spec: GroupSpec
+    reward: RewardFunction | None
+    """Of each response; None where an environment gives rewards."""
+    agent: AgentLoop | None = None
+    """For responses of several turns; None: of one."""
 
     def batch(
         self, source: PromptSource, num_groups: int, *, step: int, version: int | None
@@ -112,40 +93,31 @@ class GroupMaker:
             ServerError: whoever is asked keeps giving what cannot be used.
             ValueError: a prompt, response or reward that is wrong, naming it.
         """
+        tally = Tally()
+        groups: list[RolloutGroup] = []
         with position_kept(source):
-            tally = Tally()
-            groups: list[RolloutGroup] = []
-            partial = dropped = attempt = 0
-            while len(groups) < num_groups:
-                if attempt == _ATTEMPTS:
-                    raise ServerError(
-                        f"{self.spec.asked}: in {_ATTEMPTS} rounds only {len(groups)} of "
-                        f"{num_groups} groups could be used (server.partial_groups: "
-                        f"{self.spec.partial_groups}); {tally.rejected} responses failed: "
-                        f"{'; '.join(tally.reasons)}"
-                    )
+            for attempt in range(_ATTEMPTS):
                 prompts = source.take(num_groups - len(groups))
-                for found in (yield from self._responses(prompts, tally, step, attempt)):
-                    partial += found.was_partial
-                    if self._is_enough(len(found.responses)):
-                        groups.append(self.group(found.prompt, found.responses, version))
-                    else:
-                        dropped += 1
-                attempt += 1
-            return Batch(
-                rollouts=self.rewarded(groups),
-                num_groups=num_groups,
-                version=version,
-                source_state=source.state_dict(),
-                metrics={
-                    "partial_groups": float(partial),
-                    "dropped_groups": float(dropped),
-                    "rejected_responses": float(tally.rejected),
-                    "identical_groups": float(tally.identical_groups),
-                    "tokens_from_text": tally.from_text / max(1, tally.samples),
-                    "server_retries": float(tally.retries),
-                    **self._agent_metrics(tally, groups),
-                },
+                found = yield from self._responses(prompts, tally, step, attempt)
+                groups += [
+                    self.group(prompt, responses, version)
+                    for prompt, responses in zip(prompts, found, strict=True)
+                    if self._is_enough(len(responses))
+                ]
+                tally.dropped_groups += sum(not self._is_enough(len(of_one)) for of_one in found)
+                if len(groups) == num_groups:
+                    return Batch(
+                        rollouts=self.rewarded(groups),
+                        num_groups=num_groups,
+                        version=version,
+                        source_state=source.state_dict(),
+                        metrics={**tally.metrics(), **self._agent_metrics(tally, groups)},
+                    )
+            raise ServerError(
+                f"{self.spec.asked}: in {_ATTEMPTS} rounds only {len(groups)} of "
+                f"{num_groups} groups could be used (server.partial_groups: "
+                f"{self.spec.partial_groups}); {tally.rejected} responses failed: "
+                f"{'; '.join(tally.reasons)}"
             )
 
     def answers(
@@ -206,33 +178,37 @@ class GroupMaker:
             # An optimizer step has them of all its responses or of none.
             groups = [dataclasses.replace(group, old_logprobs=None) for group in groups]
         batch = RolloutBatch.from_groups(groups)
-        return batch if self._reward is None else reward_batch(self._reward, batch)
+        return batch if self.reward is None else reward_batch(self.reward, batch)
 
     def close(self) -> None:
         """End the processes of the reward and the environment."""
-        close_reward(self._reward)
+        close_reward(self.reward)
         if self.agent is not None:
             self.agent.close()
 
     def _responses(
         self, prompts: list[Prompt], tally: Tally, step: int, attempt: int
-    ) -> Generator[list[Wanted], Answers, list[_Answered]]:
+    ) -> Generator[list[Wanted], Answers, list[list[Response]]]:
         """The responses to each prompt, missing ones asked for again where that is configured."""
         size = self.spec.sampling.group_size
-        found = [_Answered(index=i, prompt=prompt) for i, prompt in enumerate(prompts)]
+        found: list[list[Response]] = [[] for _ in prompts]
         for again in range(_ATTEMPTS if self.spec.partial_groups == "resample" else 1):
-            missing = [item for item in found if len(item.responses) < size]
+            missing = [i for i, responses in enumerate(found) if len(responses) < size]
             if not missing:
                 break
-            seeds = [self._seed(step, item.index, _ATTEMPTS * attempt + again) for item in missing]
             wanted = [
-                Wanted(prompt=item.prompt, count=size - len(item.responses), seed=seed)
-                for item, seed in zip(missing, seeds, strict=True)
+                Wanted(
+                    prompt=prompts[i],
+                    count=size - len(found[i]),
+                    seed=self._seed(step, i, _ATTEMPTS * attempt + again),
+                )
+                for i in missing
             ]
             answers = yield from self.answers(wanted, tally)
-            for item, responses in zip(missing, answers, strict=True):
-                item.responses += responses
-                item.was_partial |= len(item.responses) < size
+            for i, responses in zip(missing, answers, strict=True):
+                found[i] += responses
+            if again == 0:
+                tally.partial_groups += sum(len(responses) < size for responses in found)
         return found
 
     def _seed(self, step: int, prompt: int, attempt: int) -> int:

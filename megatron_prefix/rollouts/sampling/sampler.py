@@ -7,6 +7,7 @@ their answers, and returns a result (`Asking`). Who answers is a `Sampler`: all 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -17,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prefix.distributed.rank_results import on_rank_0
+from megatron_prefix.distributed.rank_results import gather_to_rank_0, on_rank_0
 from megatron_prefix.rollouts.engine import ENGINE_ERRORS
 from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.text.tokenizer import Tokens
@@ -43,13 +44,14 @@ class SamplingSpec:
     """The same seed and step give the same responses."""
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "max_response_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: set at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature}: set 0 or a number above it")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: set a number above 0, at most 1")
+        for name, fits, wanted in (
+            ("group_size", self.group_size >= 1, "at least 1"),
+            ("max_response_length", self.max_response_length >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or a number above it"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}={getattr(self, name)}: set {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +99,20 @@ class Tally:
     from_text: int = 0
     rejected: int = 0
     """Responses that could not be used."""
+    reasons: list[str] = field(default_factory=list)
+    """The first few, of those that were rejected."""
     retries: int = 0
     """Requests that were sent again."""
+    partial_groups: int = 0
+    """That lacked responses at first."""
+    dropped_groups: int = 0
+    """That lacked responses to the end."""
+    identical_groups: int = 0
+    """Whose responses are all the same."""
     environment_failures: int = 0
     """Calls of an environment that raised, crashed or took too long."""
     turns: int = 0
     """Of all responses of several turns."""
-    identical_groups: int = 0
-    """Whose responses are all the same."""
-    reasons: list[str] = field(default_factory=list)
-    """The first few, of those that were rejected."""
 
     def reject(self, count: int, reason: str) -> None:
         """Count responses that are missing for one reason."""
@@ -123,6 +129,17 @@ class Tally:
         """Count what went wrong while some of the responses were sampled."""
         self.retries += other.retries
         self.reject(other.rejected, "; ".join(other.reasons))
+
+    def metrics(self) -> dict[str, float]:
+        """Of a batch that a server sampled."""
+        return {
+            "partial_groups": float(self.partial_groups),
+            "dropped_groups": float(self.dropped_groups),
+            "rejected_responses": float(self.rejected),
+            "identical_groups": float(self.identical_groups),
+            "tokens_from_text": self.from_text / max(1, self.samples),
+            "server_retries": float(self.retries),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,16 +201,32 @@ class Sampler(Protocol):
         return None
 
 
+def answers_of_ranks(
+    compute: Callable[[], dict[int, list[Response]]], count: int
+) -> Answers | None:
+    """What each rank computes, on rank 0; None on other ranks. Collective.
+
+    Args:
+        compute: the responses to some of the wanted, by their index.
+        count: of all wanted.
+
+    Raises:
+        ValueError: of any rank, on every rank.
+    """
+    shares = gather_to_rank_0(compute)
+    if shares is None:
+        return None
+    found = {index: responses for share in shares for index, responses in share.items()}
+    return Answers(responses=[found[index] for index in range(count)])
+
+
 def answered(asking: Asking[Result], sample: Callable[[Sequence[Wanted]], Answers]) -> Result:
     """The result, where one process asks and answers."""
-    try:
-        wanted = next(asking)
-        while True:
-            wanted = asking.send(sample(wanted))
-    except StopIteration as ended:
-        return ended.value
-    finally:
-        asking.close()
+    with contextlib.closing(asking):
+        wanted, result = _go_on(asking, None)
+        while wanted is not None:
+            wanted, result = _go_on(asking, sample(wanted))
+        return result
 
 
 def answered_by_ranks(asking: Asking[Any] | None, sampler: Sampler, *, step: int) -> Any:
@@ -211,30 +244,27 @@ def answered_by_ranks(asking: Asking[Any] | None, sampler: Sampler, *, step: int
         ValueError: of the generator or the sampler, on every rank.
     """
     answers: Answers | None = None
-    try:
+    with contextlib.nullcontext() if asking is None else contextlib.closing(asking):
         for turn in itertools.count():
             go_on = functools.partial(_go_on, asking, answers)
             wanted, result = on_rank_0(go_on, tell=_told, errors=ENGINE_ERRORS)
             if wanted is None:
                 return result
             answers = sampler.sample(wanted, step=step + turn)
-    finally:
-        if asking is not None:
-            asking.close()
 
 
-def _go_on(
-    asking: Asking[Any] | None, answers: Answers | None
-) -> tuple[list[Wanted] | None, Any | None]:
+def _go_on(asking: Asking[Any] | None, answers: Answers | None) -> tuple[list[Wanted] | None, Any]:
     """What is wanted next, or else the result."""
     assert asking is not None
     try:
-        return (next(asking) if answers is None else asking.send(answers)), None
+        # A generator begins with None.
+        return asking.send(answers), None
     except StopIteration as ended:
         return None, ended.value
 
 
 def _told(step: tuple[list[Wanted] | None, Any]) -> tuple[list[Wanted] | None, Any]:
+    """What other ranks than 0 get: no rollouts, and no fields that only rewards read."""
     wanted, result = step
     if wanted is None:
         return None, dataclasses.replace(result, rollouts=None)

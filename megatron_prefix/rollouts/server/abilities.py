@@ -6,6 +6,7 @@ answered: text in place of token ids, without the fields of its kind, and at las
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Set
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Abilities:
 
     takes_ids: bool
     """Prompts as token ids; else as text."""
-    refuses: frozenset[str] = frozenset()
+    refuses: frozenset[str]
     """Of `_OPTIONAL`."""
     takes_n: bool
     """Several responses to one request are of use."""
@@ -64,24 +65,20 @@ class Abilities:
 
 
 class Requests:
-    """Makes the requests, and finds out which are understood."""
+    """Makes the requests to a server, and finds out which are understood."""
 
     def __init__(self, client: ServerClient, config: ServerConfig, reader: Reader) -> None:
-        """Nothing is asked yet.
-
-        Args:
-            client: the way to the server.
-            config: of the server.
-            reader: of its answers.
-        """
         self.model = config.model
         """What requests name as the model."""
         self._client = client
-        self._kind = config.kind
         self._reader = reader
-        self._spec = reader.spec
+        self._extras = dict(_EXTRAS.get(config.kind, {}))
         # vLLM gives them to all requests or to none.
         self._asks_for_routes = reader.routes is not None and config.kind == "sglang"
+        if self._extras:
+            self._extras["stop_token_ids"] = list(reader.spec.stop_tokens)
+        if self._asks_for_routes:
+            self._extras["return_routed_experts"] = True
 
     def find_abilities(self, prompt: Prompt) -> Abilities:
         """Ask in the richest way, and in plainer ones while the server refuses.
@@ -94,45 +91,41 @@ class Requests:
         def answer(as_ids: bool, refuses: Set[str]) -> Any:
             body = self.body(prompt, count=2, seed=0, as_ids=as_ids, refuses=refuses)
             try:
-                return self._client.post("/v1/completions", body, attempts=2)
+                return self._client.send("POST", "/v1/completions", body, attempts=2)
             except (RequestRefused, RequestFailed) as error:
                 if isinstance(error, RequestRefused) and error.status not in _WRONG_FIELD:
                     raise ServerError(f"{prompt.source}: {error}") from error
                 refusals.append(str(error))
                 return None
 
+        extras, every = frozenset({"extras"}), frozenset(_OPTIONAL)
+        rich = (frozenset(), extras) if self._extras else (extras,)
         forms = [True] if self._reader.tokenizer is None else [True, False]
-        extras = frozenset(_OPTIONAL[:1])
-        for as_ids in forms:
-            for refuses in (frozenset(), extras) if self._kind in _EXTRAS else (extras,):
-                if (found := answer(as_ids, refuses)) is not None:
-                    return self._seen(found, as_ids, refuses)
-        for as_ids in forms:
-            if answer(as_ids, frozenset(_OPTIONAL)) is not None:
-                alone = {name: answer(as_ids, {*_OPTIONAL} - {name}) for name in _OPTIONAL}
-                refuses = frozenset(name for name, found in alone.items() if found is None)
+        for as_ids, refuses in (
+            *itertools.product(forms, rich),
+            *itertools.product(forms, (every,)),
+        ):
+            found = answer(as_ids, refuses)
+            if found is not None and refuses == every:
+                alone = {name: answer(as_ids, every - {name}) for name in _OPTIONAL}
+                refuses = frozenset(name for name, one in alone.items() if one is None)
                 found = answer(as_ids, refuses)
-                if found is not None:
-                    self._check_sampling(refuses, refusals)
-                    return self._seen(found, as_ids, refuses)
+            if found is not None:
+                if "top_p" in refuses and self._reader.spec.top_p < 1:
+                    raise ServerError(
+                        f"rollouts.top_p: {self._reader.spec.top_p}, but the server takes no top_p "
+                        f"({refusals[-1]}); set it to 1"
+                    )
+                return self._seen(found, as_ids, refuses)
         raise ServerError(f"{prompt.source}: {refusals[-1]}")
-
-    def _check_sampling(self, refuses: Set[str], refusals: list[str]) -> None:
-        if "top_p" in refuses and self._spec.top_p < 1:
-            raise ServerError(
-                f"rollouts.top_p: {self._spec.top_p}, but the server takes no top_p "
-                f"({refusals[-1]}); set it to 1"
-            )
 
     def _seen(self, answer: Any, as_ids: bool, refuses: frozenset[str]) -> Abilities:
         choices = choices_of(answer, self._client.url)
         first = choices[0] if choices else {}
         gives_ids = gives_token_ids(first)
-        if self._kind not in _EXTRAS:
-            refuses -= {"extras"}
         abilities = Abilities(
             takes_ids=as_ids,
-            refuses=refuses,
+            refuses=refuses if self._extras else refuses - {"extras"},
             # Text is checked by its count of tokens, which is given for all choices together.
             # Of several choices SGLang gives the routes of the first one.
             takes_n=len(choices) == 2 and gives_ids and not self._asks_for_routes,
@@ -143,41 +136,25 @@ class Requests:
         return abilities
 
     def body(
-        self,
-        prompt: Prompt,
-        *,
-        count: int,
-        seed: int,
-        as_ids: bool,
-        refuses: Set[str],
+        self, prompt: Prompt, *, count: int, seed: int, as_ids: bool, refuses: Set[str]
     ) -> dict[str, Any]:
-        """A request for responses.
-
-        Args:
-            prompt: that is answered.
-            count: of responses.
-            seed: of the sampling.
-            as_ids: whether the prompt is given as token ids.
-            refuses: what is left out (see `Abilities`).
+        """A request for `count` responses, without what the server refuses (see `Abilities`).
 
         Raises:
             ServerError: the prompt is to be text, and no text gives its tokens.
         """
+        spec = self._reader.spec
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": list(prompt.tokens) if as_ids else self._text(prompt),
-            "max_tokens": self._spec.max_response_length,
-            "temperature": self._spec.temperature,
-            "top_p": self._spec.top_p,
+            "max_tokens": spec.max_response_length,
+            "temperature": spec.temperature,
+            "top_p": spec.top_p,
             "n": count,
             "logprobs": 1,
             "seed": seed,
+            **({} if "extras" in refuses else self._extras),
         }
-        if "extras" not in refuses and self._kind in _EXTRAS:
-            body |= _EXTRAS[self._kind]
-            body["stop_token_ids"] = list(self._spec.stop_tokens)
-            if self._asks_for_routes:
-                body["return_routed_experts"] = True
         return {name: value for name, value in body.items() if name not in refuses}
 
     def _text(self, prompt: Prompt) -> str:
@@ -192,11 +169,7 @@ class Requests:
 
 
 def choices_of(answer: Any, url: str) -> list[dict[str, Any]]:
-    """The choices of an answer.
-
-    Raises:
-        ServerError: it has none.
-    """
+    """The choices of an answer; an answer without them is a `ServerError`."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
         raise ServerError(f"{url}/v1/completions: an answer without choices: {str(answer)[:200]}")

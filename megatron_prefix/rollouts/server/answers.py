@@ -52,9 +52,7 @@ class Reader:
     routes: RouteShape | None = None
     """Of the routes that each answer must have; None: they are not looked at."""
 
-    def read(
-        self, choice: dict[str, Any], prompt: Tokens, usage: dict[str, Any] | None
-    ) -> Response:
+    def read(self, choice: dict[str, Any], prompt: Tokens, usage: Any) -> Response:
         """The response of one choice.
 
         Args:
@@ -69,69 +67,54 @@ class Reader:
         reason = choice.get("finish_reason")
         if reason not in ("stop", "length"):
             raise SampleRejected(f"finish_reason is {reason!r}")
-        _check_prompt(choice.get("prompt_token_ids"), prompt)
-        tokens = _token_ids(choice)
-        if tokens is None and self.routes is not None:
+        read_as = choice.get("prompt_token_ids")
+        if isinstance(read_as, list) and tuple(read_as) != prompt:
             raise ServerMismatch(
-                "the server returns no token ids, and training.replayed_routes needs to know which "
-                "tokens its routes are of; use a server that does, or set replayed_routes: null"
+                f"the server read the prompt as other tokens than were sent ({len(read_as)} tokens "
+                f"beginning {read_as[:8]}, not {len(prompt)} beginning {list(prompt[:8])})"
             )
-        if tokens is None:
-            return self._from_text(choice, usage)
-        tokens = self._with_stop(tokens, choice)
+        tokens = _token_ids(choice)
+        from_text = tokens is None
+        tokens = self._of_text(choice, usage) if from_text else self._of_ids(tokens, choice)
+        routes = None
+        if self.routes is not None:
+            routes = self._routes(choice, self.routes, len(prompt) + len(tokens))
+        # In 32 bits where they fit; other numbers stay, for the error that names them.
+        array = np.array(tokens)
+        fits = array.dtype.kind == "i" and abs(array).max() < 1 << 31
+        return Response(
+            tokens=array.astype(np.int32) if fits else array,
+            logprobs=None if from_text else self._logprobs(choice, len(tokens)),
+            finished=tokens[-1] in self.spec.stop_tokens if not from_text else reason == "stop",
+            from_text=from_text,
+            routes=routes,
+        )
+
+    def _of_ids(self, tokens: Tokens, choice: dict[str, Any]) -> Tokens:
+        """With the stop token that some servers cut off and name."""
+        stop_tokens, longest = self.spec.stop_tokens, self.spec.max_response_length
+        is_stopped, named = choice["finish_reason"] == "stop", _stop_named(choice)
+        if is_stopped and named in stop_tokens and tokens[-1:] != (named,):
+            tokens = (*tokens, named)
         if not tokens:
             raise SampleRejected("it has no tokens")
-        if len(tokens) > self.spec.max_response_length:
+        if len(tokens) > longest:
             raise ServerMismatch(
-                f"the server gave {len(tokens)} tokens where at most "
-                f"{self.spec.max_response_length} were asked for"
+                f"the server gave {len(tokens)} tokens where at most {longest} were asked for"
             )
-        finished = tokens[-1] in self.spec.stop_tokens
-        if reason == "stop" and not finished:
-            named = _stop_named(choice)
-            seen = f"after token {tokens[-1]}" if named is None else f"at token {named}"
-            guess = ""
+        if is_stopped and tokens[-1] not in stop_tokens:
+            seen, guess = f"at token {named}", ""
             if named is None:
+                seen = f"after token {tokens[-1]}"
                 guess = (
                     "; it may have cut off the token that ended the response, which "
                     "generation_config.json (eos_token_id) of its model names"
                 )
             raise ServerMismatch(
-                f"the server stopped {seen}, which is not in stop_tokens "
-                f"{list(self.spec.stop_tokens)}; add the model's other ends of sequence to "
-                f"rollouts.stop_tokens{guess}"
+                f"the server stopped {seen}, which is not in stop_tokens {list(stop_tokens)}; add "
+                f"the model's other ends of sequence to rollouts.stop_tokens{guess}"
             )
         self._check_text(tokens, choice.get("text"))
-        return Response(
-            tokens=_token_array(tokens),
-            logprobs=_logprobs(choice, len(tokens), is_corrected=self.is_corrected),
-            finished=finished,
-            from_text=False,
-            routes=None if self.routes is None else self._routes(choice, len(prompt) + len(tokens)),
-        )
-
-    def _routes(self, choice: dict[str, Any], num_tokens: int) -> NDArray:
-        assert self.routes is not None
-        value = choice.get(ROUTES)
-        if value is None:
-            raise ServerMismatch(
-                f"the server gives no {ROUTES}, which training.replayed_routes replays; start it "
-                "with --enable-return-routed-experts (SGLang, vLLM), or set replayed_routes: null"
-            )
-        try:
-            return self.routes.read(value, ROUTES, num_tokens)
-        except ValueError as error:
-            raise ServerMismatch(str(error)) from error
-
-    def _with_stop(self, tokens: Tokens, choice: dict[str, Any]) -> Tokens:
-        """With the stop token that some servers cut off and name."""
-        named = _stop_named(choice)
-        if (
-            choice["finish_reason"] == "stop"
-            and named in self.spec.stop_tokens
-            and tokens[-1:] != (named,)
-        ):
-            return (*tokens, named)
         return tokens
 
     def _check_text(self, tokens: Tokens, text: Any) -> None:
@@ -147,13 +130,19 @@ class Reader:
                 "check server.model and rollouts.text.tokenizer"
             )
 
-    def _from_text(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> Response:
-        text = choice.get("text")
+    def _of_text(self, choice: dict[str, Any], usage: Any) -> Tokens:
+        """The tokens that a response's text was sampled as."""
+        if self.routes is not None:
+            raise ServerMismatch(
+                "the server returns no token ids, and training.replayed_routes needs to know which "
+                "tokens its routes are of; use a server that does, or set replayed_routes: null"
+            )
         if self.tokenizer is None:
             raise ServerMismatch(
                 "the server returns no token ids, so a tokenizer is needed: set "
                 "rollouts.text.tokenizer"
             )
+        text = choice.get("text")
         if not isinstance(text, str):
             raise SampleRejected("it has neither token ids nor text")
         self._check_not_cleaned(choice, text)
@@ -163,8 +152,9 @@ class Reader:
                 f"its text {text[:60]!r} does not come back from its tokens, so they are not those "
                 "that were sampled"
             )
-        finished = choice["finish_reason"] == "stop"
-        if finished and not (tokens and tokens[-1] in self.spec.stop_tokens):
+        if choice["finish_reason"] == "stop" and not (
+            tokens and tokens[-1] in self.spec.stop_tokens
+        ):
             # Text ends before the stop token.
             tokens = (*tokens, self._stop_of_text(choice))
         counted = _count(usage, "completion_tokens")
@@ -174,9 +164,7 @@ class Reader:
             )
         if not tokens:
             raise SampleRejected("it is empty")
-        return Response(
-            tokens=_token_array(tokens), logprobs=None, finished=finished, from_text=True
-        )
+        return tokens
 
     def _stop_of_text(self, choice: dict[str, Any]) -> int:
         """The token that ended a response of text."""
@@ -210,32 +198,34 @@ class Reader:
                 "or use a server that gives token ids"
             )
 
+    def _routes(self, choice: dict[str, Any], shape: RouteShape, num_tokens: int) -> NDArray:
+        value = choice.get(ROUTES)
+        if value is None:
+            raise ServerMismatch(
+                f"the server gives no {ROUTES}, which training.replayed_routes replays; start it "
+                "with --enable-return-routed-experts (SGLang, vLLM), or set replayed_routes: null"
+            )
+        try:
+            return shape.read(value, ROUTES, num_tokens)
+        except ValueError as error:
+            raise ServerMismatch(str(error)) from error
 
-def _stop_named(choice: dict[str, Any]) -> int | None:
-    """The token that ended a response, where the server says it."""
-    named = choice.get("matched_stop", choice.get("stop_reason"))
-    return named if type(named) is int else None
+    def _logprobs(self, choice: dict[str, Any], length: int) -> NDArray[np.float32] | None:
+        found = of_logprobs(choice, "token_logprobs")
+        if found is None:
+            return None
+        if len(found) != length:
+            raise SampleRejected(f"{len(found)} log-probabilities for {length} tokens")
+        if not all(type(value) in (int, float) for value in found):
+            raise SampleRejected("a log-probability is missing")
+        if min(found) <= LOWEST_LOGPROB and not self.is_corrected:
+            raise SampleRejected(
+                f"{min(found):g} is no log-probability of a token that was sampled"
+            )
+        return np.array(found, dtype=np.float64).astype(np.float32)
 
 
-def _joined_tokens(choice: dict[str, Any]) -> str | None:
-    """The text of the choice's tokens, one behind the other; None where they are not given, or in
-    the vocabulary's own spelling."""
-    logprobs = choice.get("logprobs")
-    found = logprobs.get("tokens") if isinstance(logprobs, dict) else None
-    if not isinstance(found, list) or not found or not all(isinstance(t, str) for t in found):
-        return None
-    whole = "".join(found)
-    is_spelt = any(sign in whole for sign in ("\ufffd", "bytes:", "<0x", "\u0120", "\u2581"))
-    return None if is_spelt else whole
-
-
-def _count(usage: dict[str, Any] | None, name: str) -> int | None:
-    """A count of tokens; None where it is not known, for which some servers write 0 or text."""
-    found = None if usage is None else usage.get(name)
-    return found if type(found) is int and found > 0 else None
-
-
-def check_prompt_count(usage: dict[str, Any] | None, prompt: Tokens, source: str) -> None:
+def check_prompt_count(usage: Any, prompt: Tokens, source: str) -> None:
     """Raise unless the server counts as many tokens in the prompt as were sent.
 
     Raises:
@@ -254,12 +244,11 @@ def gives_token_ids(choice: dict[str, Any]) -> bool:
     return _token_ids(choice) is not None
 
 
-def _check_prompt(found: Any, prompt: Tokens) -> None:
-    if isinstance(found, list) and tuple(found) != prompt:
-        raise ServerMismatch(
-            f"the server read the prompt as other tokens than were sent ({len(found)} tokens "
-            f"beginning {found[:8]}, not {len(prompt)} beginning {list(prompt[:8])})"
-        )
+def of_logprobs(choice: dict[str, Any], name: str) -> list[Any] | None:
+    """A list of a choice's `logprobs`, with at least one item."""
+    logprobs = choice.get("logprobs")
+    found = logprobs.get(name) if isinstance(logprobs, dict) else None
+    return found if isinstance(found, list) and found else None
 
 
 def _token_ids(choice: dict[str, Any]) -> Tokens | None:
@@ -268,35 +257,30 @@ def _token_ids(choice: dict[str, Any]) -> Tokens | None:
         if not all(type(token) is int for token in found):
             raise SampleRejected("token_ids are not all whole numbers")
         return tuple(found)
-    logprobs = choice.get("logprobs")
-    tokens = logprobs.get("tokens") if isinstance(logprobs, dict) else None
-    if (
-        isinstance(tokens, list)
-        and tokens
-        and all(isinstance(t, str) and t.startswith(_TOKEN_ID) for t in tokens)
-    ):
+    tokens = of_logprobs(choice, "tokens")
+    if tokens and all(isinstance(t, str) and t.startswith(_TOKEN_ID) for t in tokens):
         return tuple(int(token.removeprefix(_TOKEN_ID)) for token in tokens)
     return None
 
 
-def _token_array(tokens: Tokens) -> NDArray:
-    """In 32 bits where they fit; other numbers stay as they are, for the error that names them."""
-    array = np.array(tokens)
-    fits = array.dtype.kind == "i" and abs(array).max(initial=0) < 1 << 31
-    return array.astype(np.int32) if fits else array
+def _stop_named(choice: dict[str, Any]) -> int | None:
+    """The token that ended a response, where the server says it."""
+    named = choice.get("matched_stop", choice.get("stop_reason"))
+    return named if type(named) is int else None
 
 
-def _logprobs(
-    choice: dict[str, Any], length: int, *, is_corrected: bool
-) -> NDArray[np.float32] | None:
-    logprobs = choice.get("logprobs")
-    found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-    if not isinstance(found, list) or not found:
+def _joined_tokens(choice: dict[str, Any]) -> str | None:
+    """The text of the choice's tokens, one behind the other; None where they are not given, or in
+    the vocabulary's own spelling."""
+    found = of_logprobs(choice, "tokens")
+    if found is None or not all(isinstance(token, str) for token in found):
         return None
-    if len(found) != length:
-        raise SampleRejected(f"{len(found)} log-probabilities for {length} tokens")
-    if not all(type(value) in (int, float) for value in found):
-        raise SampleRejected("a log-probability is missing")
-    if min(found) <= LOWEST_LOGPROB and not is_corrected:
-        raise SampleRejected(f"{min(found):g} is no log-probability of a token that was sampled")
-    return np.array(found, dtype=np.float64).astype(np.float32)
+    whole = "".join(found)
+    is_spelt = any(sign in whole for sign in ("\ufffd", "bytes:", "<0x", "\u0120", "\u2581"))
+    return None if is_spelt else whole
+
+
+def _count(usage: Any, name: str) -> int | None:
+    """A count of tokens; None where it is not known, for which some servers write 0 or text."""
+    found = usage.get(name) if isinstance(usage, dict) else None
+    return found if type(found) is int and found > 0 else None

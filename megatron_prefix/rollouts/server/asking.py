@@ -21,6 +21,7 @@ from megatron_prefix.rollouts.server.answers import (
     SampleRejected,
     ServerMismatch,
     check_prompt_count,
+    of_logprobs,
 )
 from megatron_prefix.rollouts.server.client import (
     RequestFailed,
@@ -35,24 +36,17 @@ logger = logging.getLogger(__name__)
 
 
 class Asker:
-    """Asks one server for responses."""
+    """Asks one server for responses, and reads its answers."""
 
     def __init__(self, client: ServerClient, config: ServerConfig, reader: Reader) -> None:
-        """Nothing is asked yet.
-
-        Args:
-            client: the way to the server.
-            config: of the server.
-            reader: of its answers.
-        """
         self.weights: str | None = None
         """Version that answers have to be of, where they tell it; None: any."""
         self.abilities: Abilities | None = None
         """Found by the first `ask`."""
-        self._client = client
-        self._config = config
-        self._reader = reader
+        self.client = client
         self.requests = Requests(client, config, reader)
+        self._concurrency = config.concurrency
+        self._reader = reader
         self._probe: Prompt | None = None
         self._n_differs = False
         """Whether responses of one request have differed: several are of use, then."""
@@ -64,17 +58,16 @@ class Asker:
         Raises:
             ServerError: the server lists another, several or none.
         """
-        listed = self._client.get("/v1/models")
+        listed = self.client.send("GET", "/v1/models")
         entries = listed.get("data") if isinstance(listed, dict) else None
         if not isinstance(entries, list):
-            raise ServerError(f"{self._client.url}/v1/models: is no list of models: {listed}")
+            raise ServerError(f"{self.client.url}/v1/models: is no list of models: {listed}")
         names = [str(entry.get("id")) for entry in entries if isinstance(entry, dict)]
-        requests = self.requests
-        if requests.model is None and len(names) == 1:
-            requests.model = names[0]
-        if requests.model not in names:
+        if self.requests.model is None and len(names) == 1:
+            self.requests.model = names[0]
+        if self.requests.model not in names:
             raise ServerError(
-                f"server.model: {requests.model} is not on {self._client.url}, which lists "
+                f"server.model: {self.requests.model} is not on {self.client.url}, which lists "
                 f"{', '.join(names) or 'none'}; name one of them"
             )
 
@@ -93,17 +86,14 @@ class Asker:
         return self._without_copies(wanted, samples, tally)
 
     def _asked(self, wanted: Sequence[Wanted], tally: Tally) -> list[list[Response]]:
-        requests = []
-        for index, item in enumerate(wanted):
-            if self.abilities is not None and self.abilities.takes_n:
-                requests.append((index, item))
-            else:
-                requests += [
-                    (index, dataclasses.replace(item, count=1, seed=(item.seed + i) % (1 << 31)))
-                    for i in range(item.count)
-                ]
+        assert self.abilities is not None
+        requests = [
+            (index, dataclasses.replace(item, count=count, seed=(item.seed + i) % (1 << 31)))
+            for index, item in enumerate(wanted)
+            for i, count in enumerate([item.count] if self.abilities.takes_n else [1] * item.count)
+        ]
         samples: list[list[Response]] = [[] for _ in wanted]
-        threads = ThreadPoolExecutor(max_workers=self._config.concurrency)
+        threads = ThreadPoolExecutor(max_workers=self._concurrency)
         try:
             answers = threads.map(self._one, [item for _, item in requests])
             for (index, item), answer in zip(requests, answers, strict=True):
@@ -136,7 +126,7 @@ class Asker:
                     logger.warning(
                         "%s: answers a request for n responses with n copies, and single requests "
                         "with different ones; they are asked for one by one",
-                        self._client.url,
+                        self.client.url,
                     )
                     for i, found in zip(
                         equal, self._asked([wanted[i] for i in equal], tally), strict=True
@@ -150,7 +140,7 @@ class Asker:
             logger.warning(
                 "%s: the responses to each of %d prompts are all the same, so that they teach "
                 "nothing; it may decode greedily or overlook seeds, or the policy may be certain",
-                *(self._client.url, several),
+                *(self.client.url, several),
             )
         return samples
 
@@ -173,9 +163,8 @@ class Asker:
             raise
         except ServerError:  # such as one that refuses this temperature
             return None
-        choices = [] if isinstance(answer, RequestFailed) else answer.get("choices") or [{}]
-        logprobs = choices[0].get("logprobs") if choices else None
-        return (logprobs.get("token_logprobs") or None) if isinstance(logprobs, dict) else None
+        choices = [] if isinstance(answer, RequestFailed) else answer.get("choices")
+        return of_logprobs(choices[0], "token_logprobs") if choices else None
 
     def _one(self, wanted: Wanted, **changes: Any) -> Any:
         assert self.abilities is not None
@@ -187,33 +176,31 @@ class Asker:
             refuses=self.abilities.refuses,
         )
         try:
-            return self._client.post("/v1/completions", {**body, **changes})
+            return self.client.send("POST", "/v1/completions", body | changes)
         except RequestFailed as error:
             return error
         except RequestRefused as error:
             raise ServerError(f"{wanted.prompt.source}: {error}") from error
 
     def _read(self, wanted: Wanted, answer: Any, tally: Tally) -> list[Response]:
-        choices = choices_of(answer, self._client.url)
+        choices = choices_of(answer, self.client.url)
         self._check_weights(answer)
-        usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else None
-        check_prompt_count(usage, wanted.prompt.tokens, wanted.prompt.source)
+        prompt, usage = wanted.prompt, answer.get("usage")
+        check_prompt_count(usage, prompt.tokens, prompt.source)
         if len(choices) < wanted.count:
             tally.reject(wanted.count - len(choices), f"{len(choices)} of {wanted.count} came back")
         if len(choices) == 1:
             choices = [_with_routes_of_answer(choices[0], answer)]
+        else:
+            usage = None
         read = []
         for choice in choices[: wanted.count]:
             try:
-                sample = self._reader.read(
-                    choice, wanted.prompt.tokens, usage if len(choices) == 1 else None
-                )
+                read.append(self._reader.read(choice, prompt.tokens, usage))
             except SampleRejected as error:
                 tally.reject(1, str(error))
-                continue
             except ServerMismatch as error:
-                raise ServerMismatch(f"{wanted.prompt.source}: {error}") from error
-            read.append(sample)
+                raise ServerMismatch(f"{prompt.source}: {error}") from error
         return read
 
     def _check_weights(self, answer: dict[str, Any]) -> None:
@@ -222,7 +209,7 @@ class Asker:
         found = metadata.get("weight_version") if isinstance(metadata, dict) else None
         if None not in (found, self.weights) and found != self.weights:
             raise OtherWeights(
-                f"{self._client.url}: answers with weights of version {found}, but {self.weights} "
+                f"{self.client.url}: answers with weights of version {found}, but {self.weights} "
                 "were loaded; does something else load weights into this server?"
             )
 

@@ -11,7 +11,7 @@ ids), counts attempts but not time, and knows no call that loads weights.
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
 import random
 import threading
@@ -26,13 +26,15 @@ from megatron_prefix.rollouts.engine import ServerError
 
 logger = logging.getLogger(__name__)
 
-_FIRST_DELAY_S = 0.25
-_LONGEST_DELAY_S = 10.0
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.25, 10.0
 _CONNECT_TIMEOUT_S = 10.0
 _REPORT_EVERY_S = 30.0
 
 # 429: too many requests; 502 to 504: a proxy whose server is away, or one that is starting.
 _BUSY = {408, 425, 429, 502, 503, 504}
+_AWAY = (httpx.ConnectError, httpx.ConnectTimeout)
+_BROKEN = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
+"""The connection broke: a server that ended in the middle of the answer, most often."""
 
 
 class RequestRefused(ServerError):
@@ -55,12 +57,7 @@ class ServerClient:
     """Sends requests, from any thread, at most `concurrency` at once."""
 
     def __init__(self, config: ServerConfig, *, api_key: str | None = None) -> None:
-        """Nothing is sent yet.
-
-        Args:
-            config: of the server.
-            api_key: sent as a bearer token.
-        """
+        """Nothing is sent yet; the key goes along as a bearer token."""
         self.url = config.address
         self._config = config
         self._places = threading.BoundedSemaphore(config.concurrency)
@@ -81,121 +78,83 @@ class ServerClient:
             trust_env=False,
         )
 
-    def get(self, path: str) -> Any:
-        """The JSON of a GET.
-
-        Raises:
-            ServerError: see the head of the file.
-        """
-        return self._send("GET", path, None, _read_json)
-
-    def post(self, path: str, body: dict[str, Any], *, attempts: int | None = None) -> Any:
-        """The JSON that answers a POST.
-
-        Args:
-            path: below the server's address.
-            body: sent as JSON.
-            attempts: if it is there and fails; None: `server.max_attempts`.
-
-        Raises:
-            ServerError: see the head of the file.
-        """
-        return self._send("POST", path, body, _read_json, attempts=attempts)
-
-    def load(
-        self,
-        path: str,
-        body: dict[str, Any],
-        read: Callable[[httpx.Response], Any],
-        *,
-        timeout_s: float,
-    ) -> Any:
-        """What `read` makes of the answer to a POST that loads weights; its ValueErrors are answers
-        that were cut off.
-
-        A load that fails or takes too long is not asked for again: it would fail again.
-
-        Raises:
-            ServerError: see the head of the file.
-        """
-        return self._send("POST", path, body, read, load_timeout_s=timeout_s)
-
-    def close(self) -> None:
-        """Give up what is waiting, and close the connections."""
-        self._closed.set()
-        self._http.close()
-
-    def _send(
+    def send(
         self,
         method: str,
         path: str,
-        body: dict[str, Any] | None,
-        read: Callable[[httpx.Response], Any],
+        body: dict[str, Any] | None = None,
         *,
+        read: Callable[[httpx.Response], Any] = httpx.Response.json,
         attempts: int | None = None,
         load_timeout_s: float | None = None,
     ) -> Any:
-        attempts = attempts or self._config.max_attempts
+        """What `read` makes of the answer.
+
+        Args:
+            method: of HTTP.
+            path: below the server's address.
+            body: sent as JSON.
+            read: its ValueErrors, other than ServerErrors, are answers that were cut off.
+            attempts: if the server is there and fails; None: `server.max_attempts`.
+            load_timeout_s: of a request that loads weights: one that fails or takes too long is
+                not sent again, since it would fail again.
+
+        Raises:
+            ServerError: see the head of the file.
+        """
         timeout_s = load_timeout_s or self._config.request_timeout_s
         timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
         down_since: float | None = None
-        failures = tries = 0
-        while True:
+        failures = 0
+        for tries in itertools.count(1):
             retry_after = None
             try:
                 with self._places:
                     response = self._http.request(method, path, json=body, timeout=timeout)
-                if response.status_code not in _BUSY and response.status_code < 500:
-                    if response.is_error:
-                        raise RequestRefused(
-                            self._refusal(method, path, response), response.status_code
-                        )
+                if not response.is_error:
                     return read(response)
-                what = f"{response.status_code} {response.reason_phrase}: {_excerpt(response)}"
                 is_down = response.status_code in _BUSY
+                what = f"{response.status_code} {response.reason_phrase}: {_excerpt(response)}"
+                if response.status_code < 500 and not is_down:
+                    raise RequestRefused(
+                        f"{method} {self.url}{path}: refused with {what}", response.status_code
+                    )
                 if load_timeout_s is not None and not is_down:
                     raise RequestFailed(f"{self.url}{path}: {what}")
                 retry_after = response.headers.get("retry-after")
-            except (RequestRefused, RequestFailed):
+            except ServerError:
                 raise
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                what, is_down = _described(error), True
-                self._count_outage(down_since is None)
-            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
-                # The connection broke: a server that ended in the middle of the answer, most often.
-                what, is_down = _described(error), False
-                self._count_outage(True)
-            except httpx.TimeoutException as error:
-                what, is_down = f"{_described(error)} ({timeout_s:g} s)", False
-                if load_timeout_s is not None:
-                    raise RequestFailed(
-                        f"{self.url}{path}: took longer than {timeout_s:g} s "
-                        "(weights.load_timeout_s)"
-                    ) from error
-            except httpx.HTTPError as error:
-                what, is_down = _described(error), False
-            except ValueError as error:
-                what, is_down = f"an answer that cannot be read: {error}", False
-            except RuntimeError as error:
-                if not self._closed.is_set():
+            except (httpx.HTTPError, ValueError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not self._closed.is_set():
                     raise
-                what, is_down = _described(error), False
+                is_down = isinstance(error, _AWAY)
+                what = f"{type(error).__name__}: {error}"
+                if isinstance(error, ValueError):
+                    what = f"an answer that cannot be read: {error}"
+                elif isinstance(error, httpx.TimeoutException) and not is_down:
+                    what += f" ({timeout_s:g} s)"
+                    if load_timeout_s is not None:
+                        raise RequestFailed(
+                            f"{self.url}{path}: took longer than {timeout_s:g} s "
+                            "(weights.load_timeout_s)"
+                        ) from error
+                if isinstance(error, _BROKEN) or (is_down and down_since is None):
+                    with self._lock:
+                        self.outages += 1
             if self._closed.is_set():
                 raise RequestFailed(f"{self.url}{path}: given up, since the run ends")
-            tries += 1
-            now = time.monotonic()
             if is_down:
-                down_since = now if down_since is None else down_since
-                if now - down_since > self._config.patience_s:
+                down_since = down_since or time.monotonic()
+                if time.monotonic() - down_since > self._config.patience_s:
                     raise ServerDown(
                         f"{self.url}: not reachable for {self._config.patience_s:g} s "
                         f"(server.patience_s); last: {what}. Start the server, then the run again: "
                         "it continues from its last checkpoint"
                     )
             else:
-                failures += 1
                 down_since = None
-                if failures >= attempts:
+                failures += 1
+                if failures >= (attempts or self._config.max_attempts):
                     raise RequestFailed(
                         f"{self.url}{path}: failed {failures} times (server.max_attempts); "
                         f"last: {what}"
@@ -204,10 +163,10 @@ class ServerClient:
             self.retries += 1
             self._closed.wait(_delay(tries, retry_after))
 
-    def _count_outage(self, is_new: bool) -> None:
-        if is_new:
-            with self._lock:
-                self.outages += 1
+    def close(self) -> None:
+        """Give up what is waiting, and close the connections."""
+        self._closed.set()
+        self._http.close()
 
     def _report(self, what: str, down_since: float | None) -> None:
         now = time.monotonic()
@@ -217,20 +176,8 @@ class ServerClient:
             self._last_report = now
         left = ""
         if down_since is not None:
-            remaining = self._config.patience_s - (now - down_since)
-            left = f", for {remaining:.0f} s more"
+            left = f", for {self._config.patience_s - (now - down_since):.0f} s more"
         logger.warning("%s: %s; trying again%s", self.url, what, left)
-
-    def _refusal(self, method: str, path: str, response: httpx.Response) -> str:
-        text = (
-            f"{method} {self.url}{path}: refused with {response.status_code} "
-            f"{response.reason_phrase}: {_excerpt(response)}"
-        )
-        if response.status_code in (401, 403):
-            text += (
-                "; set server.api_key_variable to the name of the environment variable with the key"
-            )
-        return text
 
 
 def _delay(tries: int, retry_after: str | None) -> float:
@@ -242,24 +189,17 @@ def _delay(tries: int, retry_after: str | None) -> float:
     return delay
 
 
-def _read_json(response: httpx.Response) -> Any:
-    return response.json()
-
-
 def _excerpt(response: httpx.Response) -> str:
-    """The server's own words."""
+    """The server's own words about an error."""
     try:
-        values = json.loads(response.text)
+        found = response.json()
     except ValueError:
-        values = None
-    for path in (("error", "message"), ("detail",), ("message",), ("error",)):
-        found: Any = values
-        for key in path:
-            found = found.get(key) if isinstance(found, dict) else None
-        if isinstance(found, str):
-            return found[:300]
-    return " ".join(response.text.split())[:300] or "(no text)"
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        found = None
+    for _ in range(2):  # {"error": {"message": "..."}}
+        if isinstance(found, dict):
+            found = found.get("error") or found.get("detail") or found.get("message")
+    text = found if isinstance(found, str) else " ".join(response.text.split())
+    key = ""
+    if response.status_code in (401, 403):
+        key = "; set server.api_key_variable to the name of the environment variable with the key"
+    return f"{text[:300] or '(no text)'}{key}"

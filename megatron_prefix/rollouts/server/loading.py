@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 
 from megatron_prefix.rollouts.server.client import RequestRefused, ServerClient, ServerError
 
+_IS_TRANSFORMERS = "; is it transformers serve?"
+_IS_VLLM = (
+    "; a vLLM server loads weights only if it was started with the environment variable "
+    "VLLM_SERVER_DEV_MODE=1, in a release whose reload_weights takes weights_path"
+)
 
+
+@dataclass(frozen=True)
 class WeightLoader:
     """Has a server load weights."""
 
-    def __init__(self, kind: str, client: ServerClient, *, timeout_s: float) -> None:
-        """Nothing is asked yet.
+    kind: str
+    """Of the server, one that loads weights."""
+    client: ServerClient
+    timeout_s: float
+    """Of each of the calls that load weights."""
 
-        Args:
-            kind: of the server, one that loads weights.
-            client: the way to it.
-            timeout_s: of each of the calls that load weights.
-        """
-        self._load = {
-            "transformers": self._transformers,
-            "sglang": self._sglang,
-            "vllm": self._vllm,
-        }[kind]
-        self._client = client
-        self._timeout_s = timeout_s
-        self.names_folder = kind == "transformers"
+    @property
+    def names_folder(self) -> bool:
         """Whether requests name the folder as the model, so that a server that is started anew
         loads it by itself. Another one has other weights then, without this showing."""
+        return self.kind == "transformers"
 
     def load(self, folder: Path, version: int) -> None:
         """Return when every later request is answered with the weights in `folder`.
@@ -40,65 +39,41 @@ class WeightLoader:
         Raises:
             ServerError: it did not load them.
         """
-        self._load(folder, version)
-
-    def _transformers(self, folder: Path, version: int) -> None:
-        """`transformers serve`: /reset drops models, whose memory would stay in use."""
-        self._post("/reset", {}, _read_nothing)
+        if self.kind == "transformers":  # /reset drops models, whose memory would stay in use
+            calls = [("/reset", {}), ("/load_model", {"model": str(folder)})]
+        elif self.kind == "sglang":  # in place; the version comes back in each answer
+            body = {"model_path": str(folder), "weight_version": str(version)}
+            flags = {"flush_cache": True, "abort_all_requests": True}
+            calls = [("/update_weights_from_disk", body | flags)]
+        else:  # in place, by every worker of a server in developer mode
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            calls = [("/collective_rpc", body), ("/reset_prefix_cache", {})]
         try:
-            self._post("/load_model", {"model": str(folder)}, _read_events)
+            for path, body in calls:
+                self.client.send("POST", path, body, read=_read, load_timeout_s=self.timeout_s)
         except RequestRefused as error:
-            hint = "; is it transformers serve?" if error.status == 404 else ""
-            raise ServerError(f"{error}{hint}") from error
-
-    def _sglang(self, folder: Path, version: int) -> None:
-        """In place, with its cache of prefixes; the version comes back in each answer."""
-        body = {
-            "model_path": str(folder),
-            "flush_cache": True,
-            "abort_all_requests": True,
-            "weight_version": str(version),
-        }
-        answer = self._post("/update_weights_from_disk", body, httpx.Response.json)
-        if not (isinstance(answer, dict) and answer.get("success") is True):
-            raise ServerError(f"{self._client.url}: did not load {folder}: {answer}")
-
-    def _vllm(self, folder: Path, version: int) -> None:
-        """In place, by every worker, then the cache of prefixes: in a server's developer mode."""
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        try:
-            self._post("/collective_rpc", body, _read_nothing)
-            self._post("/reset_prefix_cache", {}, _read_nothing)
-        except RequestRefused as error:
-            raise ServerError(
-                f"{error}; a vLLM server loads weights only if it was started with the environment "
-                "variable VLLM_SERVER_DEV_MODE=1, in a release whose reload_weights takes "
-                "weights_path"
-            ) from error
-
-    def _post(self, path: str, body: dict[str, Any], read: Callable[[httpx.Response], Any]) -> Any:
-        return self._client.load(path, body, read, timeout_s=self._timeout_s)
+            hints = {"vllm": _IS_VLLM, "transformers": _IS_TRANSFORMERS * (error.status == 404)}
+            raise ServerError(f"{error}{hints.get(self.kind, '')}") from error
 
 
-def _read_events(response: httpx.Response) -> None:
-    """The progress of a load, as server-sent events; the last one says how it ended.
+def _read(response: httpx.Response) -> None:
+    """How a call ended: SGLang says it in JSON, transformers in the last of its events.
 
     Raises:
         ServerError: it failed.
-        ValueError: the events break off.
+        ValueError: the answer breaks off.
     """
-    last: dict[str, Any] = {}
-    for line in response.text.splitlines():
-        if line.startswith("data:"):
-            last = json.loads(line.removeprefix("data:"))
-            if last.get("status") == "error":
-                raise RequestRefused(
-                    f"{response.url}: loading {last.get('model')} failed: {last.get('message')}",
-                    response.status_code,
+    if response.url.path.endswith("/update_weights_from_disk"):
+        answer = response.json()
+        if not (isinstance(answer, dict) and answer.get("success") is True):
+            raise ServerError(f"{response.url}: did not load the weights: {answer}")
+    if response.url.path.endswith("/load_model"):
+        lines = response.text.splitlines()
+        events = [json.loads(line.removeprefix("data:")) for line in lines if line[:5] == "data:"]
+        for event in events:
+            if event.get("status") == "error":
+                raise ServerError(
+                    f"{response.url}: loading {event.get('model')} failed: {event.get('message')}"
                 )
-    if last.get("status") != "ready":
-        raise ValueError("its progress breaks off before the model is ready")
-
-
-def _read_nothing(response: httpx.Response) -> None:
-    pass
+        if not events or events[-1].get("status") != "ready":
+            raise ValueError("its progress breaks off before the model is ready")

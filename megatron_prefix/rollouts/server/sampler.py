@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from megatron_prefix.config import RunConfig
+from megatron_prefix.distributed.rank_results import on_rank_0
 from megatron_prefix.rollouts.hf.folders import PolicyFolders
 from megatron_prefix.rollouts.routes import route_reader
 from megatron_prefix.rollouts.sampling.sampler import Answers, Sampler, SamplingSpec, Tally, Wanted
@@ -13,7 +14,7 @@ from megatron_prefix.rollouts.server.answers import OtherWeights, Reader
 from megatron_prefix.rollouts.server.asking import Asker
 from megatron_prefix.rollouts.server.client import ServerClient
 from megatron_prefix.rollouts.server.loading import WeightLoader
-from megatron_prefix.rollouts.server.weights import ServerWeights
+from megatron_prefix.rollouts.server.weights import KeptWeights
 from megatron_prefix.rollouts.text.tokenizer import TextTokenizer, Tokens
 
 logger = logging.getLogger(__name__)
@@ -24,17 +25,24 @@ class ServerSampler(Sampler):
 
     is_remote = True
 
-    def __init__(self, asker: Asker, client: ServerClient, weights: ServerWeights) -> None:
-        """Nothing is asked yet.
+    def __init__(
+        self, asker: Asker, folders: PolicyFolders | None, loader: WeightLoader | None
+    ) -> None:
+        """Nothing is written or asked yet.
 
         Args:
             asker: of the server.
-            client: what the asker asks through.
-            weights: of the server.
+            folders: where the weights are written.
+            loader: has the server load them; None leaves the server's weights alone.
         """
-        self.client = client
-        self.weights = weights
+        self.forgets = loader is not None and not loader.names_folder
+        """Whether a server that is started anew has other weights than it was told to load."""
         self._asker = asker
+        self.client = asker.client
+        self.folders = folders
+        self._loader = loader
+        self._kept = KeptWeights(asker)
+        self._has_checked_model = False
         self._retries_told = 0
 
     def hand_over(self, step: int) -> int | None:
@@ -43,7 +51,33 @@ class ServerSampler(Sampler):
         Raises:
             ServerError: the server does not load them, or serves another model.
         """
-        return self.weights.hand_over(step)
+        if self._loader is None:
+            on_rank_0(self._check_model)
+            return None
+        assert self.folders is not None
+        if self.folders.refresh(step):
+            on_rank_0(self.load_again)
+        return self.folders.version
+
+    def load_again(self) -> None:
+        """Have the server load what was written last, and look whether it has; on rank 0."""
+        assert self._loader is not None and self.folders is not None
+        version = self.folders.version
+        assert version is not None
+        folder = self.folders.path(version)
+        before = self._kept.before()
+        self._loader.load(folder, version)
+        self._asker.weights = str(version)
+        if self._loader.names_folder:
+            self._asker.requests.model = str(folder)
+        else:
+            self._check_model()
+        self._kept.check(folder, before)
+
+    def _check_model(self) -> None:
+        if not self._has_checked_model:
+            self._asker.find_model()
+            self._has_checked_model = True
 
     def sample(self, wanted: Sequence[Wanted], *, step: int) -> Answers:
         """Responses that are all of the current weights, though the server may come back with
@@ -52,34 +86,27 @@ class ServerSampler(Sampler):
         Raises:
             ServerError: the server is down, refuses, or serves another model.
         """
-        if not self.weights.forgets:
-            return self._ask(wanted)
         has_differed = False
         while True:
             outages = self.client.outages
             try:
-                found = self._ask(wanted)
-                if self.client.outages == outages:
-                    return found
+                tally = Tally()
+                responses = self._asker.ask(wanted, tally)
+                if not self.forgets or self.client.outages == outages:
+                    # Those of the weights' hand-over count too.
+                    tally.retries = self.client.retries - self._retries_told
+                    self._retries_told += tally.retries
+                    return Answers(responses=responses, tally=tally)
             except OtherWeights:
                 # Once, where no outage explains it: a second time somebody else loads them.
-                if self.client.outages == outages:
-                    if has_differed:
-                        raise
-                    has_differed = True
+                if not self.forgets or (has_differed and self.client.outages == outages):
+                    raise
+                has_differed |= self.client.outages == outages
             logger.warning(
                 "%s: seems to have been started anew; loading the weights and asking again",
                 self.client.url,
             )
-            self.weights.load_again()
-
-    def _ask(self, wanted: Sequence[Wanted]) -> Answers:
-        tally = Tally()
-        responses = self._asker.ask(wanted, tally)
-        # Those of the weights' hand-over count too.
-        tally.retries = self.client.retries - self._retries_told
-        self._retries_told += tally.retries
-        return Answers(responses=responses, tally=tally)
+            self.load_again()
 
     def can_be_asked(self, tokens: Tokens) -> bool:
         """Whether responses can be sampled behind these tokens, for all that is known."""
@@ -127,9 +154,8 @@ def server_sampler(
         is_corrected=config.objective.correction is not None,
         routes=None if routes is None else routes.shape,
     )
-    asker = Asker(client, server, reader)
     loader = None
     if server.loads_weights:
         timeout_s = config.rollouts.weights.load_timeout_s
         loader = WeightLoader(server.kind, client, timeout_s=timeout_s)
-    return ServerSampler(asker, client, ServerWeights(asker, folders, loader))
+    return ServerSampler(Asker(client, server, reader), folders, loader)

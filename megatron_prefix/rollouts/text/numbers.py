@@ -19,9 +19,10 @@ _OVER = rf"(?<![/\d.,]){_DECIMAL} ?/ ?{_DECIMAL}(?![\d.]*\d| ?/)"
 _NUMBER = re.compile(rf"(?P<sign>{_SIGN})\$?(?:(?P<whole>\d+) +)?(?P<value>{_OVER}|{_DECIMAL})")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _MARK = "####"
-_NO_NUMBER = re.compile(r"[\\^_{}()\[\]*/<>|]")
+_NO_NUMBER = re.compile(r"[\\^_{}()\[\]*/<>|!]")
 _LONGEST = 400
 """Digits; an exponent beyond it would take the memory of the machine."""
+_WORDS = r"\\(?:text|textbf|mathrm|mathbf|textrm|mbox)"
 
 # What LaTeX and typesetting write in place of plain signs, in the order in which it is replaced.
 _PLAIN = [
@@ -31,10 +32,13 @@ _PLAIN = [
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"\\(?:left|right|displaystyle)\b|\\[()\[\]]"), ""),
     (re.compile(r"\^(?:\\circ|\{\\circ\})|\u00b0"), ""),
-    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm|mbox)\s*\{([^{}]*)\}"), r" \1 "),
+    # A unit: words, perhaps to a power.
+    (re.compile(rf"{_WORDS}\s*\{{[^{{}}\d]*\}}(?:\^(?:\d|\{{-?\d+\}}))?"), " "),
+    (re.compile(rf"{_WORDS}\s*\{{([^{{}}]*)\}}"), r" \1 "),
     (re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r" \1/\2 "),
     (re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)"), r" \1/\2 "),
     (re.compile(r"(\d) ?(?:\\times|\\cdot|\u00d7) ?10\^(?:\{(-?\d+)\}|(-?\d))"), r"\1e\2\3"),
+    (re.compile(r"(?<![\w.,^/}])10\^(?:\{(-?\d+)\}|(-?\d))"), r"1e\1\2"),
 ]
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from megatron_prefix.rollouts.text.numbers import find_number, number_of_answer
-from megatron_prefix.rollouts.text.tokenizer import TextTokenizer
 
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _LETTER = re.compile(r"(?<![A-Za-z0-9])\(?([A-Z])\)?(?![A-Za-z0-9'])")
@@ -20,19 +19,6 @@ class TextRewardFunction(Protocol):
     def __call__(self, prompt: str, response: str, answer: Any) -> float:
         """The reward; `prompt` and `response` without special tokens, `answer` as in the record."""
         ...
-
-
-class TextReward:
-    """A text reward as a `RewardFunction` of token ids."""
-
-    def __init__(self, function: TextRewardFunction, tokenizer: TextTokenizer) -> None:
-        self._function = function
-        self._tokenizer = tokenizer
-        self.name = getattr(function, "__name__", type(function).__name__)
-
-    def __call__(self, prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
-        """The function's reward for the text of these tokens."""
-        return self._function(self._tokenizer.read(prompt), self._tokenizer.read(response), answer)
 
 
 def exact_match(prompt: str, response: str, answer: Any) -> float:
