@@ -161,7 +161,7 @@ def _waves(
     A row of padding alone has one chunk, of no token.
     """
     runs = runs or [_Run(start=0, length=0)]
-    size = max(1, min(CHUNK_TOKENS, max(run.length for run in runs)))
+    size = _chunk_size([run.length for run in runs])
     rows, before, of_chunk = [], [], []
     last_of_run: list[int] = []
     for run in runs:
@@ -181,6 +181,16 @@ def _waves(
     if num_begins:
         waves[0] = dataclasses.replace(waves[0], before=begins[waves[0].chunks])
     return np.array(rows)[order], tuple(waves)
+
+
+def chunked_tokens(lengths: Sequence[int]) -> int:
+    """Tokens of the chunks of runs of these lengths, which are filled up."""
+    size = _chunk_size(lengths)
+    return sum(-(-max(length, 1) // size) * size for length in lengths)
+
+
+def _chunk_size(lengths: Sequence[int]) -> int:
+    return max(1, min(CHUNK_TOKENS, max(lengths, default=0)))
 
 
 def _levels(runs: Sequence[_Run], num_tokens: int, num_begins: int) -> Runs[np.ndarray]:
