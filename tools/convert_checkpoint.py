@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "of a run's config. Put that into run.yaml, add `output: {load: OUTPUT, ...}`, and train.",
     )
     bring.add_argument("source", type=Path, metavar="HF_FOLDER", help="config.json, *.safetensors")
+    _add_mtp(bring)
     _add_output(bring, "largest file of the checkpoint in GB")
 
     take = command(
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("source", type=Path, metavar="HF_FOLDER")
     verify.add_argument("--megatron", type=Path, metavar="CHECKPOINT", help="verify this one")
+    _add_mtp(verify)
     verify.add_argument(
         "--groups",
         type=Path,
@@ -113,6 +115,14 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, default=0, help="of the random tokens")
     verify.add_argument("--json", action="store_true", help="the checks as one JSON object")
     return parser
+
+
+def _add_mtp(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mtp",
+        action="store_true",
+        help="convert layers that predict further tokens; else they are kept aside",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser, size_help: str) -> None:
@@ -139,15 +149,20 @@ def _hf_to_megatron(args: argparse.Namespace) -> int:
     total = sum(
         t.num_bytes if dtype is None else math.prod(t.shape) * dtype.itemsize for t in stored
     )
+    reports: list[str] = []
     with _progress(total, "hf-to-megatron") as progress:
         hf_to_megatron(
             args.source,
             args.output,
             dtype=dtype,
+            mtp=args.mtp,
             max_file_bytes=_bytes(args.max_shard_gb),
             force=args.force,
             progress=progress,
+            report=reports.append,
         )
+    for line in reports:
+        print(line)
     print(f"{args.output}: checkpoint in release/, a run's model section in model.yaml")
     return 0
 
@@ -231,6 +246,7 @@ def _verify(args: argparse.Namespace) -> int:
             args.source,
             checkpoint=args.megatron,
             groups=None if args.groups is None else _read_groups(args.groups, args.num_groups),
+            mtp=args.mtp,
             work_folder=args.work_folder,
             tolerance=args.tolerance,
             seed=args.seed,

@@ -144,11 +144,18 @@ class Architecture:
     linear_layers: tuple[bool, ...] = ()
     """For each layer whether it is a gated delta net."""
     mtp_layers: int = 0
-    """Layers of the folder that predict further tokens; kept aside, and not computed."""
+    """Layers that predict further tokens. They are like the last of the others."""
+    mtp_computed: bool = False
+    """The Megatron model has these layers; false: they are kept aside."""
+
+    @property
+    def computed_mtp_layers(self) -> int:
+        """Layers that predict further tokens, of the Megatron model."""
+        return self.mtp_layers if self.mtp_computed else 0
 
     def has_experts(self, layer: int) -> bool:
-        """Whether the layer's MLP is made of experts."""
-        return bool(self.expert_layers) and self.expert_layers[layer]
+        """Whether the layer's MLP is made of experts; those that predict are counted last."""
+        return bool(self.expert_layers) and self.expert_layers[min(layer, self.num_layers - 1)]
 
     @property
     def mixed_layers(self) -> bool:
@@ -161,11 +168,11 @@ class Architecture:
         return "qwen3_next" if self.family == "qwen3_5_moe_text" else self.family
 
     def differences(self, other: Architecture) -> list[str]:
-        """Fields that differ, in words; the longest sequence and what is kept aside may."""
+        """Fields that differ, in words; the longest sequence and layers of MTP may."""
         return [
             f"{field.name} ({getattr(self, field.name)} and {getattr(other, field.name)})"
             for field in dataclasses.fields(self)
-            if field.name not in ("max_length", "mtp_layers")
+            if field.name not in ("max_length", "mtp_layers", "mtp_computed")
             and getattr(self, field.name) != getattr(other, field.name)
             and (field.name != "family" or self.canonical_family != other.canonical_family)
         ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from megatron_prefix.conversion import delta_net_tensors
+from megatron_prefix.conversion import delta_net_tensors, mtp_tensors
 from megatron_prefix.conversion.architecture import Architecture
 from megatron_prefix.conversion.hf_qwen3_next import WITH_DELTA_NETS
 from megatron_prefix.packages import needed_by
@@ -76,6 +76,10 @@ def bridge_of(a: Architecture) -> Any:
             ],
             "mlp.linear_fc2.bias": [f"{_LAYER}mlp.down_proj.bias"],
         }
+
+        def _weight_name_mapping_mcore_to_hf(self, mcore_weights_name: str) -> list[str]:
+            names_of = super()._weight_name_mapping_mcore_to_hf
+            return mtp_tensors.hf_names(a, mcore_weights_name, names_of)
 
         def _build_config(self) -> Any:
             """No Megatron config, since no model is built; what the tables ask of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -15,7 +15,6 @@ from megatron_prefix.conversion.mapping import (
     Shape,
     dtype_name,
     is_no_weight,
-    kept_aside,
 )
 
 
@@ -24,8 +23,12 @@ def check_source(
     architecture: Architecture,
     parameters: list[Parameter],
     dtype: torch.dtype | None,
+    aside: Collection[str] = (),
 ) -> None:
     """Compare a folder's tensors with what its config.json asks for.
+
+    Args:
+        aside: tensors that no parameter is made of, and that are kept.
 
     Raises:
         ConversionError: a missing or unknown tensor, or one of another shape or type, naming it.
@@ -55,7 +58,7 @@ def check_source(
                 f"{path}: {name} is of type {found[name].dtype}; only {', '.join(DTYPES)} are "
                 "weights that can be trained, so convert the unquantized model"
             )
-    known = {*wanted, *kept_aside(architecture, found)}
+    known = {*wanted, *aside, *(copy for parameter in parameters for copy in parameter.copies)}
     extra = [name for name in found if name not in known and not is_no_weight(name)]
     if architecture.tied_embeddings and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")

@@ -15,7 +15,9 @@ from torch import Tensor
 from megatron_prefix.checkpoints.finding import TRACKER, find_checkpoint
 from megatron_prefix.checkpoints.initial_weights import MODEL_SECTION, recorded_model
 from megatron_prefix.config.loader import dump_yaml
+from megatron_prefix.conversion import mtp_tensors
 from megatron_prefix.conversion.architecture import Architecture
+from megatron_prefix.conversion.aside import aside_of, kept_aside
 from megatron_prefix.conversion.checks import (
     check_source,
     check_stored,
@@ -23,6 +25,7 @@ from megatron_prefix.conversion.checks import (
     stored_dtypes,
 )
 from megatron_prefix.conversion.errors import ConversionError
+from megatron_prefix.conversion.extra_states import extra_state_keys
 from megatron_prefix.conversion.hf_config import config_values, read_architecture
 from megatron_prefix.conversion.hf_folder import (
     HFFolder,
@@ -32,15 +35,8 @@ from megatron_prefix.conversion.hf_folder import (
     read_json,
     write_json,
 )
-from megatron_prefix.conversion.mapping import (
-    BIAS_OF_ROUTER,
-    Mapping,
-    Parameter,
-    dtype_name,
-    extra_state_keys,
-    kept_aside,
-    mtp_layers,
-)
+from megatron_prefix.conversion.hf_qwen3_next import MTP_KEYS
+from megatron_prefix.conversion.mapping import Mapping, Parameter, dtype_name
 from megatron_prefix.conversion.megatron_lm import common_state
 from megatron_prefix.conversion.model_section import from_model_config, to_model_config
 from megatron_prefix.conversion.output_folder import output_folder
@@ -50,11 +46,10 @@ from megatron_prefix.conversion.torch_dist_files import (
     write_checkpoint,
 )
 
-KEPT_ASIDE = "kept_aside"
-"""Beside a checkpoint: tensors of the folder that it came from, which Megatron does not compute."""
-
 Progress = Callable[[int], None]
 """Told of so many bytes more."""
+Report = Callable[[str], None]
+"""Told of what is worth knowing, in a sentence."""
 
 
 def hf_to_megatron(
@@ -62,20 +57,25 @@ def hf_to_megatron(
     output: Path,
     *,
     dtype: torch.dtype | None = None,
+    mtp: bool = False,
     max_file_bytes: int = 5 * 10**9,
     force: bool = False,
     progress: Progress = lambda _: None,
+    report: Report = lambda _: None,
 ) -> Architecture:
     """Write a distributed checkpoint of a Hugging Face model.
 
         output/latest_checkpointed_iteration.txt    so that Megatron-LM's --load finds it
         output/release/                             the checkpoint
         output/model.yaml                           the `model` section of a run's config
-        output/kept_aside/                          safetensors of MTP layers, where there are any
+        output/kept_aside/                          what Megatron does not compute, where there is
+                                                    any: of MTP layers (see `aside.py`)
 
     Args:
         source: folder with config.json and safetensors.
         dtype: of the weights; None keeps the source's.
+        mtp: convert layers that predict further tokens (multi-token prediction), so that a run
+            trains them; else they are kept aside.
         max_file_bytes: largest file of the checkpoint.
         force: replace an existing output.
 
@@ -84,9 +84,15 @@ def hf_to_megatron(
     """
     folder = HFFolder(source)
     architecture = read_architecture(source)
-    mapping = Mapping(architecture)
+    if mtp:
+        architecture = mtp_tensors.with_mtp(folder.path, architecture, folder.tensors)
+    aside = aside_of(folder, architecture)
+    mapping = Mapping(architecture, copies=aside.copies)
     parameters = mapping.parameters()
-    check_source(folder, architecture, parameters, dtype)
+    check_source(folder, architecture, parameters, dtype, aside.names)
+    for name in aside.names if mtp else ():
+        of = mtp_tensors.copies(architecture)[name]
+        report(f"{name} differs from {of}, which Megatron's MTP layer uses; it is kept aside")
     stored = stored_dtypes(folder, parameters, dtype)
 
     def piece(parameter: Parameter, key: str, part: tuple[str, slice], counts: bool) -> Piece:
@@ -113,20 +119,14 @@ def hf_to_megatron(
         for key in (parameter.places[0][0], *parameter.also):
             counts = key not in parameter.also
             pieces += [piece(parameter, key, part, counts) for part in parameter.stored]
-    aside = kept_aside(architecture, folder.tensors)
-    needed = sum(p.num_bytes for p in pieces)
-    needed += sum(folder.tensors[name].num_bytes for name in aside)
+    needed = sum(p.num_bytes for p in pieces) + aside.num_bytes
     with output_folder(output, force=force, needed_bytes=needed) as partial:
         checkpoint = partial / "release"
         checkpoint.mkdir()
         write_checkpoint(
             checkpoint, pieces, extra_state_keys(architecture), max_file_bytes=max_file_bytes
         )
-        if aside:
-            (partial / KEPT_ASIDE).mkdir()
-            writer = ShardWriter(partial / KEPT_ASIDE, max_shard_bytes=max_file_bytes)
-            _copy(folder, aside, writer, dtype)
-            finish_shards(partial / KEPT_ASIDE, writer.close())
+        aside.write(partial, dtype, max_file_bytes=max_file_bytes)
         # By a file of Python's, whose errors say what went wrong; torch's own would not.
         with (checkpoint / "common.pt").open("wb") as file:
             torch.save(common_state(architecture), file)
@@ -162,11 +162,15 @@ def megatron_to_hf(
     """
     reader = read_checkpoint(source)
     architecture = find_architecture(reader.folder, hf_source, architecture)
-    aside = _folder_of_aside(reader.folder, hf_source, architecture)
-    if aside is not None:
-        found = mtp_layers(architecture, aside.tensors)
+    computed = mtp_tensors.layers_stored(reader.shapes())
+    if computed:
+        architecture = dataclasses.replace(architecture, mtp_layers=computed, mtp_computed=True)
+        mtp_tensors.refuse_mtp(architecture)
+    aside = kept_aside(reader.folder, hf_source, architecture)
+    if aside.folder is not None and not computed:
+        found = mtp_tensors.layers_in(architecture, aside.names)
         architecture = dataclasses.replace(architecture, mtp_layers=found)
-    mapping = Mapping(architecture)
+    mapping = Mapping(architecture, copies=aside.copies)
     parameters = mapping.parameters()
     places = check_stored(reader.shapes(), architecture, parameters, of=str(reader.folder))
     stored = [
@@ -195,8 +199,7 @@ def megatron_to_hf(
             for name, tensor in mapping.to_hf(parameter, whole).items():
                 writer.add(name, tensor.to(kind))
             progress(math.prod(parameter.shape) * whole.itemsize)
-        if aside is not None:
-            _copy(aside, kept_aside(architecture, aside.tensors), writer, dtype)
+        aside.copy(writer, dtype)
         finish_shards(partial, writer.close())
         write_json(partial / "config.json", values)
         for file in companions(hf_source) if hf_source is not None else ():
@@ -260,24 +263,6 @@ def find_architecture(
     return list(said.values())[-1]
 
 
-def _copy(
-    folder: HFFolder, names: list[str], writer: ShardWriter, dtype: torch.dtype | None
-) -> None:
-    for name in names:
-        tensor = folder.read(name)
-        keeps_type = dtype is None or name.endswith(BIAS_OF_ROUTER)
-        writer.add(name, tensor if keeps_type else tensor.to(dtype))
-
-
-def _folder_of_aside(checkpoint: Path, hf_source: Path | None, a: Architecture) -> HFFolder | None:
-    """Where the MTP layers are that the model came with, if it had any."""
-    beside = checkpoint.parent / KEPT_ASIDE
-    if beside.is_dir():
-        return HFFolder(beside)
-    may_have = a.mtp_layers or a.linear is not None
-    return HFFolder(hf_source) if hf_source is not None and may_have else None
-
-
 def _config_for(a: Architecture, hf_source: Path | None, dtype: str) -> dict[str, Any]:
     """config.json: the source's own where there is one, else made from the architecture."""
     if hf_source is None:
@@ -285,6 +270,8 @@ def _config_for(a: Architecture, hf_source: Path | None, dtype: str) -> dict[str
     values = read_json(hf_source / "config.json")
     for name in {"dtype", "torch_dtype"} & values.keys() or {"torch_dtype"}:
         values[name] = dtype
+    if a.mtp_computed:
+        values[MTP_KEYS.get(a.family, "num_nextn_predict_layers")] = a.mtp_layers
     return values
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_prefix.conversion.architecture import FAMILIES, Architecture
 from megatron_prefix.conversion.errors import ConversionError
+from megatron_prefix.conversion.mtp_tensors import refuse_mtp
 
 _SIGMOID = "multi_latent_attention and moe_router_score_function: sigmoid"
 _MADE_BY = {
@@ -59,6 +60,7 @@ def family_of(
 
 def refuse_mixture(a: Architecture) -> None:
     """Combinations of options that no family has."""
+    refuse_mtp(a)
     partly_turned = a.linear is not None or a.family in ("glm4_moe", "minimax_m2")
     if a.rotary_fraction != 1.0 and not partly_turned:
         refuse_unless(("model.rotary_percent", a.rotary_fraction, (1.0,)))

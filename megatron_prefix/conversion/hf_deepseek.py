@@ -1,8 +1,7 @@
 """What config.json of DeepSeek-V3 and GLM-4.5 says beyond that of other families.
 
 Of DeepSeek-V3, Moonlight and Kimi K2, and of GLM-4.5 to 4.7: multi-latent attention, routers that
-choose by sigmoid scores and a bias, shared experts, and layers that predict further tokens (MTP),
-which Megatron's GPTModel is built without here.
+choose by sigmoid scores and a bias, and shared experts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What config.json of Qwen3-Next and of Qwen3.5's text models says beyond that of other families.
 
 Gated delta nets between layers of softmax attention, whose heads have a gate of their output. All
-norms but one are zero-centred. Layers that predict further tokens (MTP) are kept aside.
+norms but one are zero-centred.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ WITH_DELTA_NETS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 """Families of this file."""
 MROPE_KEYS = ("mrope_section", "mrope_interleaved")
 """Of Qwen3.5's rotary embedding: where images stand. In text all three positions are one."""
-_MTP_KEYS = {
+MTP_KEYS = {
     "qwen3_next": "num_nextn_predict_layers",
     "qwen3_5_text": "mtp_num_hidden_layers",
     "qwen3_5_moe_text": "mtp_num_hidden_layers",
 }
+"""Of config.json: the number of layers that predict further tokens (MTP)."""
 
 
 def read_delta_nets(config: Any, family: str) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def read_delta_nets(config: Any, family: str) -> dict[str, Any]:
             value_channels=config.linear_value_head_dim,
         ),
         "linear_layers": linear_layers,
-        "mtp_layers": getattr(config, _MTP_KEYS[family], 0) or 0,
+        "mtp_layers": getattr(config, MTP_KEYS[family], 0) or 0,
     }
 
 
@@ -65,7 +66,7 @@ def delta_net_values(a: Architecture) -> dict[str, Any]:
             "linear_attention" if linear else "full_attention" for linear in a.linear_layers
         ],
         "attention_bias": False,
-        _MTP_KEYS[a.family]: a.mtp_layers,
+        MTP_KEYS[a.family]: a.mtp_layers,
     }
 
 

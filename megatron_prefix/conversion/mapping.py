@@ -12,13 +12,13 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_prefix.conversion import delta_net_tensors, fused_experts
+from megatron_prefix.conversion import delta_net_tensors, fused_experts, mtp_tensors
 from megatron_prefix.conversion.architecture import Architecture
 from megatron_prefix.conversion.bridge_tables import bridge_of
 
@@ -47,6 +47,8 @@ class Parameter:
     """Without the leading axes."""
     sources: tuple[tuple[str, Shape], ...]
     """Hugging Face names and shapes."""
+    copies: tuple[str, ...] = ()
+    """Hugging Face names of tensors that are the (only) source once more."""
     of_all_experts: bool = False
     parts: tuple[tuple[str, int], ...] = ()
     """What Megatron stores it as, if not as one tensor: ends of keys, and rows of each."""
@@ -81,9 +83,21 @@ class Parameter:
 class Mapping:
     """All parameters of an architecture."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(
+        self, architecture: Architecture, *, copies: Collection[str] | None = None
+    ) -> None:
+        """See `Parameter.copies`.
+
+        Args:
+            copies: those of a folder; None: all that the family's published folders have.
+        """
         self.architecture = architecture
         self._bridge = bridge_of(architecture)
+        self._copies = {
+            name: of
+            for name, of in mtp_tensors.copies(architecture).items()
+            if copies is None or name in copies
+        }
 
     def parameters(self) -> list[Parameter]:
         """Every parameter, in the order of the layers."""
@@ -106,6 +120,11 @@ class Mapping:
             return {name: fused_experts.to_hf(tensor, gated=parameter.is_gated)}
         if tensor.shape[0] > parameter.shape[0]:
             tensor = tensor[: parameter.shape[0]]
+        found = self._parts(parameter, tensor)
+        # Memory of their own, as safetensors asks for.
+        return found | {name: tensor.clone() for name in parameter.copies}
+
+    def _parts(self, parameter: Parameter, tensor: Tensor) -> dict[str, Tensor]:
         if self.architecture.linear is not None:
             parts = delta_net_tensors.to_hf(self.architecture, parameter.name, tensor)
             if parts is not None:
@@ -124,6 +143,11 @@ class Mapping:
                 yield from self._attention(layer) if a.latent is None else self._latent(layer)
             yield from self._experts(layer) if a.has_experts(layer) else self._mlp(layer)
         yield self._parameter("decoder.final_layernorm.weight", [(h,)])
+        for layer in range(a.num_layers, a.num_layers + a.computed_mtp_layers):
+            for name, shape in mtp_tensors.parameters(a, layer):
+                yield self._parameter(name, [shape])
+            yield from self._attention(layer) if a.latent is None else self._latent(layer)
+            yield from self._experts(layer) if a.has_experts(layer) else self._mlp(layer)
         if not a.tied_embeddings:
             yield self._parameter("output_layer.weight", [(a.vocab_size, h)])
 
@@ -257,7 +281,7 @@ class Mapping:
         expert: int | None = None,
         alias: str | None = None,
     ) -> Parameter:
-        full = name if layer is None else f"decoder.layers.{layer}.{name}"
+        full = name if layer is None else f"{self._layer(layer)}.{name}"
         if expert is not None:
             full += str(expert)
         sources = self._bridge._weight_name_mapping_mcore_to_hf(full)
@@ -271,11 +295,21 @@ class Mapping:
             leading=self._leading(layer, expert),
             shape=(rows, *source_shapes[0][1:]),
             sources=tuple(zip(sources, source_shapes, strict=True)),
+            copies=tuple(copy for copy, of in self._copies.items() if [of] == sources),
         )
+
+    def _layer(self, layer: int) -> str:
+        """Megatron's name of a layer; those that predict further tokens are counted last."""
+        mtp = layer - self.architecture.num_layers
+        return f"decoder.layers.{layer}" if mtp < 0 else f"mtp.layers.{mtp}.transformer_layer"
+
+    def _is_stacked(self, layer: int) -> bool:
+        """Whether all layers are one tensor where they are stored."""
+        return layer < self.architecture.num_layers and not self.architecture.mixed_layers
 
     def _leading(self, layer: int | None, expert: int | None) -> Shape:
         a = self.architecture
-        layers = () if layer is None or a.mixed_layers else (a.num_layers,)
+        layers = () if layer is None or not self._is_stacked(layer) else (a.num_layers,)
         return layers if expert is None else (*layers, a.num_experts or 0)
 
     def _places(self, name: str, layer: int | None, expert: int | None) -> list[tuple[str, Shape]]:
@@ -285,96 +319,8 @@ class Mapping:
         stored = name.replace("mlp.experts.", "mlp.experts.experts.")
         experts = () if expert is None else (expert,)
         stacked = (f"decoder.layers.{stored}", (layer, *experts))
-        single = (f"decoder.layers.{layer}.{stored}", experts)
-        return [single] if self.architecture.mixed_layers else [stacked, single]
-
-
-# What Transformer Engine's layers keep beside their weights. The local spec stores the first four
-# as well, so that a checkpoint has the same keys either way; here as there they hold nothing.
-_EXTRA_STATES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-    "self_attention.core_attention",
-    "self_attention.q_layernorm",
-    "self_attention.k_layernorm",
-    "pre_mlp_layernorm",
-    "mlp.experts.experts.linear_fc1",
-    "mlp.experts.experts.linear_fc2",
-)
-_EXTRA_STATES_OF_LATENTS = (
-    "input_layernorm",
-    "self_attention.linear_q_proj",
-    "self_attention.linear_q_down_proj",
-    "self_attention.linear_q_up_proj",
-    "self_attention.linear_kv_down_proj",
-    "self_attention.linear_kv_up_proj",
-    "self_attention.kv_layernorm",
-)
-_EXTRA_STATES_OF_DELTA_NETS = (
-    "self_attention.in_proj",
-    "self_attention.out_norm",
-    "self_attention.out_proj",
-)
-_EXTRA_STATES_OF_SHARED_EXPERTS = (
-    "mlp.shared_experts.linear_fc1",
-    "mlp.shared_experts.linear_fc2",
-)
-
-
-def extra_state_keys(architecture: Architecture) -> list[str]:
-    """Keys of the extra states that layers of any spec may look for in a checkpoint."""
-    a = architecture
-    modules = _EXTRA_STATES
-    if a.latent is not None:
-        modules += _EXTRA_STATES_OF_LATENTS
-    if a.linear is not None:
-        modules += _EXTRA_STATES_OF_DELTA_NETS
-    if a.shared_expert_ffn_hidden_size is not None:
-        modules += _EXTRA_STATES_OF_SHARED_EXPERTS
-    keys = ["decoder.final_layernorm._extra_state/shard_0_1"]
-    for layer in range(a.num_layers):
-        for module in modules:
-            of_experts = ".experts." in module
-            if of_experts and not a.has_experts(layer):
-                continue
-            offsets, shape = ([0], [1]) if a.mixed_layers else ([layer], [a.num_layers])
-            prefix = f"decoder.layers.{layer}." if a.mixed_layers else "decoder.layers."
-            for expert in range(a.num_experts or 0) if of_experts else [None]:
-                at, of = offsets, shape
-                if expert is not None:
-                    assert a.num_experts is not None
-                    own = [] if a.mixed_layers else offsets
-                    at = [*own, expert]
-                    of = [*([] if a.mixed_layers else shape), a.num_experts]
-                place = f"{'.'.join(map(str, at))}_{'.'.join(map(str, of))}"
-                keys.append(f"{prefix}{module}._extra_state/shard_{place}")
-    return keys
-
-
-def kept_aside(architecture: Architecture, names: Iterable[str]) -> list[str]:
-    """Tensors of a folder that no layer of the Megatron model computes: its MTP layers'."""
-    if architecture.linear is not None:
-        # Whatever config.json says: that of Qwen3-Next says nothing of them.
-        return [name for name in names if name.startswith("mtp.")]
-    count = architecture.mtp_layers
-    return [
-        n for n in names if (layer := _mtp_layer(architecture, n)) is not None and layer < count
-    ]
-
-
-def mtp_layers(architecture: Architecture, names: Iterable[str]) -> int:
-    """The number of MTP layers that tensors belong to."""
-    found = (_mtp_layer(architecture, name) for name in names)
-    return max((layer + 1 for layer in found if layer is not None), default=0)
-
-
-def _mtp_layer(a: Architecture, name: str) -> int | None:
-    """The number among the MTP layers, from 0, of the one that a tensor belongs to."""
-    first, own = ("mtp", 0) if a.linear is not None else ("model", a.num_layers)
-    found = re.match(rf"{first}\.layers\.(\d+)\.", name)
-    return int(found[1]) - own if found and int(found[1]) >= own else None
+        single = (f"{self._layer(layer)}.{stored}", experts)
+        return [stacked, single] if self._is_stacked(layer) else [single]
 
 
 _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")

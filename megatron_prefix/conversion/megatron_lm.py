@@ -42,6 +42,7 @@ def common_state(a: Architecture) -> dict[str, Any]:
         moe_ffn_hidden_size=a.expert_ffn_hidden_size,
         moe_router_topk=a.experts_per_token or 2,
         moe_router_pre_softmax=not a.normalized_routing,
+        mtp_num_layers=a.computed_mtp_layers or None,
         apply_layernorm_1p=a.linear is not None,
         **to_transformer(a),
         consumed_train_samples=0,

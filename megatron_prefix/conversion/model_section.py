@@ -74,6 +74,8 @@ def to_model_config(architecture: Architecture) -> ModelConfig:
         if a.routing is not None:
             transformer.update(_sigmoid_routing(a.routing))
     transformer.update(delta_nets_to_transformer(a))
+    if a.computed_mtp_layers:
+        transformer["mtp_num_layers"] = a.mtp_layers
     return ModelConfig(
         vocab_size=a.vocab_size,
         max_sequence_length=a.max_length,
@@ -137,6 +139,7 @@ _OF_EXECUTION = {
     "moe_shared_expert_overlap",
     "moe_token_dispatcher_type",
     "moe_z_loss_coeff",
+    "mtp_loss_scaling_factor",
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
     "overlap_p2p_comm",
@@ -179,6 +182,7 @@ _READ = {
     "glu_linear_offset",
     "activation_func_clamp_value",
     "moe_shared_expert_gate",
+    "mtp_num_layers",
     *DELTA_NET_FIELDS,
 }
 
@@ -262,6 +266,8 @@ def from_model_config(model: ModelConfig) -> Architecture:
         latent=latent,
         sinks=sinks,
         gate_limit=_gate_limit_of(model),
+        mtp_layers=t.get("mtp_num_layers") or 0,
+        mtp_computed=bool(t.get("mtp_num_layers")),
         **windows,
         **experts,
         **delta_nets,

@@ -70,6 +70,7 @@ def verify(
     *,
     checkpoint: Path | None = None,
     groups: Sequence[Group] | None = None,
+    mtp: bool = False,
     work_folder: Path | None = None,
     tolerance: float = TOLERANCE,
     seed: int = 0,
@@ -81,6 +82,8 @@ def verify(
         source: folder of the model; not changed.
         checkpoint: compare this checkpoint of it instead of converting the model anew.
         groups: what to run; None draws random tokens.
+        mtp: convert layers that predict further tokens, too. What they predict is not compared,
+            since transformers does not run them.
         work_folder: where copies are made (once the model's size each way) and removed again;
             None takes the system's temporary folder.
         tolerance: largest difference of logits and log-probabilities in float32, divided by the
@@ -100,11 +103,11 @@ def verify(
         work = Path(name)
         if checkpoint is None:
             checkpoint = work / "megatron"
-            hf_to_megatron(source, checkpoint, progress=progress)
-        megatron_to_hf(checkpoint, work / "back", hf_source=source, progress=progress)
+            hf_to_megatron(source, checkpoint, mtp=mtp, progress=progress)
+        back = megatron_to_hf(checkpoint, work / "back", hf_source=source, progress=progress)
         checks.append(_same_tensors(HFFolder(source), HFFolder(work / "back")))
         expected = _transformers_logits(source, groups, work)
-        found = _megatron_logits(checkpoint, architecture, groups, expected)
+        found = _megatron_logits(checkpoint, back, groups, expected)
     checks += found.checks(tolerance)
     return checks
 

@@ -47,16 +47,17 @@ def build_engine(parts: RolloutParts, chunks: ModelChunks, runtime: Runtime) -> 
     if parts.is_main:
         data_sets = parts.data_sets
         source = MixedPrompts(data_sets, rollouts.ratios) if rollouts.ratios else data_sets[0]
-    group_spec = _group_spec(
+    maker = _maker(
         parts,
         spec,
+        sampler,
         uses_logprobs=rollouts.takes_samplers_logprobs,
         routes=route_reader(parts.config),
     )
     return SampledGroups(
         sampler,
         source,
-        _maker(parts, group_spec, sampler),
+        maker,
         prefetch=rollouts.server is not None and rollouts.server.prefetch,
         max_staleness=rollouts.weights.max_staleness,
     )
@@ -68,14 +69,14 @@ def build_evaluator(parts: RolloutParts, chunks: ModelChunks, runtime: Runtime) 
     Raises:
         ValueError: wrong or too few prompts, or a reward or environment that is not found.
     """
-    config, evaluation = parts.config, parts.config.evaluation
+    evaluation = parts.config.evaluation
     if evaluation is None:
         return None
     spec = parts.sampling(
         group_size=evaluation.responses_per_prompt, temperature=evaluation.temperature
     )
-    sampler = _embedded_sampler(config, chunks, runtime, spec)
-    maker = _maker(parts, _group_spec(parts, spec), sampler)
+    sampler = _embedded_sampler(parts.config, chunks, runtime, spec)
+    maker = _maker(parts, spec, sampler)
     if maker is None:
         return Evaluator(sampler, None)
     prompts, data_sets = parts.evaluation_prompts()
@@ -85,42 +86,40 @@ def build_evaluator(parts: RolloutParts, chunks: ModelChunks, runtime: Runtime) 
     return Evaluator(sampler, maker, prompts, data_sets=data_sets)
 
 
-def _group_spec(
+def _maker(
     parts: RolloutParts,
-    sampling: SamplingSpec,
+    spec: SamplingSpec,
+    sampler: Sampler,
     *,
     uses_logprobs: bool = False,
     routes: RouteReader | None = None,
-) -> GroupSpec:
-    rollouts, server = parts.config.rollouts, parts.config.rollouts.server
-    return GroupSpec(
-        sampling=sampling,
-        limits=parts.limits,
-        uses_logprobs=uses_logprobs,
-        partial_groups="drop" if server is None else server.partial_groups,
-        turn_rewards=rollouts.agent is not None and rollouts.agent.turn_rewards,
-        routes=routes,
-        asked="the model" if server is None else server.address,
-    )
-
-
-def _maker(parts: RolloutParts, spec: GroupSpec, sampler: Sampler) -> GroupMaker | None:
+) -> GroupMaker | None:
     """Makes groups on rank 0; with `rollouts.agent`, its environment's first process starts."""
     if not parts.is_main:
         return None
+    config, server, limits = parts.config.rollouts.agent, parts.config.rollouts.server, parts.limits
     agent = None
-    if parts.config.rollouts.agent is not None:
+    if config is not None:
         assert parts.tokenizer is not None and parts.dialogues is not None
         agent = AgentLoop(
-            Environment(parts.config.rollouts.agent),
+            Environment(config),
             parts.tokenizer,
             parts.dialogues,
-            parts.config.rollouts.agent,
-            max_sequence_length=spec.limits.max_positions,
-            max_turn_length=spec.sampling.max_response_length,
+            config,
+            max_sequence_length=limits.max_positions,
+            max_turn_length=spec.max_response_length,
             can_be_asked=sampler.can_be_asked,
         )
-    return GroupMaker(spec, parts.reward, agent=agent)
+    groups = GroupSpec(
+        sampling=spec,
+        limits=limits,
+        partial_groups="drop" if server is None else server.partial_groups,
+        turn_rewards=config is not None and config.turn_rewards,
+        asked="the model" if server is None else server.address,
+        uses_logprobs=uses_logprobs,
+        routes=routes,
+    )
+    return GroupMaker(groups, parts.reward, agent=agent)
 
 
 def _sampler(

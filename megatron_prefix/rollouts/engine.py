@@ -23,16 +23,12 @@ class RolloutEngine(Protocol):
     """Gives rank 0 the rollouts. Every rank calls every method, in the same order."""
 
     def next_rollouts(self, num_groups: int, *, step: int) -> RolloutBatch | None:
-        """The next groups of rollouts: all of them on rank 0, None on every other rank.
-
-        An engine is collective where it needs every rank. An error may be raised on rank 0 alone.
+        """The next groups of rollouts on rank 0, as many as are asked for and valid (see
+        `validate_batch`); None on every other rank. An error may be raised on rank 0 alone.
 
         Args:
-            num_groups: how many; never fewer come back.
+            num_groups: how many.
             step: rollout batches trained on so far, for what an engine draws at random.
-
-        Returns:
-            On rank 0 groups that have passed `validate_batch`.
 
         Raises:
             EndOfRollouts: fewer groups are left. None of them is used up.

@@ -39,13 +39,11 @@ class ProcessReward:
         name: str | None = None,
         when_ended: float | None = None,
     ) -> None:
-        """Start the first process, which imports the function.
+        """Start the first process, which imports the function of `spec`, module:function.
 
         Args:
-            spec: module:function.
-            config: how many processes, how long a call may take, what a failed one is worth.
-            tokenizer: gives the function the text of prompt and response; without one it gets
-                their token ids.
+            spec, config: see `UserFunction`; the config also says what a failed call is worth.
+            tokenizer: gives the function text; without one it gets token ids.
             name: what errors call it; None: `spec`.
             when_ended: reward of a response whose call crashed or took too long, where the config
                 gives none.
@@ -67,11 +65,7 @@ class ProcessReward:
         """Calls that were given a reward though they failed."""
 
     def __call__(self, prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
-        """The reward of one response.
-
-        Raises:
-            CallFailed: the call failed and `on_failure` is None, or it returned no finite number.
-        """
+        """The reward of one response; raises the `CallFailed` that `map` leaves."""
         (found,) = self.map([(prompt, response, answer, {})])
         if isinstance(found, CallFailed):
             raise found

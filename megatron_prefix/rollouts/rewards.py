@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,34 +36,33 @@ if TYPE_CHECKING:  # reading rollouts needs NumPy only
     from megatron_prefix.config import RewardProcessConfig
 
 
-class RewardFunction(Protocol):
-    """How good a response is."""
+Ids = tuple[int, ...]
 
-    def __call__(self, prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
-        """The reward, a finite number; `answer` is the record's, as JSON or Parquet gave it."""
-        ...
+RewardFunction = Callable[[Ids, Ids, Any], float]
+"""How good a response is, a finite number: of the prompt, the response and the record's answer, as
+JSON or Parquet gave it."""
 
 
-def exact_match(prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
+def exact_match(prompt: Ids, response: Ids, answer: Any) -> float:
     """1 if the response is the answer, token for token (a stop token included), else 0."""
     return float(response == _answer_tokens(answer))
 
 
-def token_match_fraction(prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
+def token_match_fraction(prompt: Ids, response: Ids, answer: Any) -> float:
     """Positions at which response and answer agree, over the length of the longer one."""
     tokens = _answer_tokens(answer)
     agreeing = sum(a == b for a, b in zip(response, tokens, strict=False))
     return agreeing / max(len(response), len(tokens))
 
 
-def contains_answer(prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
+def contains_answer(prompt: Ids, response: Ids, answer: Any) -> float:
     """1 if the answer's tokens occur in the response one after another, else 0."""
     tokens = _answer_tokens(answer)
     starts = range(len(response) - len(tokens) + 1)
     return float(any(response[start : start + len(tokens)] == tokens for start in starts))
 
 
-def ends_with_answer(prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
+def ends_with_answer(prompt: Ids, response: Ids, answer: Any) -> float:
     """1 if the response ends with the answer's tokens (a stop token included), else 0."""
     tokens = _answer_tokens(answer)
     return float(response[-len(tokens) :] == tokens)
@@ -86,7 +85,7 @@ class WeightedReward:
     weights: Mapping[str, float]
     """Of each function."""
 
-    def __call__(self, prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
+    def __call__(self, prompt: Ids, response: Ids, answer: Any) -> float:
         """The weighted sum of one response."""
         named = {
             name: np.array([function(prompt, response, answer)])
@@ -140,7 +139,7 @@ def _of_text(
     """A text reward as a function of token ids; with `of_tokens`, where the answer is no text."""
 
     @functools.wraps(function)
-    def reward(prompt: tuple[int, ...], response: tuple[int, ...], answer: Any) -> float:
+    def reward(prompt: Ids, response: Ids, answer: Any) -> float:
         if of_tokens is not None and not isinstance(answer, str):
             return of_tokens(prompt, response, answer)
         return function(tokenizer.read(prompt), tokenizer.read(response), answer)
@@ -153,16 +152,13 @@ def reward_batch(
     batch: RolloutBatch,
     unrewarded: Sequence[tuple[int, RolloutGroup]] | None = None,
 ) -> RolloutBatch:
-    """The batch with rewards of its responses.
+    """The batch with rewards of its responses (see `reward_groups`).
 
     Args:
         reward: that is computed.
         batch: of any size.
         unrewarded: the responses that have none yet: groups, each with the index of its first
             response in the batch; None: all.
-
-    Raises:
-        ValueError: see `reward_groups`.
     """
     if unrewarded is None:
         unrewarded = list(zip(batch.group_offsets[:-1].tolist(), batch.groups(), strict=True))
@@ -254,12 +250,8 @@ def _checked(value: float | CallFailed, where: str) -> float:
 
 
 def check_answer(reward: RewardFunction, answer: Any, source: str) -> None:
-    """Refuse an answer that a reward with a name cannot compare with; a user's function may read
-    anything.
-
-    Raises:
-        ValueError: such as token ids where text is compared; the message begins with `source`.
-    """
+    """Refuse an answer that a reward with a name cannot compare with, such as token ids where text
+    is compared, by a ValueError that begins with `source`; a user's function may read anything."""
     for function in _single(reward):
         if not isinstance(function, ProcessReward):
             try:
@@ -282,7 +274,7 @@ def _single(reward: RewardFunction | None) -> Sequence[RewardFunction | None]:
     return [*reward.functions.values()] if isinstance(reward, WeightedReward) else [reward]
 
 
-def _answer_tokens(answer: Any) -> tuple[int, ...]:
+def _answer_tokens(answer: Any) -> Ids:
     is_list = isinstance(answer, Sequence) and len(answer) > 0
     if not is_list or any(type(token) is not int for token in answer):
         raise ValueError(

@@ -9,12 +9,13 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -35,8 +36,21 @@ class CallEnded(CallFailed):
 class UserFunction:
     """Calls of a `module:function` in worker processes, from any thread."""
 
-    def __init__(self, spec: str, *, processes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        spec: str,
+        *,
+        processes: int,
+        timeout_s: float,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Start the first process, which imports the function; others start when needed.
+
+        Args:
+            spec: module:function.
+            processes: at most.
+            timeout_s: of a call.
+            environment: variables that the processes have beside those of this one.
 
         Raises:
             CallFailed: there is no such module or function, or the module does not import.
@@ -44,7 +58,8 @@ class UserFunction:
         self.name = spec
         self._processes = processes
         self._timeout_s = timeout_s
-        first = _Worker(spec)
+        self._environment = environment or {}
+        first = _Worker(spec, self._environment)
         self.parameters = first.parameters
         """Names of what the function takes by position."""
         # None stands for a process that is not there (any more).
@@ -70,14 +85,11 @@ class UserFunction:
             return list(threads.map(attempt, items))
 
     def __call__(self, *arguments: Any) -> dict[str, Any]:
-        """What a call returned, as `result_of` has it.
-
-        Raises:
-            CallFailed: it raised, crashed or took too long.
-        """
+        """What a call returned, as `result_of` has it; a `CallFailed` is raised where it raised,
+        crashed or took too long."""
         worker = self._idle.get()
         try:
-            worker = worker or _Worker(self.name)
+            worker = worker or _Worker(self.name, self._environment)
             what = f"the call (limit {self._timeout_s:g} s)"
             answer = worker.ask(arguments, self._timeout_s, what)
         except CallFailed:
@@ -100,7 +112,7 @@ class UserFunction:
 class _Worker:
     """One process, which runs one call at a time."""
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, environment: Mapping[str, str]) -> None:
         module, _, function = spec.partition(":")
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         self._calls, theirs = multiprocessing.Pipe()
@@ -110,7 +122,7 @@ class _Worker:
                 [sys.executable, "-m", "megatron_prefix.rollouts.user_worker", str(descriptor)],
                 stdin=subprocess.DEVNULL,
                 stdout=2,
-                env={**os.environ, "PYTHONPATH": root},
+                env={**os.environ, **environment, "PYTHONPATH": root},
                 pass_fds=[descriptor],
                 # A group of its own, so that what the function has started ends with it.
                 start_new_session=True,
@@ -127,7 +139,7 @@ class _Worker:
     def ask(self, message: Any, timeout_s: float, what: str) -> dict[str, Any]:
         """The answer of the process, which is ended where it gives none."""
         try:
-            self._calls.send(message)
+            self._calls.send_bytes(pickle.dumps(message))
             if self._calls.poll(timeout_s):
                 # Not pickled, as what goes there: the function may be anybody's.
                 return json.loads(self._calls.recv_bytes())

@@ -31,7 +31,7 @@ def main() -> None:
     # Not SIG_IGN, which what the function starts would inherit.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
-    calls = Connection(int(sys.argv[1]))
+    calls = Connection(int(sys.argv.pop()))
     os.set_inheritable(calls.fileno(), False)
 
     def answer(message: dict[str, Any]) -> None:

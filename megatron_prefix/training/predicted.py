@@ -7,7 +7,8 @@ temperature take no part. With N trained tokens in all sequences of an optimizer
     loss = mtp_loss_scaling_factor / D * sum over k of (1 / N) * sum of cross-entropies at depth k
 
 Each token of each sequence counts once per depth, whatever its microbatch, rank or sharing. It is
-Megatron's mean over the labels that the rolled mask leaves, taken over the whole step. A token that
+Megatron's mean over the labels that the rolled mask leaves, taken over the whole step and, as the
+policy's loss is, over the vocabulary without the rows that pad it. A token that
 no position predicts from so far (in a sequence whose prompt is not longer than the depth) adds
 nothing to the sum, and still counts in N.
 """

@@ -19,7 +19,7 @@ from megatron_prefix.conversion.hf_config import (
 )
 from megatron_prefix.conversion.hf_folder import write_json
 from megatron_prefix.conversion.model_section import from_model_config, to_model_config
-from tests.conversion.models import CASES, GPT_OSS, MINIMAX, QWEN2_MOE, SIZES, YARN
+from tests.conversion.models import CASES, GPT_OSS, MINIMAX, QWEN2_MOE, QWEN3_NEXT, SIZES, YARN
 from tests.readmes import ROOT
 
 DEEPSEEK, GLM, WINDOWS = "deepseek_v3, yarn", "glm4_moe", "qwen3, windows in some layers"
@@ -97,6 +97,12 @@ def test_a_config_that_megatron_cannot_compute_is_refused(
         (QWEN2_MOE, {"moe_shared_expert_intermediate_size": None}, r"no shared expert"),
         (QWEN2_MOE, {"qk_layernorm": True}, r"qk_layernorm: true .* qwen2_moe"),
         ("llama, tied", {"softmax_type": "learnable"}, r"softmax_type: learnable"),
+        ("llama, tied", {"mtp_num_layers": 1}, r"mtp_num_layers: 1 is nothing .* of llama can say"),
+        (
+            QWEN3_NEXT,
+            {"mtp_num_layers": 1},
+            r"mtp_num_layers: 1 with a gated delta net as the last",
+        ),
         ("mixtral", {"moe_shared_expert_intermediate_size": 24}, r"without .*sigmoid"),
         ("mistral, window", {"add_bias_linear": True}, r"add_bias_linear: true with window_size"),
     ],

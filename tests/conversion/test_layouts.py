@@ -32,8 +32,9 @@ from tests.conversion.models import (
     QWEN3_NEXT,
     write_model,
 )
+from tests.conversion.mtp import add_mtp_layers
 from tests.distributed import run_distributed
-from tests.megatron.models import HAS_GATED_DELTA_NET, HAS_WINDOWS, TRAINING
+from tests.megatron.models import HAS_GATED_DELTA_NET, HAS_PREDICTIONS, HAS_WINDOWS, TRAINING
 
 SINGLE: dict[str, int] = {}
 TP_PP = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
@@ -57,6 +58,8 @@ if HAS_SHARED_EXPERT_GATE:
     CASE_LAYOUTS.append((QWEN2_MOE, CASE_LAYOUTS[-1][1]))
 if HAS_GATED_DELTA_NET:
     CASE_LAYOUTS.append((QWEN3_NEXT, CASE_LAYOUTS[-1][1]))
+WITH_MTP = ("deepseek_v3", QWEN3_NEXT) if HAS_PREDICTIONS else ()
+"""Cases with a layer that predicts further tokens, which is on the last stage."""
 
 
 def _load_and_save(
@@ -90,7 +93,9 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("case")
         family, options = CASES[case]
         write_model(folder / "hf", family, **{**options, "num_hidden_layers": 4})
-        hf_to_megatron(folder / "hf", folder / "megatron")
+        if case in WITH_MTP:
+            add_mtp_layers(folder / "hf")
+        hf_to_megatron(folder / "hf", folder / "megatron", mtp=case in WITH_MTP)
         folders[case] = folder
         jobs["one"].append((folder / "megatron", folder / "one", SINGLE))
         jobs["four"].append((folder / "megatron", folder / "four", layout))
@@ -103,6 +108,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_four_processes_load_the_same_parameters_as_one(loaded: Any, case: str) -> None:
     _, one, four = loaded[case]
     assert one.keys() == four.keys()
+    assert any(name.startswith("mtp.") for name in one) == (case in WITH_MTP)
     for name, tensor in one.items():
         # 61 tokens at tp 2: a row of padding, which is zero.
         assert torch.equal(four[name][: tensor.shape[0]], tensor), name

@@ -31,6 +31,7 @@ class OwnPredictions:
         self.loss = 0.0
         """Mean over trained tokens and depths, without the coefficient."""
         self._model, self._depths = model, model.config.mtp_num_layers
+        self._vocab_size = case.model.vocab_size
         terms = response_terms(case)
         self._tokens = sum(
             len(trained_tokens(group, i))
@@ -38,7 +39,6 @@ class OwnPredictions:
             for i, of in enumerate(of_group)
             if of.weight
         )
-        assert all(len(group.prompt) > self._depths for group in case.groups)
         MTPLossAutoScaler.set_loss_scale(torch.tensor(1 / self._tokens, dtype=torch.float64))
 
     def logits(self, tokens: torch.Tensor, group: RolloutGroup, index: int, **how: Any) -> Any:
@@ -65,10 +65,17 @@ class OwnPredictions:
     def _outputs(self) -> Iterator[list[torch.Tensor]]:
         """What the output layer puts out: for each depth, then of the model itself."""
         found: list[torch.Tensor] = []
-        handle = self._model.output_layer.register_forward_hook(
+
+        def keep(_module: Any, _inputs: Any, output: Any) -> Any:
+            logits, *others = output
+            # Megatron's loss of predictions would count rows that pad the vocabulary.
+            logits = logits.clone()
+            logits[..., self._vocab_size :] = -torch.inf
+            found.append(logits)
             # Megatron's loss takes the logits for its own.
-            lambda _module, _inputs, output: found.append(output[0].clone())
-        )
+            return logits.clone(), *others
+
+        handle = self._model.output_layer.register_forward_hook(keep)
         try:
             yield found
         finally:

@@ -33,14 +33,10 @@ class ResponseBatch:
         setup: AttentionSetup,
         pad_to_multiple: int,
     ) -> None:
-        """Lay out the prompts.
+        """Lay out the prompts, in rows whose length is a multiple of `pad_to_multiple`.
 
-        Args:
-            prompts: may be none; the batch then runs padding for as long as it is asked to.
-            uniforms: [prompts, responses to each, max_response_length] random numbers.
-            spec: of the sampling.
-            setup: of the model, see `KeyValueCache`.
-            pad_to_multiple: rows become a multiple of this.
+        Without any the batch runs padding for as long as it is asked to. `uniforms` are random
+        numbers, [prompts, responses to each, max_response_length].
         """
         self._spec = spec
         self._num_responses = uniforms.shape[1]

@@ -65,11 +65,7 @@ def pass_at_k(correct: NDArray[np.bool_], k: int) -> float:
     """The chance that of k responses to a prompt at least one is right; mean over prompts.
 
     Without bias, from n >= k responses of which c are right: 1 - C(n - c, k) / C(n, k) (Chen et
-    al., arXiv 2107.03374, equation 1).
-
-    Args:
-        correct: [prompts, n]
-        k: at most n.
+    al., arXiv 2107.03374, equation 1). `correct` is [prompts, n].
     """
     n = correct.shape[1]
     wrong = n - correct.sum(axis=1)
@@ -109,11 +105,7 @@ class Evaluator:
         return None if self.last is None else self.last.rollouts
 
     def evaluate(self) -> float:
-        """The mean reward of the model as it is now, the same on every rank. Collective.
-
-        Raises:
-            ValueError: a reward could not be computed, naming the prompt's source.
-        """
+        """The mean reward of the model as it is now, the same on every rank. Collective."""
         asking = None if self.maker is None else self._evaluated(self.maker)
         self.last = answered_by_ranks(asking, self.sampler, step=STEP)
         return self.last.mean

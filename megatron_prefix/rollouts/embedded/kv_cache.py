@@ -13,6 +13,7 @@ H query heads, Hk key/value heads, D head dimension.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,9 +56,10 @@ class PromptRow:
 
 def prompt_row(prompts: Sequence[Sequence[int]], *, pad_to_multiple: int = 1) -> PromptRow:
     """Lay prompts out as one row; what they all begin with is there once."""
-    prompts = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
-    common = _common_length(prompts) if len(prompts) > 1 else 0
+    alike = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))
+    common = sum(1 for _ in alike) if len(prompts) > 1 else 0
     common = common if common >= _SHORTEST_COMMON else 0
+    prompts = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
     # A packed row holds what predicts its labels: one more token behind each prompt makes the
     # prompt's last token an input.
     tokens = [np.append(prompt[common:], 0) for prompt in prompts]
@@ -74,14 +76,6 @@ def prompt_row(prompts: Sequence[Sequence[int]], *, pad_to_multiple: int = 1) ->
     return PromptRow(
         layout=layout, common=starts[0] if starts else 0, bounds=np.array([*starts, end])
     )
-
-
-def _common_length(prompts: list[np.ndarray]) -> int:
-    """Tokens with which all prompts begin."""
-    shortest = min(map(len, prompts))
-    beginnings = np.stack([prompt[:shortest] for prompt in prompts])
-    differs = (beginnings != beginnings[0]).any(axis=0)
-    return int(differs.argmax()) if differs.any() else shortest
 
 
 @dataclass
@@ -102,13 +96,10 @@ class KeyValueCache:
     def __init__(
         self, row: PromptRow, setup: AttentionSetup, *, num_responses: int, slots: int
     ) -> None:
-        """An empty cache.
+        """An empty cache for so many responses to each prompt.
 
-        Args:
-            row: the prompts.
-            setup: of the model, without context parallelism: a row is whole on its rank.
-            num_responses: to each prompt.
-            slots: tokens of a response that are inputs at most (all but its last).
+        Of a response `slots` tokens are inputs at most, all but its last. There is no context
+        parallelism: a row is whole on its rank.
         """
         self._setup = setup
         self._row = row
@@ -125,11 +116,8 @@ class KeyValueCache:
         return int(self._counts.sum())
 
     def prefill_params(self, *, max_seqlen: int) -> PrefixPackedSeqParams:
-        """The params with which the row of prompts fills the cache.
-
-        Args:
-            max_seqlen: of the whole responses, so that one table of rotary embeddings does.
-        """
+        """The params with which the row of prompts fills the cache; `max_seqlen` is that of the
+        whole responses, so that one table of rotary embeddings does."""
         params = PrefixPackedSeqParams.from_layout(self._row.layout, self._setup)
         recurrence = params.recurrence
         if recurrence is not None:
@@ -145,13 +133,8 @@ class KeyValueCache:
     def decode_params(
         self, position_ids: Tensor, *, slot: int, max_seqlen: int
     ) -> PrefixPackedSeqParams:
-        """The params of a step that runs one token of each response.
-
-        Args:
-            position_ids: [n or more] the tokens' positions; rows from n on are padding.
-            slot: how many tokens of each response are in the cache already.
-            max_seqlen: as for `prefill_params`.
-        """
+        """The params of a step that runs one token of each response, behind `slot` others. The
+        tokens' positions are [n or more]; rows from n on are padding."""
         self.states.hand_over(self._counts)
         cu_seqlens = torch.tensor([0, len(position_ids)], dtype=torch.int32).to(
             position_ids.device, non_blocking=True
@@ -169,11 +152,7 @@ class KeyValueCache:
         )
 
     def keep(self, rows: np.ndarray) -> None:
-        """Drop all responses but these.
-
-        Args:
-            rows: ascending indices into the n responses.
-        """
+        """Drop all responses but these, by ascending indices into the n."""
         prompts = np.repeat(np.arange(len(self._counts)), self._counts)
         self._counts = np.bincount(prompts[rows], minlength=len(self._counts))
         self._stages = None

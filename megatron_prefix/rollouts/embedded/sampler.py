@@ -96,12 +96,8 @@ class EmbeddedSampler(Sampler):
     def sample(self, wanted: Sequence[Wanted], *, step: int) -> Answers | None:
         """Responses to each prompt, on rank 0; None on other ranks. Collective.
 
-        They do not depend on the parallel layout or on batches, up to the rounding of logits.
-
-        Args:
-            wanted: at least one, of as many responses each.
-            step: with the spec's seed the randomness: other numbers give other responses, the same
-                ones the same.
+        They are as many for each, and depend on the spec's seed and the step, but not on the
+        parallel layout or on batches, up to the rounding of logits.
 
         Raises:
             ValueError: an empty prompt, or one that leaves too few of the model's positions for the

@@ -12,19 +12,18 @@ scores with. reasoning-gym makes a task of its seed and its number, and needs no
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from megatron_prefix.packages import is_installed, missing_line
 from megatron_prefix.rollouts.gym.task_spec import EXTRA, TaskSpec, read_task_spec
 from megatron_prefix.rollouts.record import FilePosition, Record
+from megatron_prefix.rollouts.user_process import CallFailed, UserFunction
+
+_AT_ONCE, _SECONDS = 100, 3600.0
+"""Tasks that the process makes in a call, and how long that may take."""
 
 
 def library_version() -> str:
@@ -53,30 +52,32 @@ class TaskFile:
         spec = read_task_spec(self.path)
         if not is_installed("reasoning_gym"):
             raise ValueError(missing_line(str(self.path), "reasoning-gym", EXTRA))
-        message = {
-            "spec": _plain(spec),
-            "unlike": [_plain(read_task_spec(self.path.parent / other)) for other in spec.unlike],
-            "start": start.number,
-        }
-        with _started(message) as maker:
-            number = start.number
-            for line in maker.stdout or ():
-                made = json.loads(line)
+        unlike = [_plain(read_task_spec(self.path.parent / other)) for other in spec.unlike]
+        number = start.number
+        maker = UserFunction(
+            "megatron_prefix.rollouts.gym.task_maker:next_tasks",
+            processes=1,
+            timeout_s=_SECONDS,
+            environment={"PYTHONHASHSEED": "0"},
+        )
+        try:
+            while number < spec.size:
+                made = maker(_plain(spec), unlike, start.number, _AT_ONCE)["object"]
                 if "error" in made:
-                    raise ValueError(f"{self.path}: {made['error']}")
-                source = f"{self.path}:{number}"
-                number += 1
-                answer = {"task": spec.task, "config": spec.config, "entry": made["entry"]}
-                yield Record(
-                    values={"prompt": made["entry"]["question"], "answer": answer},
-                    source=source,
-                    end=FilePosition(offset=number, number=number),
-                )
-            if number < spec.size:
-                raise ValueError(
-                    f"{self.path}: the process that makes its tasks ended after {number} of "
-                    f"{spec.size} (exit status {maker.wait()}); what it said stands above"
-                )
+                    raise CallFailed(made["error"])
+                for entry in made["entries"]:
+                    source = f"{self.path}:{number}"
+                    number += 1
+                    answer = {"task": spec.task, "config": spec.config, "entry": entry}
+                    yield Record(
+                        values={"prompt": entry["question"], "answer": answer},
+                        source=source,
+                        end=FilePosition(offset=number, number=number),
+                    )
+        except CallFailed as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        finally:
+            maker.close()
 
     def can_continue_at(self, position: FilePosition) -> bool:
         """Whether there are as many tasks."""
@@ -89,23 +90,3 @@ class TaskFile:
 
 def _plain(spec: TaskSpec) -> dict[str, Any]:
     return {"task": spec.task, "seed": spec.seed, "size": spec.size, "config": spec.config}
-
-
-@contextlib.contextmanager
-def _started(message: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
-    """The process that makes tasks; it ends with the block."""
-    root = Path(__file__).resolve().parents[3]
-    path = [str(root), *(entry or os.getcwd() for entry in sys.path)]
-    maker = subprocess.Popen(
-        [sys.executable, "-m", "megatron_prefix.rollouts.gym.task_maker", json.dumps(message)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONHASHSEED": "0"},
-    )
-    assert maker.stdout is not None
-    try:
-        yield maker
-    finally:
-        maker.kill()
-        maker.stdout.close()
-        maker.wait()

@@ -1,36 +1,46 @@
-"""The process that makes tasks of reasoning-gym; started by `task_file`, never imported by it.
-
-Each task goes out as a line of JSON; whatever the library prints goes to standard error.
-"""
+"""Makes tasks of reasoning-gym, in a process of their own (see `task_file`)."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-import os
-import sys
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 
-def main(message: dict[str, Any]) -> None:
-    """Write the tasks that the message asks for.
+def next_tasks(
+    spec: dict[str, Any], unlike: list[dict[str, Any]], start: int, count: int
+) -> dict[str, Any]:
+    """The next tasks that a spec names: `entries`, or `error`, which says what is wrong.
 
     Args:
-        message: `spec` of the tasks, the specs whose questions are not asked (`unlike`), and the
-            number of the first task that is written (`start`).
+        spec: of the tasks.
+        unlike: specs whose questions are not asked.
+        start: number of the first task that was ever asked for.
+        count: tasks at most.
     """
-    lines = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
     try:
-        for number, entry in enumerate(_entries(message["spec"], message["unlike"])):
-            if number == message["start"]:
-                _check_survives_json(message["spec"]["task"], entry)
-            if number >= message["start"]:
-                _write(lines, {"entry": entry})
+        entries = list(itertools.islice(_begun(json.dumps([spec, unlike, start])), count))
+        json.dumps(entries)
+        return {"entries": entries}
     # The library checks options by assertions, and Python names unknown ones by a TypeError.
     except Exception as error:
-        _write(lines, {"error": _described(error)})
+        is_ours = isinstance(error, ValueError)
+        described = f"reasoning-gym refuses it: {type(error).__name__}: {error}"
+        return {"error": str(error) if is_ours else described}
+
+
+@functools.lru_cache(maxsize=1)
+def _begun(text: str) -> Iterator[dict[str, Any]]:
+    """What is left of the tasks that a text in JSON asks for."""
+    spec, unlike, start = json.loads(text)
+    entries = itertools.islice(_entries(spec, unlike), start, None)
+    first = next(entries, None)
+    if first is None:
+        return entries
+    _check_survives_json(spec["task"], first)
+    return itertools.chain([first], entries)
 
 
 def _entries(spec: dict[str, Any], unlike: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -77,18 +87,3 @@ def _check_survives_json(task: str, entry: dict[str, Any]) -> None:
             f"task: {task}: its tasks are not the same after they were written as JSON, and their "
             "answers would be scored wrongly; choose another data set"
         )
-
-
-def _write(lines: BinaryIO, message: dict[str, Any]) -> None:
-    lines.write(json.dumps(message).encode() + b"\n")
-    lines.flush()
-
-
-def _described(error: Exception) -> str:
-    if isinstance(error, ValueError):
-        return str(error)
-    return f"reasoning-gym refuses it: {type(error).__name__}: {error}"
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

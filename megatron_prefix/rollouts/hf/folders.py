@@ -68,11 +68,7 @@ class PolicyFolders:
         return True
 
     def write(self, version: int) -> Path:
-        """Write the weights as they are now.
-
-        Raises:
-            ValueError: the model has no Hugging Face form, or the folder cannot be written.
-        """
+        """Write the weights as they are now; an error of a disk is one of all ranks."""
         path = self.path(version)
         partial = path.with_name(path.name + ".partial")
 

@@ -42,10 +42,9 @@ class SampledGroups:
         """Nothing is read or sampled yet.
 
         Args:
-            sampler: of the responses.
-            source: of the prompts, on rank 0; None elsewhere.
-            maker: of the groups, on rank 0; None elsewhere.
-            prefetch: whether to sample ahead; the sampler is remote then.
+            sampler: remote, where it is to sample ahead (`prefetch`).
+            source, maker: on rank 0; None elsewhere.
+            prefetch: see above.
             max_staleness: versions that the policy of a group sampled ahead may lag behind.
         """
         assert sampler.is_remote or not prefetch
@@ -63,10 +62,8 @@ class SampledGroups:
         """The groups of the next `num_groups` prompts. Collective.
 
         Raises:
-            EndOfRollouts: fewer prompts are left in the last epoch.
             ServerError: a server stayed away longer than its patience, refuses, or serves another
-                model.
-            ValueError: a prompt or reward that is wrong, naming the record.
+                model; and what `RolloutEngine` names.
         """
         batch, stale = self._sampled_ahead(step)
         version = self.sampler.hand_over(step)

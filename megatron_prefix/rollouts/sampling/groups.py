@@ -80,13 +80,8 @@ class GroupMaker:
     def batch(
         self, source: PromptSource, num_groups: int, *, step: int, version: int | None
     ) -> Asking[Batch]:
-        """The groups of the next prompts. The prompts' position is put back after an error.
-
-        Args:
-            source: of the prompts.
-            num_groups: how many.
-            step: of the responses' randomness.
-            version: of the policy.
+        """The groups of the next prompts, by the policy of a version. A step has randomness of its
+        own. The prompts' position is put back after an error.
 
         Raises:
             EndOfRollouts: fewer prompts are left.
@@ -136,11 +131,8 @@ class GroupMaker:
     def group(
         self, prompt: Prompt, responses: Sequence[Response], version: int | None
     ) -> RolloutGroup:
-        """The group of a prompt; its rewards are the environment's, or else 0.
-
-        Raises:
-            ValueError: a response that cannot be trained on.
-        """
+        """The group of a prompt, which can be trained on; its rewards are the environment's, or
+        else 0."""
         logprobs = [response.logprobs for response in responses]
         rewards = [response.turn_rewards or () for response in responses]
         masks = [response.loss_mask for response in responses]
@@ -169,11 +161,7 @@ class GroupMaker:
         return group
 
     def rewarded(self, groups: Sequence[RolloutGroup]) -> RolloutBatch:
-        """A batch of groups with their rewards.
-
-        Raises:
-            ValueError: a reward could not be computed.
-        """
+        """A batch of groups with their rewards."""
         if any(group.old_logprobs is None for group in groups):
             # An optimizer step has them of all its responses or of none.
             groups = [dataclasses.replace(group, old_logprobs=None) for group in groups]

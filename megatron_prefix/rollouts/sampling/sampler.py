@@ -163,14 +163,10 @@ class Sampler(Protocol):
     responses may not come. Otherwise all ranks sample together."""
 
     def sample(self, wanted: Sequence[Wanted], *, step: int) -> Answers | None:
-        """Responses on rank 0. Collective, unless `is_remote`; then it is called on rank 0 alone.
+        """Responses to at least one of the wanted, on rank 0; None on other ranks. Collective,
+        unless `is_remote`: then it is called on rank 0 alone.
 
-        Args:
-            wanted: at least one.
-            step: has randomness of its own, and so has the seed of the `SamplingSpec`.
-
-        Returns:
-            None on other ranks.
+        A step has randomness of its own, and so has the seed of the `SamplingSpec`.
 
         Raises:
             ValueError: such as a prompt that is too long, naming it, or a server that refuses.
@@ -180,15 +176,11 @@ class Sampler(Protocol):
     def hand_over(self, step: int) -> int | None:
         """Bring the policy's weights to where they are sampled from, where that is due. Collective.
 
-        Args:
-            step: rollout batches trained on so far, which is the weights' version.
+        Their version is the step, the number of rollout batches trained on so far.
 
         Returns:
             The version that is sampled from; None where it is always the trained model, or where
             the weights are not this run's affair.
-
-        Raises:
-            ValueError: the weights have no form that can be handed over, or were not taken.
         """
         return None
 
@@ -204,14 +196,8 @@ class Sampler(Protocol):
 def answers_of_ranks(
     compute: Callable[[], dict[int, list[Response]]], count: int
 ) -> Answers | None:
-    """What each rank computes, on rank 0; None on other ranks. Collective.
-
-    Args:
-        compute: the responses to some of the wanted, by their index.
-        count: of all wanted.
-
-    Raises:
-        ValueError: of any rank, on every rank.
+    """Of each rank the responses to some of the `count` wanted, by their index, together on rank
+    0; None on other ranks. Collective.
     """
     shares = gather_to_rank_0(compute)
     if shares is None:
@@ -230,18 +216,12 @@ def answered(asking: Asking[Result], sample: Callable[[Sequence[Wanted]], Answer
 
 
 def answered_by_ranks(asking: Asking[Any] | None, sampler: Sampler, *, step: int) -> Any:
-    """The result of rank 0, where all ranks sample. Collective.
+    """The result of rank 0, where all ranks sample; elsewhere without its `rollouts`. Collective.
 
     Args:
-        asking: on rank 0; None elsewhere. Its result has the field `rollouts`.
+        asking: on rank 0; None elsewhere.
         sampler: of the responses.
         step: of the first answers; those after them have the steps that follow.
-
-    Returns:
-        The result; on other ranks than 0 with None for its rollouts.
-
-    Raises:
-        ValueError: of the generator or the sampler, on every rank.
     """
     answers: Answers | None = None
     with contextlib.nullcontext() if asking is None else contextlib.closing(asking):

@@ -6,14 +6,14 @@ answered: text in place of token ids, without the fields of its kind, and at las
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 from megatron_prefix.config import ServerConfig
 from megatron_prefix.rollouts.prompts import Prompt
+from megatron_prefix.rollouts.sampling.sampler import Wanted
 from megatron_prefix.rollouts.server.answers import Reader, gives_token_ids
 from megatron_prefix.rollouts.server.client import (
     RequestFailed,
@@ -41,23 +41,31 @@ _WRONG_FIELD = (400, 422, 501)
 """Statuses that may mean a field; with any other, a request stays refused in another form."""
 
 
+class Form(NamedTuple):
+    """How a server is asked."""
+
+    as_ids: bool
+    """With prompts as token ids; else as text."""
+    without: frozenset[str]
+    """Fields that it refuses, of `_OPTIONAL`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Abilities:
     """What a server can do, as seen in its answers to the first requests."""
 
-    takes_ids: bool
-    """Prompts as token ids; else as text."""
-    refuses: frozenset[str]
-    """Of `_OPTIONAL`."""
+    form: Form
+    """The richest one that it understands."""
     takes_n: bool
     """Several responses to one request are of use."""
     gives_ids: bool
     gives_logprobs: bool
 
     def __str__(self) -> str:
-        refused = f"; refuses {', '.join(sorted(self.refuses))}" if self.refuses else ""
+        without = self.form.without
+        refused = f"; refuses {', '.join(sorted(without))}" if without else ""
         return (
-            f"prompts as {'token ids' if self.takes_ids else 'text'}, "
+            f"prompts as {'token ids' if self.form.as_ids else 'text'}, "
             f"{'n responses' if self.takes_n else 'one response'} a request, responses as "
             f"{'token ids' if self.gives_ids else 'text'}, "
             f"{'with' if self.gives_logprobs else 'without'} log-probabilities{refused}"
@@ -81,15 +89,12 @@ class Requests:
             self._extras["return_routed_experts"] = True
 
     def find_abilities(self, prompt: Prompt) -> Abilities:
-        """Ask in the richest way, and in plainer ones while the server refuses.
-
-        Raises:
-            ServerError: it refuses all of them, or a sampling that was configured.
-        """
+        """Ask in the richest way, and in plainer ones while the server refuses; a `ServerError`
+        where it refuses all of them, or a sampling that was configured."""
         refusals: list[str] = []
 
-        def answer(as_ids: bool, refuses: Set[str]) -> Any:
-            body = self.body(prompt, count=2, seed=0, as_ids=as_ids, refuses=refuses)
+        def answer(*form: Any) -> Any:
+            body = self.body(Wanted(prompt=prompt, count=2), Form(*form))
             try:
                 return self._client.send("POST", "/v1/completions", body, attempts=2)
             except (RequestRefused, RequestFailed) as error:
@@ -100,32 +105,30 @@ class Requests:
 
         extras, every = frozenset({"extras"}), frozenset(_OPTIONAL)
         rich = (frozenset(), extras) if self._extras else (extras,)
-        forms = [True] if self._reader.tokenizer is None else [True, False]
-        for as_ids, refuses in (
-            *itertools.product(forms, rich),
-            *itertools.product(forms, (every,)),
-        ):
-            found = answer(as_ids, refuses)
-            if found is not None and refuses == every:
+        prompts = [True] if self._reader.tokenizer is None else [True, False]
+        for as_ids, without in [*product(prompts, rich), *product(prompts, [every])]:
+            found = answer(as_ids, without)
+            if found is not None and without == every:
                 alone = {name: answer(as_ids, every - {name}) for name in _OPTIONAL}
-                refuses = frozenset(name for name, one in alone.items() if one is None)
-                found = answer(as_ids, refuses)
+                without = frozenset(name for name, one in alone.items() if one is None)
+                found = answer(as_ids, without)
             if found is not None:
-                if "top_p" in refuses and self._reader.spec.top_p < 1:
+                if "top_p" in without and self._reader.spec.top_p < 1:
                     raise ServerError(
                         f"rollouts.top_p: {self._reader.spec.top_p}, but the server takes no top_p "
                         f"({refusals[-1]}); set it to 1"
                     )
-                return self._seen(found, as_ids, refuses)
+                return self._seen(found, Form(as_ids, without))
         raise ServerError(f"{prompt.source}: {refusals[-1]}")
 
-    def _seen(self, answer: Any, as_ids: bool, refuses: frozenset[str]) -> Abilities:
+    def _seen(self, answer: Any, form: Form) -> Abilities:
         choices = choices_of(answer, self._client.url)
         first = choices[0] if choices else {}
         gives_ids = gives_token_ids(first)
+        if not self._extras:
+            form = form._replace(without=form.without - {"extras"})
         abilities = Abilities(
-            takes_ids=as_ids,
-            refuses=refuses if self._extras else refuses - {"extras"},
+            form=form,
             # Text is checked by its count of tokens, which is given for all choices together.
             # Of several choices SGLang gives the routes of the first one.
             takes_n=len(choices) == 2 and gives_ids and not self._asks_for_routes,
@@ -135,27 +138,21 @@ class Requests:
         logger.info("%s: %s", self._client.url, abilities)
         return abilities
 
-    def body(
-        self, prompt: Prompt, *, count: int, seed: int, as_ids: bool, refuses: Set[str]
-    ) -> dict[str, Any]:
-        """A request for `count` responses, without what the server refuses (see `Abilities`).
-
-        Raises:
-            ServerError: the prompt is to be text, and no text gives its tokens.
-        """
+    def body(self, wanted: Wanted, form: Form) -> dict[str, Any]:
+        """A request for responses; a `ServerError` where no text gives a prompt's tokens."""
         spec = self._reader.spec
         body: dict[str, Any] = {
             "model": self.model,
-            "prompt": list(prompt.tokens) if as_ids else self._text(prompt),
+            "prompt": list(wanted.prompt.tokens) if form.as_ids else self._text(wanted.prompt),
             "max_tokens": spec.max_response_length,
             "temperature": spec.temperature,
             "top_p": spec.top_p,
-            "n": count,
+            "n": wanted.count,
             "logprobs": 1,
-            "seed": seed,
-            **({} if "extras" in refuses else self._extras),
+            "seed": wanted.seed,
+            **({} if "extras" in form.without else self._extras),
         }
-        return {name: value for name, value in body.items() if name not in refuses}
+        return {name: value for name, value in body.items() if name not in form.without}
 
     def _text(self, prompt: Prompt) -> str:
         tokenizer = self._reader.tokenizer

@@ -226,11 +226,7 @@ class Reader:
 
 
 def check_prompt_count(usage: Any, prompt: Tokens, source: str) -> None:
-    """Raise unless the server counts as many tokens in the prompt as were sent.
-
-    Raises:
-        ServerMismatch: it counts others, so it made other tokens of the prompt's text.
-    """
+    """Raise where the server made other tokens of a prompt's text, and so counts others."""
     counted = _count(usage, "prompt_tokens")
     if counted is not None and counted != len(prompt):
         raise ServerMismatch(

@@ -53,11 +53,8 @@ class Asker:
         self._has_warned = False
 
     def find_model(self) -> None:
-        """Take the server's only model where none is configured, and refuse one it does not list.
-
-        Raises:
-            ServerError: the server lists another, several or none.
-        """
+        """Take the server's only model where none is configured, and refuse one it does not
+        list."""
         listed = self.client.send("GET", "/v1/models")
         entries = listed.get("data") if isinstance(listed, dict) else None
         if not isinstance(entries, list):
@@ -72,11 +69,8 @@ class Asker:
             )
 
     def ask(self, wanted: Sequence[Wanted], tally: Tally) -> list[list[Response]]:
-        """Samples for each of the wanted, as many as came out well.
-
-        Raises:
-            ServerError: the server is down, refuses a request, or serves another model.
-        """
+        """Samples for each of the wanted, as many as came out well. A server that is down, refuses
+        a request or serves another model is a `ServerError`."""
         if not wanted:
             return []
         if self.abilities is None:
@@ -146,7 +140,7 @@ class Asker:
 
     def can_be_asked(self, tokens: Tokens) -> bool:
         """Whether responses can be sampled behind these tokens, for all that is known."""
-        if self.abilities is None or self.abilities.takes_ids:
+        if self.abilities is None or self.abilities.form.as_ids:
             return True
         tokenizer = self._reader.tokenizer
         return tokenizer is not None and tokenizer.as_text(tokens) is not None
@@ -168,13 +162,7 @@ class Asker:
 
     def _one(self, wanted: Wanted, **changes: Any) -> Any:
         assert self.abilities is not None
-        body = self.requests.body(
-            wanted.prompt,
-            count=wanted.count,
-            seed=wanted.seed,
-            as_ids=self.abilities.takes_ids,
-            refuses=self.abilities.refuses,
-        )
+        body = self.requests.body(wanted, self.abilities.form)
         try:
             return self.client.send("POST", "/v1/completions", body | changes)
         except RequestFailed as error:

@@ -32,9 +32,6 @@ _REPORT_EVERY_S = 30.0
 
 # 429: too many requests; 502 to 504: a proxy whose server is away, or one that is starting.
 _BUSY = {408, 425, 429, 502, 503, 504}
-_AWAY = (httpx.ConnectError, httpx.ConnectTimeout)
-_BROKEN = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
-"""The connection broke: a server that ended in the middle of the answer, most often."""
 
 
 class RequestRefused(ServerError):
@@ -53,17 +50,26 @@ class ServerDown(ServerError):
     """A server that stayed away."""
 
 
+class _Again(Exception):
+    """A request that may be sent again, and why it has to be.
+
+    A server is "away" or "busy" for as long as the run is patient; the connection was "broken" by
+    one that ended in the middle of its answer, most often; others have "failed" so many times.
+    """
+
+    def __init__(self, kind: str, what: str, *, retry_after: str | None = None) -> None:
+        self.kind, self.what, self.retry_after = kind, what, retry_after
+
+
 class ServerClient:
-    """Sends requests, from any thread, at most `concurrency` at once."""
+    """Sends requests, from any thread."""
 
     def __init__(self, config: ServerConfig, *, api_key: str | None = None) -> None:
         """Nothing is sent yet; the key goes along as a bearer token."""
         self.url = config.address
         self._config = config
-        self._places = threading.BoundedSemaphore(config.concurrency)
         self._closed = threading.Event()
-        self._lock = threading.Lock()
-        self._last_report = 0.0
+        self._last_report = -_REPORT_EVERY_S
         self.retries = 0
         """Requests that were sent again."""
         self.outages = 0
@@ -91,9 +97,7 @@ class ServerClient:
         """What `read` makes of the answer.
 
         Args:
-            method: of HTTP.
-            path: below the server's address.
-            body: sent as JSON.
+            method, path, body: of the request, below the server's address and in JSON.
             read: its ValueErrors, other than ServerErrors, are answers that were cut off.
             attempts: if the server is there and fails; None: `server.max_attempts`.
             load_timeout_s: of a request that loads weights: one that fails or takes too long is
@@ -102,66 +106,79 @@ class ServerClient:
         Raises:
             ServerError: see the head of the file.
         """
-        timeout_s = load_timeout_s or self._config.request_timeout_s
-        timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
         down_since: float | None = None
         failures = 0
         for tries in itertools.count(1):
-            retry_after = None
             try:
-                with self._places:
-                    response = self._http.request(method, path, json=body, timeout=timeout)
-                if not response.is_error:
-                    return read(response)
-                is_down = response.status_code in _BUSY
-                what = f"{response.status_code} {response.reason_phrase}: {_excerpt(response)}"
-                if response.status_code < 500 and not is_down:
-                    raise RequestRefused(
-                        f"{method} {self.url}{path}: refused with {what}", response.status_code
-                    )
-                if load_timeout_s is not None and not is_down:
-                    raise RequestFailed(f"{self.url}{path}: {what}")
-                retry_after = response.headers.get("retry-after")
-            except ServerError:
-                raise
-            except (httpx.HTTPError, ValueError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and not self._closed.is_set():
-                    raise
-                is_down = isinstance(error, _AWAY)
-                what = f"{type(error).__name__}: {error}"
-                if isinstance(error, ValueError):
-                    what = f"an answer that cannot be read: {error}"
-                elif isinstance(error, httpx.TimeoutException) and not is_down:
-                    what += f" ({timeout_s:g} s)"
-                    if load_timeout_s is not None:
-                        raise RequestFailed(
-                            f"{self.url}{path}: took longer than {timeout_s:g} s "
-                            "(weights.load_timeout_s)"
-                        ) from error
-                if isinstance(error, _BROKEN) or (is_down and down_since is None):
-                    with self._lock:
-                        self.outages += 1
+                return self._once(method, path, body, read, load_timeout_s)
+            except _Again as error:
+                again = error
+            if again.kind == "broken" or (again.kind == "away" and down_since is None):
+                self.outages += 1
             if self._closed.is_set():
-                raise RequestFailed(f"{self.url}{path}: given up, since the run ends")
-            if is_down:
+                raise RequestFailed(f"{self.url}{path}: given up, since the run ends") from again
+            if again.kind in ("away", "busy"):
                 down_since = down_since or time.monotonic()
                 if time.monotonic() - down_since > self._config.patience_s:
                     raise ServerDown(
                         f"{self.url}: not reachable for {self._config.patience_s:g} s "
-                        f"(server.patience_s); last: {what}. Start the server, then the run again: "
-                        "it continues from its last checkpoint"
-                    )
+                        f"(server.patience_s); last: {again.what}. Start the server, then the run "
+                        "again: it continues from its last checkpoint"
+                    ) from again
             else:
                 down_since = None
                 failures += 1
                 if failures >= (attempts or self._config.max_attempts):
                     raise RequestFailed(
                         f"{self.url}{path}: failed {failures} times (server.max_attempts); "
-                        f"last: {what}"
-                    )
-            self._report(what, down_since)
+                        f"last: {again.what}"
+                    ) from again
+            self._report(again.what, down_since)
             self.retries += 1
-            self._closed.wait(_delay(tries, retry_after))
+            self._closed.wait(_delay(tries, again.retry_after))
+
+    def _once(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        read: Callable[[httpx.Response], Any],
+        load_timeout_s: float | None,
+    ) -> Any:
+        is_load = load_timeout_s is not None
+        timeout_s = load_timeout_s or self._config.request_timeout_s
+        try:
+            timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
+            response = self._http.request(method, path, json=body, timeout=timeout)
+            if not response.is_error:
+                return read(response)
+        except ServerError:
+            raise
+        except ValueError as error:
+            raise _Again("failed", f"an answer that cannot be read: {error}") from error
+        except (httpx.HTTPError, RuntimeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+                raise _Again("away", what) from error
+            if isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)):
+                raise _Again("broken", what) from error
+            if isinstance(error, RuntimeError) and not self._closed.is_set():
+                raise
+            if isinstance(error, httpx.TimeoutException) and is_load:
+                what = f"took longer than {timeout_s:g} s (weights.load_timeout_s)"
+                raise RequestFailed(f"{self.url}{path}: {what}") from error
+            limit = f" ({timeout_s:g} s)" if isinstance(error, httpx.TimeoutException) else ""
+            raise _Again("failed", f"{what}{limit}") from error
+        what = f"{response.status_code} {response.reason_phrase}: {_excerpt(response)}"
+        if response.status_code in _BUSY:
+            raise _Again("busy", what, retry_after=response.headers.get("retry-after"))
+        if response.status_code < 500:
+            raise RequestRefused(
+                f"{method} {self.url}{path}: refused with {what}", response.status_code
+            )
+        if is_load:
+            raise RequestFailed(f"{self.url}{path}: {what}")
+        raise _Again("failed", what, retry_after=response.headers.get("retry-after"))
 
     def close(self) -> None:
         """Give up what is waiting, and close the connections."""
@@ -170,10 +187,9 @@ class ServerClient:
 
     def _report(self, what: str, down_since: float | None) -> None:
         now = time.monotonic()
-        with self._lock:
-            if now - self._last_report < _REPORT_EVERY_S and self._last_report:
-                return
-            self._last_report = now
+        if now - self._last_report < _REPORT_EVERY_S:
+            return
+        self._last_report = now
         left = ""
         if down_since is not None:
             left = f", for {self._config.patience_s - (now - down_since):.0f} s more"

@@ -34,11 +34,7 @@ class WeightLoader:
         return self.kind == "transformers"
 
     def load(self, folder: Path, version: int) -> None:
-        """Return when every later request is answered with the weights in `folder`.
-
-        Raises:
-            ServerError: it did not load them.
-        """
+        """Return when every later request is answered with the weights in `folder`."""
         if self.kind == "transformers":  # /reset drops models, whose memory would stay in use
             calls = [("/reset", {}), ("/load_model", {"model": str(folder)})]
         elif self.kind == "sglang":  # in place; the version comes back in each answer
@@ -57,12 +53,8 @@ class WeightLoader:
 
 
 def _read(response: httpx.Response) -> None:
-    """How a call ended: SGLang says it in JSON, transformers in the last of its events.
-
-    Raises:
-        ServerError: it failed.
-        ValueError: the answer breaks off.
-    """
+    """How a call ended: SGLang says it in JSON, transformers in the last of its events. A load
+    that failed is a `ServerError`, an answer that breaks off another ValueError."""
     if response.url.path.endswith("/update_weights_from_disk"):
         answer = response.json()
         if not (isinstance(answer, dict) and answer.get("success") is True):

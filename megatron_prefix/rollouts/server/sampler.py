@@ -28,13 +28,7 @@ class ServerSampler(Sampler):
     def __init__(
         self, asker: Asker, folders: PolicyFolders | None, loader: WeightLoader | None
     ) -> None:
-        """Nothing is written or asked yet.
-
-        Args:
-            asker: of the server.
-            folders: where the weights are written.
-            loader: has the server load them; None leaves the server's weights alone.
-        """
+        """Nothing is written or asked yet; without a loader the server's weights are left alone."""
         self.forgets = loader is not None and not loader.names_folder
         """Whether a server that is started anew has other weights than it was told to load."""
         self._asker = asker
@@ -46,11 +40,7 @@ class ServerSampler(Sampler):
         self._retries_told = 0
 
     def hand_over(self, step: int) -> int | None:
-        """Have the server load the weights, where that is due. Collective.
-
-        Raises:
-            ServerError: the server does not load them, or serves another model.
-        """
+        """Have the server load the weights, where that is due. Collective."""
         if self._loader is None:
             on_rank_0(self._check_model)
             return None
@@ -81,11 +71,7 @@ class ServerSampler(Sampler):
 
     def sample(self, wanted: Sequence[Wanted], *, step: int) -> Answers:
         """Responses that are all of the current weights, though the server may come back with
-        others: a server that was away has been started anew, for all that is known.
-
-        Raises:
-            ServerError: the server is down, refuses, or serves another model.
-        """
+        others: a server that was away has been started anew, for all that is known."""
         has_differed = False
         while True:
             outages = self.client.outages

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron_prefix.rollouts.text.numbers import find_number, number_of_answer
 
@@ -13,12 +13,9 @@ _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _LETTER = re.compile(r"(?<![A-Za-z0-9])\(?([A-Z])\)?(?![A-Za-z0-9'])")
 
 
-class TextRewardFunction(Protocol):
-    """How good a response's text is."""
-
-    def __call__(self, prompt: str, response: str, answer: Any) -> float:
-        """The reward; `prompt` and `response` without special tokens, `answer` as in the record."""
-        ...
+TextRewardFunction = Callable[[str, str, Any], float]
+"""How good a response is: of the texts of prompt and response, without special tokens, and the
+record's answer."""
 
 
 def exact_match(prompt: str, response: str, answer: Any) -> float:
