@@ -85,7 +85,14 @@ def results(rule: Any, row: Recurrence[Tensor], inputs: list[Tensor], begins: Te
     return [*read, *gradients, *maps]
 
 
-@pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (0, 2), (1, 2)])
+def later_row(rng: np.random.Generator) -> Recurrence[Tensor]:
+    """A row of a series, whose root has run in an earlier row."""
+    tree = PrefixTree.from_groups([(rng.integers(0, 9, 5), [[1] * 3, [2], [3] * 6])])
+    row = rank_row(pack(tree, pad_to=12, root_elsewhere=True), recurrence_width=4)
+    return record_to_device(row.model.recurrence, "cpu")
+
+
+@pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (0, 2), (1, 2), (0, 0)])
 def test_a_call_for_each_level_gives_what_chunks_give(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, rank: int, num_ranks: int
 ) -> None:
@@ -93,9 +100,11 @@ def test_a_call_for_each_level_gives_what_chunks_give(
     # The states would be float32.
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     fla_rule._takes_host_bounds.cache_clear()
-    row = random_row(rng, rank, num_ranks)
-    num_begins = 0 if row.states is None else row.states.begins_of_ranks[rank]
-    assert (row.runs.pieces > 0) == (num_begins > 0) == (num_ranks > 1)
+    row = random_row(rng, rank, num_ranks) if num_ranks else later_row(rng)
+    num_begins = int(not num_ranks)
+    if row.states is not None:
+        num_begins = row.states.begins_of_ranks[rank]
+    assert (row.runs.pieces > 0) == (num_ranks > 1)
     assert len(row.runs.levels) > 1 or num_begins
 
     def random(*shape: int) -> Tensor:

@@ -35,7 +35,7 @@ class ComputedRule(Protocol):
 
     def read(self, row: Recurrence[Tensor], begins: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[T, H, V] what tokens read, 0 on padding; [pieces, H, K, V] the states behind the row's
-        pieces; and [H, K, V] that behind its last run, which for a row of one segment is its end.
+        pieces; and [H, K, V] that behind the last token, of a row of one segment.
 
         Args:
             begins: [begins, H, K, V] states that runs of the row begin with; None: all begin with
