@@ -20,7 +20,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from megatron_prefix.layout.layer_shapes import LatentShape, RecurrentShape
+from megatron_prefix.layout.layer_shapes import LatentShape, PredictionShape, RecurrentShape
+from megatron_prefix.layout.prediction_cost import (
+    prediction_flops,
+    ungrouped_prediction_flops,
+)
 from megatron_prefix.layout.tree_shape import TreeShape
 
 Count = TypeVar("Count", int, np.ndarray)
@@ -65,8 +69,8 @@ class ModelShape:
     whole_last_layer: bool = False
     """The last layer's experts collect statistics of all tokens, or multi-token prediction reads
     them, so it is never trimmed."""
-    prediction_depths: int = 0
-    """Of multi-token prediction, whose FLOPs are not counted; 0: the model has none."""
+    predictions: PredictionShape | None = None
+    """Of multi-token prediction; None: the model has none."""
 
     def __post_init__(self) -> None:
         positive: tuple[str, ...] = (
@@ -175,14 +179,31 @@ class ModelShape:
             return queries * 0
         return windowed_pairs_of(queries, keys_before, self.window)
 
+    @property
+    def prediction_depths(self) -> int:
+        """Of multi-token prediction; 0: the model has none."""
+        return 0 if self.predictions is None else self.predictions.depths
+
+    def is_windowed(self, layer: int) -> bool:
+        """Whether a layer, from 0, has a sliding window; depths of prediction are behind the last
+        layer."""
+        if layer >= self.num_layers and self.predictions is not None:
+            return any(self.predictions.windowed[layer - self.num_layers :][:1])
+        return any(self.windowed_layers[layer : layer + 1])
+
+    def visible_pairs(self, queries: Count, keys_before: Count | int, *, windowed: bool) -> Count:
+        """The same as `attention_pairs_of` in a layer with a sliding window or without one."""
+        if windowed:
+            return windowed_pairs_of(queries, keys_before, self.window)
+        return attention_pairs_of(queries, keys_before)
+
     def last_layer_pairs(self, queries: Count, keys_before: Count | int) -> Count:
         """The same as `attention_pairs_of` in the last layer, which may have a sliding window or
         not attend at all."""
         if any(self.recurrent_layers[-1:]):
             return queries * 0
-        if not any(self.windowed_layers[-1:]):
-            return attention_pairs_of(queries, keys_before)
-        return windowed_pairs_of(queries, keys_before, self.window)
+        windowed = any(self.windowed_layers[-1:])
+        return self.visible_pairs(queries, keys_before, windowed=windowed)
 
     def head_flops_per_label(self) -> int:
         """The output layer, for one position whose label is scored."""
@@ -263,8 +284,10 @@ class ModelShape:
             strict=True,
         )
         flops = [
-            t * per_token + p * per_pair + w * per_windowed_pair + n * per_label
-            for t, p, w, n in counts
+            t * per_token + p * per_pair + w * per_windowed_pair + n * per_label + further.total
+            for (t, p, w, n), further in zip(
+                counts, prediction_flops(self, tree, labels), strict=True
+            )
         ]
         if not trim_last_layer:
             return flops
@@ -317,6 +340,7 @@ class ModelShape:
             windowed_pairs=self.windowed_pairs(lengths, 0).sum(),
             labels=(labels * tree.multiplicity).sum(),
         )
+        flops += ungrouped_prediction_flops(self, tree, labels).total
         if trim_last_layer:
             saved = _positions_before_the_first_label(tree, spans)
             flops -= self.last_layer_flops(

@@ -18,19 +18,21 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.attention.row_attention import head_dim
-from megatron_prefix.attention.windows import model_window, windowed_layers
+from megatron_prefix.attention.windows import layer_window, model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layers.all_heads_norm import norm_over_all_heads
 from megatron_prefix.layers.predicting_model import prefix_gpt_model
 from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layout import LatentShape, ModelShape, RecurrentShape
+from megatron_prefix.layout.layer_shapes import PredictionShape
 from megatron_prefix.layout.recurrence import CHUNK_TOKENS
 from megatron_prefix.megatron.expert_biases import let_experts_have_biases
 from megatron_prefix.megatron.gated_delta_net import hybrid_block_spec, recurrent_layers
 from megatron_prefix.megatron.latent_attention import complete_local_spec
 from megatron_prefix.megatron.moe_layers import moe_layers
-from megatron_prefix.megatron.releases import have_transformer_engine
+from megatron_prefix.megatron.prediction_layers import prediction_layer_numbers
+from megatron_prefix.megatron.releases import have_transformer_engine, option
 from megatron_prefix.model.head import LogProbHead
 from megatron_prefix.model.transformer_config import transformer_config
 
@@ -113,7 +115,7 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
             "whole_last_layer": moe_layers(config)[-1] and has_statistics(config),
         }
     if config.mtp_num_layers:
-        of_kind |= {"whole_last_layer": True, "prediction_depths": config.mtp_num_layers}
+        of_kind |= {"whole_last_layer": True, "predictions": _prediction_shape(config)}
     recurrent = recurrent_layers(config)
     windowed = windowed_layers(config)
     if windowed and recurrent:
@@ -144,6 +146,18 @@ def _latent_shape(config: TransformerConfig) -> LatentShape | None:
         rank=config.kv_lora_rank,
         shared_channels=config.qk_pos_emb_head_dim,
         value_channels=config.v_head_dim,
+    )
+
+
+def _prediction_shape(config: TransformerConfig) -> PredictionShape:
+    repeated = bool(option(config, "mtp_use_repeated_layer"))
+    numbers = prediction_layer_numbers(config)
+    windowed = tuple(layer_window(config, number) is not None for number in numbers)
+    return PredictionShape(
+        depths=config.mtp_num_layers,
+        repeated=repeated,
+        experts=moe_layers(config)[-1],
+        windowed=windowed * (config.mtp_num_layers if repeated else 1),
     )
 
 

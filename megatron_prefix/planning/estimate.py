@@ -133,8 +133,11 @@ class StepEstimate:
         seconds = slowest / tensor / flops_per_second
         if bytes_per_second is not None:
             shape = setup.memory.shape
-            num_windowed, num_recurrent = sum(shape.windowed_layers), sum(shape.recurrent_layers)
-            received = m.received_per_layer * (shape.num_layers - num_windowed - num_recurrent)
+            numbers = range(shape.num_layers + shape.prediction_depths)
+            num_windowed = sum(map(shape.is_windowed, numbers))
+            num_recurrent = sum(shape.recurrent_layers)
+            others = len(numbers) - num_windowed - num_recurrent
+            received = m.received_per_layer * others
             received += m.windows.received_per_layer * num_windowed
             received += m.recurrent.received_per_layer * num_recurrent
             seconds += received / stages / bytes_per_second

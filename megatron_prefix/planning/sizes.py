@@ -23,11 +23,6 @@ def memory_model(
     model: ModelConfig, config: TransformerConfig, training: TrainingConfig
 ) -> MemoryModel:
     """What memory depends on; on the GPU, Megatron's fused operations are taken to be there."""
-    if config.mtp_num_layers:
-        raise ConfigError(
-            f"model.transformer.mtp_num_layers: {config.mtp_num_layers}: a plan does not count the "
-            "memory and FLOPs of multi-token prediction yet; set it to null to plan without it"
-        )
     fused = training.device != "cpu"
     rotary = model.position_embedding_type in ("rope", "mrope", "yarn")
     shape = model_shape(model, config)
@@ -52,6 +47,7 @@ def memory_model(
         dtype=training.dtype,
         recompute=training.recompute,
         trim_last_layer=training.trim_last_layer and not shape.whole_last_layer,
+        detached_predictions=training.detach_mtp,
         head_chunk_tokens=training.log_prob_chunk_tokens,
     )
 
@@ -90,6 +86,8 @@ def rank_sizes(
 def stage_layers(config: TransformerConfig) -> list[list[list[int]]]:
     """[pipeline rank][chunk] the layers, from 0, as Megatron distributes them.
 
+    Those of multi-token prediction, one for each depth, are numbered on behind the others.
+
     Raises:
         ConfigError: an uneven distribution that is not counted here.
     """
@@ -108,10 +106,13 @@ def stage_layers(config: TransformerConfig) -> list[list[list[int]]]:
     ranks = config.pipeline_model_parallel_size
     chunks = config.virtual_pipeline_model_parallel_size or 1
     each = config.num_layers // (ranks * chunks)
-    return [
+    stages = [
         [
             list(range((chunk * ranks + rank) * each, (chunk * ranks + rank + 1) * each))
             for chunk in range(chunks)
         ]
         for rank in range(ranks)
     ]
+    depths = config.mtp_num_layers or 0
+    stages[-1][-1] += range(config.num_layers, config.num_layers + depths)
+    return stages
