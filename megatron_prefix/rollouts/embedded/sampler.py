@@ -74,7 +74,7 @@ class EmbeddedSampler(Sampler):
         self._chunks = chunks
         self._spec = spec
         self._device = device
-        self._setup = AttentionSetup.of(config, device, kernel=kernel)
+        self._setup = AttentionSetup.of(config, device, kernel=kernel, delta_rule="torch")
         self._max_cached_tokens = max_cached_tokens
         self._state_tokens = state_tokens(config)
         # Rows of a few tokens per response are not worth distributing: each context-parallel rank
