@@ -20,6 +20,21 @@ class LatentShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictionShape:
+    """The layers of multi-token prediction: each is as the model's last one, behind a projection of
+    two norms' outputs side by side."""
+
+    depths: int
+    """D"""
+    repeated: bool = False
+    """Whether one layer runs for every depth."""
+    experts: bool = False
+    """Whether a layer has experts instead of the dense MLP."""
+    windowed: tuple[bool, ...] = ()
+    """[depths] whether each attends with the model's sliding window; (): none does."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecurrentShape:
     """The sizes of a gated delta net."""
 

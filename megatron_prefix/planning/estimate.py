@@ -129,8 +129,9 @@ class StepEstimate:
         seconds = slowest / tensor / flops_per_second
         if bytes_per_second is not None:
             shape = setup.memory.shape
-            num_windowed = sum(shape.windowed_layers)
-            others = shape.num_layers - num_windowed - sum(shape.recurrent_layers)
+            numbers = range(shape.num_layers + shape.prediction_depths)
+            num_windowed = sum(map(shape.is_windowed, numbers))
+            others = sum(map(shape.attends, numbers)) - num_windowed
             received = m.received_per_layer * others
             received += m.windows.received_per_layer * num_windowed
             seconds += received / stages / bytes_per_second

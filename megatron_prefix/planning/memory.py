@@ -83,6 +83,8 @@ class MemoryModel:
     recompute: Recompute = "none"
     trim_last_layer: bool = True
     """The last layer goes on with the labelled positions only."""
+    detached_predictions: bool = False
+    """Multi-token prediction trains its own layers alone."""
     head_chunk_tokens: int = 1024
     """Rows of logits that exist at once."""
 
@@ -99,16 +101,31 @@ class MemoryModel:
     # Parameters
 
     def layer_parameters(self, layer: int, ranks: RankSizes) -> tuple[int, int]:
-        """(dense, expert) parameters of a layer on a rank."""
+        """(dense, expert) parameters of a layer on a rank.
+
+        Layers behind the model's last one are those of multi-token prediction.
+        """
         s, tp, h = self.shape, ranks.tensor, self.shape.hidden_size
+        depth = layer - s.num_layers
+        if depth >= 0:
+            assert s.predictions is not None
+            if s.predictions.repeated and depth > 0:
+                return 0, 0
+            dense, expert = self.layer_parameters(s.num_layers - 1, ranks)
+            # Three norms, and the projection of two of them.
+            return dense + 3 * h * (1 if self.rms_norm else 2) + 2 * h * h // tp, expert
         biases = self.linear_bias
         norm = 1 if self.rms_norm else 2
         recurrent = self._recurrent(layer)
-        if recurrent is None:
-            dense = self._attention_parameters(tp) + h * biases
-        else:
-            dense = recurrent_parameters(recurrent, h, tensor=tp) + norm * recurrent.value_channels
-        dense += 2 * norm * h
+        dense = 0
+        if s.attends(layer):
+            dense += norm * h + self._attention_parameters(tp) + h * biases
+        elif recurrent is not None:
+            dense += norm * (h + recurrent.value_channels)
+            dense += recurrent_parameters(recurrent, h, tensor=tp)
+        if not s.has_mlp(layer):
+            return dense, 0
+        dense += norm * h
         first = 2 if s.gated_linear_unit else 1
         if not self.moe_layers[layer]:
             f = s.ffn_hidden_size // tp
@@ -134,7 +151,7 @@ class MemoryModel:
         return count + s.num_attention_heads // tensor * self.sinks
 
     def _recurrent(self, layer: int) -> RecurrentShape | None:
-        """Of a recurrent layer; None: the layer attends."""
+        """Of a recurrent layer; None: the layer is none."""
         return self.shape.recurrent if any(self.shape.recurrent_layers[layer : layer + 1]) else None
 
     def outer_parameters(self, ranks: RankSizes, *, first: bool, last: bool) -> int:
@@ -147,6 +164,8 @@ class MemoryModel:
             count += h * (1 if self.rms_norm else 2)
             if not (self.tied_embeddings and first):
                 count += table * h
+            if self.shape.predictions is not None and not first:
+                count += table * h  # an embedding of its own
         return count
 
     def static(
@@ -177,9 +196,14 @@ class MemoryModel:
 
     def kept_by_layer(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
         """Bytes that autograd keeps of a layer between its forward and backward."""
+        predicts = layer >= self.shape.num_layers
+        given = self._given(layer, tokens, labels, ranks)
+        hidden = given // ranks.sequence * self.shape.hidden_size * self.element
+        kept = self._of_prediction_ends(tokens, labels, ranks) if predicts else 0
         if self.recompute == "full":
-            return tokens // ranks.sequence * self.shape.hidden_size * self.element
-        return self._all_of_layer(layer, tokens, labels, ranks)
+            # That of a depth reads the embeddings of its tokens too.
+            return kept + hidden * (1 + predicts)
+        return kept + self._all_of_layer(layer, tokens, labels, ranks)
 
     def kept_by_outer(
         self, tokens: int, labels: int, *, ranks: RankSizes, first: bool, last: bool
@@ -189,11 +213,14 @@ class MemoryModel:
         if first:
             kept += tokens * _INDEX
         if last:
-            rows = self._rows(self.shape.num_layers - 1, tokens, labels, ranks)
-            kept += rows // ranks.sequence * self._norm
+            kept += self._final_norm(tokens, labels, ranks)
             # Hidden states, rows, labels, normaliser, entropy and the loss's own few numbers.
             kept += labels * (self.shape.hidden_size * self.element + 2 * _INDEX + 2 * self.wide)
         return kept
+
+    def _final_norm(self, tokens: int, labels: int, ranks: RankSizes) -> int:
+        rows = self._rows(self.shape.num_layers - 1, tokens, labels, ranks)
+        return rows // ranks.sequence * self._norm
 
     def kept_at_borders(self, tokens: int, ranks: RankSizes, *, first: bool, last: bool) -> int:
         """Bytes of a chunk's input and output that the pipeline schedule holds until backward."""
@@ -208,7 +235,9 @@ class MemoryModel:
         layers."""
         kinds = [self._recurrent(layer) for layer in layers]
         widths = 2 * self._kv // ranks.tensor
-        of_keys = kinds.count(None) * tokens * widths * (self.element + self.wide)
+        of_keys = (
+            sum(map(self.shape.attends, layers)) * tokens * widths * (self.element + self.wide)
+        )
         return of_keys + sum(
             recurrent_root(kind, tensor=ranks.tensor, element=self.element, wide=self.wide)
             for kind in kinds
@@ -263,29 +292,52 @@ class MemoryModel:
             if self.recompute == "full":
                 again = self._all_of_layer(layer, tokens, labels, ranks)
             # Gathered, in the order of the stages, and the gradients of both.
-            windowed = any(s.windowed_layers[layer : layer + 1])
-            width = 2 * self._kv // ranks.tensor * (self._recurrent(layer) is None)
+            windowed = s.is_windowed(layer)
+            width = 2 * self._kv // ranks.tensor * s.attends(layer)
             gathered = (halo_tokens if windowed else travelling) * width * 2 * (b + self.wide)
             # The row's share of the gradients of the root's keys and values.
             gathered += root_tokens * width * b
             copies = window_copies if windowed else 0
             backward = self._layer_backward(layer, tokens, labels, ranks, copies)
+            if layer >= s.num_layers:
+                # The final norm's backward is behind theirs, and waits for its gradient's sum.
+                backward += self._final_norm(tokens, labels, ranks)
+                backward += tokens // ranks.sequence * s.hidden_size * b
             candidates.append(again - gone + gathered + backward)
             gone += self.kept_by_layer(layer, tokens, labels, ranks)
         return max(candidates)
 
     def _rows(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
         """Rows that a layer goes on with: the labelled ones, filled up, where it is trimmed."""
-        if not (self.trim_last_layer and layer == self.shape.num_layers - 1):
+        if not (self.trim_last_layer and layer >= self.shape.first_trimmed):
             return tokens
         return min(tokens, -(-max(labels, 1) // ranks.sequence) * ranks.sequence)
 
+    def _given(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
+        """Rows that a layer is given: fewer behind the first one that is trimmed."""
+        return self._rows(layer - 1, tokens, labels, ranks) if layer else tokens
+
+    def _of_prediction_ends(self, tokens: int, labels: int, ranks: RankSizes) -> int:
+        """What a depth of prediction keeps around what full recompute makes again."""
+        head = labels * (self.shape.hidden_size * self.element + 2 * _INDEX + 2 * self.wide)
+        return tokens * 2 * _INDEX + head
+
     def _all_of_layer(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
         s, b, tp = self.shape, self.element, ranks.tensor
+        if layer >= s.num_layers:
+            inner = self._all_of_layer(s.num_layers - 1, tokens, labels, ranks)
+            # The three norms, and both outputs side by side.
+            ends = 3 * self._norm + 2 * s.hidden_size * b
+            if self.detached_predictions and self.rms_norm and not self.fused:
+                ends -= s.hidden_size * self.wide  # no gradient goes to the embeddings
+            return inner + tokens // ranks.sequence * ends
         h, q, kv = s.hidden_size, self._q // tp, self._kv // tp
         rows = self._rows(layer, tokens, labels, ranks)
-        # Both norms, and the first products' inputs.
-        kept = (tokens + rows) // ranks.sequence * (self._norm + h * b)
+        normed = tokens * s.mixes(layer) + rows * s.has_mlp(layer)
+        # The norms, and the first products' inputs.
+        kept = normed // ranks.sequence * (self._norm + h * b)
+        if not s.mixes(layer):
+            return kept + self._of_mlp(layer, rows, ranks)
         recurrent = self._recurrent(layer)
         if recurrent is not None:
             kept += recurrent_kept(
@@ -342,6 +394,8 @@ class MemoryModel:
 
     def _of_mlp(self, layer: int, tokens: int, ranks: RankSizes) -> int:
         s, b = self.shape, self.element
+        if not s.has_mlp(layer):
+            return 0
         if not self.moe_layers[layer]:
             return tokens * self.mlp_widths * s.ffn_hidden_size // ranks.tensor * b
         k = s.num_experts_per_token
@@ -364,6 +418,7 @@ class MemoryModel:
         `copies`: rows of keys that its attention copies.
         """
         s, b, tp = self.shape, self.element, ranks.tensor
+        layer = min(layer, s.num_layers - 1)
         rows = self._rows(layer, tokens, labels, ranks)
         row = rows // ranks.sequence * s.hidden_size * b
         if self.moe_layers[layer]:
@@ -377,6 +432,10 @@ class MemoryModel:
         # its factors, when the second product's input is gone.
         factors = 2 if s.gated_linear_unit else 1
         mlp = row + max(width + f * s.hidden_size, factors * width) * b
+        if not s.mixes(layer):
+            return mlp
+        if not s.has_mlp(layer):
+            mlp = 0
         recurrent = self._recurrent(layer)
         if recurrent is not None:
             again = recurrent_backward(recurrent, tokens=tokens, tensor=tp, wide=self.wide)

@@ -11,6 +11,12 @@ from megatron_prefix.layout.cost import attention_pairs, trained_labels
 from megatron_prefix.layout.dispatch import shard_layout
 from megatron_prefix.layout.packing import PackedLayout, pack
 from megatron_prefix.layout.planner import GroupSlice, rows_of
+from megatron_prefix.layout.prediction_cost import (
+    NO_PREDICTIONS,
+    PredictionFlops,
+    prediction_flops,
+    total_of,
+)
 from megatron_prefix.layout.rows import CommType
 from megatron_prefix.layout.shard_stages import RankStages
 from megatron_prefix.layout.sharding import ContextShards
@@ -64,7 +70,7 @@ class RowEstimate:
     flops: int
     """Of the whole row, forward, backward and recompute."""
     outer_flops: int
-    """Of the output layer, less what a trimmed last layer saves."""
+    """Of the output layer and multi-token prediction, less what a trimmed last layer saves."""
     received_per_layer: int
     """Bytes that the busiest context-parallel rank receives in a layer, forward and backward."""
 
@@ -101,6 +107,7 @@ def step_flops(
     windowed_pairs: int = 0,
     trimmed_tokens: int = 0,
     trimmed_pairs: int = 0,
+    predictions: PredictionFlops = NO_PREDICTIONS,
 ) -> int:
     """Forward, backward (twice the forward), and what is computed again for it.
 
@@ -108,13 +115,15 @@ def step_flops(
         memory: the model, and what it computes again.
         tokens, pairs, labels, windowed_pairs: as of `ModelShape.flops`.
         trimmed_tokens, trimmed_pairs: that the last layer has no queries for.
+        predictions: what multi-token prediction adds.
     """
     shape, again = memory.shape, memory.recompute
     linear = tokens * shape.linear_flops_per_token()
-    linear -= shape.last_layer_flops(tokens=trimmed_tokens, pairs=0)
+    linear += predictions.linear - shape.last_layer_flops(tokens=trimmed_tokens, pairs=0)
     attention = shape.flops(tokens=0, pairs=pairs, labels=0, windowed_pairs=windowed_pairs)
+    attention += predictions.attention
     attention -= shape.last_layer_flops(tokens=0, pairs=trimmed_pairs)
-    head = labels * shape.head_flops_per_label()
+    head = predictions.head + labels * shape.head_flops_per_label()
     # The head's logits and the chunks of the delta rule are made again in backward.
     total = 3 * (linear + attention) + 4 * head + tokens * shape.rule_flops_per_token()
     return total + {"none": 0, "selective": attention, "full": linear + attention}[again]
@@ -197,6 +206,9 @@ def _row(
         if setup.comm_type == "a2a":
             travelling = 0
     tokens = layout.num_tokens - layout.num_padding
+    further = total_of(
+        prediction_flops(memory.shape, tree, trained_labels(tree, first_trained))[nodes]
+    )
     everything = {"pairs": pairs, "windowed_pairs": windowed_pairs}
     return RowEstimate(
         tokens=layout.num_tokens,
@@ -205,8 +217,12 @@ def _row(
         pairs_per_rank=pairs_per_rank,
         travelling=travelling,
         windows=_windows(layout, shards, setup, windowed_pairs, travelling, received),
-        flops=step_flops(memory, tokens=tokens, labels=labels, **everything, **trimmed),
-        outer_flops=step_flops(memory, tokens=0, pairs=0, labels=labels, **trimmed),
+        flops=step_flops(
+            memory, tokens=tokens, labels=labels, predictions=further, **everything, **trimmed
+        ),
+        outer_flops=step_flops(
+            memory, tokens=0, pairs=0, labels=labels, predictions=further, **trimmed
+        ),
         received_per_layer=received,
     )
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prefix.layout.hybrid_pattern import EXPERTS, layers_of
 from megatron_prefix.layout.routes import check_experts
 from megatron_prefix.rollouts.kinds import Lists
 from megatron_prefix.rollouts.record import GroupRecords
@@ -49,9 +50,12 @@ class RouteShape:
     def of_model(cls, model: ModelConfig) -> RouteShape:
         """Of a model with experts, whose layers are as Megatron counts them."""
         keys = model.transformer
-        frequency, layers = keys.get("moe_layer_freq", 1), keys["num_layers"]
+        if model.hybrid_layer_pattern is not None:
+            frequency = [kind == EXPERTS for kind in layers_of(model.hybrid_layer_pattern)]
+        else:
+            frequency = keys.get("moe_layer_freq", 1)
         if isinstance(frequency, int):
-            frequency = [layer % frequency == 0 for layer in range(layers)]
+            frequency = [layer % frequency == 0 for layer in range(keys["num_layers"])]
         return cls(
             with_experts=tuple(map(bool, frequency)),
             topk=keys.get("moe_router_topk", 2),

@@ -106,6 +106,7 @@ def build_batch(
     trim_last_layer: bool = False,
     output_multiple: int = 1,
     router_losses: RouterLossScale | None = None,
+    prediction: PredictionPlan | None = None,
 ) -> PackedBatch:
     """A microbatch on the device: `plan_batch`, then `to_device`."""
     host = plan_batch(
@@ -119,5 +120,6 @@ def build_batch(
         trim_last_layer=trim_last_layer,
         output_multiple=output_multiple,
         router_losses=router_losses,
+        prediction=prediction,
     )
     return to_device(host, setup)

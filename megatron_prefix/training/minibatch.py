@@ -81,6 +81,11 @@ class Minibatch:
         """Predicted forward FLOPs of these rows."""
         return sum(planned.flops for planned in self._batches.planned())
 
+    @property
+    def prediction_flops(self) -> int:
+        """Of these, those of multi-token prediction."""
+        return sum(planned.prediction_flops for planned in self._batches.planned())
+
     def distribution(self) -> str:
         """How this rank thinks its rows are distributed over context-parallel ranks."""
         batches = (planned.batch for planned in self._batches.planned())

@@ -17,6 +17,7 @@ from megatron_prefix.layout import (
     pack,
     rows_of,
 )
+from megatron_prefix.layout.prediction_cost import prediction_flops
 from megatron_prefix.training.batch import HostBatch
 from megatron_prefix.training.batch_planning import plan_batch
 from megatron_prefix.training.entries import TrainedSequence
@@ -35,6 +36,8 @@ class PlannedMicrobatch:
     """Of its packed rows on all context-parallel ranks, padding included."""
     flops: int
     """Forward FLOPs of these rows."""
+    prediction_flops: int = 0
+    """Of them those of multi-token prediction, which runs in training only."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +52,8 @@ class _Row:
     position_shifts: Sequence[np.ndarray] | None
     flops: int
     """Forward FLOPs of what the row runs."""
+    prediction_flops: int = 0
+    """See `PlannedMicrobatch`."""
     root_elsewhere: bool = False
     """Another row runs the tree's root, node 0."""
 
@@ -109,13 +114,19 @@ class RowPlanner:
             routes=row.routes,
             position_shifts=row.position_shifts,
         )
-        return PlannedMicrobatch(batch=batch, tokens=layout.num_tokens, flops=row.flops)
+        return PlannedMicrobatch(
+            batch=batch,
+            tokens=layout.num_tokens,
+            flops=row.flops,
+            prediction_flops=row.prediction_flops,
+        )
 
     def _prediction(self) -> PredictionPlan | None:
-        depths = self.packing.model_shape.prediction_depths
-        if not depths:
+        predictions = self.packing.model_shape.predictions
+        if predictions is None:
             return None
-        return PredictionPlan(depths=depths, step_tokens=max(self.step.trained_tokens, 1))
+        step_tokens = max(self.step.trained_tokens, 1)
+        return PredictionPlan(depths=predictions.depths, step_tokens=step_tokens)
 
     def _rows(self, slices: Sequence[GroupSlice]) -> list[_Row]:
         """What each row of a microbatch holds; a series begins with its root."""
@@ -130,7 +141,7 @@ class RowPlanner:
         # As often as sequences run through it, for what is counted by multiplicity.
         count = sum(row.tree.num_sequences for row in parts)
         tree, nothing = PrefixTree.from_sequences([root] * count), [none] * count
-        flops = self._node_flops(tree, nothing)[0]
+        flops = self._node_flops(tree, nothing)[0][0]
         routes, shifts = (
             values and [values[0][: len(root) - 1]] * count
             for values in (parts[0].routes, parts[0].position_shifts)
@@ -153,28 +164,34 @@ class RowPlanner:
         if self.share.routes is not None:
             routes = [self.share.routes_of(response) for _, response in responses]
         shifts = [self.share.position_shifts_of(group, response) for group, response in responses]
-        flops = self._node_flops(tree, sequences)
+        flops, predicted = self._node_flops(tree, sequences)
         return _Row(
             tree=tree,
             sequences=sequences,
             routes=routes,
             position_shifts=[found[:-1] for found in shifts if found is not None] or None,
             flops=sum(flops[1:] if root_elsewhere else flops),
+            prediction_flops=sum(predicted),
             root_elsewhere=root_elsewhere,
         )
 
-    def _node_flops(self, tree: PrefixTree, sequences: Sequence[TrainedSequence]) -> list[int]:
+    def _node_flops(
+        self, tree: PrefixTree, sequences: Sequence[TrainedSequence]
+    ) -> tuple[list[int], list[int]]:
+        """[nodes] of all layers, and of them those of multi-token prediction."""
         labels, spans = masked_labels(
             tree,
             [sequence.first_trained for sequence in sequences],
             [sequence.loss_mask for sequence in sequences],
         )
-        return self.packing.model_shape.node_flops(
+        shape = self.packing.model_shape
+        flops = shape.node_flops(
             tree,
             labels=labels,
             spans=spans,
             trim_last_layer=self.packing.trim_last_layer,
         )
+        return flops, [of.total for of in prediction_flops(shape, tree, labels)]
 
     def _tree(self, slices: Sequence[GroupSlice]) -> PrefixTree:
         """The tree of a row, with the tokens of its slices' sequences."""

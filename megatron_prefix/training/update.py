@@ -272,21 +272,24 @@ class PolicyUpdate:
             [
                 sum(minibatch.packed_tokens for minibatch in minibatches),
                 sum(minibatch.flops for minibatch in minibatches),
+                sum(minibatch.prediction_flops for minibatch in minibatches),
             ],
             dtype=torch.float64,
             device=self._runtime.device,
         )
         # Context-parallel ranks have a part of the same rows.
         own /= self.attention.num_ranks
-        packed, flops = reduce_sums(own, contributes=self._runtime.reports_metrics).tolist()
+        sums = reduce_sums(own, contributes=self._runtime.reports_metrics)
+        packed, flops, predicted = sums.tolist()
         packed = round(packed)
         seconds = time.perf_counter() - started
         ungrouped = sum(minibatch.step.ungrouped_tokens for minibatch in minibatches)
         ungrouped_flops = sum(minibatch.step.ungrouped_flops for minibatch in minibatches)
         # Backward has twice the matrix products of forward; what is recomputed does not count.
-        passes = 3 * self._training.epochs_per_rollout + forward_passes
+        computed = 3 * self._training.epochs_per_rollout * flops
+        computed += forward_passes * (flops - predicted)
         ranks = self._runtime.world_size
-        tflops_per_second = passes * flops / 1e12 / seconds / ranks
+        tflops_per_second = computed / 1e12 / seconds / ranks
         peak = self._training.peak_tflops
         return {
             "tokens_computed": packed,

@@ -16,6 +16,7 @@ from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.training.batch import PackedBatch
 from megatron_prefix.training.batch_planning import build_batch
 from megatron_prefix.training.entries import TrainedSequence
+from megatron_prefix.training.predicted import PredictionPlan
 from megatron_prefix.training.step import _forward_step
 from tests.megatron.models import ON_CPU, random_groups
 
@@ -27,15 +28,23 @@ def group_batch(
     pad_to_multiple: int = 1,
     trim_last_layer: bool = True,
     setup: AttentionSetup = ON_CPU,
+    depths: int = 0,
     **options: object,
 ) -> PackedBatch:
-    """One group of random tokens, trained on its responses."""
+    """One group of random tokens, trained on its responses; `depths` of prediction."""
     tree = random_groups(np.random.default_rng(0), [(prefix, list(responses))])
     sequences = [
         TrainedSequence(first_trained=prefix, weight=1.0, advantage=1.0) for _ in responses
     ]
     layout = pack(tree, pad_to_multiple=pad_to_multiple)
-    return build_batch(layout, sequences, setup, trim_last_layer=trim_last_layer, **options)
+    return build_batch(
+        layout,
+        sequences,
+        setup,
+        trim_last_layer=trim_last_layer and not depths,
+        prediction=PredictionPlan(depths=depths, step_tokens=1) if depths else None,
+        **options,
+    )
 
 
 def kept_bytes(chunks: ModelChunks, batch: PackedBatch) -> int:

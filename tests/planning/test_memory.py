@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.attention.row_attention import AttentionSetup, recurrence_width
 from megatron_prefix.config import (
     ModelConfig,
     OptimizerSettings,
@@ -39,7 +39,10 @@ from megatron_prefix.training.step import accumulate_gradients
 from tests.conversion.models import HAS_SHARED_EXPERT_GATE
 from tests.distributed import run_distributed
 from tests.megatron.models import (
+    DELTA_NET,
     HAS_GATED_DELTA_NET,
+    HAS_HYBRID_MODEL,
+    HAS_PREDICTIONS,
     HAS_WINDOWS,
     HYBRID,
     ON_CPU,
@@ -107,18 +110,28 @@ CASES: list[tuple[str, str, int, tuple[int, list[int]], dict[str, Any]]] = [
 ]
 all_heads = {"qk_norm_all_heads": True, "qk_layernorm": True}
 CASES.append(("float32", "none", 64, (300, [256, 128]), all_heads))
+if HAS_PREDICTIONS:
+    CASES += [
+        ("float32", "none", 64, (300, [256, 128]), {"mtp_num_layers": 2}),
+        ("bfloat16", "full", 2048, (300, [256]), {**EXPERTS, "mtp_num_layers": 1}),
+    ]
 if HAS_WINDOWS:
     CASES.append(("float32", "none", 64, (300, [256, 128]), {**EXPERTS, **GPT_OSS}))
 if HAS_SHARED_EXPERT_GATE:
     gated = {"moe_shared_expert_intermediate_size": 64, "moe_shared_expert_gate": True}
     CASES.append(("float32", "none", 64, (300, [256, 128]), {**EXPERTS, **gated}))
+if HAS_HYBRID_MODEL:
+    for pattern in ("*E-", "-*G"):
+        hybrid = {"hybrid_layer_pattern": pattern, **DELTA_NET}
+        experts = EXPERTS if "E" in pattern else {}
+        CASES.append(("float32", "none", 64, (300, [256, 128]), {**hybrid, **experts}))
 
 
 def _model(vocab_size: int = 64, **transformer: Any) -> ModelConfig:
     sizes = {"num_layers": 3, "hidden_size": 128, "ffn_hidden_size": 384}
     own = {
         name: transformer.pop(name)
-        for name in ("activation", "qk_norm_all_heads")
+        for name in ("activation", "qk_norm_all_heads", "hybrid_layer_pattern")
         if name in transformer
     }
     return model_config(
@@ -137,11 +150,15 @@ def _memory(model: ModelConfig, training: TrainingConfig) -> MemoryModel:
     return memory_model(model, transformer_config(model, ParallelConfig(), training), training)
 
 
+def _layers(memory: MemoryModel) -> list[int]:
+    """Those of multi-token prediction behind the others."""
+    return list(range(memory.shape.num_layers + memory.shape.prediction_depths))
+
+
 def _kept(memory: MemoryModel, batch: PackedBatch, ranks: RankSizes) -> int:
     tokens = batch.num_tokens
     layers = sum(
-        memory.kept_by_layer(layer, tokens, len(batch.labels), ranks)
-        for layer in range(memory.shape.num_layers)
+        memory.kept_by_layer(layer, tokens, len(batch.labels), ranks) for layer in _layers(memory)
     )
     return layers + memory.kept_by_outer(
         tokens, len(batch.labels), ranks=ranks, first=True, last=True
@@ -168,7 +185,8 @@ def test_kept_tensors_and_peaks_are_those_of_real_models_on_one_process() -> Non
             chunks = build_model_chunks(
                 model, ParallelConfig(), training, use_distributed_optimizer=False
             )
-            static = memory.static([0, 1, 2], ranks, first=True, last=True)
+            layers = _layers(memory)
+            static = memory.static(layers, ranks, first=True, last=True)
             parameters = sum(p.numel() * p.element_size() for p in chunks.bare[0].parameters())
             assert static.parameters == parameters, case
             assert static.gradients == sum(
@@ -176,13 +194,15 @@ def test_kept_tensors_and_peaks_are_those_of_real_models_on_one_process() -> Non
                 for p in chunks.bare[0].parameters()
             ), case
 
-            batch = group_batch(*shape, trim_last_layer=trim)
+            depths = memory.shape.prediction_depths
+            setup = dataclasses.replace(ON_CPU, recurrence_width=recurrence_width(chunks.config))
+            batch = group_batch(*shape, trim_last_layer=trim, setup=setup, depths=depths)
             kept = _kept(memory, batch, ranks)
             assert kept == pytest.approx(
                 kept_bytes(chunks, batch), rel=KEPT_TOLERANCE[recompute]
             ), case
             peak = kept + memory.transient(
-                [0, 1, 2], batch.num_tokens, len(batch.labels), ranks, last=True
+                layers, batch.num_tokens, len(batch.labels), ranks, last=True
             )
             assert peak == pytest.approx(_step_peak(chunks, [batch]), rel=PEAK_TOLERANCE), case
 
@@ -307,7 +327,11 @@ def _two_ranks(rank: int, world_size: int) -> dict[str, Any]:
             "spread experts": _tensor_parallel(EXPERTS, expert_model_parallel_size=2),
         },
         "optimizer": {dtype: _optimizer_bytes(dtype) for dtype in ("bfloat16", "float32")},
-        "pipeline": {chunks: _pipeline_peak(chunks) for chunks in (1, 2)},
+        "pipeline": {
+            "a chunk": _pipeline_peak(),
+            "two chunks": _pipeline_peak(2),
+            **({"predictions": _pipeline_peak(mtp_num_layers=1)} if HAS_PREDICTIONS else {}),
+        },
         "context parallel": {name: _received(**options) for name, options in RECEIVED.items()},
     }
 
@@ -353,13 +377,15 @@ def _optimizer_bytes(dtype: str) -> tuple[int, int]:
         return memory.static([0, 1, 2], ranks, first=True, last=True).optimizer, measured
 
 
-def _pipeline_peak(num_chunks: int) -> tuple[int, int]:
+def _pipeline_peak(num_chunks: int = 1, **transformer: Any) -> tuple[int, int]:
     """Predicted and measured peak of this pipeline rank's step, over what it holds anyway."""
     parallel = ParallelConfig(
         pipeline_model_parallel_size=2,
         virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
     )
-    model, training = _model(num_layers=4), _training("float32")
+    model, training = _model(num_layers=4, **transformer), _training("float32")
+    if transformer:
+        model = dataclasses.replace(model, share_embeddings_and_output_weights=True)
     shapes = [(200, [150, 60]), (300, [80, 90]), (100, [100]), (150, [150, 30])]
     with runtime(parallel, device="cpu", seed=3, timeout_minutes=2):
         chunks = build_model_chunks(model, parallel, training, use_distributed_optimizer=False)
@@ -379,9 +405,13 @@ def _pipeline_peak(num_chunks: int) -> tuple[int, int]:
             first_trained=[[prefix] * len(responses) for prefix, responses in shapes],
         )
         # In the order of the plan, which is by cost.
-        by_tokens = {batch.num_tokens: batch for batch in (group_batch(*shape) for shape in shapes)}
+        depths = memory.shape.prediction_depths
+        made = [group_batch(*shape, depths=depths) for shape in shapes]
+        by_tokens = {batch.num_tokens: batch for batch in made}
         batches = [by_tokens[m.tokens] for m in estimate.microbatches[0]]
         stage = estimate.stages[parallel_state.get_pipeline_model_parallel_rank()]
+        parameters = sum(p.numel() * 4 for chunk in chunks.bare for p in chunk.parameters())
+        assert stage.static.parameters == parameters
         return stage.activations + stage.transient, _step_peak(chunks, batches)
 
 
@@ -455,8 +485,8 @@ def test_two_ranks_hold_and_receive_what_is_predicted() -> None:
         mean = sum(measured for _, measured, _, _ in ranks) / 2
         assert ranks[0][0] == pytest.approx(mean, rel=KEPT_TOLERANCE["none"]), case
     for result in results:
-        for chunks, (predicted, measured) in result["pipeline"].items():
-            assert predicted == pytest.approx(measured, rel=PEAK_TOLERANCE), f"{chunks} chunks"
+        for case, (predicted, measured) in result["pipeline"].items():
+            assert predicted == pytest.approx(measured, rel=PEAK_TOLERANCE), case
     for dtype in ("bfloat16", "float32"):
         pairs = [result["optimizer"][dtype] for result in results]
         # Shards end where buckets do, not where parameters do.

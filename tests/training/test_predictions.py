@@ -73,3 +73,25 @@ def test_a_run_learns_to_predict_further_tokens_and_continues_where_it_ended(
     # ln 64 is 4.16; the same groups come again in each step.
     assert 4.0 < losses[0] < 4.5
     assert losses == sorted(losses, reverse=True)
+
+
+def test_throughput_counts_predictions_where_they_run(tmp_path: Path) -> None:
+    records = write_records(tmp_path / "records.jsonl", good_records(2))
+    teraflops = {}
+    for name, depths, penalty in (("plain", None, 0.0), ("mtp", 2, 0.0), ("reference", 2, 0.1)):
+        values = run_values(
+            tmp_path / name,
+            records=records,
+            training={"steps": 1, "trim_last_layer": False},
+            objective={"kl_coefficient": penalty},
+        )
+        values["model"]["transformer"]["mtp_num_layers"] = depths
+        with trainer(values) as run:
+            run.run()
+        (row,) = read_rows(tmp_path / name)
+        teraflops[name] = row["tflops_per_second_per_gpu"] * row["train_seconds"]
+    # A depth is more than one of the two layers: it has a projection and an output layer.
+    assert teraflops["mtp"] > 2 * teraflops["plain"]
+    # A pass of the reference policy leaves predictions out; training is three passes.
+    of_reference = teraflops["reference"] - teraflops["mtp"]
+    assert of_reference == pytest.approx(teraflops["plain"] / 3, rel=1e-6)
