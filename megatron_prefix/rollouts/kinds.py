@@ -156,9 +156,8 @@ def _is_of(value: Any, kind: Kind) -> bool:
 
 def _read(given: Sequence[Any] | NDArray, kind: Kind, where: Callable[[int], str]) -> NDArray:
     values = given if isinstance(given, np.ndarray) else _converted(given, kind, where)
-    if values.dtype == kind.dtype:
-        found = values
-    else:
+    found = values
+    if values.dtype != kind.dtype:
         with np.errstate(over="ignore"):
             found = values.astype(kind.dtype)
     if found is values and not (kind.is_finite and found.dtype.kind == "f"):

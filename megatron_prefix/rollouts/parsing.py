@@ -25,7 +25,6 @@ from megatron_prefix.rollouts.kinds import (
     TOKENS,
     Kind,
     Lists,
-    offsets_of,
     read_item,
     read_list,
     read_lists,
@@ -110,8 +109,8 @@ def read_group(group: GroupRecords) -> RolloutBatch:
     finished = _of_responses(group, "finished", FLAGS, count)
     return RolloutBatch(
         prompt_tokens=prompt,
-        prompt_offsets=offsets_of([len(prompt)]),
-        group_offsets=offsets_of([count]),
+        prompt_offsets=np.array([0, len(prompt)]),
+        group_offsets=np.array([0, count]),
         response_tokens=responses.values,
         response_offsets=offsets,
         rewards=np.zeros(count) if rewards is None else rewards,
@@ -269,12 +268,15 @@ def _values(
     """The values of a field that has so many for each response as these offsets say."""
     if not any(field in record.values for record in group.records):
         return None
-    expected = np.diff(offsets)
-    found = _lists(group, field, kind, lambda r: np.full(expected[r], kind is FLAGS, kind.dtype))
+
+    def default(response: int) -> NDArray:
+        return np.full(offsets[response + 1] - offsets[response], kind is FLAGS, kind.dtype)
+
+    found = _lists(group, field, kind, default)
     if np.array_equal(found.offsets, offsets):
         return found.values
-    check_count(f"{group.source}: {field}", len(found), len(expected))
-    lengths = np.diff(found.offsets)
+    lengths, expected = np.diff(found.offsets), np.diff(offsets)
+    check_count(f"{group.source}: {field}", len(lengths), len(expected))
     r = int((lengths != expected).argmax())
     raise ValueError(
         f"{group.where(field, r)}: {lengths[r]}{counted.format(expected[r])}; there must be one "
