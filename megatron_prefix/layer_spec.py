@@ -23,11 +23,13 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer, Tr
 
 from megatron_prefix.layers.attention import prefix_core_attention, prefix_self_attention
 from megatron_prefix.layers.gated_delta_net import prefix_gated_delta_net
+from megatron_prefix.layers.hybrid import prefix_hybrid_stack
 from megatron_prefix.layers.last_layer import prefix_transformer_layer
 from megatron_prefix.layers.latent_attention import prefix_latent_attention
 from megatron_prefix.layers.predicting_model import is_prediction_layer, prefix_prediction_layer
 from megatron_prefix.layers.recurrent import refused_recurrent_layer
 from megatron_prefix.megatron.gated_delta_net import is_gated_delta_net
+from megatron_prefix.megatron.hybrid_model import is_hybrid_stack
 from megatron_prefix.megatron.latent_attention import (
     build_without_transformer_engine,
     is_latent,
@@ -45,8 +47,8 @@ def prefix_grouped(spec: Spec) -> Spec:
 
     Args:
         spec: a layer `ModuleSpec`, `TransformerBlockSubmodules`, the spec of an MTP block (for
-            `prefix_gpt_model`), or any dataclass of specs (local, Transformer Engine, MoE,
-            heterogeneous). It is not changed.
+            `prefix_gpt_model`) or of a HybridModel's stack (for `prefix_hybrid_model`), or any
+            dataclass of specs (local, Transformer Engine, MoE, heterogeneous). It is not changed.
 
     Returns:
         The same structure with every `SelfAttention`, `MLASelfAttention` and `GatedDeltaNet`, their
@@ -96,6 +98,12 @@ def _rewrite(spec: Any) -> tuple[Any, bool]:
 def _rewrite_module_spec(spec: ModuleSpec) -> tuple[ModuleSpec, bool]:
     spec.submodules, found = _rewrite(spec.submodules)
     module = get_module(spec)
+    if is_hybrid_stack(module):
+        spec.module = prefix_hybrid_stack(module)
+        for layer in (spec.submodules.mlp_layer, spec.submodules.moe_layer):
+            if isinstance(layer, ModuleSpec):
+                layer.module = prefix_transformer_layer(get_module(layer))
+        return spec, found
     if is_gated_delta_net(module):
         spec.module = prefix_gated_delta_net(module)
         return spec, True

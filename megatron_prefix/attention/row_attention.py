@@ -21,10 +21,12 @@ from megatron_prefix.attention.delta_rules import DeltaRule, TorchRule, select_d
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.attention.function import prefix_attention
 from megatron_prefix.attention.kernels import Kernel, select_kernel
+from megatron_prefix.attention.layer_kinds import hybrid_layers
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.stage_compute import StageCompute
 from megatron_prefix.attention.windows import model_window
 from megatron_prefix.layout import CommType, RowStages
+from megatron_prefix.layout.hybrid_pattern import GATED_DELTA_NET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +109,11 @@ def has_mrope(config: Any) -> bool:
 
 def recurrence_width(config: Any) -> int | None:
     """See `AttentionSetup`, of a model with Megatron's config `config`."""
-    if getattr(config, "experimental_attention_variant", None) == "gated_delta_net":
-        return config.linear_conv_kernel_dim
-    return None
+    if kinds := hybrid_layers(config):
+        is_recurrent = GATED_DELTA_NET in kinds
+    else:
+        is_recurrent = getattr(config, "experimental_attention_variant", None) == "gated_delta_net"
+    return config.linear_conv_kernel_dim if is_recurrent else None
 
 
 def attention_dtype(config: Any) -> torch.dtype:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_prefix.attention.layer_kinds import hybrid_layers
+from megatron_prefix.layout.hybrid_pattern import ATTENTION
+
 
 def model_window(config: Any) -> int | None:
     """Keys before its own that a query sees in the model's layers with a window; None: no layer.
@@ -34,4 +37,7 @@ def layer_window(config: Any, layer_number: int) -> int | None:
 def windowed_layers(config: Any) -> tuple[bool, ...]:
     """[num_layers] whether each layer of the model has a sliding window."""
     layers = range(1, config.num_layers + 1)
-    return tuple(layer_window(config, number) is not None for number in layers)
+    windowed = tuple(layer_window(config, number) is not None for number in layers)
+    if kinds := hybrid_layers(config):
+        return tuple(w and k == ATTENTION for w, k in zip(windowed, kinds, strict=True))
+    return windowed

@@ -23,6 +23,7 @@ from megatron_prefix.checkpoints.torch_dist import contents, read_metadata
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.config.loader import load_dataclass, read_yaml
 from megatron_prefix.distributed.rank_results import raise_together
+from megatron_prefix.layout.hybrid_pattern import layers_of
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.model.parameter_shards import ParameterShard, parameter_shards
 
@@ -125,6 +126,11 @@ def _compare_options(
         for field in dataclasses.fields(ModelConfig)
         if field.name not in _FREE
     }
+    # Where stages begin is the layout's, which weights do not depend on.
+    pairs["model.hybrid_layer_pattern"] = (
+        recorded.hybrid_layer_pattern and layers_of(recorded.hybrid_layer_pattern),
+        model.hybrid_layer_pattern and layers_of(model.hybrid_layer_pattern),
+    )
     if not recorded.rope_scaling and not model.rope_scaling:
         del pairs["model.rope_scaling_factor"]
     for key, value in recorded.transformer.items():
@@ -150,7 +156,10 @@ def _compare_shapes(
     for key, shard in wanted.items():
         entry = stored.get(key) or stored.get(_other_name(key) or "")
         if entry is None:
-            raise ValueError(f"{checkpoint}: has no tensor {key}, which the model needs")
+            hint = ""
+            if key.startswith("mtp."):
+                hint = "; convert them with --mtp, or set model.transformer.mtp_num_layers: null"
+            raise ValueError(f"{checkpoint}: has no tensor {key}, which the model needs{hint}")
         found, needed = tuple(entry.size), shard.global_shape
         fits = found == needed
         if shard.may_be_padded:

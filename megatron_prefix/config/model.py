@@ -1,4 +1,4 @@
-"""The `model` section: which GPTModel."""
+"""The `model` section: which GPTModel or HybridModel."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_prefix.config.bounds import below, refuse
+from megatron_prefix.layout.hybrid_pattern import faults_of_pattern
+
+_DECIDED_BY_PATTERN = {
+    "num_layers",
+    "moe_layer_freq",
+    "experimental_attention_variant",
+    "linear_attention_freq",
+    "is_hybrid_model",
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+}
+"""Fields of `transformer`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +47,7 @@ class YarnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The GPTModel to build."""
+    """The GPTModel to build, or the HybridModel."""
 
     vocab_size: int
     """Tokens of the vocabulary, without padding."""
@@ -61,6 +76,10 @@ class ModelConfig:
     qk_norm_all_heads: bool = False
     """The norms that `qk_layernorm: true` asks for take all heads of a token at once, as
     MiniMax-M2's do, and not each head alone."""
+    hybrid_layer_pattern: str | None = None
+    """Build Megatron's HybridModel (megatron-core 0.18 or newer) of these layers: G a gated delta
+    net, * attention, - a dense MLP, E experts, | before a layer that begins another pipeline stage,
+    such as `G-G-|*-GE`. It says how many layers there are, and which have experts."""
     transformer: dict[str, Any] = field(default_factory=dict)
     """Any other field of Megatron's `TransformerConfig`: `num_layers`, `hidden_size`, ..."""
 
@@ -78,7 +97,17 @@ class ModelConfig:
                 f"yarn: {self.yarn} does not go with position_embedding_type: "
                 f"{self.position_embedding_type}; give both or neither"
             )
-
+        if self.hybrid_layer_pattern is not None:
+            pattern = self.hybrid_layer_pattern
+            if not pattern:
+                yield "hybrid_layer_pattern: '' has no layer; give a symbol for each, or null"
+            for fault in faults_of_pattern(pattern):
+                yield f"hybrid_layer_pattern: {pattern}: {fault}"
+            for key in _DECIDED_BY_PATTERN & self.transformer.keys():
+                yield (
+                    f"transformer.{key}: {self.transformer[key]} is decided by "
+                    f"hybrid_layer_pattern: {pattern}; remove it"
+                )
         if self.qk_norm_all_heads:
             for key, needed, default in (
                 ("qk_layernorm", True, False),

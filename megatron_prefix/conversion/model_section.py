@@ -204,6 +204,7 @@ def from_model_config(model: ModelConfig) -> Architecture:
             )
         )
     refuse_unless(
+        ("model.hybrid_layer_pattern", model.hybrid_layer_pattern, (None,)),
         ("model.position_embedding_type", model.position_embedding_type, ("rope", "yarn")),
         ("model.activation", model.activation, ("silu", "quick_gelu")),
         ("model.transformer.softmax_type", t.get("softmax_type", "vanilla"), _SOFTMAXES),

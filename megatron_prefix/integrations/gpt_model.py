@@ -105,7 +105,8 @@ def share_prefixes(
     if not chunks:
         raise ValueError(
             f"share_prefixes: no GPTModel in {type(model).__name__}. Pass Megatron-Core's "
-            "GPTModel, or a module around one"
+            "GPTModel, or a module around one; a HybridModel shares prefixes where it is built by "
+            "prefix_hybrid_model"
         )
     for chunk in chunks:
         if isinstance(chunk, _SharesPrefixes):

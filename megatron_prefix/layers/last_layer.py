@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -32,8 +33,13 @@ from megatron_prefix.megatron.borrowed import residual_through
 from megatron_prefix.megatron.fused_gradients import gradient_by_autograd
 from megatron_prefix.megatron.releases import option
 
+Trimming = Literal["before", "here", "behind"]
+"""Whether a layer takes and puts out all rows, puts out the needed ones only, or takes these."""
+
 
 class _PrefixTransformerLayer:
+    prefix_trimming: Trimming | None = None
+    """Of a HybridModel, whose last layers are trimmed; None: the model's last layer is."""
     prefix_dropout_refused = False
     """Whether this layer was searched for dropout, which may come in after it was built."""
 
@@ -47,7 +53,8 @@ class _PrefixTransformerLayer:
             refuse_dropout(self, f"layer {self.layer_number}")
             self.prefix_dropout_refused = True
         last_params = None
-        if shares_prefixes and self.layer_number == self.config.num_layers:
+        trimming = self._trimming()
+        if shares_prefixes and trimming != "before":
             last_params = packed_seq_params.last_layer
         # Tokens that are sampled have no multiplicity, and nothing is learnt from them.
         counts = (
@@ -59,9 +66,13 @@ class _PrefixTransformerLayer:
             context = counting_by_multiplicity(self, packed_seq_params)
         elif last_params is not None:
             packed_seq_params = last_params
-            context = residual_through(
-                self, functools.partial(_rows, params=last_params, config=self.config)
-            )
+            if trimming == "here":
+                if isinstance(self.self_attention, IdentityOp):
+                    hidden_states = _rows(hidden_states, last_params, self.config)
+                else:
+                    context = residual_through(
+                        self, functools.partial(_rows, params=last_params, config=self.config)
+                    )
         replay: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if shares_prefixes:
             replay = replaying(self, packed_seq_params)
@@ -73,6 +84,11 @@ class _PrefixTransformerLayer:
             hidden, *rest = output
             output = (_rows(hidden, last_params, self.config), *rest)
         return output
+
+    def _trimming(self) -> Trimming:
+        if self.prefix_trimming is not None:
+            return self.prefix_trimming
+        return "here" if self.layer_number == self.config.num_layers else "before"
 
 
 def prefix_transformer_layer(base: type) -> type:

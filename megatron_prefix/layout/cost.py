@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from megatron_prefix.layout.hybrid_pattern import ATTENTION, DENSE, EXPERTS
 from megatron_prefix.layout.layer_shapes import LatentShape, PredictionShape, RecurrentShape
 from megatron_prefix.layout.prediction_cost import (
     prediction_flops,
@@ -66,6 +67,11 @@ class ModelShape:
     """[num_layers] whether each is recurrent, and does not attend; (): none is."""
     recurrent: RecurrentShape | None = None
     """Of these layers."""
+    kinds: str = ""
+    """[num_layers] of a HybridModel, what each layer is, see `hybrid_pattern`; "": each layer has
+    an MLP or experts, behind attention or a recurrence."""
+    num_trimmed_layers: int = 1
+    """Layers at the end that go on with fewer rows where the model is trimmed."""
     whole_last_layer: bool = False
     """The last layer's experts collect statistics of all tokens, or multi-token prediction reads
     them, so it is never trimmed."""
@@ -100,6 +106,41 @@ class ModelShape:
         assert len(self.windowed_layers) in (0, self.num_layers) and self.window >= 0
         assert len(self.recurrent_layers) in (0, self.num_layers)
         assert self.recurrent is not None or not any(self.recurrent_layers)
+        assert len(self.kinds) in (0, self.num_layers)
+        assert 0 <= self.num_trimmed_layers <= self.num_layers
+
+    @property
+    def num_attending_layers(self) -> int:
+        """Layers with attention."""
+        if self.kinds:
+            return self.kinds.count(ATTENTION)
+        return self.num_layers - sum(self.recurrent_layers)
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Layers with a dense MLP."""
+        if self.kinds:
+            return self.kinds.count(DENSE)
+        return self.num_layers - self.num_moe_layers
+
+    def attends(self, layer: int) -> bool:
+        """Whether a layer, from 0, has attention."""
+        if self.kinds:
+            return self.kinds[layer] == ATTENTION
+        return not any(self.recurrent_layers[layer : layer + 1])
+
+    def mixes(self, layer: int) -> bool:
+        """Whether a layer, from 0, has attention or is recurrent."""
+        return self.attends(layer) or any(self.recurrent_layers[layer : layer + 1])
+
+    def has_mlp(self, layer: int) -> bool:
+        """Whether a layer, from 0, has a dense MLP or experts."""
+        return not self.kinds or not self.mixes(layer)
+
+    @property
+    def first_trimmed(self) -> int:
+        """The first of the layers at the end that may go on with fewer rows, from 0."""
+        return self.num_layers - self.num_trimmed_layers
 
     @property
     def value_channels(self) -> int:
@@ -140,12 +181,10 @@ class ModelShape:
             + self.moe_shared_expert_ffn_hidden_size
         )
         moe = matmuls * 2 * h * expert_width + 2 * h * self.num_experts
-        num_dense_layers = self.num_layers - self.num_moe_layers
-        num_attending = self.num_layers - sum(self.recurrent_layers)
         return (
-            num_attending * attention
+            self.num_attending_layers * attention
             + self._recurrent_flops_per_token()
-            + num_dense_layers * dense
+            + self.num_dense_layers * dense
             + self.num_moe_layers * moe
         )
 
@@ -169,8 +208,7 @@ class ModelShape:
             windowed: of all layers that have a sliding window, else of all that have none.
         """
         num_windowed = sum(self.windowed_layers)
-        whole = self.num_layers - num_windowed - sum(self.recurrent_layers)
-        layers = num_windowed if windowed else whole
+        layers = num_windowed if windowed else self.num_attending_layers - num_windowed
         return layers * 2 * self.num_attention_heads * (self.kv_channels + self.value_channels)
 
     def windowed_pairs(self, queries: Count, keys_before: Count | int) -> Count:
@@ -198,11 +236,11 @@ class ModelShape:
         return attention_pairs_of(queries, keys_before)
 
     def last_layer_pairs(self, queries: Count, keys_before: Count | int) -> Count:
-        """The same as `attention_pairs_of` in the last layer, which may have a sliding window or
-        not attend at all."""
-        if any(self.recurrent_layers[-1:]):
+        """The same as `attention_pairs_of` in the layer that is trimmed first, which may have a
+        sliding window or not attend at all."""
+        if not self._trimmed.num_attending_layers:
             return queries * 0
-        windowed = any(self.windowed_layers[-1:])
+        windowed = any(self.windowed_layers[self.first_trimmed :])
         return self.visible_pairs(queries, keys_before, windowed=windowed)
 
     def head_flops_per_label(self) -> int:
@@ -225,8 +263,8 @@ class ModelShape:
         )
 
     def last_layer_flops(self, *, tokens: int, pairs: int) -> int:
-        """What a trimmed last layer saves: all of it but keys and values, or what makes and reads
-        a state, for so many tokens.
+        """What trimmed last layers save: all of them but keys and values, or what makes and reads
+        a state, in the first one, for so many tokens.
 
         Args:
             tokens: that it computes no query for.
@@ -236,19 +274,29 @@ class ModelShape:
         return int(tokens) * per_token + int(pairs) * per_pair
 
     @cached_property
-    def _last_layer(self) -> tuple[int, int]:
-        """FLOPs of the last layer for a token, without its keys and values, and for a pair."""
-        last = dataclasses.replace(
+    def _trimmed(self) -> ModelShape:
+        """The layers that are trimmed, as a model; at most the first of them mixes tokens."""
+        kinds = self.kinds[self.first_trimmed :]
+        return dataclasses.replace(
             self,
-            num_layers=1,
-            num_moe_layers=min(self.num_moe_layers, 1),
+            num_layers=self.num_trimmed_layers,
+            num_moe_layers=kinds.count(EXPERTS) if kinds else min(self.num_moe_layers, 1),
             windowed_layers=(),
-            recurrent_layers=self.recurrent_layers[-1:],
+            recurrent_layers=self.recurrent_layers[self.first_trimmed :],
+            kinds=kinds,
         )
+
+    @cached_property
+    def _last_layer(self) -> tuple[int, int]:
+        """FLOPs of the trimmed layers for a token, without the first one's keys and values, and for
+        a pair."""
+        last = self._trimmed
         weights = self.key_weights
         if any(last.recurrent_layers) and self.recurrent is not None:
             kept = 2 * self.hidden_size * self.recurrent.projected + last.rule_flops_per_token()
             return last.linear_flops_per_token() - kept, 0
+        if not last.num_attending_layers:
+            return last.linear_flops_per_token(), 0
         if self.latent is not None:  # whose queries are all expanded
             weights += self.query_weights
         return last.linear_flops_per_token() - 2 * weights, last.attention_flops_per_pair()

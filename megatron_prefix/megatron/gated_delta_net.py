@@ -13,6 +13,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_prefix.attention.layer_kinds import hybrid_layers
+from megatron_prefix.layout.hybrid_pattern import ATTENTION, GATED_DELTA_NET
+
 try:
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants
     from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
@@ -50,12 +53,27 @@ def recurrent_layers(config: Any) -> tuple[bool, ...]:
     Args:
         config: Megatron's `TransformerConfig`.
     """
+    if kinds := hybrid_layers(config):
+        found = tuple(kind == GATED_DELTA_NET for kind in kinds)
+        return found if any(found) else ()
     if getattr(config, "experimental_attention_variant", None) != "gated_delta_net":
         return ()
     every = config.linear_attention_freq
     if isinstance(every, int):
         return tuple((layer + 1) % every != 0 for layer in range(config.num_layers))
     return tuple(bool(entry) for entry in every)
+
+
+def attending_layers(config: Any) -> tuple[bool, ...]:
+    """[num_layers] whether each layer has softmax attention.
+
+    Args:
+        config: Megatron's `TransformerConfig`.
+    """
+    if kinds := hybrid_layers(config):
+        return tuple(kind == ATTENTION for kind in kinds)
+    recurrent = recurrent_layers(config) or (False,) * config.num_layers
+    return tuple(not is_recurrent for is_recurrent in recurrent)
 
 
 def hybrid_block_spec(
@@ -78,13 +96,13 @@ def hybrid_block_spec(
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     kinds = recurrent_layers(config)[first:]
     layers = [
-        _recurrent_layer(layer, config) if recurrent else layer
+        local_recurrent_layer(layer, config) if recurrent else layer
         for layer, recurrent in zip(block.layer_specs, kinds, strict=False)
     ]
     return dataclasses.replace(block, layer_specs=layers)
 
 
-def _recurrent_layer(layer: ModuleSpec, config: Any) -> ModuleSpec:
+def local_recurrent_layer(layer: ModuleSpec, config: Any) -> ModuleSpec:
     """A local layer spec with a gated delta net in place of its self attention."""
     local = LocalSpecProvider()
     layer = copy.deepcopy(layer)

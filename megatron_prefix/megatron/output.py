@@ -43,7 +43,11 @@ def takes_output_processor() -> bool:
 
 
 def output_made_by(
-    make: Make, call: Callable[..., Tensor], output_layer: ColumnParallelLinear
+    make: Make,
+    call: Callable[..., Tensor],
+    output_layer: ColumnParallelLinear,
+    *,
+    of_gpt_model: bool = True,
 ) -> Tensor:
     """What a model returns when `make` stands in place of its output layer.
 
@@ -52,12 +56,13 @@ def output_made_by(
         call: runs the model's forward pass, wrapped in Megatron's wrappers or not; hands on
             keyword arguments.
         output_layer: the model's.
+        of_gpt_model: a HybridModel makes the call itself, in every release.
 
     Returns:
         [1, N, ...], in the dtype that `make` returns, but that Megatron's `Float16Module` widens
         half precision.
     """
-    if takes_output_processor():
+    if of_gpt_model and takes_output_processor():
         return call(output_processor=functools.partial(_process, make))
     with _forward_lent(output_layer, make):
         return call()

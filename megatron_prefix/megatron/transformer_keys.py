@@ -11,7 +11,7 @@ import difflib
 import functools
 import importlib.util
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -75,8 +75,14 @@ _OF_LATENT_DECIDED_ELSEWHERE = {
 """The same of multi-latent attention, which has its own rotary embedding."""
 
 
-def faults_of_transformer(values: Mapping[str, Any]) -> Iterator[str]:
+def faults_of_transformer(
+    values: Mapping[str, Any], *, decided: Collection[str] = ()
+) -> Iterator[str]:
     """What is wrong with the keys and plain values of a `model.transformer` section.
+
+    Args:
+        values: of the section.
+        decided: required keys that a pattern of layers gives.
 
     Nothing is found where megatron-core is not installed; importing it says so.
     """
@@ -86,7 +92,7 @@ def faults_of_transformer(values: Mapping[str, Any]) -> Iterator[str]:
         return
     elsewhere = {**DECIDED_ELSEWHERE, **(_OF_LATENT_DECIDED_ELSEWHERE if latent else {})}
     for required in _REQUIRED:
-        if required not in values:
+        if required not in values and required not in decided:
             yield f"model.transformer.{required}: required, and missing"
     for key, value in values.items():
         path = f"model.transformer.{key}"

@@ -1,4 +1,4 @@
-"""The GPTModel of a run: Megatron's own classes, our layer spec, our log-probability head."""
+"""The model of a run: Megatron's own classes, our layer spec, our log-probability head."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -17,6 +18,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_prefix.attention.layer_kinds import hybrid_pattern
 from megatron_prefix.attention.row_attention import head_dim
 from megatron_prefix.attention.windows import layer_window, model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
@@ -25,6 +27,7 @@ from megatron_prefix.layers.all_heads_norm import norm_over_all_heads
 from megatron_prefix.layers.predicting_model import prefix_gpt_model
 from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layout import LatentShape, ModelShape, RecurrentShape
+from megatron_prefix.layout.hybrid_pattern import layers_of, num_trimmed, stages_of
 from megatron_prefix.layout.layer_shapes import PredictionShape
 from megatron_prefix.layout.recurrence import CHUNK_TOKENS
 from megatron_prefix.megatron.expert_biases import let_experts_have_biases
@@ -34,7 +37,27 @@ from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.prediction_layers import prediction_layer_numbers
 from megatron_prefix.megatron.releases import have_transformer_engine, option
 from megatron_prefix.model.head import LogProbHead
+from megatron_prefix.model.hybrid import build_hybrid_model
 from megatron_prefix.model.transformer_config import transformer_config
+
+
+def build_model(
+    model: ModelConfig,
+    config: TransformerConfig,
+    *,
+    vp_stage: int | None = None,
+    shared_prefixes: bool = True,
+) -> LanguageModule:
+    """This rank's GPTModel or HybridModel (chunk); see `build_gpt_model` for the arguments."""
+    if model.hybrid_layer_pattern is None:
+        return build_gpt_model(model, config, vp_stage=vp_stage, shared_prefixes=shared_prefixes)
+    return build_hybrid_model(
+        model,
+        config,
+        use_transformer_engine=use_transformer_engine(config),
+        vp_stage=vp_stage,
+        shared_prefixes=shared_prefixes,
+    )
 
 
 def build_gpt_model(
@@ -118,7 +141,7 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         of_kind |= {"whole_last_layer": True, "predictions": _prediction_shape(config)}
     recurrent = recurrent_layers(config)
     windowed = windowed_layers(config)
-    if windowed and recurrent:
+    if any(recurrent):
         windowed = tuple(w and not r for w, r in zip(windowed, recurrent, strict=True))
     return ModelShape(
         num_layers=config.num_layers,
@@ -134,8 +157,20 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         latent=_latent_shape(config),
         recurrent_layers=recurrent,
         recurrent=_recurrent_shape(config) if any(recurrent) else None,
-        **of_kind,
+        **(of_kind | _of_hybrid(config)),
     )
+
+
+def _of_hybrid(config: TransformerConfig) -> dict[str, Any]:
+    pattern = hybrid_pattern(config)
+    if pattern is None:
+        return {}
+    trimmed = num_trimmed(stages_of(pattern)[-1], experts_collect=has_statistics(config))
+    return {
+        "kinds": layers_of(pattern),
+        "num_trimmed_layers": trimmed,
+        "whole_last_layer": trimmed == 0,
+    }
 
 
 def _latent_shape(config: TransformerConfig) -> LatentShape | None:
@@ -183,7 +218,7 @@ class ModelChunks:
 
     wrapped: list[torch.nn.Module]
     """In Megatron's DDP, as the schedules and optimizers take them."""
-    bare: list[GPTModel]
+    bare: list[LanguageModule]
     config: TransformerConfig
     head: LogProbHead | None
     """The log-probability head, on the last pipeline stage."""
@@ -213,7 +248,7 @@ def build_model_chunks(
     """Build, place and wrap this rank's model chunks for training."""
     config = transformer_config(model, parallel, training)
     stages = range(parallel.num_model_chunks) if parallel.num_model_chunks > 1 else [None]
-    bare = [build_gpt_model(model, config, vp_stage=stage) for stage in stages]
+    bare = [build_model(model, config, vp_stage=stage) for stage in stages]
     for chunk in bare:
         if training.device == "cuda":
             chunk.cuda(torch.cuda.current_device())

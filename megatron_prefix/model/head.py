@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -36,7 +37,7 @@ class PredictedLabels:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LogProbHead:
-    """What becomes of the final hidden states of a GPTModel on the last pipeline stage.
+    """What becomes of the final hidden states of a model on the last pipeline stage.
 
     Its methods run the model's forward pass, given as a function, and return what that returns.
     """
@@ -49,14 +50,21 @@ class LogProbHead:
     """Rows of logits that exist at once."""
     wide_products: bool
     """See `vocab_parallel_log_probs`."""
+    of_gpt_model: bool = True
+    """See `output_made_by`."""
     detach_predictions: bool = False
     """Whether predictions leave the output weight as it is, see `prefix_gpt_model`."""
 
     @classmethod
     def of(
-        cls, model: GPTModel, *, vocab_size: int, chunk_tokens: int, wide_products: bool = False
+        cls,
+        model: LanguageModule,
+        *,
+        vocab_size: int,
+        chunk_tokens: int,
+        wide_products: bool = False,
     ) -> LogProbHead | None:
-        """The head of a model; None on stages that have no output layer."""
+        """The head of a GPTModel or HybridModel; None on stages that have no output layer."""
         if not model.post_process:
             return None
         return cls(
@@ -64,6 +72,7 @@ class LogProbHead:
             vocab_size=vocab_size,
             chunk_tokens=chunk_tokens,
             wide_products=wide_products,
+            of_gpt_model=isinstance(model, GPTModel),
             detach_predictions=getattr(model, "detach_predictions", False),
         )
 
@@ -115,7 +124,7 @@ class LogProbHead:
             predicted = torch.cat([self._predicted(of, weight) for of in predictions])[:, None]
             return torch.cat((found, F.pad(predicted, (0, found.shape[1] - 1))))
 
-        return output_made_by(make, call, self.output_layer)
+        return output_made_by(make, call, self.output_layer, of_gpt_model=self.of_gpt_model)
 
     def _predicted(self, predicted: PredictedLabels, weight: Tensor) -> Tensor:
         """[M] log-probabilities of one depth's labels."""
@@ -160,4 +169,4 @@ class LogProbHead:
                 made.append(make_of(logits.to(wide), rows))
             return torch.cat(made)
 
-        return output_made_by(make, call, self.output_layer)
+        return output_made_by(make, call, self.output_layer, of_gpt_model=self.of_gpt_model)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.fusions import fused_bias_geglu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_prefix.attention.layer_kinds import set_hybrid_pattern
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.config.bounds import refuse
 from megatron_prefix.config.loader import ConfigError
@@ -28,6 +29,7 @@ from megatron_prefix.megatron.releases import (
     replays_routes,
 )
 from megatron_prefix.megatron.transformer_keys import faults_of_transformer
+from megatron_prefix.model.hybrid import faults_of_hybrid, hybrid_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -49,7 +51,9 @@ def transformer_config(
         ConfigError: a key of `model.transformer` that Megatron does not know, of a wrong type, that
             another section decides, or whose combination Megatron or shared prefixes refuse.
     """
-    refuse(faults_of_transformer(model.transformer))
+    of_pattern = hybrid_options(model)
+    refuse(faults_of_transformer(model.transformer, decided=of_pattern))
+    refuse(faults_of_hybrid(model, parallel))
     known = position_embedding_types()
     if model.position_embedding_type not in known:
         raise ConfigError(
@@ -79,6 +83,7 @@ def transformer_config(
         # Microbatches differ in length, which Megatron's variable lengths only allow with it.
         "moe_token_dispatcher_type": "alltoall",
         **model.transformer,
+        **of_pattern,
         "activation_func": _activation(model.activation, on_cpu=on_cpu),
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
@@ -134,6 +139,8 @@ def transformer_config(
                 setattr(config, f"yarn_{name}", value)
         # `build_gpt_model` builds it by `prefix_gpt_model`.
         setattr(config, MARK_OF_PREDICTING_MODELS, True)
+        if model.hybrid_layer_pattern is not None:
+            set_hybrid_pattern(config, model.hybrid_layer_pattern)
         refuse_unsupported(config)
         repair_comm_type_list(config)
     except UnsupportedOptionError as error:
@@ -164,7 +171,7 @@ def transformer_config(
     if training.replayed_routes in ("exact", "first"):
         _check_replay(training, config)
     _check_sizes(model, config)
-    if config.pipeline_model_parallel_size > 1:
+    if config.pipeline_model_parallel_size > 1 and model.hybrid_layer_pattern is None:
         layers, stages = (
             config.num_layers,
             (config.pipeline_model_parallel_size * parallel.num_model_chunks),
@@ -199,6 +206,14 @@ def _check_predictions(model: ModelConfig, config: TransformerConfig) -> None:
             f"{pipeline}: the last stage has a table of positions of its own, which Megatron does "
             "not keep equal to the first stage's; use rotary positions or one stage, or set "
             "mtp_num_layers: null"
+        )
+    if model.share_embeddings_and_output_weights and pipeline > 1:
+        raise ConfigError(
+            "model.share_embeddings_and_output_weights: true with model.transformer."
+            f"mtp_num_layers: {config.mtp_num_layers} and parallel.pipeline_model_parallel_size: "
+            f"{pipeline}: the last stage has an embedding and an output layer, which Megatron "
+            "neither keeps equal nor can write into a checkpoint; use one stage, or "
+            "set mtp_num_layers: null"
         )
     if config.mtp_loss_scaling_factor is None:
         raise ConfigError(

@@ -136,7 +136,7 @@ class StepEstimate:
             numbers = range(shape.num_layers + shape.prediction_depths)
             num_windowed = sum(map(shape.is_windowed, numbers))
             num_recurrent = sum(shape.recurrent_layers)
-            others = len(numbers) - num_windowed - num_recurrent
+            others = sum(map(shape.attends, numbers)) - num_windowed
             received = m.received_per_layer * others
             received += m.windows.received_per_layer * num_windowed
             received += m.recurrent.received_per_layer * num_recurrent

@@ -119,11 +119,15 @@ class MemoryModel:
         biases = self.linear_bias
         norm = 1 if self.rms_norm else 2
         recurrent = self._recurrent(layer)
-        if recurrent is None:
-            dense = self._attention_parameters(tp) + h * biases
-        else:
-            dense = recurrent_parameters(recurrent, h, tensor=tp) + norm * recurrent.value_channels
-        dense += 2 * norm * h
+        dense = 0
+        if s.attends(layer):
+            dense += norm * h + self._attention_parameters(tp) + h * biases
+        elif recurrent is not None:
+            dense += norm * (h + recurrent.value_channels)
+            dense += recurrent_parameters(recurrent, h, tensor=tp)
+        if not s.has_mlp(layer):
+            return dense, 0
+        dense += norm * h
         first = 2 if s.gated_linear_unit else 1
         if not self.moe_layers[layer]:
             f = s.ffn_hidden_size // tp
@@ -149,7 +153,7 @@ class MemoryModel:
         return count + s.num_attention_heads // tensor * self.sinks
 
     def _recurrent(self, layer: int) -> RecurrentShape | None:
-        """Of a recurrent layer; None: the layer attends."""
+        """Of a recurrent layer; None: the layer is none."""
         return self.shape.recurrent if any(self.shape.recurrent_layers[layer : layer + 1]) else None
 
     def outer_parameters(self, ranks: RankSizes, *, first: bool, last: bool) -> int:
@@ -195,7 +199,8 @@ class MemoryModel:
     def kept_by_layer(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
         """Bytes that autograd keeps of a layer between its forward and backward."""
         predicts = layer >= self.shape.num_layers
-        hidden = tokens // ranks.sequence * self.shape.hidden_size * self.element
+        given = self._given(layer, tokens, labels, ranks)
+        hidden = given // ranks.sequence * self.shape.hidden_size * self.element
         kept = self._of_prediction_ends(tokens, labels, ranks) if predicts else 0
         if self.recompute == "full":
             # That of a depth reads the embeddings of its tokens too.
@@ -232,7 +237,9 @@ class MemoryModel:
         layers."""
         kinds = [self._recurrent(layer) for layer in layers]
         widths = 2 * self._kv // ranks.tensor
-        of_keys = kinds.count(None) * tokens * widths * (self.element + self.wide)
+        of_keys = (
+            sum(map(self.shape.attends, layers)) * tokens * widths * (self.element + self.wide)
+        )
         return of_keys + sum(
             recurrent_root(kind, tensor=ranks.tensor, element=self.element, wide=self.wide)
             for kind in kinds
@@ -307,7 +314,7 @@ class MemoryModel:
                 again += self._of_ranks(layer, recurrent_row, ranks)
             # Gathered, in the order of the stages, and the gradients of both.
             windowed = s.is_windowed(layer)
-            width = 2 * self._kv // ranks.tensor * (self._recurrent(layer) is None)
+            width = 2 * self._kv // ranks.tensor * s.attends(layer)
             gathered = (halo_tokens if windowed else travelling) * width * 2 * (b + self.wide)
             # The row's share of the gradients of the root's keys and values.
             gathered += root_tokens * width * b
@@ -323,9 +330,13 @@ class MemoryModel:
 
     def _rows(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
         """Rows that a layer goes on with: the labelled ones, filled up, where it is trimmed."""
-        if not (self.trim_last_layer and layer == self.shape.num_layers - 1):
+        if not (self.trim_last_layer and layer >= self.shape.first_trimmed):
             return tokens
         return min(tokens, -(-max(labels, 1) // ranks.sequence) * ranks.sequence)
+
+    def _given(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
+        """Rows that a layer is given: fewer behind the first one that is trimmed."""
+        return self._rows(layer - 1, tokens, labels, ranks) if layer else tokens
 
     def _of_prediction_ends(self, tokens: int, labels: int, ranks: RankSizes) -> int:
         """What a depth of prediction keeps around what full recompute makes again."""
@@ -343,8 +354,11 @@ class MemoryModel:
             return inner + tokens // ranks.sequence * ends
         h, q, kv = s.hidden_size, self._q // tp, self._kv // tp
         rows = self._rows(layer, tokens, labels, ranks)
-        # Both norms, and the first products' inputs.
-        kept = (tokens + rows) // ranks.sequence * (self._norm + h * b)
+        normed = tokens * s.mixes(layer) + rows * s.has_mlp(layer)
+        # The norms, and the first products' inputs.
+        kept = normed // ranks.sequence * (self._norm + h * b)
+        if not s.mixes(layer):
+            return kept + self._of_mlp(layer, rows, ranks)
         recurrent = self._recurrent(layer)
         if recurrent is not None:
             kept += recurrent_kept(
@@ -401,6 +415,8 @@ class MemoryModel:
 
     def _of_mlp(self, layer: int, tokens: int, ranks: RankSizes) -> int:
         s, b = self.shape, self.element
+        if not s.has_mlp(layer):
+            return 0
         if not self.moe_layers[layer]:
             return tokens * self.mlp_widths * s.ffn_hidden_size // ranks.tensor * b
         k = s.num_experts_per_token
@@ -443,6 +459,10 @@ class MemoryModel:
         # its factors, when the second product's input is gone.
         factors = 2 if s.gated_linear_unit else 1
         mlp = row + max(width + f * s.hidden_size, factors * width) * b
+        if not s.mixes(layer):
+            return mlp
+        if not s.has_mlp(layer):
+            mlp = 0
         recurrent = self._recurrent(layer)
         if recurrent is not None:
             again = recurrent_backward(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_prefix.attention.layer_kinds import hybrid_pattern
 from megatron_prefix.config import (
     ModelConfig,
     OptimizerSettings,
@@ -12,6 +15,7 @@ from megatron_prefix.config import (
     TrainingConfig,
 )
 from megatron_prefix.config.loader import ConfigError
+from megatron_prefix.layout.hybrid_pattern import stages_of
 from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.releases import gate_has_offset, option
 from megatron_prefix.model.build import model_shape
@@ -105,14 +109,12 @@ def stage_layers(config: TransformerConfig) -> list[list[list[int]]]:
             )
     ranks = config.pipeline_model_parallel_size
     chunks = config.virtual_pipeline_model_parallel_size or 1
-    each = config.num_layers // (ranks * chunks)
-    stages = [
-        [
-            list(range((chunk * ranks + rank) * each, (chunk * ranks + rank + 1) * each))
-            for chunk in range(chunks)
-        ]
-        for rank in range(ranks)
-    ]
+    if (pattern := hybrid_pattern(config)) is not None:
+        sizes = [len(stage) for stage in stages_of(pattern)]
+    else:
+        sizes = [config.num_layers // (ranks * chunks)] * (ranks * chunks)
+    ends = list(itertools.accumulate(sizes))
+    stages = [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
     depths = config.mtp_num_layers or 0
-    stages[-1][-1] += range(config.num_layers, config.num_layers + depths)
-    return stages
+    stages[-1] += range(config.num_layers, config.num_layers + depths)
+    return [stages[rank::ranks] for rank in range(ranks)]

@@ -101,7 +101,10 @@ def _faults_of_layout(config: RunConfig) -> Sequence[str]:
 def _faults_of_transformer(values: Mapping[str, Any]) -> list[str]:
     model = values.get("model")
     transformer = model.get("transformer") if isinstance(model, Mapping) else None
-    return list(faults_of_transformer(transformer)) if isinstance(transformer, Mapping) else []
+    if not isinstance(transformer, Mapping):
+        return []
+    decided = ("num_layers",) if model.get("hybrid_layer_pattern") else ()
+    return list(faults_of_transformer(transformer, decided=decided))
 
 
 def _log_to_stderr(rank: int) -> None:

@@ -214,6 +214,16 @@ def test_masks_that_leave_nothing_out_change_nothing(tree, data):
         assert labels.tolist() == spans.tolist() == expected
 
 
+@pytest.mark.parametrize("trim_last_layer", [False, True])
+def test_a_layer_for_each_part_counts_as_the_layers_of_these_parts(trim_last_layer: bool) -> None:
+    pattern = dataclasses.replace(TWO_LAYERS, num_layers=4, kinds="*-*-", num_trimmed_layers=2)
+    tree = PrefixTree.from_groups([([4] * 9, [[1, 2], [3]]), ([8, 9], [[5, 6, 7]])])
+    expected, found = (
+        shape.tree_flops(tree, trim_last_layer=trim_last_layer) for shape in (TWO_LAYERS, pattern)
+    )
+    assert found == expected
+
+
 @settings(max_examples=60)
 @given(trees(), st.integers(0, 12), st.booleans())
 def test_windowed_layers_count_the_keys_within_the_window(tree, window, last):

@@ -23,6 +23,7 @@ from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layout import PackedLayout, PrefixTree, pack
 from megatron_prefix.megatron.gated_delta_net import GatedDeltaNet
+from megatron_prefix.megatron.hybrid_model import HybridModel
 from megatron_prefix.model.build import ModelChunks, build_gpt_model
 from megatron_prefix.model.full_tensors import full_gradients
 from megatron_prefix.model.transformer_config import transformer_config
@@ -59,14 +60,19 @@ LATENT: dict[str, Any] = {
 }
 """Changes of `BASE` for multi-latent attention."""
 HAS_GATED_DELTA_NET = GatedDeltaNet is not None
-HYBRID: dict[str, Any] = {
-    "experimental_attention_variant": "gated_delta_net",
-    "linear_attention_freq": 2,
+HAS_HYBRID_MODEL = HybridModel is not None
+DELTA_NET: dict[str, Any] = {
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 6,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+}
+"""Sizes of gated delta nets."""
+HYBRID: dict[str, Any] = {
+    "experimental_attention_variant": "gated_delta_net",
+    "linear_attention_freq": 2,
+    **DELTA_NET,
 }
 """Changes of `BASE`: every other layer attends, the first one does not."""
 
@@ -74,7 +80,10 @@ HYBRID: dict[str, Any] = {
 def model_config(transformer: dict[str, Any] | None = None, **options: Any) -> ModelConfig:
     """A small model; `transformer` and `options` change it."""
     values = {"vocab_size": 61, "max_sequence_length": 64, **options}
-    return ModelConfig(**values, transformer={**BASE, **(transformer or {})})
+    transformer = {**BASE, **(transformer or {})}
+    if values.get("hybrid_layer_pattern") is not None:
+        del transformer["num_layers"]
+    return ModelConfig(**values, transformer=transformer)
 
 
 @contextlib.contextmanager

@@ -275,3 +275,26 @@ def test_declarations_read_from_the_source_are_those_of_the_class() -> None:
     known = {name for name, hint in declared.items() if "Any" not in str(hint)}
     assert not {name for name in known if declared[name] != hints[name]}
     assert len(known) > 150
+
+
+@pytest.mark.skipif(VERSION < (0, 18), reason="HybridModel is there since 0.18")
+def test_a_hybrid_stack_has_the_names_that_ours_builds_it_by() -> None:
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    assert {"config", "submodules", "post_layer_norm", "post_process", "layer_type_list"} <= set(
+        inspect.signature(HybridStack.__init__).parameters
+    )
+    assert {"gdn_layer", "attention_layer", "mlp_layer", "moe_layer"} <= {
+        field.name for field in dataclasses.fields(HybridStackSubmodules)
+    }
+    assert (Symbols.GDN, Symbols.ATTENTION, Symbols.MLP, Symbols.MOE) == ("G", "*", "-", "E")
+    assert (Symbols.PIPE, Symbols.MTP_SEPARATOR) == ("|", "/")
+    # No spec says which norm stands behind the last layer.
+    assert "self.final_norm = TENorm(" in inspect.getsource(HybridStack.__init__)
+    parameters = inspect.signature(HybridModel.__init__).parameters
+    assert {"hybrid_stack_spec", "hybrid_layer_pattern", "vp_stage"} <= set(parameters)
+    # The output layer is called by the model itself, and its output's dimensions swapped.
+    assert "output_processor" not in inspect.signature(HybridModel.forward).parameters
+    assert "logits.transpose(0, 1)" in inspect.getsource(HybridModel.forward)

@@ -309,3 +309,17 @@ def test_rows_that_follow_one_another_are_refused_with_it() -> None:
     training = dataclasses.replace(TRAINING, share_across_microbatches=True)
     with pytest.raises(ConfigError, match=r"share_across_microbatches: true .*mtp_num_layers: 3"):
         transformer_config(model_config(PREDICTING), ParallelConfig(), training)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share_embeddings_and_output_weights": True},
+        {"position_embedding_type": "learned_absolute"},
+    ],
+)
+def test_what_a_last_stage_holds_twice_is_refused(options: dict[str, Any]) -> None:
+    model = model_config(PREDICTING, **options)
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}: .*the last stage"):
+        transformer_config(model, ParallelConfig(pipeline_model_parallel_size=2), TRAINING)
+    transformer_config(model, ParallelConfig(), TRAINING)

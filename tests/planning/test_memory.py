@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_prefix.attention.row_attention import AttentionSetup
+from megatron_prefix.attention.row_attention import AttentionSetup, recurrence_width
 from megatron_prefix.config import (
     ModelConfig,
     OptimizerSettings,
@@ -39,7 +39,9 @@ from megatron_prefix.training.step import accumulate_gradients
 from tests.conversion.models import HAS_SHARED_EXPERT_GATE
 from tests.distributed import run_distributed
 from tests.megatron.models import (
+    DELTA_NET,
     HAS_GATED_DELTA_NET,
+    HAS_HYBRID_MODEL,
     HAS_PREDICTIONS,
     HAS_WINDOWS,
     HYBRID,
@@ -118,13 +120,18 @@ if HAS_WINDOWS:
 if HAS_SHARED_EXPERT_GATE:
     gated = {"moe_shared_expert_intermediate_size": 64, "moe_shared_expert_gate": True}
     CASES.append(("float32", "none", 64, (300, [256, 128]), {**EXPERTS, **gated}))
+if HAS_HYBRID_MODEL:
+    for pattern in ("*E-", "-*G"):
+        hybrid = {"hybrid_layer_pattern": pattern, **DELTA_NET}
+        experts = EXPERTS if "E" in pattern else {}
+        CASES.append(("float32", "none", 64, (300, [256, 128]), {**hybrid, **experts}))
 
 
 def _model(vocab_size: int = 64, **transformer: Any) -> ModelConfig:
     sizes = {"num_layers": 3, "hidden_size": 128, "ffn_hidden_size": 384}
     own = {
         name: transformer.pop(name)
-        for name in ("activation", "qk_norm_all_heads")
+        for name in ("activation", "qk_norm_all_heads", "hybrid_layer_pattern")
         if name in transformer
     }
     return model_config(
@@ -188,7 +195,8 @@ def test_kept_tensors_and_peaks_are_those_of_real_models_on_one_process() -> Non
             ), case
 
             depths = memory.shape.prediction_depths
-            batch = group_batch(*shape, trim_last_layer=trim, depths=depths)
+            setup = dataclasses.replace(ON_CPU, recurrence_width=recurrence_width(chunks.config))
+            batch = group_batch(*shape, trim_last_layer=trim, setup=setup, depths=depths)
             kept = _kept(memory, batch, ranks)
             assert kept == pytest.approx(
                 kept_bytes(chunks, batch), rel=KEPT_TOLERANCE[recompute]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.megatron.gated_delta_net import is_gated_delta_net, recurrent_layers
-from megatron_prefix.model.build import ModelChunks, build_gpt_model, build_model_chunks
+from megatron_prefix.model.build import ModelChunks, build_model, build_model_chunks
 from megatron_prefix.model.full_tensors import (
     FullTensors,
     full_parameters,
@@ -102,7 +102,7 @@ def unmodified(config: ModelConfig, weights: FullTensors | ModelChunks) -> GPTMo
     has_delta_nets = any(recurrent_layers(megatron_config))
     # Megatron builds gated delta nets without flash-linear-attention only so.
     megatron_config.deterministic_mode = has_delta_nets
-    model = build_gpt_model(config, megatron_config, shared_prefixes=False)
+    model = build_model(config, megatron_config, shared_prefixes=False)
     if has_delta_nets:
         from tests.megatron.test_gated_delta_net import TokenByToken
 

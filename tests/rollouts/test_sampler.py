@@ -24,7 +24,9 @@ from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
 from megatron_prefix.rollouts.sampling.sampler import Response, SamplingSpec
 from tests.distributed import run_distributed
 from tests.megatron.models import (
+    DELTA_NET,
     HAS_GATED_DELTA_NET,
+    HAS_HYBRID_MODEL,
     HAS_PREDICTIONS,
     HAS_WINDOWS,
     HYBRID,
@@ -73,6 +75,12 @@ if HAS_GATED_DELTA_NET:
         "transformer": {**DELTA_NETS, "num_moe_experts": 4, "moe_router_topk": 2}
     }
     MODELS["gated delta nets alone"] = {"transformer": {**HYBRID, "linear_attention_freq": [1, 1]}}
+
+if HAS_HYBRID_MODEL:
+    MODELS["a pattern of layers"] = {
+        "hybrid_layer_pattern": "G-*E",
+        "transformer": {**DELTA_NET, "num_moe_experts": 4, "moe_router_topk": 2},
+    }
 
 # One-token prompts, prompts of equal length, and in any order.
 LENGTHS = [7, 1, 12, 7, 3]

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from megatron_prefix.config import ParallelConfig
-from tests.megatron.models import HAS_GATED_DELTA_NET, HYBRID
+from tests.megatron.models import (
+    DELTA_NET,
+    HAS_GATED_DELTA_NET,
+    HAS_HYBRID_MODEL,
+    HYBRID,
+    model_config,
+)
 from tests.tools.proofs import ALWAYS, SERIES, assert_exact, small_model, tool
 
 __all__ = ["tool"]
@@ -103,3 +109,44 @@ def test_pieces_of_a_large_group_go_on_from_the_state_behind_its_prompt(
     )
     assert_exact(tool, report)
     assert "2 series of rows" in capfd.readouterr().out
+
+
+@pytest.mark.skipif(not HAS_HYBRID_MODEL, reason="megatron-core before 0.18")
+@pytest.mark.parametrize(
+    ("pattern", "transformer", "parallel", "recompute"),
+    [
+        (
+            "GE*-|G*-E",
+            {},
+            ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+            "full",
+        ),
+        (
+            "G-*E*G-",
+            {"cp_comm_type": ["all_gather", "p2p", "a2a", "p2p", "p2p", "a2a", "p2p"]},
+            ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2),
+            "none",
+        ),
+    ],
+    ids=["tensor and pipeline parallel", "context and expert parallel"],
+)
+def test_patterns_of_layers(
+    tool: ModuleType,
+    pattern: str,
+    transformer: dict[str, Any],
+    parallel: ParallelConfig,
+    recompute: str,
+) -> None:
+    report = tool.verify(
+        model=model_config(
+            {**DELTA_NET, **EXPERTS, **transformer},
+            hybrid_layer_pattern=pattern,
+            max_sequence_length=128,
+        ),
+        shapes=SHAPES,
+        parallel=parallel,
+        recompute=recompute,
+        optimizer_steps=2,
+        packing={**ALWAYS, "sharing": "everything"},
+    )
+    assert_exact(tool, report)

@@ -105,12 +105,3 @@ def test_multi_token_prediction_is_that_of_whole_sequences(
         optimizer_steps=2 if "moe_z_loss_coeff" in transformer else 1,
     )
     assert_exact(tool, report)
-
-
-def test_a_prompt_that_is_not_longer_than_the_depths_is_refused(tool: ModuleType) -> None:
-    with pytest.raises(ValueError, match="group 1: its prompt has 2 tokens"):
-        tool.verify(
-            model=small_model(tool, mtp_num_layers=2),
-            shapes=[{"prefix": 3, "responses": [1]}, {"prefix": 2, "responses": [4]}],
-            parallel=ParallelConfig(),
-        )

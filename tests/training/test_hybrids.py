@@ -14,7 +14,9 @@ from megatron_prefix.model.transformer_config import transformer_config
 from tests.distributed import run_distributed
 from tests.megatron.models import (
     BASE,
+    DELTA_NET,
     HAS_GATED_DELTA_NET,
+    HAS_HYBRID_MODEL,
     HYBRID,
     TRAINING,
     model_config,
@@ -32,22 +34,37 @@ from tests.training.runs import (
 pytestmark = pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core before 0.16")
 
 
-def _values(folder: Path, records: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    model = {
-        "vocab_size": VOCAB_SIZE,
-        "max_sequence_length": MAX_SEQUENCE_LENGTH,
-        "transformer": {**BASE, **HYBRID},
-    }
+GPT_MODEL = {"transformer": {**BASE, **HYBRID}}
+HYBRID_MODEL = {
+    "hybrid_layer_pattern": "G-*E",
+    "transformer": {
+        **{name: value for name, value in BASE.items() if name != "num_layers"},
+        **DELTA_NET,
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 24,
+    },
+}
+
+MODELS = {"GPTModel": GPT_MODEL} | ({"HybridModel": HYBRID_MODEL} if HAS_HYBRID_MODEL else {})
+
+
+def _values(
+    folder: Path, records: Path, model: dict[str, Any], **sections: dict[str, Any]
+) -> dict[str, Any]:
+    model = {"vocab_size": VOCAB_SIZE, "max_sequence_length": MAX_SEQUENCE_LENGTH, **model}
     return run_values(folder, records=records, model=model, **sections)
 
 
-def _train(rank: int, world_size: int, folder: Path) -> dict[str, FullTensors | None]:
+def _train(
+    rank: int, world_size: int, folder: Path, model: dict[str, Any]
+) -> dict[str, FullTensors | None]:
     """The parameters after two steps of two optimizer steps each, without and with sharing."""
     weights = {}
     for sharing in ("none", "groups"):
         values = _values(
             folder / sharing,
             folder / "records.jsonl",
+            model,
             training={
                 "dtype": "float64",
                 "sharing": sharing,
@@ -63,9 +80,12 @@ def _train(rank: int, world_size: int, folder: Path) -> dict[str, FullTensors | 
     return weights
 
 
-def test_a_run_with_shared_prompts_has_the_weights_of_one_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+def test_a_run_with_shared_prompts_has_the_weights_of_one_without(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
     write_records(tmp_path / "records.jsonl", good_records(4))
-    weights = run_distributed(_train, 1, tmp_path)[0]
+    weights = run_distributed(_train, 1, tmp_path, model)[0]
     for name, expected in weights["none"].items():
         # Four Adam steps, each of which divides by the root of a small square.
         assert relative_error(weights["groups"][name], expected) <= 1e-8, name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from megatron_prefix.config import (
     ParallelConfig,
     TrainingConfig,
 )
+from megatron_prefix.layout.hybrid_pattern import layers_of
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.planning.shapes import longest_sequence, responses_of
 from megatron_prefix.rollouts.records import RolloutGroup
@@ -83,21 +83,6 @@ class Case:
     def world_size(self) -> int:
         """Processes of the candidate."""
         return self.parallel.model_parallel_size * self.data_parallel_size
-
-
-def refuse_short_prompts(groups: Sequence[RolloutGroup], depths: int | None) -> None:
-    """Refuse what Megatron weighs otherwise than a run does.
-
-    Raises:
-        ValueError: a prompt is not longer than the depths, so that a trained token is one that no
-            position predicts: Megatron gives its weight to the others.
-    """
-    for number, group in enumerate(groups):
-        if len(group.prompt) <= (depths or 0):
-            raise ValueError(
-                f"group {number}: its prompt has {len(group.prompt)} tokens; with mtp_num_layers="
-                f"{depths} prove it with prompts of more than {depths}"
-            )
 
 
 def draw_groups(shapes: list[dict[str, Any]], vocab_size: int, seed: int) -> list[RolloutGroup]:
@@ -280,6 +265,7 @@ def check_lengths(shapes: list[dict[str, Any]], model: ModelConfig, path: Path |
 
 def with_comm_types(model: ModelConfig, kinds: list[str]) -> ModelConfig:
     """The model with one kind of context-parallel communication, or with several by turns."""
-    layers = model.transformer["num_layers"]
+    pattern = model.hybrid_layer_pattern
+    layers = model.transformer["num_layers"] if pattern is None else len(layers_of(pattern))
     value = kinds[0] if len(kinds) == 1 else [kinds[i % len(kinds)] for i in range(layers)]
     return dataclasses.replace(model, transformer={**model.transformer, "cp_comm_type": value})

@@ -24,7 +24,8 @@ from equivalence.recurrence import use_exact_delta_rule
 from equivalence.routers import RouterLosses
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
-from megatron_prefix.model.build import ModelChunks, build_gpt_model
+from megatron_prefix.layout.hybrid_pattern import layers_of
+from megatron_prefix.model.build import ModelChunks, build_model
 from megatron_prefix.model.full_tensors import full_gradients, full_parameters
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.rollouts.records import RolloutGroup
@@ -138,7 +139,13 @@ def _tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
 def run_reference(case: Case, seed: int) -> dict[str, Any]:
     """Losses, log-probabilities, gradients and parameters of the unmodified model."""
     padded = case.model.padded_vocab_size(case.parallel.tensor_model_parallel_size)
-    model_config = dataclasses.replace(case.model, vocab_size=padded)
+    pattern = case.model.hybrid_layer_pattern
+    model_config = dataclasses.replace(
+        case.model,
+        vocab_size=padded,
+        # One process has one stage.
+        hybrid_layer_pattern=None if pattern is None else layers_of(pattern),
+    )
     training = dataclasses.replace(case.training, recompute="none")
     with runtime(
         ParallelConfig(),
@@ -151,7 +158,7 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
         if case.training.replayed_routes is not None:
             config.moe_enable_routing_replay = True
         use_exact_delta_rule(config)
-        model = build_gpt_model(model_config, config, shared_prefixes=False)
+        model = build_model(model_config, config, shared_prefixes=False)
         if config.bf16:
             model.bfloat16()
         routers = RouterLosses(model, config)

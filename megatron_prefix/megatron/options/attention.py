@@ -14,7 +14,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import (
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
 from megatron_prefix.attention.comm_types import COMM_TYPES, RUN_AS, layer_comm_type
-from megatron_prefix.megatron.gated_delta_net import recurrent_layers
+from megatron_prefix.megatron.gated_delta_net import attending_layers, recurrent_layers
 from megatron_prefix.megatron.options.record import (
     Option,
     Reason,
@@ -130,17 +130,16 @@ def _comm_type(kinds: Any, config: Any) -> Reason | None:
 
 def _exchanged_heads(config: Any) -> list[str]:
     """Options with the numbers of heads that layers with a2a exchange."""
-    recurrent = recurrent_layers(config) or (False,) * config.num_layers
-    exchanging = {
-        is_recurrent
-        for number, is_recurrent in zip(range(1, config.num_layers + 1), recurrent, strict=False)
-        if layer_comm_type(config, number) == "a2a"
-    }
-    if any(layer_comm_type(config, n) == "a2a" for n in prediction_layer_numbers(config)):
-        exchanging.add(False)
-    options = ["num_attention_heads", "num_query_groups"] if False in exchanging else []
-    if True in exchanging:
-        options += ["linear_num_key_heads", "linear_num_value_heads"]
+    attending = [n for n, attends in enumerate(attending_layers(config), start=1) if attends]
+    attending += prediction_layer_numbers(config)
+    recurrent = [n for n, is_one in enumerate(recurrent_layers(config), start=1) if is_one]
+    options = []
+    for numbers, heads in (
+        (attending, ["num_attention_heads", "num_query_groups"]),
+        (recurrent, ["linear_num_key_heads", "linear_num_value_heads"]),
+    ):
+        if any(layer_comm_type(config, number) == "a2a" for number in numbers):
+            options += heads
     return options
 
 

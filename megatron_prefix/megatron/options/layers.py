@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_prefix.attention.layer_kinds import hybrid_pattern
 from megatron_prefix.megatron.gated_delta_net import recurrent_layers
 from megatron_prefix.megatron.options.record import (
     Option,
@@ -64,6 +65,18 @@ def _predictions(value: Any, config: Any) -> Reason | None:
                 beside=f"{name}={of_layers!r}",
             )
     return None
+
+
+def _hybrid(value: Any, config: Any) -> Reason | None:
+    """Why a model of layers of several kinds cannot share prefixes."""
+    if not value or hybrid_pattern(config) is not None:
+        return None
+    return Reason(
+        why="state-space layers would run through a packed row as if it were one sequence, and a "
+        "model whose last layer has no attention is trimmed elsewhere",
+        instead="Build prefix_hybrid_model(HybridModel), with prefix_grouped(hybrid_stack_spec) "
+        "(megatron-core 0.18 or newer), or set is_hybrid_model to False",
+    )
 
 
 OPTIONS: list[Option] = [
@@ -148,12 +161,11 @@ OPTIONS: list[Option] = [
         why="Megatron runs the same forward again, with the same params of the batch",
     ),
     # Other kinds of layers.
-    *refused(
+    *used(
         "is_hybrid_model",
-        when=is_set,
-        why="state-space layers would run through a packed row as if it were one sequence, and "
-        "a model whose last layer has no attention cannot be trimmed",
-        instead=False,
+        check=_hybrid,
+        why="it scales first weights; layers that cannot share prefixes are refused by the pattern "
+        "of a prefix_hybrid_model",
     ),
     *harmless(
         "mamba_state_dim",

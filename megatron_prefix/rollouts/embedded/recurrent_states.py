@@ -25,7 +25,7 @@ from megatron_prefix.attention.delta_rule import (
 from megatron_prefix.attention.row_attention import attention_dtype, head_dim
 from megatron_prefix.attention.row_recurrence import LayerPaths, RowRecurrence
 from megatron_prefix.layout import Recurrence
-from megatron_prefix.megatron.gated_delta_net import recurrent_layers
+from megatron_prefix.megatron.gated_delta_net import attending_layers, recurrent_layers
 
 
 @dataclass
@@ -181,4 +181,4 @@ def state_tokens(config: Any) -> int:
         * (config.linear_value_head_dim * wide.itemsize)
     )
     of_token = 2 * config.num_query_groups * head_dim(config) * dtype.itemsize
-    return -(-recurrent * (inputs + states) // (max(1, config.num_layers - recurrent) * of_token))
+    return -(-recurrent * (inputs + states) // (max(1, sum(attending_layers(config))) * of_token))
