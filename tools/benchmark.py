@@ -6,9 +6,11 @@
 
 Levels: attention alone, one decoder layer, or forward and backward of a real Megatron GPTModel.
 Sides (see tools/benchmarks/): `grouped` is this package, `ungrouped` the same code on sequences
-that repeat the prompt, both packed without padding; `dense_mask`, `flex` and `kv_copy` are other
-mechanisms on the same row; `prefix_grouper` and `prefix_grouper_mask` are that package on a Hugging
-Face Qwen2 with the same weights, with two attention functions (whole step only).
+that repeat the prompt, both packed without padding, and `ungrouped_rows` the same sequences in
+microbatches of at most as many tokens as the grouped row has (whole step only); `dense_mask`,
+`flex` and `kv_copy` are other mechanisms on the same row; `prefix_grouper` and
+`prefix_grouper_mask` are that package on a Hugging Face Qwen2 with the same weights, with two
+attention functions (whole step only).
 
 All sides run in one process and take turns step by step; the medians of the repeats' ratios to
 `grouped` are printed with the least and the most, beside the ratio of FLOPs. Before that, outputs
@@ -37,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 # What imports torch and Megatron is imported where it is used: help and wrong arguments need none.
-from benchmarks.names import LEVELS, MECHANISMS, PEERS, TOLERANCES
+from benchmarks.names import LEVELS, MECHANISMS, PEERS, ROWS, TOLERANCES
 from benchmarks.report import HEADER, line, plot
 from benchmarks.shapes import ModelSizes, Shape, parse_case, training_config, trees
 from tool_help import HelpFormatter, require_megatron
@@ -63,7 +65,7 @@ CASES = {"default": DEFAULT_CASES, "grid": GRID, "small": SMALL}
 
 def flops_ratio(case: Case, side: str) -> float | None:
     """FLOPs of a side over those of the grouped one; None where the side computes masked pairs."""
-    if side not in ("grouped", "ungrouped"):
+    if side not in ("grouped", "ungrouped", ROWS):
         return None
     if side == "grouped":
         return 1.0
@@ -218,7 +220,7 @@ def main() -> int:
     parser.add_argument(
         "--sides",
         nargs="+",
-        choices=[*MECHANISMS, *PEERS],
+        choices=[*MECHANISMS, ROWS, *PEERS],
         default=["grouped", "ungrouped"],
         help="what is compared; grouped must be one of them",
     )
@@ -226,8 +228,8 @@ def main() -> int:
         "--attends-every",
         type=int,
         metavar="N",
-        help="one in N layers attends, and the others are gated delta nets (grouped and ungrouped "
-        "at --level step)",
+        help="one in N layers attends, and the others are gated delta nets (grouped, ungrouped "
+        "and ungrouped_rows at --level step)",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where it runs")
     parser.add_argument("--dtype", choices=TOLERANCES, default="float32", help="of the weights")
@@ -255,13 +257,14 @@ def main() -> int:
     if "grouped" not in args.sides:
         parser.error("--sides: grouped must be one of them, since ratios are to it")
     peers = [side for side in args.sides if side in PEERS]
-    if peers and args.level != "step":
-        parser.error(f"--sides {peers[0]}: only at --level step, not {args.level}")
-    others = [side for side in args.sides if side not in ("grouped", "ungrouped")]
+    steps = [side for side in args.sides if side in (ROWS, *PEERS)]
+    if steps and args.level != "step":
+        parser.error(f"--sides {steps[0]}: only at --level step, not {args.level}")
+    others = [side for side in args.sides if side not in ("grouped", "ungrouped", ROWS)]
     if args.attends_every is not None and (others or args.level != "step"):
         parser.error(
-            f"--attends-every {args.attends_every}: only --sides grouped and ungrouped at --level "
-            f"step, not {' '.join([args.level, *others])}"
+            f"--attends-every {args.attends_every}: only --sides grouped, ungrouped and {ROWS} at "
+            f"--level step, not {' '.join([args.level, *others])}"
         )
     if "flex" in args.sides and args.device == "cpu":
         parser.error("--sides flex: FlexAttention has no backward on the CPU; needs --device cuda")

@@ -261,15 +261,16 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _read_groups(path: Path, count: int) -> list[tuple[Any, Any]]:
-    from megatron_prefix.rollouts.parsing import parse_group
-    from megatron_prefix.rollouts.record import START
+    from megatron_prefix.rollouts.parsing import group_id, read_group
+    from megatron_prefix.rollouts.record import START, GroupRecords
     from megatron_prefix.rollouts.record_files import open_record_file
 
     groups = []
     for record in open_record_file(path).records(START):
         if len(groups) == count:
             break
-        group = parse_group(record)
+        group_id(record)  # which refuses a record without responses
+        group = read_group(GroupRecords(records=(record,))).group(0)
         groups.append((group.prompt, group.responses))
     return groups
 

@@ -34,7 +34,6 @@ from equivalence.case import (
     check_layout,
     check_lengths,
     draw_groups,
-    refuse_short_prompts,
     trained_tokens,
     with_comm_types,
     with_outcomes,
@@ -130,7 +129,6 @@ def verify(
     import torch
 
     drawn = draw_groups(shapes, model.vocab_size, seed)
-    refuse_short_prompts(drawn, model.transformer.get("mtp_num_layers"))
     longest = max(len(response) for group in drawn for response in group.responses)
     config = objective_of(objective, objective_options or {}, longest=longest)
     groups = with_outcomes(drawn, config, seed)

@@ -6,7 +6,7 @@ every layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from megatron_prefix.attention.comm_types import model_comm_types
 from megatron_prefix.attention.context_parallel import attend_across_ranks
 from megatron_prefix.attention.context_parallel.latents import LatentKeys
 from megatron_prefix.attention.context_parallel.layer import RankLayer
+from megatron_prefix.attention.delta_rules import DeltaRule, TorchRule, select_delta_rule
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.attention.function import prefix_attention
 from megatron_prefix.attention.kernels import Kernel, select_kernel
@@ -48,6 +49,8 @@ class AttentionSetup:
     has no such layer."""
     recurrence_width: int | None = None
     """Inputs that the convolution of recurrent layers reads; None: the model has no such layer."""
+    delta_rule: DeltaRule = field(default_factory=TorchRule)
+    """What computes the delta rule of recurrent layers, from `select_delta_rule`."""
     mrope: bool = False
     """The model has mRoPE: each token has three positions."""
 
@@ -58,6 +61,7 @@ class AttentionSetup:
         device: torch.device,
         *,
         kernel: str | None = None,
+        delta_rule: str | None = None,
         deterministic: bool = False,
         context_parallel_group: dist.ProcessGroup | None = None,
     ) -> AttentionSetup:
@@ -66,10 +70,12 @@ class AttentionSetup:
         Args:
             config: Megatron's `TransformerConfig`.
             kernel: attention kernel by name; None takes the best for the device.
+            delta_rule: what computes recurrent layers, by name; None takes the best likewise.
             device, deterministic, context_parallel_group: see the fields.
 
         Raises:
-            ValueError: the kernel cannot compute what the config asks for, see `select_kernel`.
+            ValueError: the kernel cannot compute what the config asks for, see `select_kernel` and
+                `select_delta_rule`.
         """
         return cls(
             device=device,
@@ -79,6 +85,7 @@ class AttentionSetup:
             comm_types=model_comm_types(config),
             window=model_window(config),
             recurrence_width=recurrence_width(config),
+            delta_rule=delta_rule_of_model(config, device, delta_rule, deterministic=deterministic),
             mrope=has_mrope(config),
         )
 
@@ -137,6 +144,24 @@ def kernel_of_model(
         head_dim=head_dim(config),
         deterministic=deterministic,
         windows=model_window(config) is not None,
+    )
+
+
+def delta_rule_of_model(
+    config: Any, device: torch.device, name: str | None, *, deterministic: bool = False
+) -> DeltaRule:
+    """The delta rule called `name`, or the best one, for a model with Megatron's config `config`.
+
+    Models without recurrent layers, which compute none, have that of torch.
+    """
+    if recurrence_width(config) is None:
+        return TorchRule()
+    return select_delta_rule(
+        name,
+        device=device,
+        dtype=attention_dtype(config),
+        key_dim=config.linear_key_head_dim,
+        deterministic=deterministic,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from megatron_prefix.attention.delta_rule import (
     gated_delta_rule,
     rule_and_last_state,
 )
+from megatron_prefix.attention.delta_rules import DeltaRule, TorchRule
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.root_states import keep
@@ -60,6 +61,8 @@ class RowRecurrence:
     root: RootKeys | None = None
     keeps_root: bool = False
     """See `RowAttention`; so is `root`."""
+    rule: DeltaRule = field(default_factory=TorchRule)
+    """What computes the delta rule."""
 
     def of_layer(self, number: int, *, by_heads: bool) -> LayerPaths:
         """What a layer needs of it.
@@ -86,8 +89,8 @@ class RowRecurrence:
         if self.root is not None:
             assert layer is None, "no series of rows with context parallelism"
             of_series = RootRecurrence if self.keeps_root else LaterRecurrence
-            return of_series(row=row, number=number, root=self.root)
-        return LayerRecurrence(row=row, whole_row=whole_row, exchange=layer)
+            return of_series(row=row, number=number, root=self.root, rule=self.rule)
+        return LayerRecurrence(row=row, whole_row=whole_row, exchange=layer, rule=self.rule)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,6 +103,8 @@ class LayerRecurrence:
     """How heads are exchanged; None: they are not."""
     exchange: LayerExchange | None
     """None: the row is here."""
+    rule: DeltaRule
+    """See `RowRecurrence`."""
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `LayerPaths`. Collective where other ranks' inputs are needed."""
@@ -109,7 +114,7 @@ class LayerRecurrence:
 
     def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         """See `LayerPaths`. Collective where segments are sharded."""
-        return gated_delta_rule(q, k, v, g, beta, self.row, self.states)
+        return gated_delta_rule(q, k, v, g, beta, self.row, self.states, rule=self.rule)
 
     @property
     def states(self) -> RankStates | None:
@@ -127,6 +132,8 @@ class _RecurrenceInSeries:
     number: int
     """Of the layer."""
     root: RootKeys
+    rule: DeltaRule
+    """See `RowRecurrence`."""
     whole_row: None = None
     exchange: None = None
 
@@ -144,7 +151,7 @@ class RootRecurrence(_RecurrenceInSeries):
 
     def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         """See `LayerPaths`."""
-        out, state = rule_and_last_state(q, k, v, g, beta, self.row)
+        out, state = rule_and_last_state(q, k, v, g, beta, self.row, self.rule)
         return keep(self.root.recurrent.states, self.number, state, along=out)
 
 
@@ -160,4 +167,4 @@ class LaterRecurrence(_RecurrenceInSeries):
     def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         """See `LayerPaths`."""
         begin = self.root.recurrent.states[self.number].leaf()
-        return gated_delta_rule(q, k, v, g, beta, self.row, begin=begin)
+        return gated_delta_rule(q, k, v, g, beta, self.row, begin=begin, rule=self.rule)

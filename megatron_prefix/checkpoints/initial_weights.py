@@ -156,7 +156,10 @@ def _compare_shapes(
     for key, shard in wanted.items():
         entry = stored.get(key) or stored.get(_other_name(key) or "")
         if entry is None:
-            raise ValueError(f"{checkpoint}: has no tensor {key}, which the model needs")
+            hint = ""
+            if key.startswith("mtp."):
+                hint = "; convert them with --mtp, or set model.transformer.mtp_num_layers: null"
+            raise ValueError(f"{checkpoint}: has no tensor {key}, which the model needs{hint}")
         found, needed = tuple(entry.size), shard.global_shape
         fits = found == needed
         if shard.may_be_padded:

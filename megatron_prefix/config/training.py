@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prefix.attention.kernel_names import cpu_kernel_names, kernel_names
+from megatron_prefix.attention.kernel_names import (
+    cpu_delta_rule_names,
+    cpu_kernel_names,
+    delta_rule_names,
+    kernel_names,
+)
 from megatron_prefix.config.bounds import below, refuse
 from megatron_prefix.config.parallel import ParallelConfig
 
@@ -73,6 +78,9 @@ class TrainingConfig:
     """`cpu` runs Megatron-Core without a GPU, on gloo, for laptops and tests."""
     kernel: str | None = None
     """Name of the attention kernel; null: the best for the device."""
+    delta_rule_kernel: str | None = None
+    """Name of what computes the delta rule: `torch`, or on a GPU `flash_linear_attention`; null:
+    the best for the device. Models without gated delta nets do not read this."""
     deterministic: bool = False
     """Steps on the same data give the same bits, which costs time on a GPU. A kernel that cannot do
     it is not chosen, and refused if it is named. With Transformer Engine,
@@ -117,16 +125,25 @@ class TrainingConfig:
                 "(10 days): a run whose processes wait for each other longer has hung, and no "
                 "error would ever say so; lower it"
             )
-        if self.kernel is not None and self.kernel not in kernel_names():
-            yield (
-                f"kernel: there is none named {self.kernel}; choose one of "
-                f"{', '.join(kernel_names())}, or null for the best"
-            )
-        elif self.device == "cpu" and self.kernel not in (None, *cpu_kernel_names()):
-            yield (
-                f"kernel: {self.kernel} cannot compute on device: cpu; choose one of "
-                f"{', '.join(cpu_kernel_names())}, or null for the best"
-            )
+        for option, name, names, on_cpu in (
+            ("kernel", self.kernel, kernel_names(), cpu_kernel_names()),
+            (
+                "delta_rule_kernel",
+                self.delta_rule_kernel,
+                delta_rule_names(),
+                cpu_delta_rule_names(),
+            ),
+        ):
+            if name is not None and name not in names:
+                yield (
+                    f"{option}: there is none named {name}; choose one of {', '.join(names)}, or "
+                    "null for the best"
+                )
+            elif self.device == "cpu" and name not in (None, *on_cpu):
+                yield (
+                    f"{option}: {name} cannot compute on device: cpu; choose one of "
+                    f"{', '.join(on_cpu)}, or null for the best"
+                )
         if self.share_across_microbatches:
             if self.sharing != "groups":
                 yield (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ from megatron_prefix.conversion.mapping import BIAS_OF_ROUTER
 
 KEPT_ASIDE = "kept_aside"
 """Beside a checkpoint."""
-_COPIES = "copies.json"
+_OF_MTP = "mtp.json"
+"""In that folder: how the tensors of converted MTP layers were stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,13 @@ class Aside:
     copies: tuple[str, ...] | None = None
     """Tensors that are the embedding or the output layer once more. None: those of published
     folders."""
+    fused_mtp_experts: bool = False
+    """The experts of converted MTP layers are one tensor."""
+
+    @property
+    def of_mapping(self) -> dict[str, Any]:
+        """Arguments of a `Mapping` of the folder."""
+        return {"copies": self.copies, "fused_mtp_experts": self.fused_mtp_experts}
 
     @property
     def num_bytes(self) -> int:
@@ -57,7 +66,8 @@ class Aside:
 
     def write(self, output: Path, dtype: torch.dtype | None, *, max_file_bytes: int) -> None:
         """Keep it in a folder of `output`, if there is anything to keep."""
-        if not self.names and self.copies is None:
+        has_record = self.copies is not None or self.fused_mtp_experts
+        if not self.names and not has_record:
             return
         kept = output / KEPT_ASIDE
         kept.mkdir()
@@ -65,8 +75,8 @@ class Aside:
             writer = ShardWriter(kept, max_shard_bytes=max_file_bytes)
             self.copy(writer, dtype)
             finish_shards(kept, writer.close())
-        if self.copies is not None:
-            write_json(kept / _COPIES, {"copies": list(self.copies)})
+        if has_record:
+            write_json(kept / _OF_MTP, self.of_mapping)
 
 
 def aside_of(folder: HFFolder, a: Architecture) -> Aside:
@@ -80,6 +90,7 @@ def aside_of(folder: HFFolder, a: Architecture) -> Aside:
         folder=folder,
         names=tuple(name for name in there if name not in same),
         copies=same if copies else None,
+        fused_mtp_experts=mtp_tensors.has_fused_experts(a, folder.tensors),
     )
 
 
@@ -95,10 +106,14 @@ def kept_aside(checkpoint: Path, hf_source: Path | None, a: Architecture) -> Asi
     if beside.is_dir():
         has_tensors = any(beside.glob("*.safetensors"))
         folder = HFFolder(beside) if has_tensors else None
-        copies = None
-        if (beside / _COPIES).exists():
-            copies = tuple(map(str, read_json(beside / _COPIES).get("copies", ())))
-        return Aside(folder=folder, names=tuple(folder.tensors if folder else ()), copies=copies)
+        record = read_json(beside / _OF_MTP) if (beside / _OF_MTP).exists() else {}
+        copies = record.get("copies")
+        return Aside(
+            folder=folder,
+            names=tuple(folder.tensors if folder else ()),
+            copies=None if copies is None else tuple(copies),
+            fused_mtp_experts=record.get("fused_mtp_experts", False),
+        )
     may_have = a.mtp_layers or a.linear is not None
     return aside_of(HFFolder(hf_source), a) if hf_source is not None and may_have else Aside()
 

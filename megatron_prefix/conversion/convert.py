@@ -87,7 +87,7 @@ def hf_to_megatron(
     if mtp:
         architecture = mtp_tensors.with_mtp(folder.path, architecture, folder.tensors)
     aside = aside_of(folder, architecture)
-    mapping = Mapping(architecture, copies=aside.copies)
+    mapping = Mapping(architecture, **aside.of_mapping)
     parameters = mapping.parameters()
     check_source(folder, architecture, parameters, dtype, aside.names)
     for name in aside.names if mtp else ():
@@ -170,7 +170,7 @@ def megatron_to_hf(
     if aside.folder is not None and not computed:
         found = mtp_tensors.layers_in(architecture, aside.names)
         architecture = dataclasses.replace(architecture, mtp_layers=found)
-    mapping = Mapping(architecture, copies=aside.copies)
+    mapping = Mapping(architecture, **aside.of_mapping)
     parameters = mapping.parameters()
     places = check_stored(reader.shapes(), architecture, parameters, of=str(reader.folder))
     stored = [
@@ -189,9 +189,10 @@ def megatron_to_hf(
         for parameter, kind in zip(parameters, stored, strict=True)
     ]
     needed = sum(
-        math.prod(parameter.shape) * kind.itemsize
+        math.prod(parameter.shape) * kind.itemsize * (1 + len(parameter.copies))
         for parameter, kind in zip(parameters, types, strict=True)
     )
+    needed += aside.num_bytes
     with output_folder(output, force=force, needed_bytes=needed) as partial:
         writer = ShardWriter(partial, max_shard_bytes=max_shard_bytes)
         for parameter, (key, index), kind in zip(parameters, places, types, strict=True):

@@ -84,14 +84,20 @@ class Mapping:
     """All parameters of an architecture."""
 
     def __init__(
-        self, architecture: Architecture, *, copies: Collection[str] | None = None
+        self,
+        architecture: Architecture,
+        *,
+        copies: Collection[str] | None = None,
+        fused_mtp_experts: bool = False,
     ) -> None:
-        """See `Parameter.copies`.
+        """Of a folder's tensors, or of those that the family's published folders have.
 
         Args:
-            copies: those of a folder; None: all that the family's published folders have.
+            copies: which of `Parameter.copies` there are; None: all.
+            fused_mtp_experts: the experts of MTP layers are one tensor, as Qwen3.6's are.
         """
         self.architecture = architecture
+        self._fused_mtp_experts = fused_mtp_experts
         self._bridge = bridge_of(architecture)
         self._copies = {
             name: of
@@ -106,6 +112,8 @@ class Mapping:
     def to_megatron(self, parameter: Parameter, tensors: Sequence[Tensor]) -> Tensor:
         """Fuse the tensors of `parameter.sources`; of the same dtype."""
         if parameter.of_all_experts:
+            if self.architecture.family != "gpt_oss":
+                return tensors[0]
             return fused_experts.to_megatron(tensors[0], gated=parameter.is_gated)
         if self.architecture.linear is not None:
             whole = delta_net_tensors.to_megatron(self.architecture, parameter.name, tensors)
@@ -117,7 +125,9 @@ class Mapping:
         """Take a parameter apart again; rows that only pad the vocabulary are left out."""
         if parameter.of_all_experts:
             ((name, _),) = parameter.sources
-            return {name: fused_experts.to_hf(tensor, gated=parameter.is_gated)}
+            if self.architecture.family == "gpt_oss":
+                tensor = fused_experts.to_hf(tensor, gated=parameter.is_gated)
+            return {name: tensor}
         if tensor.shape[0] > parameter.shape[0]:
             tensor = tensor[: parameter.shape[0]]
         found = self._parts(parameter, tensor)
@@ -236,6 +246,10 @@ class Mapping:
         if a.family == "gpt_oss":
             yield from self._fused_experts(layer)
             return
+        if self._fused_mtp_experts and layer >= a.num_layers:
+            for name, source, shape in mtp_tensors.fused_experts(a, layer):
+                yield self._of_all_experts(name, layer, (source, shape), shape[1:])
+            return
         for expert in range(a.num_experts):
             of = functools.partial(self._parameter, layer=layer, expert=expert)
             yield of("mlp.experts.linear_fc1.weight", [(f, h), (f, h)])
@@ -252,16 +266,20 @@ class Mapping:
             ("linear_fc2.bias", (h,)),
         ):
             own = f"mlp.experts.{name}"
-            full = f"decoder.layers.{layer}.{own}"
-            (source,) = self._bridge._weight_name_mapping_mcore_to_hf(full)
-            yield Parameter(
-                name=full,
-                places=tuple(self._places(own, layer, None)),
-                leading=self._leading(layer, None),
-                shape=(experts, *shape),
-                sources=((source, (experts, *reversed(shape))),),
-                of_all_experts=True,
-            )
+            (source,) = self._bridge._weight_name_mapping_mcore_to_hf(f"{self._layer(layer)}.{own}")
+            yield self._of_all_experts(own, layer, (source, (experts, *reversed(shape))), shape)
+
+    def _of_all_experts(
+        self, name: str, layer: int, source: tuple[str, Shape], shape: Shape
+    ) -> Parameter:
+        return Parameter(
+            name=f"{self._layer(layer)}.{name}",
+            places=tuple(self._places(name, layer, None)),
+            leading=self._leading(layer, None),
+            shape=(source[1][0], *shape),
+            sources=(source,),
+            of_all_experts=True,
+        )
 
     def _norm_before_mlp(self, layer: int) -> Parameter:
         # Transformer Engine's specs store this norm under one name, the local spec under another:

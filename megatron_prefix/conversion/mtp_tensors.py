@@ -75,6 +75,23 @@ def hf_names(a: Architecture, name: str, names_of: Callable[[str], list[str]]) -
     return names
 
 
+def fused_experts(a: Architecture, layer: int) -> Iterator[tuple[str, str, tuple[int, int, int]]]:
+    """Experts of a layer of Qwen in one tensor, [experts, outputs, inputs] as Megatron has them.
+
+    Megatron's names within the layer, Hugging Face's names, and shapes.
+    """
+    h, f, experts = a.hidden_size, a.expert_ffn_hidden_size, a.num_experts
+    assert experts is not None and f is not None
+    first = f"mtp.layers.{layer - a.num_layers}.mlp.experts"
+    yield "mlp.experts.linear_fc1.weight", f"{first}.gate_up_proj", (experts, 2 * f, h)
+    yield "mlp.experts.linear_fc2.weight", f"{first}.down_proj", (experts, h, f)
+
+
+def has_fused_experts(a: Architecture, names: Collection[str]) -> bool:
+    """Whether a folder has the experts of MTP layers in one tensor, as Qwen3.6's are published."""
+    return a.family in WITH_DELTA_NETS and "mtp.layers.0.mlp.experts.gate_up_proj" in names
+
+
 def copies(a: Architecture) -> dict[str, str]:
     """Names of a published folder's tensors that are another one once more, and of the other."""
     if a.family in WITH_DELTA_NETS:
@@ -138,11 +155,6 @@ def _check_experts(a: Architecture, names: Collection[str]) -> None:
         first = f"model.layers.{a.num_layers + mtp}"
         if a.family in WITH_DELTA_NETS:
             first = f"mtp.layers.{mtp}"
-        if f"{first}.mlp.experts.gate_up_proj" in names:
-            raise ConversionError(
-                f"{first}.mlp.experts.gate_up_proj holds all experts of the layer, which is not "
-                "converted; give each expert tensors of its own"
-            )
         if (f"{first}.mlp.gate.weight" in names) != a.has_experts(a.num_layers):
             raise ConversionError(
                 f"{first} has experts and the last of the other layers has none, or the other way "

@@ -30,7 +30,7 @@ import numpy as np
 from megatron_prefix.layout.packing import PackedLayout
 from megatron_prefix.layout.sharding import ContextShards
 from megatron_prefix.layout.shared_states import PlacedStates, placed_states, segment_of
-from megatron_prefix.layout.stages import Recurrence, Wave
+from megatron_prefix.layout.stages import Recurrence, RunLevel, Runs, Wave
 from megatron_prefix.layout.waves import in_waves
 from megatron_prefix.layout.windows import (
     RankRows,
@@ -147,6 +147,7 @@ def _recurrence(
         waves=waves,
         place=np.where(real, places[:-1], 0),
         real=real,
+        runs=_levels(runs, num_tokens, num_begins),
         halo=halo,
         states=None if states is None else states.shared,
     )
@@ -160,7 +161,7 @@ def _waves(
     A row of padding alone has one chunk, of no token.
     """
     runs = runs or [_Run(start=0, length=0)]
-    size = max(1, min(CHUNK_TOKENS, max(run.length for run in runs)))
+    size = _chunk_size([run.length for run in runs])
     rows, before, of_chunk = [], [], []
     last_of_run: list[int] = []
     for run in runs:
@@ -180,6 +181,39 @@ def _waves(
     if num_begins:
         waves[0] = dataclasses.replace(waves[0], before=begins[waves[0].chunks])
     return np.array(rows)[order], tuple(waves)
+
+
+def chunked_tokens(lengths: Sequence[int]) -> int:
+    """Tokens of the chunks of runs of these lengths, which are filled up."""
+    size = _chunk_size(lengths)
+    return sum(-(-max(length, 1) // size) * size for length in lengths)
+
+
+def _chunk_size(lengths: Sequence[int]) -> int:
+    return max(1, min(CHUNK_TOKENS, max(lengths, default=0)))
+
+
+def _levels(runs: Sequence[_Run], num_tokens: int, num_begins: int) -> Runs[np.ndarray]:
+    """The runs, level after level."""
+    found, order = in_waves([run.parent for run in runs])
+    levels = []
+    for wave in found:
+        of_level = [runs[i] for i in order[wave.chunks].tolist()]
+        bounds = np.cumsum([0] + [run.length for run in of_level])
+        before = wave.before
+        if not levels and num_begins:
+            before = np.array([run.begin % (num_begins + 1) for run in of_level], dtype=np.int64)
+        levels.append(RunLevel(bounds=tuple(bounds.tolist()), cu_seqlens=bounds, before=before))
+    ranges = [np.arange(runs[i].start, runs[i].start + runs[i].length) for i in order.tolist()]
+    tokens = np.concatenate([np.zeros(0, dtype=np.int64), *ranges])
+    place = np.full(num_tokens, len(tokens), dtype=np.int64)
+    place[tokens] = np.arange(len(tokens))
+    return Runs(
+        tokens=tokens,
+        place=place,
+        levels=tuple(levels),
+        pieces=sum(run.is_piece for run in runs),
+    )
 
 
 def _inputs(

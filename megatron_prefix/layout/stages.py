@@ -188,6 +188,33 @@ class SharedStates(Generic[Array]):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class RunLevel(Generic[Array]):
+    """Runs that are computed together: as many runs come before each of them on its path."""
+
+    bounds: tuple[int, ...]
+    """[runs + 1] of each run among the level's tokens, on the host."""
+    cu_seqlens: Array
+    """[runs + 1] int64: the same."""
+    before: Array
+    """[runs] int64: the run before each one, in the level above. In the first level, the state
+    that it begins with, as in the first `Wave`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Runs(Generic[Array]):
+    """A row's paths, cut at the ends of segments only. A run lies in one segment."""
+
+    tokens: Array
+    """[n] int64: the real tokens, level after level and run after run."""
+    place: Array
+    """[T] int64: where each token is among them; n on padding."""
+    levels: tuple[RunLevel[Array], ...]
+    """None in a row of padding alone."""
+    pieces: int
+    """So many of the first level's first runs are pieces, see `SharedStates`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Recurrence(Generic[Array]):
     """The paths of a row's T tokens. Index T stands for none: a row of zeros behind the tokens."""
 
@@ -202,6 +229,8 @@ class Recurrence(Generic[Array]):
     """[T] int64: where each token is among the C * size places of the chunks; 0 on padding."""
     real: Array
     """[T] bool: not padding."""
+    runs: Runs[Array]
+    """The same paths, cut at the ends of segments only."""
     halo: HaloRows[Array] | None = None
     """Inputs from other ranks; None: no rank needs any."""
     states: SharedStates[Array] | None = None

@@ -207,6 +207,14 @@ def _check_predictions(model: ModelConfig, config: TransformerConfig) -> None:
             "not keep equal to the first stage's; use rotary positions or one stage, or set "
             "mtp_num_layers: null"
         )
+    if model.share_embeddings_and_output_weights and pipeline > 1:
+        raise ConfigError(
+            "model.share_embeddings_and_output_weights: true with model.transformer."
+            f"mtp_num_layers: {config.mtp_num_layers} and parallel.pipeline_model_parallel_size: "
+            f"{pipeline}: the last stage has an embedding and an output layer, which Megatron "
+            "neither keeps equal nor can write into a checkpoint; use one stage, or "
+            "set mtp_num_layers: null"
+        )
     if config.mtp_loss_scaling_factor is None:
         raise ConfigError(
             "model.transformer.mtp_loss_scaling_factor: null, with mtp_num_layers: "

@@ -69,8 +69,7 @@ class StepEstimate:
     def context_parallel_bytes(self) -> int:
         """Received in a layer by the busiest rank, in its largest row.
 
-        That is a layer without a sliding window, if there is one, that attends. What recurrent
-        layers receive is not counted.
+        That is a layer without a sliding window, if there is one, that attends.
         """
         if all(self.setup.memory.shape.recurrent_layers or (False,)):
             return 0
@@ -80,6 +79,11 @@ class StepEstimate:
         if windowed and all(w or r for w, r in zip(windowed, recurrent, strict=True)):
             return max((row.windows.received_per_layer for row in self._rows), default=0)
         return max((row.received_per_layer for row in self._rows), default=0)
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """The same in a recurrent layer; 0: there is none."""
+        return max((row.recurrent.received_per_layer for row in self._rows), default=0)
 
     @property
     def num_series(self) -> int:
@@ -131,9 +135,11 @@ class StepEstimate:
             shape = setup.memory.shape
             numbers = range(shape.num_layers + shape.prediction_depths)
             num_windowed = sum(map(shape.is_windowed, numbers))
+            num_recurrent = sum(shape.recurrent_layers)
             others = sum(map(shape.attends, numbers)) - num_windowed
             received = m.received_per_layer * others
             received += m.windows.received_per_layer * num_windowed
+            received += m.recurrent.received_per_layer * num_recurrent
             seconds += received / stages / bytes_per_second
         return seconds
 
@@ -208,6 +214,7 @@ def _stage_memory(
             layers
             + memory.kept_by_outer(m.tokens_per_rank, m.labels_per_rank, ranks=ranks, **ends(chunk))
             + memory.kept_at_borders(m.tokens_per_rank, ranks, **ends(chunk))
+            + memory.kept_of_ranks(chunks[chunk], m.recurrent, ranks)
         )
 
     def transient(chunk: int, m: RowEstimate, root_tokens: int = 0) -> int:
@@ -221,6 +228,7 @@ def _stage_memory(
             root_tokens=root_tokens,
             halo_tokens=m.windows.travelling,
             window_copies=m.windows.copied,
+            recurrent_row=m.recurrent,
         )
 
     for step in pipeline_passes(

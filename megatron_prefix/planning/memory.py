@@ -33,7 +33,9 @@ from megatron_prefix.planning.recurrent_memory import (
     recurrent_kept,
     recurrent_parameters,
     recurrent_root,
+    recurrent_states,
 )
+from megatron_prefix.planning.recurrent_rows import RecurrentRow
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -244,6 +246,20 @@ class MemoryModel:
             if kind is not None
         )
 
+    def kept_of_ranks(self, layers: list[int], row: RecurrentRow, ranks: RankSizes) -> int:
+        """Bytes that autograd keeps of what comes from other ranks, in recurrent ones of these
+        layers."""
+        if self.recompute == "full":
+            return 0
+        return sum(self._of_ranks(layer, row, ranks) for layer in layers)
+
+    def _of_ranks(self, layer: int, row: RecurrentRow, ranks: RankSizes) -> int:
+        recurrent = self._recurrent(layer)
+        if recurrent is None:
+            return 0
+        states = recurrent_states(recurrent, row.begins, tensor=ranks.tensor, wide=self.wide)
+        return states + row.copied * self.element
+
     def transient(
         self,
         layers: list[int],
@@ -256,6 +272,7 @@ class MemoryModel:
         root_tokens: int = 0,
         halo_tokens: int = 0,
         window_copies: int = 0,
+        recurrent_row: RecurrentRow | None = None,
     ) -> int:
         """The most that exists at once beside what is kept, while a microbatch runs.
 
@@ -272,8 +289,11 @@ class MemoryModel:
             root_tokens: of a root that an earlier row has run, which the row attends to.
             halo_tokens: the same as `travelling` in layers with a sliding window.
             window_copies: rows of keys that such a layer copies side by side.
+            recurrent_row: of recurrent layers; None: their chunks are full, and no rank sends
+                states.
         """
         candidates = [0]
+        recurrent_row = recurrent_row or RecurrentRow(chunk_tokens=tokens)
         s, b = self.shape, self.element
         if last:
             table = self.padded_vocab_size // ranks.tensor
@@ -291,6 +311,7 @@ class MemoryModel:
             again = 0
             if self.recompute == "full":
                 again = self._all_of_layer(layer, tokens, labels, ranks)
+                again += self._of_ranks(layer, recurrent_row, ranks)
             # Gathered, in the order of the stages, and the gradients of both.
             windowed = s.is_windowed(layer)
             width = 2 * self._kv // ranks.tensor * s.attends(layer)
@@ -298,7 +319,7 @@ class MemoryModel:
             # The row's share of the gradients of the root's keys and values.
             gathered += root_tokens * width * b
             copies = window_copies if windowed else 0
-            backward = self._layer_backward(layer, tokens, labels, ranks, copies)
+            backward = self._layer_backward(layer, tokens, labels, ranks, copies, recurrent_row)
             if layer >= s.num_layers:
                 # The final norm's backward is behind theirs, and waits for its gradient's sum.
                 backward += self._final_norm(tokens, labels, ranks)
@@ -411,11 +432,17 @@ class MemoryModel:
         return experts + tokens * shared + tokens // ranks.sequence * (routing + gated)
 
     def _layer_backward(
-        self, layer: int, tokens: int, labels: int, ranks: RankSizes, copies: int
+        self,
+        layer: int,
+        tokens: int,
+        labels: int,
+        ranks: RankSizes,
+        copies: int,
+        recurrent_row: RecurrentRow,
     ) -> int:
         """The most that exists at once in a layer's backward, beside all of its activations.
 
-        `copies`: rows of keys that its attention copies.
+        `copies`: rows of keys that its attention copies. `recurrent_row`: of recurrent layers.
         """
         s, b, tp = self.shape, self.element, ranks.tensor
         layer = min(layer, s.num_layers - 1)
@@ -438,7 +465,9 @@ class MemoryModel:
             mlp = 0
         recurrent = self._recurrent(layer)
         if recurrent is not None:
-            again = recurrent_backward(recurrent, tokens=tokens, tensor=tp, wide=self.wide)
+            again = recurrent_backward(
+                recurrent, tokens=recurrent_row.chunk_tokens, tensor=tp, wide=self.wide
+            )
             return max(mlp, row + again - self._of_mlp(layer, rows, ranks))
         # dq, dk and dv in a wide dtype, then in their own, and dout; the MLP's activations are
         # gone by then.

@@ -58,10 +58,18 @@ def recurrent_root(recurrent: RecurrentShape, *, tensor: int, element: int, wide
     return (inputs + state) // tensor
 
 
+def recurrent_states(recurrent: RecurrentShape, count: int, *, tensor: int, wide: int) -> int:
+    """Bytes of `count` states; tensor, wide: see `recurrent_kept`."""
+    size = recurrent.num_value_heads * recurrent.key_channels * recurrent.value_channels
+    return count * size // tensor * wide
+
+
 def recurrent_backward(recurrent: RecurrentShape, *, tokens: int, tensor: int, wide: int) -> int:
     """Bytes of the chunks, which are computed again in backward, and of their gradients.
 
-    Counted are whole chunks; a segment's last chunk may be filled up.
+    Args:
+        tokens: of the chunks, which are filled up.
+        tensor, wide: see `recurrent_kept`.
     """
     r = recurrent
     of_head = 12 * r.key_channels + 9 * r.value_channels + 9 * r.chunk_tokens

@@ -24,6 +24,7 @@ def summary(
         "tokens": estimate.tokens,
         "flops": estimate.flops,
         "context_parallel_bytes_per_layer": estimate.context_parallel_bytes,
+        "context_parallel_bytes_per_recurrent_layer": estimate.recurrent_bytes,
         "memory_bytes": worst.total,
         "worst_pipeline_rank": worst.pipeline_rank,
         "pipeline_ranks": [
@@ -120,9 +121,12 @@ def _sides(result: dict[str, Any], places: str) -> list[str]:
     ]
     if grouped["series"]:
         lines.append(row("of them a series, all ranks", ".0f", "series"))
-    received = "context_parallel_bytes_per_layer"
-    if grouped[received] or ungrouped[received]:
-        lines.append(row("MB received in a layer (CP)", ",.1f", received, None, 1e6))
+    for name, received in (
+        ("MB received in a layer (CP)", "context_parallel_bytes_per_layer"),
+        ("MB received in a recurrent one", "context_parallel_bytes_per_recurrent_layer"),
+    ):
+        if grouped[received] or ungrouped[received]:
+            lines.append(row(name, ",.1f", received, None, 1e6))
     lines.append(row("GiB of the fullest rank", places, "memory_bytes", "memory_ratio", GIB))
     if "seconds" in grouped:
         lines.append(row("seconds at the given rates", ".2f", "seconds", "time_ratio"))

@@ -25,6 +25,7 @@ from megatron_prefix.layout.tree import PrefixTree
 from megatron_prefix.layout.windows import RankRows, positions_asked_for
 from megatron_prefix.planning.memory import MemoryModel
 from megatron_prefix.planning.rank_sizes import RankSizes
+from megatron_prefix.planning.recurrent_rows import RecurrentRow, recurrent_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,14 @@ class RowEstimate:
     travelling: int
     """Tokens whose keys and values a rank receives."""
     windows: WindowEstimate
+    recurrent: RecurrentRow
     flops: int
     """Of the whole row, forward, backward and recompute."""
     outer_flops: int
     """Of the output layer and multi-token prediction, less what a trimmed last layer saves."""
     received_per_layer: int
-    """Bytes that the busiest context-parallel rank receives in a layer, forward and backward."""
+    """Bytes that the busiest context-parallel rank receives in a layer that attends, forward and
+    backward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +220,15 @@ def _row(
         pairs_per_rank=pairs_per_rank,
         travelling=travelling,
         windows=_windows(layout, shards, setup, windowed_pairs, travelling, received),
+        recurrent=recurrent_row(
+            layout,
+            shards,
+            memory.shape.recurrent,
+            by_heads=setup.comm_type == "a2a",
+            tensor=ranks.tensor,
+            element=memory.element,
+            wide=memory.wide,
+        ),
         flops=step_flops(
             memory, tokens=tokens, labels=labels, predictions=further, **everything, **trimmed
         ),

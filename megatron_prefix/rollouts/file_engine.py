@@ -23,30 +23,19 @@ Rewards may be several by name (`named_rewards`). "turn_rewards" stand in place 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from os import PathLike
 from typing import Any
 
 from megatron_prefix.rollouts.batch_builder import BatchBuilder
-from megatron_prefix.rollouts.group_reader import GroupReader, ReadGroup, Unrewarded
-from megatron_prefix.rollouts.records import RolloutBatch
+from megatron_prefix.rollouts.group_reader import GroupReader, ReadGroup
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.rewards import close_reward, reward_batch
 from megatron_prefix.rollouts.stream import RecordStream, position_kept
 
 RunAlone = Callable[[Callable[[], RolloutBatch]], "RolloutBatch | None"]
 """Runs a function on one rank, which gets the result. Every rank gets None or the error."""
-
-
-class _Made:
-    """A batch that is being read."""
-
-    def __init__(self) -> None:
-        self.builder = BatchBuilder()
-        self.unrewarded: list[tuple[Unrewarded, ...]] = []
-
-    def add(self, read: ReadGroup) -> None:
-        self.builder.add(read.batch)
-        self.unrewarded.append(read.unrewarded)
 
 
 class FileEngine:
@@ -107,23 +96,22 @@ class FileEngine:
     def _read(self, num_groups: int) -> RolloutBatch:
         stream = self._stream
         assert stream is not None
-        with position_kept(stream):
-            made = _Made()
-            stream.take_each(num_groups, made.add)
-            return self._rewarded(made)
+        with position_kept(stream), closing(stream.take_each(num_groups)) as groups:
+            return self._batch_of(groups)
 
-    def _rewarded(self, made: _Made) -> RolloutBatch:
-        """The batch with the rewards that are to be computed.
+    def _batch_of(self, groups: Iterable[ReadGroup]) -> RolloutBatch:
+        """The batch of these groups, with the rewards that are to be computed.
 
         Raises:
             ValueError: a reward could not be computed.
         """
-        batch = made.builder.build()
-        unrewarded = [
-            (int(start) + part.first, part.group)
-            for start, of_group in zip(batch.group_offsets[:-1], made.unrewarded, strict=True)
-            for part in of_group
-        ]
+        builder, num_responses = BatchBuilder(), 0
+        unrewarded: list[tuple[int, RolloutGroup]] = []
+        for read in groups:
+            builder.add(read.batch)
+            unrewarded += [(num_responses + first, group) for first, group in read.unrewarded]
+            num_responses += read.batch.num_responses
+        batch = builder.build()
         if not unrewarded:
             return batch
         assert self._reward is not None
@@ -146,10 +134,7 @@ class FileEngine:
         """
         groups = self.each()
         while part := list(itertools.islice(groups, num_groups)):
-            made = _Made()
-            for read in part:
-                made.add(read)
-            yield self._rewarded(made)
+            yield self._batch_of(part)
 
     def metrics(self) -> dict[str, float]:
         """Nothing: the trainer's own metrics say all."""

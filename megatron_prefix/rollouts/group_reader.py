@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any
 
 from megatron_prefix.rollouts.named_rewards import weighted_record
-from megatron_prefix.rollouts.parsing import (
-    batch_of_arrays,
-    group_id,
-    parse_group,
-    parse_response,
-    response_field,
-)
+from megatron_prefix.rollouts.parsing import check_same_group, group_id, other_fields, read_group
 from megatron_prefix.rollouts.positions import FIELDS as POSITIONS
-from megatron_prefix.rollouts.positions import PositionsOfParts, with_positions_of_group
-from megatron_prefix.rollouts.record import START, FilePosition, Record, of_each_response
+from megatron_prefix.rollouts.positions import with_positions
+from megatron_prefix.rollouts.record import FilePosition, GroupRecords, Record
 from megatron_prefix.rollouts.record_forms import RecordForms
-from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup, plain_tokens
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutGroup
 from megatron_prefix.rollouts.rewards import RewardFunction
 from megatron_prefix.rollouts.routes import FIELD as ROUTES
 from megatron_prefix.rollouts.routes import RouteReader
 from megatron_prefix.rollouts.usable import Usable
-from megatron_prefix.rollouts.validation import Limits, is_trainable, validate_group
-
-Value = TypeVar("Value")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unrewarded:
-    """Responses of one record that gives an answer and no rewards."""
-
-    first: int
-    """Index of the first one in the group."""
-    group: RolloutGroup
-    """As the record gives them."""
+from megatron_prefix.rollouts.validation import Limits, validate_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +28,9 @@ class ReadGroup:
 
     batch: RolloutBatch
     """This group alone; a reward that is missing is 0."""
-    unrewarded: tuple[Unrewarded, ...]
-    """What has to be rewarded."""
+    unrewarded: tuple[tuple[int, RolloutGroup], ...]
+    """What has to be rewarded: the responses of each record that gives an answer and no rewards,
+    with the index of the first one in the group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,92 +58,64 @@ class GroupReader:
         """The groups of one file, each with the position after its last record."""
         in_own_form = (weighted_record(self.forms(r), self.reward_weights) for r in records)
         for key, members in itertools.groupby(in_own_form, key=_consecutive_group):
-            if isinstance(key, (str, int)):
-                joined = self.usable.made(partial(self._join, key, members))
-                if joined is not None:
-                    yield joined
-            else:
-                # Unpacking `members` would read the next line, which a later batch answers for.
-                record = next(members)
-                whole = self.usable.made(partial(self._whole, record))
-                if whole is not None:
-                    yield whole, record.end
+            found = self._members(key, members)
+            group = self.usable.made(partial(self._group, GroupRecords(records=found)))
+            if group is not None:
+                yield group, found[-1].end
 
-    def _whole(self, record: Record) -> ReadGroup:
-        """The group of a record that holds a whole one."""
-        batch = batch_of_arrays(record)
-        if batch is None or not is_trainable(batch, self.limits):
-            group = parse_group(record)
-            validate_group(group, self.limits)
-            batch = RolloutBatch.from_groups([group])
-        unrewarded: tuple[Unrewarded, ...] = ()
-        if self._lacks_rewards(record, "rewards"):
-            unrewarded = (Unrewarded(first=0, group=batch.group(0)),)
-        self._check_size(record.source, batch.num_responses)
-        self._check_positions(record)
-        if any(name in record.values for name in POSITIONS):
-            batch = with_positions_of_group(batch, record)
-        routes = self._routes_of(record)
-        if self.routes is not None:
-            where = f"{record.source}: {ROUTES}"
-            values = of_each_response(routes, where, batch.num_responses)
-            names = [f"{where}[{response}]" for response in range(len(values))]
-            batch = self.routes.of_group(batch, values, names)
-        return ReadGroup(batch=batch, unrewarded=unrewarded)
-
-    def _join(self, name: str | int, records: Iterable[Record]) -> tuple[ReadGroup, FilePosition]:
-        """One group of the consecutive records of one response each, and the position after it."""
-        parts: list[RolloutGroup] = []
-        unrewarded: list[Unrewarded] = []
-        routes: list[tuple[Any, str]] = []
-        positions = PositionsOfParts(name)
-        end = START
+    def _members(self, name: Any, records: Iterator[Record]) -> list[Record]:
+        """The records of one group: one that holds it whole, or consecutive ones of its name."""
+        if not isinstance(name, (str, int)):
+            # Unpacking `records` would read the next line, which a later batch answers for.
+            return [next(records)]
+        found = []
         for record in records:
-            end = record.end
-            part = parse_response(record)
-            validate_group(part, self.limits, field_name=response_field)
-            if self._lacks_rewards(record, "reward"):
-                unrewarded.append(Unrewarded(first=len(parts), group=part))
-            routes.append((self._routes_of(record), f"{record.source}: {ROUTES}"))
-            self._check_positions(record)
-            positions.add(record, len(part.prompt), len(part.responses[0]))
-            parts.append(part)
-            _check_same_group(name, parts[0], part)
+            found.append(record)
             # At once: a file in which every record has the same group must not be read to its end.
-            if self.group_size is not None and len(parts) > self.group_size:
+            if self.group_size is not None and len(found) > self.group_size:
                 raise ValueError(
-                    f"{part.source}: group: {name!r} has more responses than "
+                    f"{record.source}: group: {name!r} has more responses than "
                     f"group_size={self.group_size}"
                 )
-        first, last = parts[0], parts[-1]
-        group = RolloutGroup(
-            prompt=first.prompt,
-            responses=_chained(part.responses for part in parts),
-            rewards=_chained(part.rewards for part in parts),
-            named_rewards={
-                name: np.concatenate([part.named_rewards.get(name, [np.nan]) for part in parts])
-                for name in dict.fromkeys(name for part in parts for name in part.named_rewards)
-            },
-            # Every part has one response: nothing to chain means that none gives them.
-            turn_rewards=_chained(part.turn_rewards for part in parts) or None,
-            advantages=_chained(part.advantages for part in parts) or None,
-            old_logprobs=_chained(part.old_logprobs for part in parts) or None,
-            loss_mask=_chained(part.loss_mask for part in parts) or None,
-            prompt_keys=first.prompt_keys,
-            keys=_chained(part.keys for part in parts) or None,
-            finished=_chained(part.finished for part in parts) or None,
-            answer=first.answer,
-            record=first.record,
-            source=_source_range(first.source, last.source),
-        )
-        self._check_size(group.source, len(parts))
-        batch = positions.joined(RolloutBatch.from_groups([group]))
-        if self.routes is not None:
-            batch = self.routes.of_group(batch, *zip(*routes, strict=True))
-        return ReadGroup(batch=batch, unrewarded=tuple(unrewarded)), end
+        return found
 
-    def _routes_of(self, record: Record) -> Any:
-        """The field of a record; None where no record has it."""
+    def _group(self, group: GroupRecords) -> ReadGroup:
+        batch = read_group(group)
+        validate_batch(batch, self.limits, records=group)
+        unrewarded = []
+        for index, record in enumerate(group.records):
+            if self._lacks_rewards(record):
+                responses = batch.responses_of(0) if group.is_whole else [index]
+                to_reward = RolloutGroup(
+                    prompt=batch.prompt(0),
+                    responses=[batch.response_tokens[batch.tokens_of(r)] for r in responses],
+                    rewards=(),
+                    answer=record.values["answer"],
+                    record=other_fields(record.values),
+                    source=record.source,
+                )
+                unrewarded.append((index, to_reward))
+            self._check_extras(record)
+        check_same_group(group, batch)
+        if self.group_size is not None and batch.num_responses != self.group_size:
+            raise ValueError(
+                f"{group.source}: responses: {batch.num_responses} of them, but "
+                f"group_size={self.group_size}"
+            )
+        if any(name in record.values for name in POSITIONS for record in group.records):
+            batch = with_positions(batch, group)
+        if self.routes is not None:
+            batch = self.routes.of_group(batch, group)
+        return ReadGroup(batch=batch, unrewarded=tuple(unrewarded))
+
+    def _check_extras(self, record: Record) -> None:
+        """Refuse positions that the model has not; all records have routes, or none has any."""
+        for name in POSITIONS:
+            if name in record.values and not self.has_mrope:
+                raise ValueError(
+                    f"{record.source}: {name}: only a model with mRoPE has positions of its own "
+                    "(model.position_embedding_type: mrope); leave them out"
+                )
         is_there = ROUTES in record.values
         if self.routes is None and is_there:
             raise ValueError(
@@ -175,22 +128,13 @@ class GroupReader:
                 "of all records; have the engine that samples give them, or set replayed_routes: "
                 "null"
             )
-        return record.values.get(ROUTES)
 
-    def _check_positions(self, record: Record) -> None:
-        """Refuse positions of a model without mRoPE."""
-        for name in POSITIONS:
-            if name in record.values and not self.has_mrope:
-                raise ValueError(
-                    f"{record.source}: {name}: only a model with mRoPE has positions of its own "
-                    "(model.position_embedding_type: mrope); leave them out"
-                )
-
-    def _lacks_rewards(self, record: Record, field: str) -> bool:
-        """Whether the rewards of a record, in the field of that name, are to be computed."""
-        other = "reward" if field == "rewards" else "rewards"
+    def _lacks_rewards(self, record: Record) -> bool:
+        """Whether the rewards of a record are to be computed."""
+        is_whole = "responses" in record.values
+        field, other = ("rewards", "reward") if is_whole else ("reward", "rewards")
         if other in record.values:
-            kind = "a whole group" if field == "rewards" else "one response"
+            kind = "a whole group" if is_whole else "one response"
             raise ValueError(f"{record.source}: {other}: a record of {kind} has {field}; rename it")
         if "turn_rewards" in record.values:
             for other in (field, "advantages"):
@@ -214,64 +158,8 @@ class GroupReader:
             )
         return True
 
-    def _check_size(self, source: str, num_responses: int) -> None:
-        if self.group_size is not None and num_responses != self.group_size:
-            raise ValueError(
-                f"{source}: responses: {num_responses} of them, but group_size={self.group_size}"
-            )
-
 
 def _consecutive_group(record: Record) -> Any:
     """Equal for neighbouring records of one group; a record of a whole group equals none."""
     name = group_id(record)
     return object() if name is None else name
-
-
-def _check_same_group(name: str | int, first: RolloutGroup, part: RolloutGroup) -> None:
-    where = part.source
-    if not np.array_equal(part.prompt, first.prompt):
-        pairs = itertools.zip_longest(plain_tokens(first.prompt), plain_tokens(part.prompt))
-        position = next(i for i, (a, b) in enumerate(pairs) if a != b)
-        raise ValueError(
-            f"{where}: prompt: group {name!r} of different prompts; {first.source} begins it with "
-            f"{len(first.prompt)} tokens, these are {len(part.prompt)}, and they differ first at "
-            f"position {position}"
-        )
-    if part.answer != first.answer:
-        raise ValueError(
-            f"{where}: answer: group {name!r} of different answers; {first.source} begins it with "
-            "another"
-        )
-    if first.prompt_keys is not None and part.prompt_keys is not None:
-        differs = np.asarray(part.prompt_keys) != np.asarray(first.prompt_keys)
-        if differs.any():
-            raise ValueError(
-                f"{where}: prompt_keys: group {name!r} of different prompts; their keys differ "
-                f"from those of {first.source} first at position {int(differs.argmax())}"
-            )
-    for attribute in (
-        "turn_rewards",
-        "advantages",
-        "old_logprobs",
-        "loss_mask",
-        "finished",
-        "prompt_keys",
-        "keys",
-    ):
-        if (getattr(part, attribute) is None) != (getattr(first, attribute) is None):
-            raise ValueError(
-                f"{where}: {attribute}: of group {name!r}, some records have it and some do not; "
-                f"{first.source} begins it; give it in all of them or in none"
-            )
-
-
-def _chained(parts: Iterable[tuple[Value, ...] | None]) -> tuple[Value, ...]:
-    return tuple(value for part in parts if part is not None for value in part)
-
-
-def _source_range(first: str, last: str) -> str:
-    """`file.jsonl:17` and `file.jsonl:20` as `file.jsonl:17-20`."""
-    if first == last:
-        return first
-    number = len(last) - len(last.rstrip("0123456789"))
-    return f"{first}-{last[-number:]}"

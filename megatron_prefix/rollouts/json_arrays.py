@@ -17,16 +17,13 @@ from numpy.typing import NDArray
 
 from megatron_prefix.packages import installing
 from megatron_prefix.rollouts.json_object import refuse_duplicates
-from megatron_prefix.rollouts.record import ARRAY_FIELDS, Kind, Lists
-from megatron_prefix.rollouts.records import offsets_of
+from megatron_prefix.rollouts.kinds import FLAGS, Kind, Lists, offsets_of
+from megatron_prefix.rollouts.record import ARRAY_FIELDS
 
 logger = logging.getLogger(__name__)
 
 ArrayReader = Callable[[bytes], "dict[str, Any] | None"]
 """Gives the values of a line, without those that are null; None where it gives the line up."""
-
-_BUFFERS = {"tokens": ("i", np.int64), "numbers": ("d", np.float64)}
-"""Types of simdjson's buffers and of the arrays over them."""
 
 
 def array_reader() -> ArrayReader | None:
@@ -108,7 +105,7 @@ class _LineReader:
         if not all(isinstance(item, self._array) for item in inner):
             return None
         offsets = offsets_of([len(item) for item in inner])
-        if kind == "flags":
+        if kind is FLAGS:
             parts = [_flat(item, kind) for item in inner]
             if any(part is None for part in parts):
                 return None
@@ -121,11 +118,11 @@ class _LineReader:
 
 def _flat(value: Any, kind: Kind) -> NDArray | None:
     """The numbers of a list, and of the lists in it; None where not all are of the kind."""
-    if kind == "flags":
+    if kind is FLAGS:
         flags = value.as_list()
         return np.array(flags, dtype=np.bool_) if set(map(type, flags)) <= {bool} else None
-    code, dtype = _BUFFERS[kind]
+    code = "i" if kind.wide is np.int64 else "d"  # of simdjson's buffers
     try:
-        return np.frombuffer(value.as_buffer(of_type=code), dtype=dtype)
+        return np.frombuffer(value.as_buffer(of_type=code), dtype=kind.wide)
     except (TypeError, ValueError):
         return None

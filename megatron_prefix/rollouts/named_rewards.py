@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prefix.rollouts.parsing import number, numbers
+from megatron_prefix.rollouts.kinds import NUMBERS, read_item, read_list
 from megatron_prefix.rollouts.record import Record
 
 
@@ -91,11 +91,8 @@ def _named(
     first = next(iter(weights))
     found: dict[str, NDArray[np.float64]] = {}
     for name in weights:
-        read = numbers if of_group else number
-        values = np.atleast_1d(np.asarray(read(given[name], f"{where}.{name}"), dtype=np.float64))
-        for index in np.flatnonzero(~np.isfinite(values)):
-            raise ValueError(f"{where}.{name}[{index}]: {values[index]} is not a finite number")
-        found[name] = values
+        read = read_list if of_group else read_item
+        values = found[name] = read(given[name], f"{where}.{name}", NUMBERS)
         if len(values) != len(found[first]):
             raise ValueError(
                 f"{where}.{name}: {len(values)}, and {len(found[first])} of {first}; there must be "

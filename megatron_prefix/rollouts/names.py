@@ -66,10 +66,9 @@ def fault_of_path(path: Path) -> str | None:
     if os.path.isdir(path):  # unlike its method, false where the user may not look
         return f"{path}: is a directory; name the files in it"
     if not os.path.isfile(path):
-        if glob.has_magic(str(path)):
-            return f"{path}: no file matches{'' if path.is_absolute() else f' in {Path.cwd()}'}"
         searched = "" if path.is_absolute() else f" in {Path.cwd()}"
-        return f"{path}: there is no such file{searched}"
+        missing = "no file matches" if glob.has_magic(str(path)) else "there is no such file"
+        return f"{path}: {missing}{searched}"
     if not os.access(path, os.R_OK):
         return f"{path}: cannot be read by this user"
     if not path.name.lower().endswith((*JSON_LINES_ENDINGS, PARQUET_ENDING, TASKS_ENDING)):

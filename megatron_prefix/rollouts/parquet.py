@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prefix.packages import needed_by
-from megatron_prefix.rollouts.record import ARRAY_FIELDS, FilePosition, Lists, Record
+from megatron_prefix.rollouts.kinds import Lists
+from megatron_prefix.rollouts.record import ARRAY_FIELDS, FilePosition, Record
 
 if TYPE_CHECKING:  # imported where the first file is opened
     import pyarrow
@@ -44,11 +45,7 @@ class ParquetFile:
 
     def can_continue_at(self, position: FilePosition) -> bool:
         """Whether there are so many rows."""
-        try:
-            with self._open(self.path) as file:
-                return position.number <= file.metadata.num_rows
-        except self._errors as error:
-            raise ValueError(f"{self.path}: not readable as Parquet: {error}") from error
+        return position.number <= self.count()
 
     def count(self) -> int:
         """The rows."""

@@ -15,12 +15,17 @@ from os import PathLike
 from typing import Any, Protocol
 
 from megatron_prefix.rollouts.engine import EndOfRollouts
-from megatron_prefix.rollouts.parsing import other_fields, parse_prompt
+from megatron_prefix.rollouts.parsing import (
+    check_names_of_prompt,
+    other_fields,
+    read_prompt,
+    read_tokens,
+)
 from megatron_prefix.rollouts.record import FilePosition, Record
-from megatron_prefix.rollouts.stream import RecordStream
+from megatron_prefix.rollouts.stream import HasPosition, RecordStream
 from megatron_prefix.rollouts.text.messages import Message
 from megatron_prefix.rollouts.usable import UnusableRecord, Usable
-from megatron_prefix.rollouts.validation import TOO_LONG, check_tokens
+from megatron_prefix.rollouts.validation import TOO_LONG, check_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,7 @@ class Prompt:
     """Other fields of its record, for a reward function."""
 
 
-class PromptSource(Protocol):
+class PromptSource(HasPosition, Protocol):
     """Gives an engine its prompts, in an order that can be continued."""
 
     def take(self, count: int) -> list[Prompt]:
@@ -51,26 +56,6 @@ class PromptSource(Protocol):
         Raises:
             EndOfRollouts: fewer are left in the last epoch.
             ValueError: a record that is wrong; nothing is taken then.
-        """
-        ...
-
-    def each(self) -> Iterator[Prompt]:
-        """All prompts once, in the order of the files; the position stays.
-
-        Raises:
-            ValueError: a record that is wrong.
-        """
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, as plain values."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
-
-        Raises:
-            ValueError: the data is not that of `state`.
         """
         ...
 
@@ -105,10 +90,10 @@ def prompt_stream(
 
     def read(records: Iterator[Record]) -> Iterator[tuple[Prompt, FilePosition]]:
         for record in records:
-            tokens, answer = parse_prompt(record)
+            check_names_of_prompt(record)
             prompt = Prompt(
-                tokens=tokens,
-                answer=answer,
+                tokens=tuple(read_prompt(record).tolist()),
+                answer=record.values.get("answer"),
                 source=record.source,
                 record=other_fields(record.values),
             )
@@ -125,10 +110,11 @@ def check_prompt(prompt: Prompt, vocab_size: int, max_prompt_length: int) -> Pro
         UnusableRecord: it is too long.
         ValueError: it is empty, or has what is no token of the vocabulary.
     """
-    check_tokens(f"{prompt.source}: prompt", prompt.tokens, vocab_size)
+    where = f"{prompt.source}: prompt"
+    check_vocabulary(where, read_tokens(prompt.tokens, where), vocab_size)
     if len(prompt.tokens) > max_prompt_length:
         raise UnusableRecord(
-            f"{prompt.source}: prompt: its {len(prompt.tokens)} tokens leave too little of the "
+            f"{where}: its {len(prompt.tokens)} tokens leave too little of the "
             f"model's max_sequence_length for a response; at most {max_prompt_length} tokens do "
             "(max_sequence_length less max_response_length); shorten it",
             TOO_LONG,

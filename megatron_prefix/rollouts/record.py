@@ -7,33 +7,34 @@ of number, such as a list that holds a null.
 
 from __future__ import annotations
 
-import dataclasses
 import reprlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["tokens", "numbers", "flags"]
+from megatron_prefix.rollouts.kinds import FLAGS, KEYS, NUMBERS, TOKENS, Kind, Lists
 
 ARRAY_FIELDS: dict[str, Kind] = {
-    "prompt": "tokens",
-    "responses": "tokens",
-    "response": "tokens",
-    "rewards": "numbers",
-    "turn_rewards": "numbers",
-    "advantages": "numbers",
-    "old_logprobs": "numbers",
-    "loss_mask": "flags",
-    "prompt_keys": "tokens",
-    "keys": "tokens",
-    "routed_experts": "tokens",
-    "finished": "flags",
+    "prompt": TOKENS,
+    "responses": TOKENS,
+    "response": TOKENS,
+    "rewards": NUMBERS,
+    "turn_rewards": NUMBERS,
+    "advantages": NUMBERS,
+    "old_logprobs": NUMBERS,
+    "loss_mask": FLAGS,
+    "prompt_keys": KEYS,
+    "keys": KEYS,
+    "routed_experts": KEYS,
+    "finished": FLAGS,
 }
 """Fields that may come as arrays, and what is in them."""
+
+_OF_ONE = {"responses": "response", "rewards": "reward"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +50,6 @@ class FilePosition:
 START = FilePosition()
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Lists:
-    """Lists of numbers, one behind the other in one array."""
-
-    values: NDArray
-    offsets: NDArray[np.integer]
-    """[lists + 1] where each list begins in `values`, and where the last one ends; from 0."""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def plain(self) -> list[list[Any]]:
-        """As Python's own lists and numbers."""
-        values, ends = self.values.tolist(), self.offsets.tolist()
-        return [values[ends[i] : ends[i + 1]] for i in range(len(self))]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One line or row."""
@@ -79,10 +63,55 @@ class Record:
     named_rewards: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     """[responses] each, where it gives rewards by name; `values` have their weighted sum."""
 
-    def plain(self) -> Record:
-        """The same record with plain Python values in place of arrays."""
-        values = {name: plain_value(value) for name, value in self.values.items()}
-        return dataclasses.replace(self, values=values)
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRecords:
+    """The records of one group: one that holds all its responses, or one for each response."""
+
+    records: Sequence[Record]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a record holds all responses."""
+        return "responses" in self.records[0].values
+
+    @property
+    def source(self) -> str:
+        """Where they stand: `file.jsonl:17` to `file.jsonl:20` are `file.jsonl:17-20`."""
+        first, last = self.records[0].source, self.records[-1].source
+        number = len(last) - len(last.rstrip("0123456789"))
+        return first if first == last else f"{first}-{last[-number:]}"
+
+    def own_name(self, field: str) -> str:
+        """What the records call a field of responses."""
+        return field if self.is_whole else _OF_ONE.get(field, field)
+
+    def where(self, field: str, response: int) -> str:
+        """How errors begin that are about a response's value of a field."""
+        if self.is_whole:
+            return f"{self.records[0].source}: {field}[{response}]"
+        return f"{self.records[response].source}: {self.own_name(field)}"
+
+    def given(self, field: str, count: int) -> list[Any]:
+        """The values of a field of so many responses, as they are; None where there is none.
+
+        Raises:
+            ValueError: a record of a whole group has the field, and not one for each response.
+        """
+        if not self.is_whole:
+            return [record.values.get(field) for record in self.records]
+        (record,) = self.records
+        value, where = record.values.get(field), f"{record.source}: {field}"
+        if value is None:
+            return [None] * count
+        if isinstance(value, Lists):
+            value = np.split(value.values, value.offsets[1:-1])
+        if not isinstance(value, list):
+            raise ValueError(
+                f"{where}: {reprlib.repr(value)} is not a list of those of each response"
+            )
+        check_count(where, len(value), count)
+        return value
 
 
 def value_at(values: Mapping[str, Any], name: str) -> Any:
@@ -95,26 +124,10 @@ def value_at(values: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def plain_value(value: Any) -> Any:
-    """Python's own lists and numbers in place of an array or `Lists`; another value as it is."""
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return value.plain() if isinstance(value, Lists) else value
-
-
-def of_each_response(value: Any, where: str, count: int) -> list[Any]:
-    """The field of a record that holds a whole group, by response.
-
-    Raises:
-        ValueError: it does not have one for each response.
-    """
-    if isinstance(value, Lists):
-        value = np.split(value.values, value.offsets[1:-1])
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: {reprlib.repr(value)} is not a list of those of each response")
-    if len(value) != count:
-        raise ValueError(f"{where}: {len(value)} for {count} responses; there must be one for each")
-    return value
+def check_count(where: str, found: int, count: int) -> None:
+    """Raise a ValueError, which begins with `where`, unless there is one for each response."""
+    if found != count:
+        raise ValueError(f"{where}: {found} for {count} responses; there must be one for each")
 
 
 class RecordFile(Protocol):

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prefix.rollouts.kinds import NUMBERS, TOKENS, Kind, plain_value, read_list
 from megatron_prefix.rollouts.parsing import FIELDS
-from megatron_prefix.rollouts.record import Record, plain_value, value_at
+from megatron_prefix.rollouts.record import Record, value_at
 from megatron_prefix.rollouts.text.atif import messages_of_steps
 from megatron_prefix.rollouts.text.dialogue import DialogueEncoder
 from megatron_prefix.rollouts.text.messages import checked_messages, without_nulls, writable
@@ -152,9 +153,9 @@ class RecordForms:
         if form is _OWN or form is _OWN_GROUP:
             return record
         if form is _VERL:
-            found = _of_padded(record.plain())
+            found = _of_padded(record)
         elif form is _AREAL:
-            found = _of_sequence(record.plain())
+            found = _of_sequence(record)
         elif form is _TRL:
             found = self._of_completion(record)
         else:
@@ -184,12 +185,14 @@ class RecordForms:
 
     def _of_completion(self, record: Record) -> dict[str, Any]:
         """A prompt and what follows it, both text or both messages."""
-        values, source = record.plain().values, record.source
-        prompt, completion = values["prompt"], values["completion"]
+        source = record.source
+        prompt, completion = (plain_value(record.values[n]) for n in ("prompt", "completion"))
         if isinstance(prompt, str) and isinstance(completion, str):
             encoder = self._encoder(source, "completion")
-            texts = [writable(values[n], f"{source}: {n}") for n in ("prompt", "completion")]
-            tokens, response = encoder.encode_texts(*texts)
+            tokens, response = encoder.encode_texts(
+                writable(prompt, f"{source}: prompt"),
+                writable(completion, f"{source}: completion"),
+            )
             return {"prompt": list(tokens), "response": list(response), **_reward(record)}
         before = checked_messages(prompt, f"{source}: prompt")
         # What the assistant says in a prompt is not trained on.
@@ -270,14 +273,15 @@ def _as_taught(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_sequence(record: Record) -> dict[str, Any]:
     """A whole sequence whose mask says what is trained on; the prompt is what comes before."""
-    values = record.values
-    tokens = _list(record, "input_ids")
-    real = _flags(record, "attention_mask", len(tokens), default=True)
-    trained = _flags(record, "loss_mask", len(tokens)) & real
+    tokens = _list(record, "input_ids", TOKENS)
+    real = np.ones(len(tokens), dtype=np.bool_)
+    if "attention_mask" in record.values:
+        real = _list(record, "attention_mask", _FLAGS, len(tokens))
+    trained = _list(record, "loss_mask", _FLAGS, len(tokens)) & real
     per_token = {
-        own: _numbers(record, name, len(tokens))
+        own: _list(record, name, _NUMBERS, len(tokens))
         for own, name in (("old_logprobs", "logprobs"), ("advantages", "advantages"))
-        if name in values
+        if name in record.values
     }
     return {**_split(record, "loss_mask", tokens, real, trained, per_token), **_reward(record)}
 
@@ -285,11 +289,11 @@ def _of_sequence(record: Record) -> dict[str, Any]:
 def _of_padded(record: Record) -> dict[str, Any]:
     """A prompt padded on its left and a response padded on its right."""
     values = record.values
-    prompt, response = _list(record, "prompts"), _list(record, "responses")
-    count = len(prompt) + len(response)
-    real = _flags(record, "attention_mask", count)
-    trained = np.zeros(count, dtype=np.bool_)
-    trained[len(prompt) :] = _flags(record, "response_mask", len(response))
+    prompt, response = (_list(record, name, TOKENS) for name in ("prompts", "responses"))
+    tokens, before = np.concatenate([prompt, response]), np.zeros(len(prompt))
+    real = _list(record, "attention_mask", _FLAGS, len(tokens))
+    of_response = _list(record, "response_mask", _FLAGS, len(response))
+    trained = np.concatenate([before, of_response]).astype(np.bool_)
     per_token: dict[str, np.ndarray] = {}
     for own, names in (
         ("old_logprobs", ("rollout_log_probs", "old_log_probs")),
@@ -297,21 +301,21 @@ def _of_padded(record: Record) -> dict[str, Any]:
     ):
         name = next((name for name in names if name in values), None)
         if name is not None:
-            found = _numbers(record, name, len(response))
-            per_token[own] = np.concatenate([np.zeros(len(prompt)), found])
-    found = _split(record, "response_mask", [*prompt, *response], real, trained & real, per_token)
+            found = _list(record, name, _NUMBERS, len(response))
+            per_token[own] = np.concatenate([before, found])
+    found = _split(record, "response_mask", tokens, real, trained & real, per_token)
     if "uid" in values and "group" not in values:
         found["group"] = values["uid"]
     scores = next((n for n in ("token_level_scores", "rm_scores") if n in values), None)
     if scores is not None and "reward" not in values:
-        return {**found, "reward": float(_numbers(record, scores, len(response)).sum())}
+        return {**found, "reward": float(_list(record, scores, _NUMBERS, len(response)).sum())}
     return {**found, **_reward(record)}
 
 
 def _split(
     record: Record,
     mask_name: str,
-    tokens: Sequence[Any],
+    tokens: np.ndarray,
     real: np.ndarray,
     trained: np.ndarray,
     per_token: Mapping[str, np.ndarray],
@@ -327,14 +331,11 @@ def _split(
         )
     own = places[0] + np.flatnonzero(real[places[0] : places[-1] + 1])
     return {
-        "prompt": [tokens[i] for i in before],
-        "response": [tokens[i] for i in own],
-        "loss_mask": trained[own].tolist(),
+        "prompt": tokens[before],
+        "response": tokens[own],
+        "loss_mask": trained[own],
         # What is not trained on has no log-probability that counts.
-        **{
-            name: np.where(trained[own], values[own], 0.0).tolist()
-            for name, values in per_token.items()
-        },
+        **{name: np.where(trained[own], of[own], 0.0) for name, of in per_token.items()},
     }
 
 
@@ -356,38 +357,24 @@ def _reward(record: Record) -> dict[str, Any]:
     return {"reward": value}
 
 
-def _list(record: Record, name: str) -> list[Any]:
-    value = plain_value(record.values.get(name))
-    if not isinstance(value, list):
-        raise ValueError(f"{record.source}: {name}: {reprlib.repr(value)} is not a list")
-    return value
+_FLAGS = Kind(
+    types=frozenset({bool, int, float}),
+    codes="biuf",
+    wide=np.float64,
+    dtype=np.bool_,
+    other_type="{} is neither 0 nor 1",
+    beyond="{} is neither 0 nor 1",
+)
+_NUMBERS = dataclasses.replace(NUMBERS, is_finite=False)
+"""Of tokens that are not trained on, anything may be given."""
 
 
-def _sized(record: Record, name: str, count: int) -> list[Any]:
-    values = _list(record, name)
-    if len(values) != count:
+def _list(record: Record, name: str, kind: Kind, count: int | None = None) -> np.ndarray:
+    """A field that has a value for each of so many tokens; None: of any length."""
+    where = f"{record.source}: {name}"
+    found = read_list(record.values.get(name), where, kind)
+    if count is not None and len(found) != count:
         raise ValueError(
-            f"{record.source}: {name}: {len(values)} values for {count} tokens; there must be one "
-            "for each"
+            f"{where}: {len(found)} values for {count} tokens; there must be one for each"
         )
-    return values
-
-
-def _flags(record: Record, name: str, count: int, *, default: bool | None = None) -> np.ndarray:
-    if default is not None and name not in record.values:
-        return np.full(count, default)
-    values = _sized(record, name, count)
-    for i, value in enumerate(values):
-        if value not in (0, 1):  # true and false are these
-            raise ValueError(
-                f"{record.source}: {name}[{i}]: {reprlib.repr(value)} is neither 0 nor 1"
-            )
-    return np.array(values, dtype=np.bool_)
-
-
-def _numbers(record: Record, name: str, count: int) -> np.ndarray:
-    values = _sized(record, name, count)
-    for i, value in enumerate(values):
-        if type(value) not in (int, float):
-            raise ValueError(f"{record.source}: {name}[{i}]: {reprlib.repr(value)} is not a number")
-    return np.array(values, dtype=np.float64)
+    return found

@@ -19,15 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prefix.rollouts.identity import prompt_routes, repeated_responses
-from megatron_prefix.rollouts.joining import (
-    joined,
-    named_rewards_of,
-    of_tokens,
-    position_shifts_of,
-    routes_of,
-    turn_rewards_of,
-)
-from megatron_prefix.rollouts.summary import RolloutSummary, offsets_of
+from megatron_prefix.rollouts.kinds import offsets_of
+from megatron_prefix.rollouts.summary import RolloutSummary
 
 Tokens = Sequence[int] | NDArray
 """Token ids."""
@@ -101,9 +94,9 @@ class RolloutBatch:
     """[R]"""
     named_rewards: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     """[R] each, where responses have several rewards; NaN where they do not."""
-    old_logprobs: NDArray[np.float32] | None
+    old_logprobs: NDArray[np.float32] | None = None
     """[T] under the policy that sampled them; None: not known."""
-    loss_mask: NDArray[np.bool_] | None
+    loss_mask: NDArray[np.bool_] | None = None
     """[T] whether a token is trained on; None: all are."""
     turn_rewards: NDArray[np.float64] | None = None
     """[T] rewards of trained turns, each at its turn's last token, NaN at all other tokens; None:
@@ -149,50 +142,20 @@ class RolloutBatch:
 
     @classmethod
     def from_groups(cls, groups: Iterable[RolloutGroup]) -> RolloutBatch:
-        """A batch of groups that `validate_group` has passed.
+        """A batch of groups.
 
         Raises:
-            ValueError: some groups have old log-probabilities and some do not, naming two of them.
+            ValueError: a value is not of its type, or missing, see `read_group`; or some groups
+                have old log-probabilities and some do not, naming two of them.
         """
-        groups = list(groups)
-        check_all_or_none({group.old_logprobs is not None: group.source for group in groups})
-        responses = [response for group in groups for response in group.responses]
-        turn_rewards = prompt_keys = None
-        if any(group.turn_rewards is not None for group in groups):
-            turn_rewards = [turn_rewards_of(group) for group in groups]
-        if any(group.prompt_keys is not None for group in groups):
-            prompt_keys = [
-                [0] * len(group.prompt) if group.prompt_keys is None else group.prompt_keys
-                for group in groups
-            ]
-        old = None
-        if groups and groups[0].old_logprobs is not None:
-            old = [values for group in groups for values in group.old_logprobs or ()]
-        return cls(
-            prompt_tokens=joined([group.prompt for group in groups], np.int32),
-            prompt_offsets=offsets_of([len(group.prompt) for group in groups]),
-            group_offsets=offsets_of([len(group.responses) for group in groups]),
-            response_tokens=joined(responses, np.int32),
-            response_offsets=offsets_of([len(response) for response in responses]),
-            rewards=joined([group.rewards for group in groups], np.float64),
-            named_rewards=named_rewards_of(groups),
-            old_logprobs=None if old is None else joined(old, np.float32),
-            loss_mask=of_tokens(groups, "loss_mask", np.bool_, absent=True),
-            turn_rewards=None if turn_rewards is None else joined(turn_rewards, np.float64),
-            advantages=of_tokens(groups, "advantages", np.float64, absent=np.nan),
-            prompt_keys=None if prompt_keys is None else joined(prompt_keys, np.int64),
-            keys=of_tokens(groups, "keys", np.int64, absent=0),
-            **position_shifts_of(groups),
-            routes=routes_of(groups),
-            finished=joined([_finished(group) for group in groups], np.int8),
-            policy_versions=np.array(
-                [UNKNOWN if g.policy_version is None else g.policy_version for g in groups],
-                dtype=np.int64,
-            ),
-            answers=tuple(group.answer for group in groups),
-            records=records_of([group.record for group in groups]),
-            sources=tuple(group.source for group in groups),
-        )
+        # Both import this file.
+        from megatron_prefix.rollouts.batch_builder import BatchBuilder
+        from megatron_prefix.rollouts.parsing import batch_of_group
+
+        builder = BatchBuilder()
+        for group in groups:
+            builder.add(batch_of_group(group))
+        return builder.build()
 
     @property
     def num_groups(self) -> int:
@@ -329,15 +292,6 @@ def _part(values: NDArray | None, where: slice) -> NDArray | None:
 
 def _parts(values: NDArray | None, where: Sequence[slice]) -> tuple[NDArray, ...] | None:
     return None if values is None else tuple(values[part] for part in where)
-
-
-def records_of(found: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """As `RolloutBatch` has them."""
-    return tuple(found) if any(found) else ()
-
-
-def _finished(group: RolloutGroup) -> Sequence[Any] | NDArray:
-    return [UNKNOWN] * len(group.responses) if group.finished is None else group.finished
 
 
 def check_all_or_none(known: Mapping[bool, str]) -> None:

@@ -287,5 +287,5 @@ def _name(reward: RewardFunction) -> str:
     if isinstance(reward, ProcessReward):
         return reward.name
     named = reward if hasattr(reward, "__qualname__") else type(reward)
-    is_ours = named.__qualname__ in (*REWARD_NAMES, *TEXT_REWARD_NAMES)
+    is_ours = named.__module__.startswith("megatron_prefix.")
     return named.__qualname__ if is_ours else f"{named.__module__}:{named.__qualname__}"

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from megatron_prefix.layout.hybrid_pattern import EXPERTS, layers_of
 from megatron_prefix.layout.routes import check_experts
-from megatron_prefix.rollouts.record import Lists
+from megatron_prefix.rollouts.kinds import Lists
+from megatron_prefix.rollouts.record import GroupRecords
 from megatron_prefix.rollouts.records import RolloutBatch
 
 if TYPE_CHECKING:  # reading rollouts needs NumPy only
@@ -112,24 +113,18 @@ class RouteReader:
     prompts_as_first: bool
     """A group's prompt has the routes of its first response, whatever those of others are."""
 
-    def of_group(
-        self, batch: RolloutBatch, values: Sequence[Any], where: Sequence[str]
-    ) -> RolloutBatch:
-        """The batch of one group with its routes.
-
-        Args:
-            batch: of the group alone.
-            values: the field's, of each response.
-            where: how errors of each begin.
+    def of_group(self, batch: RolloutBatch, group: GroupRecords) -> RolloutBatch:
+        """The batch of one group with the routes of its records.
 
         Raises:
             ValueError: see `RouteShape.read`.
         """
         prompt = len(batch.prompt_tokens)
         lengths = (prompt + np.diff(batch.response_offsets)).tolist()
+        values = group.given(FIELD, len(lengths))
         routes = [
-            self.shape.read(value, source, length)
-            for value, source, length in zip(values, where, lengths, strict=True)
+            self.shape.read(value, group.where(FIELD, i), length)
+            for i, (value, length) in enumerate(zip(values, lengths, strict=True))
         ]
         if self.prompts_as_first:
             share_prompt_of_first(routes, prompt)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from megatron_prefix.rollouts.engine import EndOfRollouts
-from megatron_prefix.rollouts.record import START, FilePosition, Record
+from megatron_prefix.rollouts.record import START, FilePosition, Record, RecordFile
 from megatron_prefix.rollouts.record_files import identity_of, open_record_file
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,29 @@ class StreamPosition:
     """Times that all files have been gone through."""
     file: int = 0
     """Index of the file that is being read."""
-    within: FilePosition = START
+    offset: int = 0
+    number: int = 0
+    """Within the file, see `FilePosition`."""
+
+    @property
+    def within(self) -> FilePosition:
+        """In the file."""
+        return FilePosition(offset=self.offset, number=self.number)
+
+
+def opened(
+    paths: Sequence[str | PathLike[str]], epochs: int | None, *, files_of: str
+) -> list[RecordFile]:
+    """The readers of files that are gone through so many times.
+
+    Raises:
+        ValueError: no paths, a file that is not there or of unknown format, or epochs below 1.
+    """
+    if not paths:
+        raise ValueError(f"paths: there are none; name at least one file of {files_of}")
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs={epochs}: set at least 1, or None to go on without end")
+    return [open_record_file(Path(path)) for path in paths]
 
 
 class RecordStream(Generic[Item]):
@@ -84,11 +106,7 @@ class RecordStream(Generic[Item]):
         Raises:
             ValueError: no paths, a file that is not there or of unknown format, or epochs below 1.
         """
-        if not paths:
-            raise ValueError("paths: there are none; name at least one file of rollouts")
-        if epochs is not None and epochs < 1:
-            raise ValueError(f"epochs={epochs}: set at least 1, or None to go on without end")
-        self._files = [open_record_file(Path(path)) for path in paths]
+        self._files = opened(paths, epochs, files_of="rollouts")
         self._identities = [identity_of(file.path) for file in self._files]
         self._read_items = read_items
         self._epochs = epochs
@@ -108,16 +126,13 @@ class RecordStream(Generic[Item]):
             EndOfRollouts: fewer are left in the last epoch.
             ValueError: a record that is wrong, or files without a single item.
         """
-        items: list[Item] = []
-        self.take_each(count, items.append)
-        return items
+        return list(self.take_each(count))
 
-    def take_each(self, count: int, use: Callable[[Item], None]) -> None:
-        """Have each of the next `count` items used as it is read, so that none has to be kept.
+    def take_each(self, count: int) -> Generator[Item, None, None]:
+        """Each of the next `count` items as it is read, so that none has to be kept.
 
-        Raises:
-            EndOfRollouts: fewer are left in the last epoch.
-            ValueError: a record that is wrong, or files without a single item; or of `use`.
+        They are taken when all have been gone through; a generator that is left before has to be
+        closed. See `take` for errors.
         """
         if count < 1:
             raise ValueError(f"{count} groups were asked for; ask for at least 1")
@@ -126,7 +141,7 @@ class RecordStream(Generic[Item]):
                 self._reader = self._read_from(self._position)
             taken, position = 0, self._position
             for item, end in itertools.islice(self._reader, count):
-                use(item)
+                yield item
                 taken, position = taken + 1, end
             if taken < count:
                 raise EndOfRollouts(
@@ -150,13 +165,8 @@ class RecordStream(Generic[Item]):
 
     def state_dict(self) -> dict[str, Any]:
         """The position and the files that it is a position of, as plain values."""
-        return {
-            "epoch": self._position.epoch,
-            "file": self._position.file,
-            "offset": self._position.within.offset,
-            "number": self._position.within.number,
-            "files": [list(identity) for identity in self._identities],
-        }
+        identities = [list(identity) for identity in self._identities]
+        return {**dataclasses.asdict(self._position), "files": identities}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the stream stood that gave `state`.
@@ -166,11 +176,8 @@ class RecordStream(Generic[Item]):
                 (a later line may have been corrected) no longer has the position in it.
         """
         saved = [list(identity) for identity in state["files"]]
-        position = StreamPosition(
-            epoch=state["epoch"],
-            file=state["file"],
-            within=FilePosition(offset=state["offset"], number=state["number"]),
-        )
+        names = [field.name for field in dataclasses.fields(StreamPosition)]
+        position = StreamPosition(**{name: state[name] for name in names})
         if saved != self._identities:
             same_names = [name for name, *_ in saved] == [name for name, *_ in self._identities]
             if not same_names or not self._files[position.file].can_continue_at(position.within):
@@ -185,7 +192,7 @@ class RecordStream(Generic[Item]):
                 _listed(saved),
                 _listed(self._identities),
                 self._files[position.file].path,
-                position.within.number,
+                position.number,
             )
         self.close()
         self._position = position
@@ -204,16 +211,13 @@ class RecordStream(Generic[Item]):
             # From the start of an epoch something has to come, or this would never end.
             empty = position == StreamPosition(epoch=position.epoch)
             for index in range(position.file, len(self._files)):
-                position = dataclasses.replace(
-                    position,
-                    file=index,
-                    within=position.within if index == position.file else START,
-                )
+                if index != position.file:
+                    position = StreamPosition(epoch=position.epoch, file=index)
                 file = self._files[index]
                 with closing(file.records(position.within, as_arrays=self._as_arrays)) as records:
                     for item, end in self._read_items(records):
                         empty = False
-                        yield item, dataclasses.replace(position, within=end)
+                        yield item, dataclasses.replace(position, **vars(end))
             if empty:
                 raise ValueError(f"no record in {', '.join(str(f.path) for f in self._files)}")
             position = StreamPosition(epoch=position.epoch + 1)

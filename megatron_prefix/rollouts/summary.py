@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prefix.layout import TreeShape
+from megatron_prefix.rollouts.kinds import offsets_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,10 +122,3 @@ class RolloutSummary:
             no_routes=self.no_routes,
             prompt_routes=self.prompt_routes and self.prompt_routes.of_responses(responses),
         )
-
-
-def offsets_of(lengths: Sequence[int] | NDArray) -> NDArray[np.int64]:
-    """[n + 1] where each of n items begins, and where the last one ends."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets

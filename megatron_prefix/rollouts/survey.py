@@ -88,9 +88,9 @@ def survey_groups(
     """
 
     def looked_at(read: ReadGroup) -> Looked:
-        for part in read.unrewarded:
+        for _, group in read.unrewarded:
             assert reward is not None
-            check_answer(reward, part.group.answer, part.group.source)
+            check_answer(reward, group.answer, group.source)
         batch = read.batch
         one = Survey(
             records=1,

@@ -1,12 +1,14 @@
-"""The attention kernel of a run, checked on every rank before anything is loaded."""
+"""The kernels of a run, checked on every rank before anything is loaded."""
 
 from __future__ import annotations
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_prefix.attention.delta_rule_check import check_delta_rule_of_model
+from megatron_prefix.attention.delta_rules import DeltaRule
 from megatron_prefix.attention.kernels import Kernel, select_kernel
-from megatron_prefix.attention.row_attention import head_dim
+from megatron_prefix.attention.row_attention import delta_rule_of_model, head_dim
 from megatron_prefix.attention.self_check import check_kernel
 from megatron_prefix.attention.windows import model_window
 from megatron_prefix.config import TrainingConfig
@@ -40,3 +42,20 @@ def check_kernel_of_run(
             **inputs,
         )
     return kernel
+
+
+def check_delta_rule_of_run(
+    training: TrainingConfig, model: TransformerConfig, device: torch.device
+) -> DeltaRule:
+    """Select what computes the run's recurrent layers, and compare it on this rank. Collective.
+
+    Raises:
+        ValueError: on every rank, as `check_kernel_of_run` does; see `select_delta_rule` and
+            `check_delta_rule`.
+    """
+    with raise_together():
+        rule = delta_rule_of_model(
+            model, device, training.delta_rule_kernel, deterministic=training.deterministic
+        )
+        check_delta_rule_of_model(rule, model, device)
+    return rule

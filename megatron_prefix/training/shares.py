@@ -20,7 +20,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megatron_prefix.layout.routes import hashed_keys
-from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary, offsets_of
+from megatron_prefix.rollouts.kinds import offsets_of
+from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

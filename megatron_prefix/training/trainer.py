@@ -33,7 +33,7 @@ from megatron_prefix.rollouts.build import build_engine, build_evaluator
 from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.parts import ALL_RECORDS, RolloutParts
 from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
-from megatron_prefix.training.kernel_check import check_kernel_of_run
+from megatron_prefix.training.kernel_check import check_delta_rule_of_run, check_kernel_of_run
 from megatron_prefix.training.metrics import plot_reward, read_metrics
 from megatron_prefix.training.optimizer import (
     build_optimizer,
@@ -81,6 +81,7 @@ class Trainer:
             use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         )
         kernel = check_kernel_of_run(config.training, self.chunks.config, runtime.device)
+        delta_rule = check_delta_rule_of_run(config.training, self.chunks.config, runtime.device)
         self.optimizer = build_optimizer(config.optimizer, self.chunks)
         self.scheduler = build_scheduler(
             config.optimizer,
@@ -107,6 +108,7 @@ class Trainer:
                 comm_types=model_comm_types(self.chunks.config),
                 window=model_window(self.chunks.config),
                 recurrence_width=recurrence_width(self.chunks.config),
+                delta_rule=delta_rule,
                 mrope=has_mrope(self.chunks.config),
             ),
         )

@@ -141,6 +141,13 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
         {"head_dtype": "float32", "dtype": "float64"},
         "head_dtype: float32 is narrower than dtype: float64; set head_dtype: null",
     ),
+    (
+        TrainingConfig,
+        {"delta_rule_kernel": "flash_linear_attention", "device": "cpu"},
+        "delta_rule_kernel: flash_linear_attention cannot compute on device: cpu; choose one of "
+        "torch, or null",
+    ),
+    (TrainingConfig, {"delta_rule_kernel": "fast"}, "delta_rule_kernel: there is none named fast"),
     (TrainingConfig, {"kernel": "fast"}, "kernel: there is none named fast; choose one of .*torch"),
     (TrainingConfig, {"dtype": "float64"}, "dtype: float64 runs on device: cpu only"),
     *(

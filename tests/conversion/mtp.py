@@ -51,6 +51,20 @@ def add_mtp_layers(folder: Path, count: int = 1, *, seed: int = 7) -> list[str]:
     return list(new)
 
 
+def fuse_experts(folder: Path) -> None:
+    """Store the experts of the MTP layer of Qwen in one tensor, as transformers has them."""
+    tensors = load_file(folder / WEIGHTS)
+    first = "mtp.layers.0.mlp.experts"
+    count = sum(name.startswith(first) and "up_proj" in name for name in tensors)
+    gate, up, down = (
+        [tensors.pop(f"{first}.{expert}.{name}_proj.weight") for expert in range(count)]
+        for name in ("gate", "up", "down")
+    )
+    tensors[f"{first}.gate_up_proj"] = torch.cat([torch.stack(gate), torch.stack(up)], dim=1)
+    tensors[f"{first}.down_proj"] = torch.stack(down)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
 def around_names(config: dict[str, Any], layer: int) -> list[str]:
     """Of an MTP layer: norm of the embedding, norm of the hidden states, projection, last norm."""
     if config["model_type"].startswith("qwen"):

@@ -25,7 +25,7 @@ from megatron_prefix.layout.predictions import shifted_layouts
 from megatron_prefix.rollouts.hf.export import weights_exporter
 from tests.conversion.loading import load_converted, model_section
 from tests.conversion.models import CASES, QWEN3_5, QWEN3_NEXT, write_model
-from tests.conversion.mtp import WEIGHTS, add_mtp_layers, predicted_logits
+from tests.conversion.mtp import WEIGHTS, add_mtp_layers, fuse_experts, predicted_logits
 from tests.megatron.models import HAS_PREDICTIONS
 from tests.training.runs import good_records, read_rows, run_values, trainer, write_records
 
@@ -43,6 +43,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DEPTHS = {"glm4_moe": 2}
 """Names of GLM-4.5 allow for several layers, though published models have one."""
+FUSED = ("qwen3_next",)
+"""Models that are given the experts of the MTP layer in one tensor, as Qwen3.6 is published."""
 
 
 def write(folder: Path, name: str, **how: Any) -> Path:
@@ -50,6 +52,8 @@ def write(folder: Path, name: str, **how: Any) -> Path:
     family, options = MODELS[name]
     write_model(folder, family, **{**options, **how})
     add_mtp_layers(folder, DEPTHS.get(name, 1))
+    if name in FUSED:
+        fuse_experts(folder)
     return folder
 
 
@@ -166,6 +170,21 @@ def test_an_embedding_that_is_no_copy_is_named_and_kept_aside(tmp_path: Path) ->
     (tmp_path / "megatron" / "release").rename(tmp_path / "alone")
     megatron_to_hf(tmp_path / "alone", tmp_path / "from_source", hf_source=source)
     assert_same(source, tmp_path / "from_source")
+
+
+def test_a_run_is_told_how_weights_get_such_layers(tmp_path: Path) -> None:
+    source = write(tmp_path / "hf", "glm4_moe")
+    hf_to_megatron(source, tmp_path / "megatron")
+    section = tmp_path / "megatron" / "model.yaml"
+    values = yaml.safe_load(section.read_text())
+    assert "mtp_num_layers" not in values["model"]["transformer"]
+    values["model"]["transformer"]["mtp_num_layers"] = 2
+    section.write_text(yaml.safe_dump(values))
+    with (
+        runtime(ParallelConfig(), device="cpu", seed=9, timeout_minutes=1),
+        pytest.raises(ValueError, match=r"no tensor mtp\.layers\.0\..* convert them with --mtp"),
+    ):
+        load_converted(tmp_path / "megatron", ParallelConfig())
 
 
 def test_verify_converts_such_layers_where_it_is_asked_to(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
 from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.sampling.sampler import Response, SamplingSpec, Wanted
 from tests.conversion.loading import load_converted
-from tests.conversion.models import CASES, QWEN3_5, QWEN3_NEXT, write_model
-from tests.megatron.models import HAS_GATED_DELTA_NET
+from tests.conversion.models import CASES, GPT_OSS, QWEN3_5, QWEN3_NEXT, write_model
+from tests.megatron.models import HAS_GATED_DELTA_NET, HAS_WINDOWS
 
 PROMPTS = [[5, 9, 60, 3, 3, 17], [1], [42, 0]]
+MISTRAL = "mistral, window"
 LENGTH = 8
 
 
@@ -34,9 +35,12 @@ def _sampled(megatron: Path) -> list[list[Response]]:
     return found.responses
 
 
-@pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core before 0.16")
-@pytest.mark.parametrize("case", [QWEN3_NEXT, QWEN3_5])
-def test_gated_delta_nets_give_transformers_greedy_tokens(tmp_path: Path, case: str) -> None:
+@pytest.mark.parametrize(
+    "case", [QWEN3_NEXT, QWEN3_5] * HAS_GATED_DELTA_NET + [GPT_OSS, MISTRAL] * HAS_WINDOWS
+)
+def test_states_windows_and_sinks_give_transformers_greedy_tokens(
+    tmp_path: Path, case: str
+) -> None:
     from transformers import AutoModelForCausalLM
 
     family, options = CASES[case]
@@ -45,7 +49,7 @@ def test_gated_delta_nets_give_transformers_greedy_tokens(tmp_path: Path, case: 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for prompt, group in zip(PROMPTS, _sampled(tmp_path / "megatron"), strict=True):
         with torch.no_grad():
-            # Its own cache of states runs along.
+            # Its own cache runs along.
             tokens = model.generate(
                 torch.tensor([prompt]), do_sample=False, max_new_tokens=LENGTH, eos_token_id=-1
             )

@@ -305,7 +305,35 @@ def test_options_that_count_rows_or_layers_otherwise_are_refused(options: dict[s
         transformer_config(model_config({**PREDICTING, **options}), ParallelConfig(), TRAINING)
 
 
+@pytest.mark.skipif(
+    not hasattr(TransformerConfig, "mtp_use_repeated_layer"), reason="0.17 and newer"
+)
+def test_one_layer_for_all_depths_and_a_loss_of_counts_so_far_are_refused() -> None:
+    options = {
+        "mtp_use_repeated_layer": True,
+        "num_moe_experts": 2,
+        "moe_router_load_balancing_type": "global_aux_loss",
+        "moe_aux_loss_coeff": 1e-3,
+    }
+    with pytest.raises(ConfigError, match=r"mtp_use_repeated_layer=True and .*global_aux_loss"):
+        transformer_config(model_config({**PREDICTING, **options}), ParallelConfig(), TRAINING)
+
+
 def test_rows_that_follow_one_another_are_refused_with_it() -> None:
     training = dataclasses.replace(TRAINING, share_across_microbatches=True)
     with pytest.raises(ConfigError, match=r"share_across_microbatches: true .*mtp_num_layers: 3"):
         transformer_config(model_config(PREDICTING), ParallelConfig(), training)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share_embeddings_and_output_weights": True},
+        {"position_embedding_type": "learned_absolute"},
+    ],
+)
+def test_what_a_last_stage_holds_twice_is_refused(options: dict[str, Any]) -> None:
+    model = model_config(PREDICTING, **options)
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}: .*the last stage"):
+        transformer_config(model, ParallelConfig(pipeline_model_parallel_size=2), TRAINING)
+    transformer_config(model, ParallelConfig(), TRAINING)

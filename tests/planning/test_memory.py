@@ -384,8 +384,6 @@ def _pipeline_peak(num_chunks: int = 1, **transformer: Any) -> tuple[int, int]:
         virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
     )
     model, training = _model(num_layers=4, **transformer), _training("float32")
-    if transformer:
-        model = dataclasses.replace(model, share_embeddings_and_output_weights=True)
     shapes = [(200, [150, 60]), (300, [80, 90]), (100, [100]), (150, [150, 30])]
     with runtime(parallel, device="cpu", seed=3, timeout_minutes=2):
         chunks = build_model_chunks(model, parallel, training, use_distributed_optimizer=False)

@@ -17,10 +17,11 @@ import simdjson  # noqa: F401  the package that reads lines into arrays, which i
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prefix.rollouts import group_reader, json_arrays, json_lines
+from megatron_prefix.rollouts import json_arrays, json_lines, kinds
 from megatron_prefix.rollouts.json_arrays import array_reader
 from megatron_prefix.rollouts.json_object import parse_object
-from megatron_prefix.rollouts.record import ARRAY_FIELDS, START, plain_value
+from megatron_prefix.rollouts.kinds import TOKENS, plain_value
+from megatron_prefix.rollouts.record import ARRAY_FIELDS, START
 from megatron_prefix.rollouts.record_files import open_record_file
 from megatron_prefix.rollouts.records import RolloutBatch
 
@@ -124,7 +125,7 @@ def test_good_groups_need_no_parser_of_plain_values(tmp_path, monkeypatch):
     def never(*args: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(group_reader, "parse_group", never)
+    monkeypatch.setattr(kinds, "_converted", never)
     monkeypatch.setattr(json_lines, "parse_object", never)
     groups = numbered_groups(5)
     for suffix in FORMATS:
@@ -166,7 +167,7 @@ def test_a_line_is_read_as_the_standard_parser_reads_it_or_given_up(line):
         return
     assert {name: plain_value(value) for name, value in found.items()} == parse_object(line, "f:1")
     for name, value in found.items():
-        if ARRAY_FIELDS.get(name) == "tokens" and isinstance(value, np.ndarray):
+        if ARRAY_FIELDS.get(name) is TOKENS and isinstance(value, np.ndarray):
             assert all(type(token) is int for token in parse_object(line, "f:1")[name])
 
 
@@ -228,7 +229,8 @@ def test_columns_of_every_type_of_number_become_arrays(tmp_path, token, number, 
     assert [batch.num_groups for batch in whole[:-1]] == [2, 2]
     records = list(open_record_file(path).records(START, as_arrays=True))
     for row, record in enumerate(records):
-        assert record.plain().values == {name: values[row] for name, values in GROUPS.items()}
+        plain = {name: plain_value(value) for name, value in record.values.items()}
+        assert plain == {name: values[row] for name, values in GROUPS.items()}
         assert isinstance(record.values["prompt"], np.ndarray)
         assert not any(
             isinstance(record.values[name], list) for name in ARRAY_FIELDS.keys() & types

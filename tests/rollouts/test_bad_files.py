@@ -63,6 +63,7 @@ WHOLE_CASES = [
     ({"old_logprobs": [[-1.0]]}, "old_logprobs: 1 for 2 responses"),
     ({"old_logprobs": [[-1.0], [-1.0]]}, "old_logprobs[1]: 1 log-probabilities for a response of"),
     ({"old_logprobs": [[math.nan], [-1, -1]]}, "old_logprobs[0][0]: nan is not a finite number"),
+    ({"old_logprobs": [0, -1.0]}, "old_logprobs[0]: 0.0 is not a list"),
     ({"old_logprobs": [-1.0, -1.0]}, "old_logprobs[0]: -1.0 is not a list"),
     ({"old_logprobs": [["a"], [-1, -1]]}, "old_logprobs[0][0]: 'a' is not a number"),
     ({"old_logprobs": [[-1e300], [-1, -1]]}, "old_logprobs[0][0]: -1e+300 is beyond the numbers"),

@@ -74,11 +74,12 @@ def _export_all(rank: int, world_size: int, folders: list[Path]) -> list[Written
     written: list[Written] = []
     assign = export._writers
 
-    def watched(parts: Any, places: Any, seeing: list[int]) -> list[int]:
-        writers = assign(parts, places, seeing)
+    def watched(stored: Any, seeing: list[int]) -> list[int]:
+        writers = assign(stored, seeing)
         written[-1].append(Counter())
-        for place, writer in zip(places, writers, strict=True):
-            written[-1][-1][writer] += math.prod(next(iter(parts[place])).whole_shape)
+        for tensors, writer in zip(stored, writers, strict=True):
+            for parts in tensors:
+                written[-1][-1][writer] += math.prod(next(iter(parts)).whole_shape)
         return writers
 
     for folder, (_, layout) in zip(folders, LAYOUTS, strict=True):

@@ -125,12 +125,18 @@ def test_greedy_responses_are_those_of_naive_decoding(name):
         assert group == [expected, expected]
 
 
+# A window that ends within prompts, within what they begin with, and within responses.
+WINDOWS = {"window_size": [6, 0], "window_attn_skip_freq": 2, "softmax_type": "learnable"}
+
+
 @pytest.mark.parametrize(
-    ("common", "hybrid"),
-    [(0, False), (20, False)] + [(20, True)] * (HAS_GATED_DELTA_NET),
+    ("common", "transformer"),
+    [(0, {}), (20, {})]
+    + [(20, DELTA_NETS)] * HAS_GATED_DELTA_NET
+    + [(0, WINDOWS), (20, WINDOWS)] * HAS_WINDOWS,
 )
-def test_log_probabilities_are_those_of_whole_forward_passes(common, hybrid):
-    config = model_config(**PADDED_VOCABULARY, transformer=DELTA_NETS if hybrid else {})
+def test_log_probabilities_are_those_of_whole_forward_passes(common, transformer):
+    config = model_config(**PADDED_VOCABULARY, transformer=transformer)
     chunks = sampling_model(config)
     prompts = random_prompts([common + length for length in LENGTHS], common=common)
     if common:
@@ -390,9 +396,7 @@ def test_layers_that_predict_further_tokens_take_no_part() -> None:
     assert found == greedy_response(unmodified(config, chunks), prompt, 6, config.vocab_size)
 
 
-@pytest.mark.skipif(not HAS_WINDOWS, reason="megatron-core 0.14, which refuses both by itself")
-@pytest.mark.parametrize("option", [{"window_size": [4, 0]}, {"softmax_type": "learnable"}])
-def test_a_model_with_windows_or_sinks_is_refused(option: dict[str, Any]) -> None:
-    (name,) = option
-    with pytest.raises(ValueError, match=f"^{name}=.* the embedded engine cannot sample from"):
-        sampler(sampling_model(model_config(option)))
+def test_a_model_with_mrope_is_refused() -> None:
+    config = model_config({"mrope_section": [1, 1, 2]}, position_embedding_type="mrope")
+    with pytest.raises(ValueError, match=r"^mrope_section=.* the embedded engine cannot sample"):
+        sampler(sampling_model(config))

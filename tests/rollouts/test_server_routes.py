@@ -52,7 +52,7 @@ def _sglang(request: Request) -> Reply:
     """Routes of the first choice, beside the choices, where they are asked for."""
     prompt, seed = request.body["prompt"], request.body["seed"]
     choices = [ids_choice(i, [1, prompt[0], END], prompt) for i in range(request.body["n"])]
-    body = completion(choices, len(prompt), 3)
+    body = completion([{**c, "routed_experts": None} for c in choices], len(prompt), 3)
     if request.body.get("return_routed_experts"):
         routes = _drawn(len(prompt) + 3, seed % 100, 2)
         body["sglext"] = {"routed_experts": base64.b64encode(routes.tobytes()).decode()}

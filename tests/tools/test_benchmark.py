@@ -76,6 +76,7 @@ def test_a_row_per_side_with_the_promised_keys(
         (["--sides", "ungrouped"], "--sides: grouped must be one of them"),
         (["--sides", "grouped", "flex"], "no backward on the CPU"),
         (["--sides", "grouped", "prefix_grouper", "--level", "layer"], "only at --level step"),
+        (["--sides", "grouped", "ungrouped_rows", "--level", "layer"], "only at --level step"),
     ],
 )
 def test_arguments_that_make_no_comparison_are_refused(
@@ -117,8 +118,9 @@ def _compare(rank: int, world_size: int) -> dict[str, Any]:
     for text in ("3,9,5", "3,20,1-17", "1,9,5", "2,1,6"):
         for level in names.LEVELS:
             case = levels.Case(level=level, shape=parse_case(text), sizes=sizes, dtype="float64")
-            peer = list(names.PEERS) if level == "step" and not text.startswith("2,1,") else []
-            with levels.build_runners(case, sides + peer) as runners:
+            more = [names.ROWS] if level == "step" else []
+            more += names.PEERS if level == "step" and not text.startswith("2,1,") else []
+            with levels.build_runners(case, sides + more) as runners:
                 check_equal(runners, tolerance=1e-5)
                 found["equal"].append((text, level, *runners))
     for text in ("3,9,5", "3,9,6"):

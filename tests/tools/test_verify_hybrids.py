@@ -30,11 +30,15 @@ SHAPES: list[dict[str, Any]] = [
     {"system": 9, "prefix": 1, "responses": [3, {"turns": [12], "then": [4, 6]}]},
 ]
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+# As Qwen3-Next has it.
 THREE_TO_ONE = {
     **HYBRID,
     "linear_attention_freq": 4,
     "attention_output_gate": True,
+    "layernorm_zero_centered_gamma": True,
     **EXPERTS,
+    "moe_shared_expert_intermediate_size": 40,
+    "moe_shared_expert_gate": True,
 }
 RECURRENT_ONLY = {**HYBRID, "linear_attention_freq": [1, 1, 1, 1]}
 

@@ -25,8 +25,8 @@ from megatron_prefix.training.step import accumulate_gradients
 
 from .measuring import Runner
 from .mechanisms import Mechanism, build_mechanism
-from .names import PEERS
-from .shapes import ModelSizes, Shape, make_batch, training_config, trees
+from .names import PEERS, ROWS
+from .shapes import ModelSizes, Shape, make_batch, training_config, trees, ungrouped_rows
 
 OBJECTIVE = ObjectiveConfig()
 
@@ -186,6 +186,15 @@ def _step_runners(case: Case, sides: Sequence[str], chunks: ModelChunks) -> dict
             from .prefix_grouper import PrefixGrouperRunner
 
             runners[side] = PrefixGrouperRunner(case, chunks, side=side)
+            continue
+        if side == ROWS:
+            runners[side] = StepRunner(
+                chunks,
+                [
+                    make_batch(tree, case.shape, setup, sequences=sequences)
+                    for tree, sequences in ungrouped_rows(case.shape, case.sizes.vocab, case.seed)
+                ],
+            )
             continue
         own = side in both
         batch = make_batch(

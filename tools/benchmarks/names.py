@@ -4,6 +4,8 @@ from __future__ import annotations
 
 LEVELS = ("attention", "layer", "step")
 MECHANISMS = ("grouped", "ungrouped", "dense_mask", "flex", "kv_copy")
+ROWS = "ungrouped_rows"
+"""A side at level "step" only."""
 PEERS = ("prefix_grouper", "prefix_grouper_mask")
 """Whole models of others, at level "step" only."""
 # Relative L2 error: sums over thousands of tokens in another order, in each format.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,10 +117,34 @@ def trees(shape: Shape, vocab: int, seed: int) -> dict[str, PrefixTree]:
     prompt, responses = rollouts(shape, vocab, seed)
     return {
         "grouped": PrefixTree.from_groups([(prompt, responses)]),
-        "ungrouped": PrefixTree.concat(
-            [PrefixTree.from_sequences([np.concatenate([prompt, r])]) for r in responses]
-        ),
+        "ungrouped": _repeated(prompt, responses),
     }
+
+
+def _repeated(prompt: np.ndarray, responses: Sequence[np.ndarray]) -> PrefixTree:
+    return PrefixTree.concat(
+        [PrefixTree.from_sequences([np.concatenate([prompt, r])]) for r in responses]
+    )
+
+
+def ungrouped_rows(shape: Shape, vocab: int, seed: int) -> list[tuple[PrefixTree, tuple[int, ...]]]:
+    """The same rollouts with the prompt repeated, in rows of at most the grouped row's tokens.
+
+    Returns:
+        Each row, and which responses are in it.
+    """
+    prompt, responses = rollouts(shape, vocab, seed)
+    budget = PrefixTree.from_groups([(prompt, responses)]).grouped_tokens
+    rows: list[tuple[int, ...]] = []
+    free = 0
+    for i, response in enumerate(responses):
+        length = len(prompt) + len(response) - 1
+        if length > free:
+            rows.append(())
+            free = budget
+        rows[-1] += (i,)
+        free -= length
+    return [(_repeated(prompt, [responses[i] for i in row]), row) for row in rows]
 
 
 def advantages(shape: Shape) -> list[float]:
@@ -132,22 +157,28 @@ def make_batch(
     shape: Shape,
     setup: AttentionSetup,
     *,
+    sequences: Sequence[int] | None = None,
     trim_last_layer: bool = training_config().trim_last_layer,
 ) -> PackedBatch:
     """One packed row whose response tokens are trained on, or this rank's part of it.
 
     The tree is packed as it is: what is measured is sharing, also where it does not pay.
+
+    Args:
+        sequences: which of the group's responses the tree has; None: all.
     """
     # Here, so that a tool's help and its arguments' errors need not wait for them.
     from megatron_prefix.training.batch_planning import build_batch
     from megatron_prefix.training.entries import TrainedSequence
 
     weight = 1.0 / sum(shape.responses)
+    of_group = advantages(shape)
+    sequences = range(shape.group_size) if sequences is None else sequences
     return build_batch(
         pack(tree.merge_chains(), pad_to_multiple=setup.num_ranks),
         [
-            TrainedSequence(first_trained=shape.prefix, weight=weight, advantage=advantage)
-            for advantage in advantages(shape)
+            TrainedSequence(first_trained=shape.prefix, weight=weight, advantage=of_group[i])
+            for i in sequences
         ],
         setup,
         trim_last_layer=trim_last_layer,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,21 +83,6 @@ class Case:
     def world_size(self) -> int:
         """Processes of the candidate."""
         return self.parallel.model_parallel_size * self.data_parallel_size
-
-
-def refuse_short_prompts(groups: Sequence[RolloutGroup], depths: int | None) -> None:
-    """Refuse what Megatron weighs otherwise than a run does.
-
-    Raises:
-        ValueError: a prompt is not longer than the depths, so that a trained token is one that no
-            position predicts: Megatron gives its weight to the others.
-    """
-    for number, group in enumerate(groups):
-        if len(group.prompt) <= (depths or 0):
-            raise ValueError(
-                f"group {number}: its prompt has {len(group.prompt)} tokens; with mtp_num_layers="
-                f"{depths} prove it with prompts of more than {depths}"
-            )
 
 
 def draw_groups(shapes: list[dict[str, Any]], vocab_size: int, seed: int) -> list[RolloutGroup]:
@@ -250,11 +234,6 @@ def check_layout(
     parallel.data_parallel_size(parallel.model_parallel_size * data_parallel_size)
     training = TrainingConfig(steps=1, token_budget=1, dtype="float32", device="cpu", **packing)
     transformer_config(model, parallel, training)
-    if model.transformer.get("layernorm_zero_centered_gamma"):
-        raise ValueError(
-            "model.transformer.layernorm_zero_centered_gamma: true: Megatron's own norms on the "
-            "CPU have no such weights, so there is nothing to compare with; set it to false"
-        )
 
 
 def check_lengths(shapes: list[dict[str, Any]], model: ModelConfig, path: Path | None) -> None:

@@ -18,6 +18,7 @@ from equivalence.case import (
     with_old_logprobs,
 )
 from equivalence.microbatches import Name, planned_microbatches
+from equivalence.norms import use_zero_centred_norms
 from equivalence.objectives import ResponseTerms, response_terms, token_losses
 from equivalence.predictions import OwnPredictions
 from equivalence.recurrence import use_exact_delta_rule
@@ -158,6 +159,7 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
         if case.training.replayed_routes is not None:
             config.moe_enable_routing_replay = True
         use_exact_delta_rule(config)
+        use_zero_centred_norms(config)
         model = build_model(model_config, config, shared_prefixes=False)
         if config.bf16:
             model.bfloat16()

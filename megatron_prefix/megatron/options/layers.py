@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_prefix.attention.layer_kinds import hybrid_pattern
+from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
 from megatron_prefix.megatron.gated_delta_net import recurrent_layers
 from megatron_prefix.megatron.options.record import (
     Option,
@@ -53,6 +54,17 @@ def _predictions(value: Any, config: Any) -> Reason | None:
             "right there",
             instead=f"Let the last layer attend, or {without[0].lower()}{without[1:]}",
             beside=f"linear_attention_freq={config.linear_attention_freq!r}",
+        )
+    if getattr(config, "mtp_use_repeated_layer", False) and "global_aux_loss" in auxiliary_losses(
+        config
+    ):
+        return Reason(
+            why="the loss has a mean of counts so far, and recompute turns the order round in "
+            "which the one layer runs the depths",
+            instead="Set moe_router_load_balancing_type to aux_loss, or mtp_use_repeated_layer to "
+            "False",
+            beside="mtp_use_repeated_layer=True and moe_router_load_balancing_type="
+            f"{config.moe_router_load_balancing_type!r}",
         )
     last = max(prediction_layer_numbers(config))
     for name in ("window_attn_skip_freq", "no_rope_freq", "cp_comm_type"):

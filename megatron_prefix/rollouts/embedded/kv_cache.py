@@ -4,6 +4,7 @@ All prompts run once, as one packed row; what each layer computes as their keys 
 here. Then every response grows by one token per step: its query attends to its prompt's keys, which
 all responses of the prompt share, and to its own earlier tokens, merged by log-sum-exp as in
 training. If the prompts begin alike (instructions, shots), that beginning is shared by all of them.
+In layers with a sliding window the query sees the last of these keys only.
 Recurrent layers have states instead (see `recurrent_states`).
 
 Legend: P prompts; n responses in the cache, those of a prompt adjacent and in the prompts' order;
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.attention.row_attention import AttentionLayer, AttentionSetup, CoreAttention
+from megatron_prefix.attention.sinks import merge_sink
 from megatron_prefix.attention.stage_compute import StageCompute
 from megatron_prefix.device_copy import record_to_device
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
@@ -109,6 +111,8 @@ class KeyValueCache:
         self._counts = np.full(len(row.last_positions), num_responses)
         """Of each prompt."""
         self._stages: tuple[AttentionStage[Tensor], ...] | None = None
+        self._windowed: tuple[int, tuple[AttentionStage[Tensor], ...]] | None = None
+        """The newest of `_windowed_stages`, and its `count`."""
 
     @property
     def num_responses(self) -> int:
@@ -155,7 +159,7 @@ class KeyValueCache:
         """Drop all responses but these, by ascending indices into the n."""
         prompts = np.repeat(np.arange(len(self._counts)), self._counts)
         self._counts = np.bincount(prompts[rows], minlength=len(self._counts))
-        self._stages = None
+        self._stages = self._windowed = None
         self.states.keep(rows)
         for layer in self._layers.values():
             if layer.keys is not None:
@@ -173,6 +177,26 @@ class KeyValueCache:
                 stages.insert(0, _stage(np.array([0, row.common]), everyone))
             self._stages = record_to_device(tuple(stages), self._setup.device)
         return self._stages
+
+    def _windowed_stages(self, count: int) -> tuple[AttentionStage[Tensor], ...]:
+        """One rectangle for the last `count` keys of each prompt, or all there are."""
+        if count <= 0:
+            return ()
+        if self._windowed is None or self._windowed[0] != count:
+            common, keys = self._row.common, []
+            for first, end in itertools.pairwise(self._row.bounds.tolist()):
+                missing = max(0, count - (end - first))
+                keys.append(np.arange(max(0, common - missing), common))
+                keys[-1] = np.append(keys[-1], np.arange(max(first, end - count), end))
+            stage = attention_stage(
+                slice(0, self.num_responses),
+                np.concatenate(keys),
+                self._counts,
+                np.array([len(of_prompt) for of_prompt in keys]),
+                causal=False,
+            )
+            self._windowed = count, record_to_device((stage,), self._setup.device)
+        return self._windowed[1]
 
     def _attend_prompts(
         self, attend: CoreAttention, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer
@@ -198,11 +222,17 @@ class KeyValueCache:
             )
         cached.keys[:, :, slot] = k
         cached.values[:, :, slot] = v
-        seen = slice(0, slot + 1)
+        if layer.window is None:
+            seen, stages = slice(0, slot + 1), self._prompt_stages()
+        else:
+            seen = slice(max(0, slot - layer.window), slot + 1)
+            stages = self._windowed_stages(layer.window - slot)
         out, lse = _attend_own(q, cached.keys[:, :, seen], cached.values[:, :, seen], layer.scale)
         compute = StageCompute(self._setup.kernel, layer.scale)
         prompts = (cached.prompt_keys, cached.prompt_values)
-        compute.merge(self._prompt_stages(), q, *prompts, out, lse)
+        compute.merge(stages, q, *prompts, out, lse)
+        if layer.sink is not None:
+            out, _ = merge_sink(out, lse, layer.sink)
         padded[:n] = out
         return padded
 

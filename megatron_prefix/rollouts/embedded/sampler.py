@@ -28,18 +28,13 @@ from megatron_prefix.rollouts.sampling.sampler import (
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:
-    """Attention to cached keys has no windows and no sinks, and requests have no images."""
-    for name, without in (
-        ("window_size", None),
-        ("softmax_type", "vanilla"),
-        ("mrope_section", None),
-    ):
-        value = option(config, name)
-        if value not in (None, without):
-            raise ValueError(
-                f"{name}={value!r}: the embedded engine cannot sample from such a model yet; set "
-                "rollouts.engine to file, and leave evaluation out"
-            )
+    """Requests have no images."""
+    value = option(config, "mrope_section")
+    if value is not None:
+        raise ValueError(
+            f"mrope_section={value!r}: the embedded engine cannot sample from such a model yet; "
+            "set rollouts.engine to file, and leave evaluation out"
+        )
 
 
 class EmbeddedSampler(Sampler):
@@ -72,14 +67,14 @@ class EmbeddedSampler(Sampler):
                 large; None takes all at once.
 
         Raises:
-            ValueError: the model has sliding windows, attention sinks or mRoPE.
+            ValueError: the model has mRoPE.
         """
         config = chunks.config
         _refuse_unsupported(config)
         self._chunks = chunks
         self._spec = spec
         self._device = device
-        self._setup = AttentionSetup.of(config, device, kernel=kernel)
+        self._setup = AttentionSetup.of(config, device, kernel=kernel, delta_rule="torch")
         self._max_cached_tokens = max_cached_tokens
         self._state_tokens = state_tokens(config)
         # Rows of a few tokens per response are not worth distributing: each context-parallel rank

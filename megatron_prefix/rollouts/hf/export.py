@@ -29,7 +29,6 @@ from megatron_prefix.packages import needed_by
 
 if TYPE_CHECKING:
     from megatron_prefix.conversion.hf_folder import Shard
-    from megatron_prefix.conversion.mapping import Parameter
 
 _SHARD_BYTES = 10**9
 """Of each rank that writes."""
@@ -60,7 +59,7 @@ class _Part:
 
 
 _Parts = dict[_Part, list[int]]
-"""What makes up a parameter, once each, and the ranks that hold it."""
+"""What makes up a tensor, once each, and the ranks that hold it."""
 
 
 def weights_exporter(
@@ -97,27 +96,33 @@ def weights_exporter(
     # Parts travel through the processes' own memory: a GPU has none to spare for them.
     group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
     rank = dist.get_rank()
-    stored = {
-        key + end: _Stored(key=key, axes=len(index), rows=rows, of=parameter)
+    axes = {
+        key + end: len(index)
         for parameter in parameters
         for key, index in parameter.places
-        for end, rows in parameter.stored
+        for end, _ in parameter.stored
     }
-    parts = _all_parts(list(_own_parts(chunks, stored)), group)
+    parts = _all_parts(list(_own_parts(chunks, axes)), group)
     shapes = {key: _any_of(found).global_shape for (key, _), found in parts.items()}
     places = check_stored(shapes, mapping.architecture, parameters, of="the model in training")
+    # Of each parameter the tensors that Megatron stores it as, one behind the other.
+    stored = [
+        [parts[key + end, index] for end, _ in parameter.stored]
+        for parameter, (key, index) in zip(parameters, places, strict=True)
+    ]
 
     def export(directory: Path) -> None:
-        mine = _own_parts(chunks, stored)
-        writers = _writers(parts, places, _ranks_that_see(directory, group))
+        mine = _own_parts(chunks, axes)
+        writers = _writers(stored, _ranks_that_see(directory, group))
         writer = ShardWriter(directory, max_shard_bytes=shard_bytes, prefix=f"rank-{rank:05d}")
         failure: Exception | None = None
-        for parameter, place, target in zip(parameters, places, writers, strict=True):
-            whole = _collect(parts[place], mine, target, rank, group)
+        for parameter, tensors, target in zip(parameters, stored, writers, strict=True):
+            found = [_collect(tensor, mine, target, rank, group) for tensor in tensors]
             # After a failure, too, others wait for their parts to be taken.
-            if whole is None or failure is not None:
+            if target != rank or failure is not None:
                 continue
             try:
+                whole = torch.cat(found) if len(found) > 1 else found[0]
                 for name, tensor in mapping.to_hf(parameter, whole).items():
                     writer.add(name, tensor)
             except Exception as error:
@@ -140,42 +145,26 @@ def weights_exporter(
 
 
 def _any_of(parts: _Parts) -> _Part:
-    """One of a parameter's parts: each tells what the whole is."""
+    """One of a tensor's parts: each tells what the whole is."""
     return next(iter(parts))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Stored:
-    """What Megatron stores under one key."""
+def _own_parts(chunks: ModelChunks, axes: dict[str, int]) -> dict[_Part, Tensor]:
+    """This rank's.
 
-    key: str
-    """Of the whole parameter."""
-    axes: int
-    """Leading axes of the parameter. One of all experts of a layer has fewer than the experts'
-    shards; further ones are places in it."""
-    rows: slice
-    """Of the parameter, where that is stored in parts."""
-    of: Parameter
-
-
-def _own_parts(chunks: ModelChunks, stored: dict[str, _Stored]) -> dict[_Part, Tensor]:
-    """This rank's, by the keys of the parameters that they are part of."""
+    Args:
+        axes: how many leading axes a tensor has, by its key. One of all experts of a layer has
+            fewer than the experts' shards; further ones are places in it.
+    """
     parts = {}
     for shard in parameter_shards(chunks):
-        known = stored.get(shard.key)
-        key, shape = shard.key, shard.global_shape
-        count = len(shard.index) if known is None else known.axes
+        count = axes.get(shard.key, len(shard.index))
         within = [(i, i + 1) for i in shard.index[count:]]
-        place = [*within, *((bounds.start, bounds.stop) for bounds in shard.place)]
-        if known is not None and known.of.parts:
-            first = known.rows.start
-            key, place[0] = known.key, (first + place[0][0], first + place[0][1])
-            shape = (*shape[:count], *known.of.shape)
         part = _Part(
-            key=key,
+            key=shard.key,
             index=shard.index[:count],
-            place=tuple(place),
-            global_shape=shape,
+            place=(*within, *((bounds.start, bounds.stop) for bounds in shard.place)),
+            global_shape=shard.global_shape,
             dtype=shard.data.dtype,
         )
         parts[part] = shard.data
@@ -183,7 +172,7 @@ def _own_parts(chunks: ModelChunks, stored: dict[str, _Stored]) -> dict[_Part, T
 
 
 def _all_parts(own: list[_Part], group: dist.ProcessGroup) -> dict[tuple[str, Shape], _Parts]:
-    """The parts of each parameter, by key and leading indices."""
+    """The parts of each tensor, by key and leading indices."""
     everyone: list[list[_Part]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, own, group=group)
     found: dict[tuple[str, Shape], _Parts] = defaultdict(dict)
@@ -211,18 +200,14 @@ def _ranks_that_see(directory: Path, group: dist.ProcessGroup) -> list[int]:
     return [rank for rank, sees in enumerate(seen) if sees]
 
 
-def _writers(
-    parts: dict[tuple[str, Shape], _Parts],
-    places: list[tuple[str, Shape]],
-    seeing: list[int],
-) -> list[int]:
+def _writers(stored: list[list[_Parts]], seeing: list[int]) -> list[int]:
     """The rank that writes each parameter: of those that hold some of it, the least busy."""
     load = dict.fromkeys(seeing, 0)
     writers = []
-    for place in places:
-        holders = {rank for ranks in parts[place].values() for rank in ranks if rank in load}
-        writer = min(holders or seeing, key=lambda rank: (load[rank], rank))
-        load[writer] += math.prod(_any_of(parts[place]).whole_shape)
+    for tensors in stored:
+        holders = {rank for parts in tensors for ranks in parts.values() for rank in ranks}
+        writer = min(holders & load.keys() or seeing, key=lambda rank: (load[rank], rank))
+        load[writer] += sum(math.prod(_any_of(parts).whole_shape) for parts in tensors)
         writers.append(writer)
     return writers
 
@@ -234,9 +219,9 @@ def _collect(
     rank: int,
     group: dist.ProcessGroup,
 ) -> Tensor | None:
-    """The whole parameter on its writer; None elsewhere.
+    """The whole tensor on its writer; None elsewhere.
 
-    All ranks go through the parameters, and the parts of each, in one order.
+    All ranks go through the tensors, and the parts of each, in one order.
     """
     whole: Tensor | None = None
     if rank == writer:

@@ -100,37 +100,22 @@ class _Trajectory:
         )
 
 
+@dataclass(eq=False)
 class AgentLoop:
     """Dialogues of a policy with an environment."""
 
-    def __init__(
-        self,
-        environment: Environment,
-        tokenizer: TextTokenizer,
-        encoder: DialogueEncoder,
-        config: AgentConfig,
-        *,
-        max_sequence_length: int,
-        max_turn_length: int,
-        can_be_asked: CanBeAsked | None = None,
-    ) -> None:
-        """Nothing is sampled yet.
-
-        Args:
-            environment: that answers.
-            tokenizer: of the policy.
-            encoder: writes what stands between two turns.
-            config: limits of turns and time.
-            max_sequence_length: of the model; a turn begins only where it has room.
-            max_turn_length: tokens of a turn at most.
-            can_be_asked: whether a turn can be sampled behind some tokens; None: behind any.
-        """
-        self._can_be_asked = can_be_asked
-        self._environment = environment
-        self._tokenizer = tokenizer
-        self._encoder = encoder
-        self._config = config
-        self._room = max_sequence_length - max_turn_length
+    environment: Environment
+    tokenizer: TextTokenizer
+    encoder: DialogueEncoder
+    """Writes what stands between two turns."""
+    config: AgentConfig
+    """Limits of turns and time."""
+    max_sequence_length: int = field(kw_only=True)
+    """Of the model; a turn begins only where it has room."""
+    max_turn_length: int = field(kw_only=True)
+    """Tokens of a turn at most."""
+    can_be_asked: CanBeAsked = field(default=lambda tokens: True, kw_only=True)
+    """Whether a turn can be sampled behind some tokens."""
 
     def play(self, wanted: Sequence[Wanted], tally: Tally) -> Play:
         """Responses for each of the wanted, as many as came out well.
@@ -142,10 +127,10 @@ class AgentLoop:
         Raises:
             ServerError: a prompt that is no chat.
         """
-        ended = time.monotonic() + self._config.max_seconds
+        ended = time.monotonic() + self.config.max_seconds
         responses: list[list[Response]] = [[] for _ in wanted]
         live = [t for index, item in enumerate(wanted) for t in _begun(index, item)]
-        for turn in range(self._config.max_turns):
+        for turn in range(self.config.max_turns):
             if not live:
                 break
             answers = yield [trajectory.wanted() for trajectory in live]
@@ -153,14 +138,12 @@ class AgentLoop:
             spoken = list(self._speak(live, answers.responses, tally))
             dialogues = [([_shown(m) for m in t.messages], t.prompt.answer) for t in spoken]
             live = []
-            for trajectory, reaction in zip(
-                spoken, self._environment.react(dialogues), strict=True
-            ):
-                is_last = turn + 1 == self._config.max_turns or time.monotonic() > ended
+            for trajectory, reaction in zip(spoken, self.environment.react(dialogues), strict=True):
+                is_last = turn + 1 == self.config.max_turns or time.monotonic() > ended
                 outcome = self._take(trajectory, reaction, tally, is_last=is_last)
                 if outcome == "goes on":
                     asked = trajectory.wanted().prompt.tokens
-                    if self._can_be_asked is None or self._can_be_asked(asked):
+                    if self.can_be_asked(asked):
                         live.append(trajectory)
                     else:
                         tally.reject(
@@ -173,7 +156,7 @@ class AgentLoop:
 
     def close(self) -> None:
         """End the environment's processes."""
-        self._environment.close()
+        self.environment.close()
 
     def _speak(
         self, live: Sequence[_Trajectory], found: Sequence[list[Response]], tally: Tally
@@ -189,8 +172,8 @@ class AgentLoop:
 
     def _message(self, turn: Response, index: int) -> Message:
         """The model's turn of this index, without its tokens."""
-        text = self._tokenizer.read(turn.tokens.tolist())
-        if self._config.tool_calls == "text":
+        text = self.tokenizer.read(turn.tokens.tolist())
+        if self.config.tool_calls == "text":
             return {"content": text}
         content, calls = split_tool_calls(text, turn=index)
         return {"content": content, "tool_calls": calls} if calls else {"content": content}
@@ -207,7 +190,7 @@ class AgentLoop:
         tokens: Sequence[int] = ()
         if isinstance(reaction, Reaction) and reaction.messages and trajectory.finished:
             try:
-                tokens = self._encoder.between(
+                tokens = self.encoder.between(
                     trajectory.messages,
                     reaction.messages,
                     tools=trajectory.prompt.tools,
@@ -225,14 +208,14 @@ class AgentLoop:
         if not reaction.messages or not trajectory.finished:
             return "ended"
         seen = len(trajectory.prompt.tokens) + len(trajectory.tokens) + len(tokens)
-        if is_last or seen > self._room:
+        if is_last or seen + self.max_turn_length > self.max_sequence_length:
             trajectory.finished = False
             return "ended"
         trajectory.see(reaction.messages, tokens)
         return "goes on"
 
     def _fail(self, trajectory: _Trajectory, error: CallFailed, tally: Tally) -> Outcome:
-        name, reward = self._config.environment, self._config.on_failure
+        name, reward = self.config.environment, self.config.on_failure
         tally.environment_failures += 1
         logger.warning("%s: environment %s %s", trajectory.prompt.source, name, error)
         if reward is None:

@@ -206,7 +206,7 @@ def _with_routes_of_answer(choice: dict[str, Any], answer: dict[str, Any]) -> di
     """SGLang has the routes of the first choice beside the choices."""
     beside = answer.get("sglext")
     found = beside.get(ROUTES) if isinstance(beside, dict) else None
-    return choice if found is None else {ROUTES: found, **choice}
+    return choice if choice.get(ROUTES) is not None else {**choice, ROUTES: found}
 
 
 def _are_equal(samples: Sequence[Response]) -> bool:

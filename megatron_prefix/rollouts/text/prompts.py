@@ -29,10 +29,11 @@ import numpy as np
 from megatron_prefix.config import TextConfig
 from megatron_prefix.packages import needed_by
 from megatron_prefix.rollouts.engine import EndOfRollouts
-from megatron_prefix.rollouts.parsing import check_names, other_fields, refuse_prompt_keys
+from megatron_prefix.rollouts.parsing import check_names_of_prompt, other_fields
 from megatron_prefix.rollouts.prompts import Prompt, check_prompt
 from megatron_prefix.rollouts.record import START, Record, value_at
 from megatron_prefix.rollouts.record_files import identity_of, open_record_file, stamp_of
+from megatron_prefix.rollouts.stream import opened
 from megatron_prefix.rollouts.text.dialogue import check_special_tokens, check_tools_are_written
 from megatron_prefix.rollouts.text.messages import (
     SAMPLED_KEYS,
@@ -79,11 +80,7 @@ class TextPrompts:
         Raises:
             ValueError: no paths, a file that is not there or of unknown format, or epochs below 1.
         """
-        if not paths:
-            raise ValueError("paths: there are none; name at least one file of prompts")
-        if epochs is not None and epochs < 1:
-            raise ValueError(f"epochs={epochs}: set at least 1, or None to go on without end")
-        self._paths = [open_record_file(Path(path)).path for path in paths]
+        self._paths = [file.path for file in opened(paths, epochs, files_of="prompts")]
         self._identities = [identity_of(path) for path in self._paths]
         self._usable = usable or Usable()
         self._tokenizer = tokenizer
@@ -222,8 +219,7 @@ class TextPrompts:
         if template is not None:
             return self._of_text(_filled(template, values, source), source, told={})
         record = Record(values=values, source=source, end=START)
-        check_names(record)
-        refuse_prompt_keys(record)
+        check_names_of_prompt(record)
         if "messages" in values and "prompt" in values:
             raise ValueError(f"{source}: messages: a record has either messages or prompt")
         field = "messages" if "messages" in values else "prompt"

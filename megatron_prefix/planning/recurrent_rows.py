@@ -1,0 +1,95 @@
+"""What recurrent layers do otherwise than others in a row: filled chunks, and states on ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_prefix.layout import RecurrentShape
+from megatron_prefix.layout.packing import PackedLayout
+from megatron_prefix.layout.recurrence import chunked_tokens
+from megatron_prefix.layout.sharding import ContextShards
+from megatron_prefix.layout.shared_states import placed_states
+from megatron_prefix.layout.stages import SharedStates
+from megatron_prefix.layout.windows import RankRows, positions_asked_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentRow:
+    """Of one row, in every recurrent layer. Numbers are those of the rank with most."""
+
+    chunk_tokens: int = 0
+    """Tokens of a rank's chunks, which are filled up; 0: the model has no recurrent layer."""
+    begins: int = 0
+    """States of other ranks that a rank's runs begin with, which it keeps for backward."""
+    copied: int = 0
+    """Numbers that a rank keeps again, side by side with those that came from other ranks."""
+    received_per_layer: int = 0
+    """Bytes that the busiest context-parallel rank receives, forward and backward."""
+
+
+def recurrent_row(
+    layout: PackedLayout,
+    shards: ContextShards | None,
+    recurrent: RecurrentShape | None,
+    *,
+    by_heads: bool,
+    tensor: int,
+    element: int,
+    wide: int,
+) -> RecurrentRow:
+    """Count what a row costs in each recurrent layer.
+
+    Args:
+        layout, shards: the row; shards None: it is whole.
+        recurrent: None: the model has no such layer.
+        by_heads: the layers exchange heads, where the row is distributed; otherwise states.
+        tensor: tensor-parallel ranks.
+        element, wide: bytes of an element, and of one that is at least float32.
+    """
+    if recurrent is None:
+        return RecurrentRow()
+    whole = chunked_tokens([segment.length for segment in layout.segments])
+    if shards is None:
+        return RecurrentRow(chunk_tokens=whole)
+    if by_heads:
+        size = shards.num_ranks
+        moved = recurrent.convolved + 2 * recurrent.num_value_heads
+        # There, and the output back.
+        numbers = shards.tokens_per_rank * (moved + recurrent.values) * (size - 1)
+        return RecurrentRow(
+            chunk_tokens=whole // size,
+            copied=shards.tokens_per_rank * moved // tensor,
+            received_per_layer=2 * numbers // size // tensor * element,
+        )
+    ranks = RankRows.of_ranks(shards)
+    placed = placed_states(shards, ranks, 0)
+    states = None if placed is None else placed.shared
+    asked = positions_asked_for(layout, ranks, recurrent.width - 1)
+    halos = np.array([[len(positions) for positions in of_rank] for of_rank in asked])
+    # Inputs of the convolution in forward, and the gradients of what was sent.
+    received = (halos.sum(axis=1) + halos.sum(axis=0)) * recurrent.convolved // tensor * element
+    if states is not None:
+        received = received + _received_states(states, recurrent) // tensor * wide
+    return RecurrentRow(
+        chunk_tokens=max(chunked_tokens(_run_lengths(held)) for held in ranks),
+        begins=0 if states is None else max(states.begins_of_ranks),
+        copied=int(halos.any())
+        * (shards.tokens_per_rank + int(halos.sum(axis=1).max()))
+        * (recurrent.convolved // tensor),
+        received_per_layer=int(received.max()),
+    )
+
+
+def _run_lengths(held: RankRows) -> list[int]:
+    real = held.rows[held.bounds[:-1]] >= 0
+    return np.diff(held.bounds)[real].tolist()
+
+
+def _received_states(states: SharedStates[np.ndarray], recurrent: RecurrentShape) -> np.ndarray:
+    """[ranks] numbers: maps in forward; factors and gradients of states in backward."""
+    k, v = recurrent.key_channels, recurrent.value_channels
+    pieces, begins = (np.array(x) for x in (states.pieces_of_ranks, states.begins_of_ranks))
+    of_head = (pieces.sum() - pieces) * k * (2 * k + v) + (begins.sum() - begins) * k * v
+    return recurrent.num_value_heads * of_head
