@@ -48,8 +48,8 @@ class _PrefixHybridModel:
     ) -> None:
         if hybrid_layer_pattern is None:
             raise ValueError("hybrid_layer_pattern: give it by name; it is missing")
-        for fault in faults_of_pattern(hybrid_layer_pattern):
-            raise ValueError(f"hybrid_layer_pattern: {hybrid_layer_pattern!r}: {fault}")
+        if faults := "; ".join(faults_of_pattern(hybrid_layer_pattern)):
+            raise ValueError(f"hybrid_layer_pattern: {hybrid_layer_pattern!r}: {faults}")
         if config.num_layers != len(layers_of(hybrid_layer_pattern)):
             raise ValueError(
                 f"hybrid_layer_pattern: {hybrid_layer_pattern!r} has "
