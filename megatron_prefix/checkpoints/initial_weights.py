@@ -1,4 +1,4 @@
-"""Weights to start from fit the model, or are refused by name before anything is loaded.
+"""Weights to start from fit the model, or are refused by name before anything is trained.
 
 Megatron's loader takes what the model asks for and passes over the rest, and an embedding may
 differ in its rows (vocabulary padding). So a checkpoint of another model could load without a word:
@@ -29,6 +29,8 @@ from megatron_prefix.model.parameter_shards import ParameterShard, parameter_sha
 
 MODEL_SECTION = "model.yaml"
 """Beside a checkpoint: the `model` section of a run that fits it."""
+_OF_A_RUN = "trainer.json"
+"""In a run's checkpoint: the trainer's state, with the configuration of the run."""
 
 _NORMS = (
     ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
@@ -38,8 +40,48 @@ _NORMS = (
 """Norms that the local spec and Transformer Engine's store under different names: before experts,
 and of the latents of multi-latent attention."""
 
-_OF_TRAINING = {"moe_router_bias_update_rate", "moe_router_dtype"}
-"""Of `model.transformer`: a run may choose them, whatever the weights were made for."""
+OF_EXECUTION = frozenset(
+    {
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
+        "apply_rope_fusion",
+        "attention_backend",
+        "attention_dropout",
+        "attention_softmax_in_fp32",
+        "batch_p2p_comm",
+        "bias_activation_fusion",
+        "bias_dropout_fusion",
+        "cp_comm_type",
+        "cross_entropy_loss_fusion",
+        "deterministic_mode",
+        "distribute_saved_activations",
+        "expert_tensor_parallel_size",
+        "fp32_residual_connection",
+        "gradient_accumulation_fusion",
+        "hidden_dropout",
+        "init_method_std",
+        "masked_softmax_fusion",
+        "memory_efficient_layer_norm",
+        "moe_aux_loss_coeff",
+        "moe_grouped_gemm",
+        "moe_permute_fusion",
+        "moe_router_bias_update_rate",
+        "moe_router_dtype",
+        "moe_router_fusion",
+        "moe_router_load_balancing_type",
+        "moe_shared_expert_overlap",
+        "moe_token_dispatcher_type",
+        "moe_z_loss_coeff",
+        "mtp_loss_scaling_factor",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "overlap_p2p_comm",
+        "persist_layer_norm",
+        "pipeline_model_parallel_layout",
+    }
+)
+"""Of `model.transformer`: how a model runs and learns. A run may choose them, whatever the weights
+were made for."""
 _FREE = {"max_sequence_length", "make_vocab_size_divisible_by", "transformer"}
 
 
@@ -49,19 +91,20 @@ def recorded_model(checkpoint: Path) -> ModelConfig | None:
     Raises:
         ValueError: it says so in a form that cannot be read.
     """
-    file = _section_file(checkpoint)
-    if file is not None:
-        return _load(file, read_yaml)
-    if (checkpoint / "trainer.json").exists():
-        return _load(checkpoint / "trainer.json", _config_of_run)
-    return None
+    file = _record(checkpoint)
+    if file is None:
+        return None
+    return _load(file, _config_of_run if file.name == _OF_A_RUN else read_yaml)
 
 
-def _section_file(checkpoint: Path) -> Path | None:
-    for path in (checkpoint / MODEL_SECTION, checkpoint.parent / MODEL_SECTION):
-        if path.exists():
-            return path
-    return None
+def _record(checkpoint: Path) -> Path | None:
+    """The file that says what model a checkpoint holds: of a conversion, or else of its run."""
+    candidates = (
+        checkpoint / MODEL_SECTION,
+        checkpoint.parent / MODEL_SECTION,
+        checkpoint / _OF_A_RUN,
+    )
+    return next((path for path in candidates if path.exists()), None)
 
 
 def _config_of_run(path: Path) -> dict[str, Any]:
@@ -79,7 +122,7 @@ def _load(path: Path, read: Callable[[Path], dict[str, Any]]) -> ModelConfig | N
 
 
 def check_initial_weights(path: Path, model: ModelConfig, chunks: ModelChunks) -> None:
-    """Compare a checkpoint with the model that is to start from it. Collective.
+    """Compare a checkpoint with the model that is to start from it, or go on. Collective.
 
     Args:
         path: a checkpoint, or a folder of them whose newest is taken.
@@ -93,7 +136,7 @@ def check_initial_weights(path: Path, model: ModelConfig, chunks: ModelChunks) -
     dist.all_gather_object(keys, set(wanted))
     with raise_together():
         checkpoint = find_checkpoint(path)
-        file = _section_file(checkpoint)
+        file = _record(checkpoint)
         if file is not None and (recorded := recorded_model(checkpoint)) is not None:
             _compare_options(file, recorded, model, chunks)
         metadata = read_metadata(checkpoint)
@@ -133,9 +176,10 @@ def _compare_options(
     )
     if not recorded.rope_scaling and not model.rope_scaling:
         del pairs["model.rope_scaling_factor"]
-    for key, value in recorded.transformer.items():
-        if key not in _OF_TRAINING:
-            pairs[f"model.transformer.{key}"] = (value, getattr(chunks.config, key, None))
+    for key, theirs in recorded.transformer.items():
+        # Megatron puts numbers in place of some nulls, so what is written alike is alike.
+        if key not in OF_EXECUTION and theirs != model.transformer.get(key):
+            pairs[f"model.transformer.{key}"] = (theirs, getattr(chunks.config, key, None))
     for name, (theirs, ours) in pairs.items():
         if _as_written(theirs) != _as_written(ours):
             raise ValueError(

@@ -64,7 +64,7 @@ def load_state(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     except CheckpointException as error:
         # torch collects what each rank raised while it planned its reads, or read.
         failures = [exception for exception, _ in error.failures.values()]
-        reasons = "; ".join(sorted({str(exception) for exception in failures}))
+        reasons = "; ".join(sorted(set(map(_reason, failures))))
         if any(map(_is_unreadable, failures)):
             raise _unreadable(path, reasons) from error
         raise _misfit(path, reasons) from error
@@ -72,6 +72,13 @@ def load_state(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
         if _is_unreadable(error):
             raise _unreadable(path, str(error)) from error
         raise
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, without the names of all that a checkpoint has, which Megatron lists."""
+    missing, is_known, _ = str(error).partition(" from model not in state dict")
+    # A KeyError's text is in quotes.
+    return "it has no " + missing.lstrip("'\"") if is_known else str(error)
 
 
 def _misfit(path: Path, reason: str) -> ValueError:

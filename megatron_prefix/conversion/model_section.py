@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from megatron_prefix.checkpoints.initial_weights import OF_EXECUTION
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.conversion.architecture import (
     FAMILIES,
@@ -107,45 +108,6 @@ def _sigmoid_routing(routing: SigmoidRouting) -> dict[str, Any]:
     return options
 
 
-# Fields of TransformerConfig that say how a model is computed or trained, not what it is.
-_OF_EXECUTION = {
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "apply_rope_fusion",
-    "attention_backend",
-    "attention_dropout",
-    "attention_softmax_in_fp32",
-    "batch_p2p_comm",
-    "bias_activation_fusion",
-    "bias_dropout_fusion",
-    "cp_comm_type",
-    "cross_entropy_loss_fusion",
-    "deterministic_mode",
-    "distribute_saved_activations",
-    "expert_tensor_parallel_size",
-    "fp32_residual_connection",
-    "gradient_accumulation_fusion",
-    "hidden_dropout",
-    "init_method_std",
-    "masked_softmax_fusion",
-    "memory_efficient_layer_norm",
-    "moe_aux_loss_coeff",
-    "moe_grouped_gemm",
-    "moe_permute_fusion",
-    "moe_router_bias_update_rate",
-    "moe_router_dtype",
-    "moe_router_fusion",
-    "moe_router_load_balancing_type",
-    "moe_shared_expert_overlap",
-    "moe_token_dispatcher_type",
-    "moe_z_loss_coeff",
-    "mtp_loss_scaling_factor",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "overlap_p2p_comm",
-    "persist_layer_norm",
-    "pipeline_model_parallel_layout",
-}
 _READ = {
     "num_layers",
     "hidden_size",
@@ -212,7 +174,7 @@ def from_model_config(model: ModelConfig) -> Architecture:
         ("model.transformer.normalization", t.get("normalization", "RMSNorm"), ("RMSNorm",)),
     )
     for key, value in t.items():
-        if key not in _READ | _OF_EXECUTION and value != _DEFAULTS.get(key):
+        if key not in _READ | OF_EXECUTION and value != _DEFAULTS.get(key):
             raise ConversionError(
                 f"model.transformer.{key}: {value!r} is nothing that a Hugging Face config.json of "
                 f"the supported families ({', '.join(FAMILIES)}) can say"

@@ -30,7 +30,13 @@ _SIZES = {
     "num_moe_experts",
     "moe_ffn_hidden_size",
     "moe_router_topk",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
 }
+_NOT_NEGATIVE = {"mtp_num_layers", "mtp_loss_scaling_factor"}
 _PLAIN = (bool, int, float, str, type(None))
 
 DECIDED_ELSEWHERE = {
@@ -106,6 +112,8 @@ def faults_of_transformer(
             yield f"{path}: Megatron-Core's TransformerConfig has no such field{hint}"
         elif key in _SIZES and type(value) is int and value < 1:
             yield f"{path}: {value} must be at least 1"
+        elif key in _NOT_NEGATIVE and type(value) in (int, float) and not value >= 0:
+            yield f"{path}: {value} must be at least 0"
         else:
             yield from _faults_of_value(path, value, declared[key])
 

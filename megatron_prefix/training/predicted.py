@@ -1,8 +1,8 @@
 """What multi-token prediction trains on in a rank's row, and its loss.
 
-Depth k of D predicts the token k + 1 behind a position, by the model's own output layer. Trained
-are the tokens that the policy's loss trains, by cross-entropy alone: rewards, old policies and the
-temperature take no part. With N trained tokens in all sequences of an optimizer step,
+Depth k of D predicts the token k + 1 places after a position, by the model's own output layer.
+Trained are the tokens that the policy's loss trains, by cross-entropy alone: rewards, old policies
+and the temperature take no part. With N trained tokens in all sequences of an optimizer step,
 
     loss = mtp_loss_scaling_factor / D * sum over k of (1 / N) * sum of cross-entropies at depth k
 

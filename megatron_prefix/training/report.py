@@ -125,11 +125,19 @@ def report_end(
         say(f"ended after step {step} of {steps}: {why}")
     elif saved:
         say(
-            f"done: {step} of {steps} steps; raise training.steps to train on, or take the model "
-            f"out: tools/convert_checkpoint.py megatron-to-hf {checkpoints.directory} HF_FOLDER"
+            f"done: {step} of {steps} steps; raise training.steps to train on"
+            f"{_way_out(config, checkpoints)}"
         )
     else:
         say(f"done: {step} of {steps} steps")
+
+
+def _way_out(config: RunConfig, checkpoints: CheckpointFolder) -> str:
+    if config.model.hybrid_layer_pattern is not None:
+        # No Hugging Face family converts to a HybridModel.
+        return ""
+    command = f"tools/convert_checkpoint.py megatron-to-hf {checkpoints.directory} HF_FOLDER"
+    return f", or take the model out: {command}"
 
 
 def _start_lines(

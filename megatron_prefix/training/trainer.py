@@ -182,6 +182,9 @@ class Trainer:
                 keep_settings=keep_settings,
                 remaining_steps=None if settings.lr_decay_steps else self._steps_behind,
             )
+            # A checkpoint may hold more than has been loaded, and options that no weights show.
+            path = self.checkpoints.path(state["step"])
+            check_initial_weights(path, self.config.model, self.chunks)
             if keep_settings:
                 settings = settings_in_use(settings, self.optimizer, self.scheduler)
                 self.config = dataclasses.replace(self.config, optimizer=settings)

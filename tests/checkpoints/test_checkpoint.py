@@ -279,13 +279,23 @@ def test_a_model_of_another_size_is_refused_by_the_checkpoints_name(
     saved: tuple[Path, FullTensors, FullTensors],
 ) -> None:
     with pytest.raises(RankError, match=r"step_000002: does not fit this model: .*linear_fc1"):
-        run_distributed(_load_into_a_larger_model, 1, saved[0])
+        run_distributed(_load_into_another_model, 1, saved[0], {"ffn_hidden_size": 64})
 
 
-def _load_into_a_larger_model(rank: int, world_size: int, folder: Path) -> None:
+def test_a_tensor_that_a_checkpoint_has_not_is_named_alone(
+    saved: tuple[Path, FullTensors, FullTensors],
+) -> None:
+    fault = r"model: it has no decoder\.layers\.\S+\.[qk]_layernorm\.weight\. Set the model section"
+    with pytest.raises(RankError, match=fault):
+        run_distributed(_load_into_another_model, 1, saved[0], {"qk_layernorm": True})
+
+
+def _load_into_another_model(
+    rank: int, world_size: int, folder: Path, changes: dict[str, Any]
+) -> None:
     with runtime(ParallelConfig(), device="cpu", seed=0, timeout_minutes=1, float64=True):
         chunks = build_model_chunks(
-            model_config({"num_layers": 4, "ffn_hidden_size": 64}, vocab_size=64),
+            model_config({"num_layers": 4, **changes}, vocab_size=64),
             ParallelConfig(),
             TRAINING,
             use_distributed_optimizer=True,

@@ -295,6 +295,10 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, dict[str, Any]], str | tuple[str, ...]]
         {"model": {"transformer": {"num_attention_heads": 0}}},
         "model.transformer.num_attention_heads: 0 must be at least 1",
     ),
+    "fewer than no further tokens": (
+        {"model": {"transformer": {"mtp_num_layers": -1}}},
+        "model.transformer.mtp_num_layers: -1 must be at least 0",
+    ),
     "Megatron's own key": (
         {"model": {"transformer": {"nun_layers": 1}}},
         "model.transformer.nun_layers: Megatron-Core's TransformerConfig has no such field; did "

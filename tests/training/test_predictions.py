@@ -75,6 +75,30 @@ def test_a_run_learns_to_predict_further_tokens_and_continues_where_it_ended(
     assert losses == sorted(losses, reverse=True)
 
 
+def test_a_run_continues_as_the_model_that_its_checkpoint_holds(tmp_path: Path) -> None:
+    records = write_records(tmp_path / "records.jsonl", good_records(2))
+
+    def values(**changes: Any) -> dict[str, Any]:
+        found = run_values(tmp_path / "run", records=records, training={"steps": 1})
+        found["model"]["transformer"] |= {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.1}
+        for name, value in changes.items():
+            section = found["model"] if name == "rotary_base" else found["model"]["transformer"]
+            section[name] = value
+        return found
+
+    with trainer(values()) as run:
+        run.run()
+    for name, value, fault in (
+        ("mtp_num_layers", None, r"mtp_num_layers: None, but .* made for 2 \(.*trainer\.json\)"),
+        ("mtp_num_layers", 1, r"mtp_num_layers: 1, but .* made for 2"),
+        ("rotary_base", 500, r"rotary_base: 500, but .* made for 10000"),
+    ):
+        with pytest.raises(ValueError, match=fault), trainer(values(**{name: value})):
+            pass
+    with trainer(values(mtp_loss_scaling_factor=1.0)) as run:
+        assert run.step == 1
+
+
 def test_throughput_counts_predictions_where_they_run(tmp_path: Path) -> None:
     records = write_records(tmp_path / "records.jsonl", good_records(2))
     teraflops = {}
