@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_prefix.layout.cost import trained_labels
+from megatron_prefix.layout.labels import trained_labels
 from megatron_prefix.layout.tree import PrefixTree
 from megatron_prefix.planning.activation_memory import (
     kept_at_borders,
