@@ -6,10 +6,11 @@ Each is written while training goes on, from a copy of the state as it was; see
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,15 @@ class CheckpointFolder:
         """
         while not self.poll():  # ranks ask together, so that none waits for long in a collective
             time.sleep(_POLL_S)
+
+    @contextlib.contextmanager
+    def finished_when_refused(self) -> Iterator[None]:
+        """Complete the checkpoint that is being written where all ranks refuse the data."""
+        try:
+            yield
+        except ValueError:
+            self.finish()
+            raise
 
     def abandon(self) -> None:
         """Stop writing, on this rank alone; what was begun is never taken for a checkpoint."""
