@@ -46,7 +46,8 @@ from tool_help import HelpFormatter, require_megatron
 
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.layout import trained_labels
-from megatron_prefix.layout.cost import attention_pairs
+from megatron_prefix.layout.pairs import attention_pairs
+from megatron_prefix.layout.tree_cost import tree_flops, ungrouped_flops
 
 if TYPE_CHECKING:
     from benchmarks.levels import Case
@@ -91,7 +92,7 @@ def flops_ratio(case: Case, side: str) -> float | None:
         "labels": labels,
         "trim_last_layer": training_config().trim_last_layer,
     }
-    return shape.ungrouped_flops(grouped, **options) / shape.tree_flops(grouped, **options)
+    return ungrouped_flops(shape, grouped, **options) / tree_flops(shape, grouped, **options)
 
 
 def measure_times(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_prefix.layout import ModelShape, TreeShape, plan_microbatches
-from megatron_prefix.layout.cost import padded_tokens
+from megatron_prefix.layout.padding import padded_tokens
 
 SEVEN_B = ModelShape(
     num_layers=28,

@@ -5,16 +5,12 @@ what a rank runs, `PrefixTree` -> `microbatch_tree` -> `pack` -> `rank_row`, whi
 parallelism distributes the row (`shard_layout`) and plans this rank's part of it (`RankStages`).
 """
 
-from megatron_prefix.layout.cost import (
-    ModelShape,
-    activation_tokens,
-    masked_labels,
-    trained_labels,
-    trained_labels_of_lengths,
-)
+from megatron_prefix.layout.cost import ModelShape
 from megatron_prefix.layout.dispatch import shard_layout
+from megatron_prefix.layout.labels import masked_labels, trained_labels, trained_labels_of_lengths
 from megatron_prefix.layout.layer_shapes import LatentShape, RecurrentShape
 from megatron_prefix.layout.packing import PackedLayout, Segment, pack
+from megatron_prefix.layout.padding import activation_tokens
 from megatron_prefix.layout.planner import (
     GroupSlice,
     MicrobatchPlan,

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_prefix.layout.cost import attention_pairs_of
 from megatron_prefix.layout.packing import PackedLayout
+from megatron_prefix.layout.pairs import attention_pairs_of
 from megatron_prefix.layout.sharding import ContextShards
 
 WORK_TOLERANCE = 0.02

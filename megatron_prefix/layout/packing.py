@@ -34,7 +34,7 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_prefix.layout.cost import padded_tokens
+from megatron_prefix.layout.padding import padded_tokens
 from megatron_prefix.layout.stages import AttentionStage, attention_stage
 from megatron_prefix.layout.tree import PrefixTree
 

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_prefix.layout.balancing import balanced_ranks
-from megatron_prefix.layout.cost import ModelShape, padded_tokens
+from megatron_prefix.layout.cost import ModelShape
 from megatron_prefix.layout.division import (
     Division,
     Series,
@@ -41,8 +41,10 @@ from megatron_prefix.layout.division import (
     divide_to_fit,
     microbatches_for,
 )
+from megatron_prefix.layout.padding import padded_tokens
 from megatron_prefix.layout.splitting import Piece, SplittableGroup
 from megatron_prefix.layout.tree import PrefixTree
+from megatron_prefix.layout.tree_cost import node_flops
 from megatron_prefix.layout.tree_shape import TreeShape
 
 SERIES_SIZES = (1.5, 1.0, 0.5)
@@ -144,9 +146,9 @@ def plan_microbatches(
         names: of the groups, for error messages.
         labels: [nodes] for each group, scored labels of each node; None: those of
             `response_labels`.
-        spans: [nodes] for each group, as in `ModelShape.node_flops`; None: as many as labels.
+        spans: [nodes] for each group, as in `tree_cost.node_flops`; None: as many as labels.
         trim_last_layer: whether the last layer runs only what is scored, as in
-            `ModelShape.node_flops`.
+            `tree_cost.node_flops`.
         share_across_microbatches: whether pieces of a group may follow one another on a rank and
             run the root that they share once; it is done where it makes the busiest rank less busy.
 
@@ -179,7 +181,8 @@ def plan_microbatches(
         SplittableGroup(
             i,
             tree,
-            cost.node_flops(
+            node_flops(
+                cost,
                 tree,
                 labels=None if labels is None else labels[i],
                 spans=None if spans is None else spans[i],

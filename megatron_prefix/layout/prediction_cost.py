@@ -10,14 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_prefix.layout.cost import ModelShape
 from megatron_prefix.layout.tree_shape import TreeShape
-
-if TYPE_CHECKING:
-    from megatron_prefix.layout.cost import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)

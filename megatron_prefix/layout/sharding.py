@@ -26,8 +26,8 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_prefix.layout.cost import attention_pairs_of
 from megatron_prefix.layout.packing import PackedLayout
+from megatron_prefix.layout.pairs import attention_pairs_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

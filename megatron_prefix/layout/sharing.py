@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from megatron_prefix.layout.cost import ModelShape, attention_pairs_of
+from megatron_prefix.layout.cost import ModelShape
+from megatron_prefix.layout.pairs import attention_pairs_of
 from megatron_prefix.layout.tree_shape import AnyTree, TreeShape
 
 MERGE_KEYS = 128

@@ -49,7 +49,7 @@ class SplittableGroup:
         Args:
             index: of the group.
             tree: its sequences.
-            node_costs: see `ModelShape.node_flops`.
+            node_costs: see `tree_cost.node_flops`.
         """
         self.index = index
         self.tree = tree

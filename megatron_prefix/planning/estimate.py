@@ -11,9 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_prefix.layout.cost import trained_labels
+from megatron_prefix.layout.labels import trained_labels
 from megatron_prefix.layout.tree import PrefixTree
-from megatron_prefix.planning.memory import StaticBytes
+from megatron_prefix.planning.activation_memory import (
+    kept_at_borders,
+    kept_by_layer,
+    kept_by_outer,
+    kept_of_ranks,
+    kept_of_root,
+)
+from megatron_prefix.planning.backward_memory import largest_transient
+from megatron_prefix.planning.parameter_memory import StaticBytes, static_bytes
 from megatron_prefix.planning.rows import (
     MicrobatchEstimate,
     RowEstimate,
@@ -207,18 +215,21 @@ def _stage_memory(
 
     def kept(chunk: int, m: RowEstimate) -> int:
         layers = sum(
-            memory.kept_by_layer(layer, m.tokens_per_rank, m.labels_per_rank, ranks)
+            kept_by_layer(memory, layer, m.tokens_per_rank, m.labels_per_rank, ranks)
             for layer in chunks[chunk]
         )
         return (
             layers
-            + memory.kept_by_outer(m.tokens_per_rank, m.labels_per_rank, ranks=ranks, **ends(chunk))
-            + memory.kept_at_borders(m.tokens_per_rank, ranks, **ends(chunk))
-            + memory.kept_of_ranks(chunks[chunk], m.recurrent, ranks)
+            + kept_by_outer(
+                memory, m.tokens_per_rank, m.labels_per_rank, ranks=ranks, **ends(chunk)
+            )
+            + kept_at_borders(memory, m.tokens_per_rank, ranks, **ends(chunk))
+            + kept_of_ranks(memory, chunks[chunk], m.recurrent, ranks)
         )
 
     def transient(chunk: int, m: RowEstimate, root_tokens: int = 0) -> int:
-        return memory.transient(
+        return largest_transient(
+            memory,
             chunks[chunk],
             m.tokens_per_rank,
             m.labels_per_rank,
@@ -244,7 +255,7 @@ def _stage_memory(
         # The root of a series waits while the other rows run, and its backward is the last.
         of_root = 0
         if others:
-            of_root = memory.root_keys(chunks[step.chunk], first.tokens_per_rank, ranks)
+            of_root = kept_of_root(memory, chunks[step.chunk], first.tokens_per_rank, ranks)
         moments.append((live + of_root, transient(step.chunk, first)))
         for row in others:
             held = live + of_root + kept(step.chunk, row)
@@ -255,7 +266,7 @@ def _stage_memory(
     activations, on_top = max(moments, key=sum, default=(0, 0))
     return RankMemory(
         pipeline_rank=stage,
-        static=memory.static(layers, ranks, first=stage == 0, last=last_stage),
+        static=static_bytes(memory, layers, ranks, first=stage == 0, last=last_stage),
         activations=activations,
         transient=on_top,
     )

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_prefix.layout.cost import attention_pairs, trained_labels
 from megatron_prefix.layout.dispatch import shard_layout
+from megatron_prefix.layout.labels import trained_labels
 from megatron_prefix.layout.packing import PackedLayout, pack
+from megatron_prefix.layout.pairs import attention_pairs
 from megatron_prefix.layout.planner import GroupSlice, rows_of
 from megatron_prefix.layout.prediction_cost import (
     NO_PREDICTIONS,

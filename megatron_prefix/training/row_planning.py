@@ -18,6 +18,7 @@ from megatron_prefix.layout import (
     rows_of,
 )
 from megatron_prefix.layout.prediction_cost import prediction_flops
+from megatron_prefix.layout.tree_cost import node_flops
 from megatron_prefix.training.batch import HostBatch
 from megatron_prefix.training.batch_planning import plan_batch
 from megatron_prefix.training.entries import TrainedSequence
@@ -185,7 +186,8 @@ class RowPlanner:
             [sequence.loss_mask for sequence in sequences],
         )
         shape = self.packing.model_shape
-        flops = shape.node_flops(
+        flops = node_flops(
+            shape,
             tree,
             labels=labels,
             spans=spans,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_prefix.config import RunConfig
 from megatron_prefix.config.loader import load_yaml
-from megatron_prefix.model.build import transformer_config
+from megatron_prefix.model.transformer_config import transformer_config
 
 
 def load_run_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:

@@ -22,6 +22,7 @@ from megatron_prefix.layout import (
     trained_labels,
     trained_labels_of_lengths,
 )
+from megatron_prefix.layout.tree_cost import ungrouped_flops
 from megatron_prefix.objective import ObjectiveConfig, group_terms, token_weights
 from megatron_prefix.objective.filters import GroupTerms
 from megatron_prefix.rollouts.summary import RolloutSummary
@@ -175,7 +176,8 @@ def _plan_step(
         trained_tokens=int(summary.trained_lengths[filtered.trained].sum()),
         ungrouped_tokens=sum(tree.ungrouped_tokens for tree in whole),
         ungrouped_flops=sum(
-            packing.model_shape.ungrouped_flops(
+            ungrouped_flops(
+                packing.model_shape,
                 tree,
                 labels=np.append(0, batch.trained_lengths[running[group]]),
                 spans=np.append(0, batch.response_lengths[running[group]]),

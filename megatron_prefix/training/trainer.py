@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,16 +25,15 @@ from megatron_prefix.checkpoints.initial_weights import check_initial_weights
 from megatron_prefix.checkpoints.weights import load_weights
 from megatron_prefix.config import RunConfig, config_summary
 from megatron_prefix.config.packing import packing_of_run
-from megatron_prefix.distributed.rank_results import on_rank_0, raise_together, rank_0_alone
+from megatron_prefix.distributed.rank_results import raise_together, rank_0_alone
 from megatron_prefix.distributed.runtime import Runtime
 from megatron_prefix.distributed.stop import StopRequest
 from megatron_prefix.model.build import build_model_chunks, model_shape
 from megatron_prefix.rollouts.build import build_engine, build_evaluator
-from megatron_prefix.rollouts.engine import EndOfRollouts
 from megatron_prefix.rollouts.parts import ALL_RECORDS, RolloutParts
-from megatron_prefix.rollouts.records import RolloutBatch, RolloutSummary
 from megatron_prefix.training.kernel_check import check_delta_rule_of_run, check_kernel_of_run
 from megatron_prefix.training.metrics import plot_reward, read_metrics
+from megatron_prefix.training.next_rollouts import NextRollouts
 from megatron_prefix.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -42,11 +41,8 @@ from megatron_prefix.training.optimizer import (
     warn_of_ended_schedule,
 )
 from megatron_prefix.training.report import progress, report_end, report_start
-from megatron_prefix.training.resampling import Resampling
 from megatron_prefix.training.run_log import RunLog
-from megatron_prefix.training.token_advantages import with_token_advantages
 from megatron_prefix.training.update import PolicyUpdate, ReferencePolicy
-from megatron_prefix.training.waiting import read_waiting, write_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -119,18 +115,12 @@ class Trainer:
         at_most = config.rollouts.check_records if writes else ALL_RECORDS
         self.survey = rank_0_alone(lambda: self.rollouts.survey(at_most))
         """Of the records that were looked at, on rank 0."""
-        self._resampling: Resampling | None = None
-        if config.objective.zero_advantages == "resample":
-            self._resampling = Resampling(
-                config.objective,
-                num_groups=config.rollouts.groups_per_step,
-                at_least=config.training.optimizer_steps_per_rollout,
-            )
         self.checkpoints = CheckpointFolder(
             config.output.directory / "checkpoints",
             keep=config.output.keep,
             writer=config.output.checkpoint_writer,
         )
+        self.next = NextRollouts(config, self.engine, self.checkpoints)
         self._log: RunLog | None = None
         """On rank 0, while it runs."""
         self.step = 0
@@ -140,10 +130,6 @@ class Trainer:
         """Step and `eval` of the best evaluation so far."""
         self.stopped = False
         """Whether `run` has returned because it was asked to."""
-        self._batch: RolloutBatch | None = None
-        """Rollouts that are not trained on yet, on rank 0."""
-        self._summary: RolloutSummary | None = None
-        """Of these rollouts, on every rank."""
         self._restore(writes=writes)
 
     def _restore(self, *, writes: bool) -> None:
@@ -159,55 +145,54 @@ class Trainer:
         if not resuming and writes:
             self.checkpoints.set_aside()
         if self.config.objective.kl_coefficient > 0:
-            if resuming:
-                path = self.checkpoints.reference_path(self.checkpoints.latest_step() or 0)
-                if path is None:
-                    raise ValueError(
-                        f"objective.kl_coefficient: {self.config.objective.kl_coefficient}, but "
-                        f"the run in {output.directory} began with 0 and has not kept the weights "
-                        "that it started from, which are the reference; set it to 0, or begin anew "
-                        "in another output.directory"
-                    )
-                load_weights(path, self.chunks, self.optimizer)
-            elif writes:
-                self.checkpoints.save_reference(self.chunks, step=0)
-            self.update.reference = ReferencePolicy(self.chunks)
+            self._begin_reference(resuming=resuming, writes=writes)
         if resuming:
-            settings = self.config.optimizer
-            keep_settings = settings.on_resume == "checkpoint"
-            state = self.checkpoints.load_latest(
-                self.chunks,
-                self.optimizer,
-                self.scheduler,
-                keep_settings=keep_settings,
-                remaining_steps=None if settings.lr_decay_steps else self._steps_behind,
-            )
-            # A checkpoint may hold more than has been loaded, and options that no weights show.
-            path = self.checkpoints.path(state["step"])
-            check_initial_weights(path, self.config.model, self.chunks)
-            if keep_settings:
-                settings = settings_in_use(settings, self.optimizer, self.scheduler)
-                self.config = dataclasses.replace(self.config, optimizer=settings)
-            self.step = state["step"]
-            if state.get("best") is not None:
-                self._take_as_best(*state["best"])
-            warn_of_ended_schedule(self.scheduler, self._steps_behind(self.step))
-            self.weights = f"resumed after step {self.step} ({self.checkpoints.path(self.step)})"
-            if output.load is not None:
-                self.weights += f", output.load: {output.load} is not used"
-            self._take_waiting(state)
-            with raise_together():
-                self.engine.load_state_dict(state["engine"])
+            self._resume()
 
-    def _take_waiting(self, state: dict[str, Any]) -> None:
-        """Go on with rollouts that were made before the run was stopped, and the engine's state
-        after them. Collective."""
-        path = self.checkpoints.path(self.step)
-        waiting = rank_0_alone(lambda: read_waiting(path))
-        found = on_rank_0(lambda: None if waiting is None else (waiting[0].summary(), waiting[1]))
-        if found is not None:
-            self._batch = None if waiting is None else waiting[0]
-            self._summary, state["engine"] = found
+    def _begin_reference(self, *, resuming: bool, writes: bool) -> None:
+        """Have the reference policy: the weights that the run started from, or has taken since."""
+        if resuming:
+            path = self.checkpoints.reference_path(self.checkpoints.latest_step() or 0)
+            if path is None:
+                coefficient = self.config.objective.kl_coefficient
+                raise ValueError(
+                    f"objective.kl_coefficient: {coefficient}, but the run in "
+                    f"{self.config.output.directory} began with 0 and has not kept the weights "
+                    "that it started from, which are the reference; set it to 0, or begin anew in "
+                    "another output.directory"
+                )
+            load_weights(path, self.chunks, self.optimizer)
+        elif writes:
+            self.checkpoints.save_reference(self.chunks, step=0)
+        self.update.reference = ReferencePolicy(self.chunks)
+
+    def _resume(self) -> None:
+        """Go on from the latest checkpoint, with the rollouts that were made after it."""
+        output, settings = self.config.output, self.config.optimizer
+        keep_settings = settings.on_resume == "checkpoint"
+        state = self.checkpoints.load_latest(
+            self.chunks,
+            self.optimizer,
+            self.scheduler,
+            keep_settings=keep_settings,
+            remaining_steps=None if settings.lr_decay_steps else self._steps_behind,
+        )
+        # A checkpoint may hold more than has been loaded, and options that no weights show.
+        path = self.checkpoints.path(state["step"])
+        check_initial_weights(path, self.config.model, self.chunks)
+        if keep_settings:
+            settings = settings_in_use(settings, self.optimizer, self.scheduler)
+            self.config = dataclasses.replace(self.config, optimizer=settings)
+        self.step = state["step"]
+        if state.get("best") is not None:
+            self._take_as_best(*state["best"])
+        warn_of_ended_schedule(self.scheduler, self._steps_behind(self.step))
+        self.weights = f"resumed after step {self.step} ({path})"
+        if output.load is not None:
+            self.weights += f", output.load: {output.load} is not used"
+        waiting = self.next.take_waiting(path)
+        with raise_together():
+            self.engine.load_state_dict(state["engine"] if waiting is None else waiting)
 
     def _steps_behind(self, step: int) -> int:
         """Optimizer steps that the run still takes when rollout batch `step` is done."""
@@ -237,7 +222,7 @@ class Trainer:
                 while self.step < config.training.steps:
                     if self._is_to_stop():
                         break
-                    if self._summary is None and not self._make_rollouts():
+                    if not self._has_rollouts():
                         why = "the rollouts have ended"
                         break
                     if self._is_to_stop():
@@ -257,7 +242,7 @@ class Trainer:
                 self._save(background=False)
             self.checkpoints.finish()
             if self.stopped:
-                self._keep_waiting()
+                self.next.keep_waiting(self.checkpoints.path(self.step))
             has_failed = False
         except BaseException:
             self.checkpoints.abandon()
@@ -300,62 +285,22 @@ class Trainer:
             )
         return self.stopped
 
-    def _keep_waiting(self) -> None:
-        """Write rollouts that were made and not trained on beside the checkpoint."""
-        path = self.checkpoints.path(self.step)
-        if self._batch is not None and path.is_dir():  # on rank 0 alone
-            write_waiting(path, self._batch, self.engine.state_dict())
-
-    @contextlib.contextmanager
-    def _finishing(self) -> Iterator[None]:
-        """The checkpoint that is being written is completed where all ranks refuse the data."""
-        try:
-            yield
-        except ValueError:
-            self.checkpoints.finish()
-            raise
-
-    @contextlib.contextmanager
-    def _failing_together(self) -> Iterator[None]:
-        """`_finishing` for what rank 0 does for all ranks, so that its number says nothing."""
-        with self._finishing(), raise_together(name_rank=False):
-            yield
-
-    def _make_rollouts(self) -> bool:
-        """Have the next rollout batch made; whether there is one. Collective."""
-        with self.update.phases.measured("rollout"):
-            batch = self._sample()
-            if self._resampling is not None:
-                with self._finishing():
-                    batch = self._resampling.fill(batch, self._sample)
-        self._batch = batch
-        self._summary = on_rank_0(lambda: None if batch is None else batch.summary())
-        return self._summary is not None
-
-    def _sample(self) -> RolloutBatch | None:
-        """A rollout batch on rank 0, unless they have ended. Collective."""
-        with self._failing_together():
-            try:
-                batch = self.engine.next_rollouts(
-                    self.config.rollouts.groups_per_step, step=self.step
-                )
-                if batch is not None:
-                    batch = with_token_advantages(batch, self.config.objective)
-                return batch
-            except EndOfRollouts as end:
-                logger.info("after step %d: %s", self.step, end)
-        return None
+    def _has_rollouts(self) -> bool:
+        """Have the next rollout batch made unless it is there; whether there is one. Collective."""
+        if self.next.summary is not None:
+            return True
+        return self.next.make(step=self.step, phases=self.update.phases)
 
     def _update(self) -> dict[str, Any]:
         """Train on the rollout batch that was made. Collective."""
-        assert self._summary is not None
-        if self._log is not None and self._batch is not None:
-            self._log.training_samples(self.step + 1, self._batch)
-        with self._finishing():
-            metrics = self.update.train_on(self._batch, self._summary, step=self.step + 1)
-        self._batch = self._summary = None
-        resampling = {} if self._resampling is None else self._resampling.metrics()
-        return {**metrics, **self.engine.metrics(), **resampling}
+        batch, summary = self.next.batch, self.next.summary
+        assert summary is not None
+        if self._log is not None and batch is not None:
+            self._log.training_samples(self.step + 1, batch)
+        with self.checkpoints.finished_when_refused():
+            metrics = self.update.train_on(batch, summary, step=self.step + 1)
+        self.next.clear()
+        return {**metrics, **self.next.metrics()}
 
     def _refresh_reference(self) -> None:
         """Take the policy as the reference where it is time. Collective."""
@@ -367,7 +312,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Metrics of the policy on prompts that it is not trained on. Collective."""
         assert self.evaluator is not None
-        with self._failing_together():
+        with self.checkpoints.finished_when_refused(), raise_together(name_rank=False):
             started = time.perf_counter()
             score = self.evaluator.evaluate()
             seconds = time.perf_counter() - started

@@ -25,7 +25,7 @@ from megatron_prefix.integrations import (
     share_prefixes,
     token_counter,
 )
-from megatron_prefix.integrations.gpt_model import POSITIONAL
+from megatron_prefix.integrations.sharing_model import POSITIONAL
 from megatron_prefix.layers.attention import RopeTable
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.integrations.framework import (

@@ -23,6 +23,7 @@ from megatron_prefix.layout import (
     pack,
 )
 from megatron_prefix.layout.stages import stage_rows
+from megatron_prefix.layout.tree_cost import tree_flops
 
 
 def visible_keys(stages: Sequence[AttentionStage], num_tokens: int) -> np.ndarray:
@@ -234,7 +235,7 @@ def _num_branches(tree: PrefixTree) -> int:
 def _assert_balance(plan: MicrobatchPlan, trees: Sequence[PrefixTree], cost: ModelShape) -> None:
     """Rows run from costly to cheap, and ranks differ no more than the microbatches of a row do."""
     costs = [
-        [sum(cost.tree_flops(trees[s.group].subset(s.sequences)) for s in m) for m in rank]
+        [sum(tree_flops(cost, trees[s.group].subset(s.sequences)) for s in m) for m in rank]
         for rank in plan.microbatches
     ]
     assert plan.flops.tolist() == costs

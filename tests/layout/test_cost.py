@@ -14,12 +14,9 @@ from megatron_prefix.layout import (
     activation_tokens,
     pack,
 )
-from megatron_prefix.layout.cost import (
-    attention_pairs,
-    masked_labels,
-    response_labels,
-    trained_labels,
-)
+from megatron_prefix.layout.labels import masked_labels, response_labels, trained_labels
+from megatron_prefix.layout.pairs import attention_pairs
+from megatron_prefix.layout.tree_cost import tree_flops, ungrouped_flops
 
 from .invariants import visible_keys
 from .strategies import SHAPE, trees
@@ -74,19 +71,19 @@ def test_a_group_agrees_with_a_hand_count():
     head = TWO_LAYERS.head_flops_per_label()
     # Prefix: 2 tokens; responses: 2 and 1, which see the 2 and themselves.
     assert attention_pairs(tree).tolist() == [1 + 2, 3 + 4, 3]
-    assert TWO_LAYERS.tree_flops(tree) == 5 * linear + 13 * pair + 3 * head
+    assert tree_flops(TWO_LAYERS, tree) == 5 * linear + 13 * pair + 3 * head
     # One by one: 4 tokens and 3 tokens.
-    assert TWO_LAYERS.ungrouped_flops(tree) == 7 * linear + (10 + 6) * pair + 3 * head
+    assert ungrouped_flops(TWO_LAYERS, tree) == 7 * linear + (10 + 6) * pair + 3 * head
 
 
 def test_a_loss_on_the_prefix_too_scores_it_once_or_for_each_response():
     tree = PrefixTree.from_groups([([1, 2, 3], [[4, 5], [6]])])
     head = TWO_LAYERS.head_flops_per_label()
     every_label = tree.packed_lengths
-    grouped = TWO_LAYERS.tree_flops(tree, labels=every_label) - TWO_LAYERS.tree_flops(tree)
+    grouped = tree_flops(TWO_LAYERS, tree, labels=every_label) - tree_flops(TWO_LAYERS, tree)
     assert grouped == 2 * head
-    ungrouped = TWO_LAYERS.ungrouped_flops(tree, labels=every_label)
-    assert ungrouped - TWO_LAYERS.ungrouped_flops(tree) == 2 * 2 * head
+    ungrouped = ungrouped_flops(TWO_LAYERS, tree, labels=every_label)
+    assert ungrouped - ungrouped_flops(TWO_LAYERS, tree) == 2 * 2 * head
 
 
 def test_a_trimmed_last_layer_saves_all_of_the_prompt_but_keys_and_values():
@@ -94,10 +91,10 @@ def test_a_trimmed_last_layer_saves_all_of_the_prompt_but_keys_and_values():
     # Query 8 -> 12, projection 12 -> 8, MLP 8 -> 20 -> 8.
     token = 2 * (8 * 12 + 12 * 8 + 8 * 20 + 20 * 8)
     pair = TWO_LAYERS.attention_flops_per_pair() // 2
-    saved = TWO_LAYERS.tree_flops(tree) - TWO_LAYERS.tree_flops(tree, trim_last_layer=True)
+    saved = tree_flops(TWO_LAYERS, tree) - tree_flops(TWO_LAYERS, tree, trim_last_layer=True)
     assert saved == 2 * token + 3 * pair
-    saved = TWO_LAYERS.ungrouped_flops(tree)
-    saved -= TWO_LAYERS.ungrouped_flops(tree, trim_last_layer=True)
+    saved = ungrouped_flops(TWO_LAYERS, tree)
+    saved -= ungrouped_flops(TWO_LAYERS, tree, trim_last_layer=True)
     assert saved == 2 * (2 * token + 3 * pair)
 
 
@@ -109,8 +106,8 @@ def test_a_trimmed_last_layer_saves_the_same_in_one_sequence_however_it_is_divid
         alone = tree.subset([i])
         own = response_labels(alone)
         options = {"labels": own, "trim_last_layer": True}
-        assert SHAPE.tree_flops(alone, **options) == SHAPE.ungrouped_flops(alone, **options)
-    assert SHAPE.tree_flops(tree, labels=labels, trim_last_layer=True) <= SHAPE.tree_flops(tree)
+        assert tree_flops(SHAPE, alone, **options) == ungrouped_flops(SHAPE, alone, **options)
+    assert tree_flops(SHAPE, tree, labels=labels, trim_last_layer=True) <= tree_flops(SHAPE, tree)
 
 
 def test_the_prompt_is_not_scored_but_a_lone_sequence_is():
@@ -130,14 +127,14 @@ def test_pairs_are_those_that_the_stages_compute(tree):
 @settings(max_examples=100, deadline=None)
 @given(trees())
 def test_sharing_never_costs_flops(tree):
-    assert SHAPE.tree_flops(tree) <= SHAPE.ungrouped_flops(tree)
+    assert tree_flops(SHAPE, tree) <= ungrouped_flops(SHAPE, tree)
     alone = [tree.subset([i]) for i in range(tree.num_sequences)]
     labels = [t.packed_lengths for t in alone]
-    assert SHAPE.ungrouped_flops(tree, labels=tree.packed_lengths) == sum(
-        SHAPE.tree_flops(t, labels=n) for t, n in zip(alone, labels, strict=True)
+    assert ungrouped_flops(SHAPE, tree, labels=tree.packed_lengths) == sum(
+        tree_flops(SHAPE, t, labels=n) for t, n in zip(alone, labels, strict=True)
     )
-    assert SHAPE.tree_flops(tree.merge_chains(), labels=tree.merge_chains().packed_lengths) == (
-        SHAPE.tree_flops(tree, labels=tree.packed_lengths)
+    assert tree_flops(SHAPE, tree.merge_chains(), labels=tree.merge_chains().packed_lengths) == (
+        tree_flops(SHAPE, tree, labels=tree.packed_lengths)
     )
 
 
@@ -145,7 +142,7 @@ def test_sharing_never_costs_flops(tree):
 def test_a_long_prefix_makes_a_group_cost_what_one_sequence_costs(responses):
     # (P + G R) / (G (P + R)) -> 1 / G as P grows, in attention and in the linear layers alike.
     tree = PrefixTree.from_groups([(np.zeros(100_000, dtype=int), [[1, 2]] * responses)])
-    grouped, ungrouped = SHAPE.tree_flops(tree), SHAPE.ungrouped_flops(tree)
+    grouped, ungrouped = tree_flops(SHAPE, tree), ungrouped_flops(SHAPE, tree)
     assert ungrouped / grouped == pytest.approx(responses, rel=1e-2)
     if responses == 1:
         assert ungrouped == grouped
@@ -195,10 +192,10 @@ def test_masked_labels_count_once_and_the_last_layer_runs_from_the_first_of_them
     labels, spans = masked_labels(tree, [3, 3, 3], masks)
     assert labels.tolist() == [0, 2, 2, 2, 1]
     assert spans.tolist() == [0, 3, 2, 4, 1]
-    untrimmed = TWO_LAYERS.tree_flops(tree, labels=labels, spans=spans)
-    every = TWO_LAYERS.tree_flops(tree, labels=np.array([0, 4, 2, 5, 1]))
+    untrimmed = tree_flops(TWO_LAYERS, tree, labels=labels, spans=spans)
+    every = tree_flops(TWO_LAYERS, tree, labels=np.array([0, 4, 2, 5, 1]))
     assert every - untrimmed == 5 * TWO_LAYERS.head_flops_per_label()
-    trimmed = TWO_LAYERS.tree_flops(tree, labels=labels, spans=spans, trim_last_layer=True)
+    trimmed = tree_flops(TWO_LAYERS, tree, labels=labels, spans=spans, trim_last_layer=True)
     # The two inputs of the prompt, one of the turn (with 2 + 1 keys), one of the longest response.
     assert untrimmed - trimmed == TWO_LAYERS.last_layer_flops(tokens=4, pairs=(1 + 2) + 3 + 7)
 
@@ -219,7 +216,7 @@ def test_a_layer_for_each_part_counts_as_the_layers_of_these_parts(trim_last_lay
     pattern = dataclasses.replace(TWO_LAYERS, num_layers=4, kinds="*-*-", num_trimmed_layers=2)
     tree = PrefixTree.from_groups([([4] * 9, [[1, 2], [3]]), ([8, 9], [[5, 6, 7]])])
     expected, found = (
-        shape.tree_flops(tree, trim_last_layer=trim_last_layer) for shape in (TWO_LAYERS, pattern)
+        tree_flops(shape, tree, trim_last_layer=trim_last_layer) for shape in (TWO_LAYERS, pattern)
     )
     assert found == expected
 
@@ -233,12 +230,12 @@ def test_windowed_layers_count_the_keys_within_the_window(tree, window, last):
     offsets = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
     at = offsets + np.repeat(tree.first_positions, lengths)
     hidden = (at - np.minimum(at, window)).sum()
-    assert TWO_LAYERS.tree_flops(tree) - windowed.tree_flops(tree) == hidden * pair
+    assert tree_flops(TWO_LAYERS, tree) - tree_flops(windowed, tree) == hidden * pair
     # The last layer is trimmed by its own pairs.
     before = offsets < np.repeat(lengths - response_labels(tree), lengths)
     seen = np.minimum(at, window) + 1 if last else at + 1
-    trimmed = windowed.tree_flops(tree, trim_last_layer=True)
-    assert windowed.tree_flops(tree) - trimmed == windowed.last_layer_flops(
+    trimmed = tree_flops(windowed, tree, trim_last_layer=True)
+    assert tree_flops(windowed, tree) - trimmed == windowed.last_layer_flops(
         tokens=before.sum(), pairs=seen[before].sum()
     )
 
@@ -248,7 +245,7 @@ def test_sequences_one_by_one_have_windows_too():
     windowed = dataclasses.replace(TWO_LAYERS, windowed_layers=(True, False), window=1)
     pair = TWO_LAYERS.attention_flops_per_pair() // 2
     # Inputs of 4 and 3 tokens: 1 + 2 + 3 + 4 keys become 1 + 2 + 2 + 2, 1 + 2 + 3 become 1 + 2 + 2.
-    assert TWO_LAYERS.ungrouped_flops(tree) - windowed.ungrouped_flops(tree) == (3 + 1) * pair
+    assert ungrouped_flops(TWO_LAYERS, tree) - ungrouped_flops(windowed, tree) == (3 + 1) * pair
 
 
 RECURRENT = RecurrentShape(
@@ -271,10 +268,10 @@ def test_recurrent_layers_cost_the_same_for_every_token_and_see_no_keys(tree, la
     )
     per_token = 2 * h * (projected + values) + rule - attention
     pairs = int(attention_pairs(tree).sum()) * TWO_LAYERS.attention_flops_per_pair() // 2
-    assert hybrid.tree_flops(tree) - TWO_LAYERS.tree_flops(tree) == tokens * per_token - pairs
+    assert tree_flops(hybrid, tree) - tree_flops(TWO_LAYERS, tree) == tokens * per_token - pairs
     if last:
         # A trimmed layer makes the state of all tokens, and goes on with those that are scored.
         mlp = 2 * 2 * h * TWO_LAYERS.ffn_hidden_size
         before = int((tree.packed_lengths - response_labels(tree)).sum())
-        trimmed = hybrid.tree_flops(tree, trim_last_layer=True)
-        assert hybrid.tree_flops(tree) - trimmed == before * (2 * h * values + mlp)
+        trimmed = tree_flops(hybrid, tree, trim_last_layer=True)
+        assert tree_flops(hybrid, tree) - trimmed == before * (2 * h * values + mlp)

@@ -13,6 +13,7 @@ from megatron_prefix.layout import (
     plan_microbatches,
     trained_labels,
 )
+from megatron_prefix.layout.tree_cost import tree_flops
 
 from .invariants import assert_plan
 from .strategies import SEVEN_B, SHAPE, group_lists, sequence_lists
@@ -176,7 +177,7 @@ def test_work_is_even_over_ranks_and_microbatches():
     result = plan_microbatches(trees, token_budget=4096, data_parallel_size=4, cost=SHAPE)
     costs = np.array(
         [
-            [SHAPE.tree_flops(microbatch_tree(trees, slices)) for slices in rank]
+            [tree_flops(SHAPE, microbatch_tree(trees, slices)) for slices in rank]
             for rank in result.microbatches
         ],
         dtype=float,
@@ -223,7 +224,7 @@ def test_the_facts_of_a_plan_are_those_of_its_rows():
             for m, slices in enumerate(microbatches):
                 tree = microbatch_tree(trees, slices)
                 expected = trained_labels(tree, [5] * tree.num_sequences)
-                flops = SHAPE.tree_flops(tree, labels=expected, trim_last_layer=trim)
+                flops = tree_flops(SHAPE, tree, labels=expected, trim_last_layer=trim)
                 assert result.flops[rank, m] == flops
                 assert result.packed_tokens[rank, m] == pack(tree, pad_to_multiple=4).num_tokens
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_prefix.layout import ModelShape, PackedLayout, PrefixTree, pack
 from megatron_prefix.layout.layer_shapes import PredictionShape
 from megatron_prefix.layout.predictions import shifted_layouts
+from megatron_prefix.layout.tree_cost import tree_flops, ungrouped_flops
 
 from .strategies import SHAPE, trees
 
@@ -51,15 +52,15 @@ def test_each_depth_counts_its_own_row_and_its_labels(
         model, predictions=PredictionShape(depths=depths, windowed=(window > 0,) * depths)
     )
     every = tree.packed_lengths
-    further = predicting.tree_flops(tree, labels=every) - model.tree_flops(tree, labels=every)
+    further = tree_flops(predicting, tree, labels=every) - tree_flops(model, tree, labels=every)
     assert further == _expected(model, shifted_layouts(pack(tree), depths))
 
     alone = [
         PrefixTree.from_sequences([tree.sequence_tokens(i).tolist()])
         for i in range(tree.num_sequences)
     ]
-    further = predicting.ungrouped_flops(tree, labels=every)
-    further -= model.ungrouped_flops(tree, labels=every)
+    further = ungrouped_flops(predicting, tree, labels=every)
+    further -= ungrouped_flops(model, tree, labels=every)
     assert further == sum(_expected(model, shifted_layouts(pack(t), depths)) for t in alone)
 
 
@@ -79,4 +80,4 @@ def test_prediction_layers_have_experts_where_the_last_layer_has() -> None:
     of_experts = matmuls * 2 * experts.hidden_size * 2 * 6 + 2 * experts.hidden_size * 4
     of_mlp = matmuls * 2 * experts.hidden_size * experts.ffn_hidden_size
     # The row of shift 1 has five tokens.
-    assert experts.tree_flops(tree) - dense.tree_flops(tree) == 5 * (of_experts - of_mlp)
+    assert tree_flops(experts, tree) - tree_flops(dense, tree) == 5 * (of_experts - of_mlp)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prefix.layout import GroupSlice, MicrobatchPlan, TreeShape, plan_microbatches, rows_of
-from megatron_prefix.layout.cost import padded_tokens
+from megatron_prefix.layout.padding import padded_tokens
+from megatron_prefix.layout.tree_cost import tree_flops
 
 from .strategies import SHAPE
 
@@ -36,7 +37,7 @@ def test_one_rank_runs_the_prefix_of_a_large_group_once() -> None:
     assert sorted(i for part in parts for i in part) == list(range(64))
     # The prefix's 40 positions are counted once, not eight times.
     assert without.packed_tokens.sum() - plan.packed_tokens.sum() == 7 * 40
-    assert plan.flops.sum() == SHAPE.tree_flops(group)
+    assert plan.flops.sum() == tree_flops(SHAPE, group)
 
 
 def test_several_ranks_have_a_series_each() -> None:
@@ -49,7 +50,7 @@ def test_a_series_may_be_a_little_more_than_a_ranks_part() -> None:
     groups = [TreeShape.of_group(41, [5] * n) for n in (33, 31)]
     plan, without = _plan(groups, token_budget=80, data_parallel_size=2)
     assert plan.num_microbatches == 1 and len(_parts(plan)) == 2
-    assert plan.flops.sum() == sum(SHAPE.tree_flops(group) for group in groups)
+    assert plan.flops.sum() == sum(tree_flops(SHAPE, group) for group in groups)
     assert plan.flops.sum(axis=1).max() < without.flops.sum(axis=1).max()
 
 

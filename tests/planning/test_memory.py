@@ -25,8 +25,11 @@ from megatron_prefix.megatron.torch_adam import initialise_adam
 from megatron_prefix.model.build import ModelChunks, build_model_chunks
 from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig
+from megatron_prefix.planning.activation_memory import kept_by_layer, kept_by_outer
+from megatron_prefix.planning.backward_memory import largest_transient
 from megatron_prefix.planning.estimate import StepEstimate, estimate_step
 from megatron_prefix.planning.memory import MemoryModel
+from megatron_prefix.planning.parameter_memory import static_bytes
 from megatron_prefix.planning.rank_sizes import RankSizes
 from megatron_prefix.planning.rows import StepSetup
 from megatron_prefix.planning.sizes import memory_model, rank_sizes, stage_layers
@@ -158,10 +161,10 @@ def _layers(memory: MemoryModel) -> list[int]:
 def _kept(memory: MemoryModel, batch: PackedBatch, ranks: RankSizes) -> int:
     tokens = batch.num_tokens
     layers = sum(
-        memory.kept_by_layer(layer, tokens, len(batch.labels), ranks) for layer in _layers(memory)
+        kept_by_layer(memory, layer, tokens, len(batch.labels), ranks) for layer in _layers(memory)
     )
-    return layers + memory.kept_by_outer(
-        tokens, len(batch.labels), ranks=ranks, first=True, last=True
+    return layers + kept_by_outer(
+        memory, tokens, len(batch.labels), ranks=ranks, first=True, last=True
     )
 
 
@@ -186,7 +189,7 @@ def test_kept_tensors_and_peaks_are_those_of_real_models_on_one_process() -> Non
                 model, ParallelConfig(), training, use_distributed_optimizer=False
             )
             layers = _layers(memory)
-            static = memory.static(layers, ranks, first=True, last=True)
+            static = static_bytes(memory, layers, ranks, first=True, last=True)
             parameters = sum(p.numel() * p.element_size() for p in chunks.bare[0].parameters())
             assert static.parameters == parameters, case
             assert static.gradients == sum(
@@ -201,8 +204,8 @@ def test_kept_tensors_and_peaks_are_those_of_real_models_on_one_process() -> Non
             assert kept == pytest.approx(
                 kept_bytes(chunks, batch), rel=KEPT_TOLERANCE[recompute]
             ), case
-            peak = kept + memory.transient(
-                layers, batch.num_tokens, len(batch.labels), ranks, last=True
+            peak = kept + largest_transient(
+                memory, layers, batch.num_tokens, len(batch.labels), ranks, last=True
             )
             assert peak == pytest.approx(_step_peak(chunks, [batch]), rel=PEAK_TOLERANCE), case
 
@@ -315,7 +318,7 @@ def test_parameters_of_embeddings_are_those_of_a_real_model(tied: bool) -> None:
         chunks = build_model_chunks(
             model, ParallelConfig(), training, use_distributed_optimizer=False
         )
-    static = _memory(model, training).static([0], RankSizes(), first=True, last=True)
+    static = static_bytes(_memory(model, training), [0], RankSizes(), first=True, last=True)
     assert static.parameters == 4 * sum(p.numel() for p in chunks.bare[0].parameters())
 
 
@@ -349,7 +352,7 @@ def _tensor_parallel(transformer: dict[str, Any], **sizes: int) -> tuple[int, in
         return (
             _kept(memory, batch, ranks),
             kept_bytes(chunks, batch),
-            memory.static([0, 1, 2], ranks, first=True, last=True).parameters,
+            static_bytes(memory, [0, 1, 2], ranks, first=True, last=True).parameters,
             parameters,
         )
 
@@ -374,7 +377,7 @@ def _optimizer_bytes(dtype: str) -> tuple[int, int]:
                     if main.untyped_storage().data_ptr() not in own:
                         tensors.append(main)
                     measured += sum(t.numel() * t.element_size() for t in tensors)
-        return memory.static([0, 1, 2], ranks, first=True, last=True).optimizer, measured
+        return static_bytes(memory, [0, 1, 2], ranks, first=True, last=True).optimizer, measured
 
 
 def _pipeline_peak(num_chunks: int = 1, **transformer: Any) -> tuple[int, int]:

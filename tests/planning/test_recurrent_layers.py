@@ -13,6 +13,8 @@ from megatron_prefix.config import OptimizerSettings, ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
 from megatron_prefix.model.build import build_model_chunks
 from megatron_prefix.objective import ObjectiveConfig
+from megatron_prefix.planning.activation_memory import kept_of_ranks
+from megatron_prefix.planning.parameter_memory import static_bytes
 from megatron_prefix.planning.rank_sizes import RankSizes
 from megatron_prefix.planning.sizes import memory_model, rank_sizes
 from megatron_prefix.training.step import accumulate_gradients
@@ -53,7 +55,7 @@ def test_kept_tensors_and_peaks_are_those_of_real_models() -> None:
             memory, ranks = _memory(model, training), RankSizes()
             chunks = build_model_chunks(model, parallel, training, use_distributed_optimizer=False)
             layers = list(range(memory.shape.num_layers))
-            static = memory.static(layers, ranks, first=True, last=True)
+            static = static_bytes(memory, layers, ranks, first=True, last=True)
             assert static.parameters == sum(
                 p.numel() * p.element_size() for p in chunks.bare[0].parameters()
             ), case
@@ -89,7 +91,7 @@ def _on_two_ranks(kind: str, shape: tuple[int, list[int]]) -> dict[str, tuple[in
         counted = sum(batch.params.attention.exchange.traffic.received.values())
         (row,) = estimate.microbatches[0][0].rows
         ranks = rank_sizes(parallel, OptimizerSettings(), data_parallel_size=1)
-        kept = _kept(memory, batch, ranks) + memory.kept_of_ranks([0], row.recurrent, ranks)
+        kept = _kept(memory, batch, ranks) + kept_of_ranks(memory, [0], row.recurrent, ranks)
         assert estimate.context_parallel_bytes == 0
         return {
             "received": (estimate.recurrent_bytes, counted),

@@ -10,6 +10,7 @@ import pytest
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.config.loader import load_dataclass
 from megatron_prefix.model.transformer_config import transformer_config
+from megatron_prefix.planning.parameter_memory import static_bytes
 from megatron_prefix.planning.rank_sizes import RankSizes
 from megatron_prefix.planning.report import flops_unit
 from megatron_prefix.planning.run import Plan, load_planned_run, plan_run, read_sections
@@ -94,7 +95,7 @@ def test_example_configs_are_of_the_published_size(name: str) -> None:
     training = TrainingConfig(steps=1, token_budget=1)
     memory = memory_model(model, transformer_config(model, ParallelConfig(), training), training)
     layers = list(range(memory.shape.num_layers))
-    static = memory.static(layers, RankSizes(), first=True, last=True)
+    static = static_bytes(memory, layers, RankSizes(), first=True, last=True)
     assert static.parameters == 2 * PARAMETERS[name]
 
 
