@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_prefix.config.bounds import below, refuse
-from megatron_prefix.layout.hybrid_pattern import faults_of_pattern
+from megatron_prefix.hybrid_pattern import faults_of_pattern
 
 _DECIDED_BY_PATTERN = {
     "num_layers",
