@@ -10,7 +10,7 @@ import megatron_prefix
 
 PACKAGE = Path(megatron_prefix.__file__).parent
 ORDER = [
-    {"device_copy", "hybrid_pattern", "lazy_names", "packages", "system_errors"},
+    {"device_copy", "lazy_names", "packages", "system_errors"},
     {"layout"},
     {"attention", "objective"},
     {"config"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_prefix.hybrid_pattern import layers_of
+from megatron_prefix.layout.hybrid_pattern import layers_of
 
 _PATTERN = "prefix_hybrid_layer_pattern"
 

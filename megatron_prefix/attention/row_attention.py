@@ -25,8 +25,8 @@ from megatron_prefix.attention.layer_kinds import hybrid_layers
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.stage_compute import StageCompute
 from megatron_prefix.attention.windows import model_window
-from megatron_prefix.hybrid_pattern import GATED_DELTA_NET
 from megatron_prefix.layout import CommType, RowStages
+from megatron_prefix.layout.hybrid_pattern import GATED_DELTA_NET
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from megatron_prefix.checkpoints.torch_dist import contents, read_metadata
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.config.loader import load_dataclass, read_yaml
 from megatron_prefix.distributed.rank_results import raise_together
-from megatron_prefix.hybrid_pattern import layers_of
+from megatron_prefix.layout.hybrid_pattern import layers_of
 from megatron_prefix.model.build import ModelChunks
 from megatron_prefix.model.parameter_shards import ParameterShard, parameter_shards
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_prefix.config.bounds import below, refuse
-from megatron_prefix.hybrid_pattern import faults_of_pattern
 
 _DECIDED_BY_PATTERN = {
     "num_layers",
@@ -98,6 +97,9 @@ class ModelConfig:
                 f"{self.position_embedding_type}; give both or neither"
             )
         if self.hybrid_layer_pattern is not None:
+            # Here, since help and most configurations do without NumPy.
+            from megatron_prefix.layout.hybrid_pattern import faults_of_pattern
+
             pattern = self.hybrid_layer_pattern
             if not pattern:
                 yield "hybrid_layer_pattern: '' has no layer; give a symbol for each, or null"

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_prefix.attention.layer_kinds import hybrid_layers, set_hybrid_pattern
-from megatron_prefix.hybrid_pattern import faults_of_pattern, first_trimmed, layers_of
 from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layers.subclass import prefix_subclass
+from megatron_prefix.layout.hybrid_pattern import faults_of_pattern, first_trimmed, layers_of
 from megatron_prefix.megatron.hybrid_model import HybridModel, require_hybrid_model
 
 

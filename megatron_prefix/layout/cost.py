@@ -16,7 +16,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_prefix.hybrid_pattern import ATTENTION, DENSE, EXPERTS
+from megatron_prefix.layout.hybrid_pattern import ATTENTION, DENSE, EXPERTS
 from megatron_prefix.layout.layer_shapes import LatentShape, PredictionShape, RecurrentShape
 from megatron_prefix.layout.pairs import Count, attention_pairs_of, windowed_pairs_of
 

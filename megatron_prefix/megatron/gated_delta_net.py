@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_prefix.attention.layer_kinds import hybrid_layers
-from megatron_prefix.hybrid_pattern import ATTENTION, GATED_DELTA_NET
+from megatron_prefix.layout.hybrid_pattern import ATTENTION, GATED_DELTA_NET
 
 try:
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants

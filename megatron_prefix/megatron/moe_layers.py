@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_prefix.attention.layer_kinds import hybrid_layers
-from megatron_prefix.hybrid_pattern import EXPERTS
+from megatron_prefix.layout.hybrid_pattern import EXPERTS
 
 
 def moe_layers(config: Any) -> tuple[bool, ...]:

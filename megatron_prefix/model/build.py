@@ -22,12 +22,12 @@ from megatron_prefix.attention.layer_kinds import hybrid_pattern
 from megatron_prefix.attention.row_attention import head_dim
 from megatron_prefix.attention.windows import layer_window, model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
-from megatron_prefix.hybrid_pattern import layers_of, num_trimmed, stages_of
 from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layers.all_heads_norm import norm_over_all_heads
 from megatron_prefix.layers.predicting_model import prefix_gpt_model
 from megatron_prefix.layers.router import has_statistics
 from megatron_prefix.layout import LatentShape, ModelShape, RecurrentShape
+from megatron_prefix.layout.hybrid_pattern import layers_of, num_trimmed, stages_of
 from megatron_prefix.layout.layer_shapes import PredictionShape
 from megatron_prefix.layout.recurrence import CHUNK_TOKENS
 from megatron_prefix.megatron.expert_biases import let_experts_have_biases

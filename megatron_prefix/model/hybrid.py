@@ -12,14 +12,14 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.config import ModelConfig, ParallelConfig
-from megatron_prefix.hybrid_pattern import (
+from megatron_prefix.layer_spec import prefix_grouped
+from megatron_prefix.layers.hybrid import prefix_hybrid_model
+from megatron_prefix.layout.hybrid_pattern import (
     EXPERTS,
     GATED_DELTA_NET,
     layers_of,
     stages_of,
 )
-from megatron_prefix.layer_spec import prefix_grouped
-from megatron_prefix.layers.hybrid import prefix_hybrid_model
 from megatron_prefix.megatron.expert_biases import let_experts_have_biases
 from megatron_prefix.megatron.hybrid_model import (
     HybridModel,

@@ -15,7 +15,7 @@ from megatron_prefix.config import (
     TrainingConfig,
 )
 from megatron_prefix.config.loader import ConfigError
-from megatron_prefix.hybrid_pattern import stages_of
+from megatron_prefix.layout.hybrid_pattern import stages_of
 from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.releases import gate_has_offset, option
 from megatron_prefix.model.build import model_shape

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prefix.hybrid_pattern import EXPERTS, layers_of
+from megatron_prefix.layout.hybrid_pattern import EXPERTS, layers_of
 from megatron_prefix.layout.routes import check_experts
 from megatron_prefix.rollouts.kinds import Lists
 from megatron_prefix.rollouts.record import GroupRecords

@@ -15,7 +15,7 @@ from megatron_prefix.config import (
     ParallelConfig,
     TrainingConfig,
 )
-from megatron_prefix.hybrid_pattern import layers_of
+from megatron_prefix.layout.hybrid_pattern import layers_of
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.planning.shapes import longest_sequence, responses_of
 from megatron_prefix.rollouts.records import RolloutGroup

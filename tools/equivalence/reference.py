@@ -25,7 +25,7 @@ from equivalence.recurrence import use_exact_delta_rule
 from equivalence.routers import RouterLosses
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
-from megatron_prefix.hybrid_pattern import layers_of
+from megatron_prefix.layout.hybrid_pattern import layers_of
 from megatron_prefix.model.build import ModelChunks, build_model
 from megatron_prefix.model.full_tensors import full_gradients, full_parameters
 from megatron_prefix.model.transformer_config import transformer_config
