@@ -214,6 +214,8 @@ def test_it_takes_less_than_a_second():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_kernel_of_the_gpu_passes(dtype):
-    for name in usable_kernels("cuda", dtype, 64):
-        kernel = select_kernel(name, device="cuda", dtype=dtype, head_dim=64)
-        check_kernel(kernel, device="cuda", dtype=dtype, **{**HEADS, "head_dim": 64})
+    for windows in (False, True):
+        inputs = {"device": "cuda", "dtype": dtype, "head_dim": 64}
+        for name in usable_kernels(*inputs.values(), windows=windows):
+            kernel = select_kernel(name, **inputs, windows=windows)
+            check_kernel(kernel, **{**HEADS, **inputs}, windows=windows)
