@@ -31,7 +31,7 @@ from megatron_prefix.layout.hybrid_pattern import layers_of, num_trimmed, stages
 from megatron_prefix.layout.layer_shapes import PredictionShape
 from megatron_prefix.layout.recurrence import CHUNK_TOKENS
 from megatron_prefix.megatron.expert_biases import let_experts_have_biases
-from megatron_prefix.megatron.gated_delta_net import hybrid_block_spec, recurrent_layers
+from megatron_prefix.megatron.gated_delta_net import delta_net_layers, hybrid_block_spec
 from megatron_prefix.megatron.latent_attention import complete_local_spec
 from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.prediction_layers import prediction_layer_numbers
@@ -80,7 +80,7 @@ def build_gpt_model(
     pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage)
     post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage)
     transformer_engine = use_transformer_engine(config)
-    make_spec = hybrid_block_spec if any(recurrent_layers(config)) else get_gpt_decoder_block_spec
+    make_spec = hybrid_block_spec if any(delta_net_layers(config)) else get_gpt_decoder_block_spec
     spec = make_spec(config, use_transformer_engine=transformer_engine, vp_stage=vp_stage)
     if model.qk_norm_all_heads:
         norm_over_all_heads(spec)
@@ -139,7 +139,7 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         }
     if config.mtp_num_layers:
         of_kind |= {"whole_last_layer": True, "predictions": _prediction_shape(config)}
-    recurrent = recurrent_layers(config)
+    recurrent = delta_net_layers(config)
     windowed = windowed_layers(config)
     if any(recurrent):
         windowed = tuple(w and not r for w, r in zip(windowed, recurrent, strict=True))
