@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 GATED_DELTA_NET = "G"
+MAMBA = "M"
 ATTENTION = "*"
 DENSE = "-"
 EXPERTS = "E"

@@ -11,7 +11,7 @@ from megatron_prefix.planning.recurrent_memory import (
     recurrent_root,
     recurrent_states,
 )
-from megatron_prefix.planning.recurrent_rows import RecurrentRow
+from megatron_prefix.planning.recurrent_rows import RecurrentRows
 
 _INDEX = 8
 
@@ -55,20 +55,23 @@ def kept_at_borders(
 
 
 def kept_of_ranks(
-    memory: MemoryModel, layers: list[int], row: RecurrentRow, ranks: RankSizes
+    memory: MemoryModel, layers: list[int], rows: RecurrentRows, ranks: RankSizes
 ) -> int:
     """Bytes that autograd keeps of what comes from other ranks, in recurrent ones of these
     layers."""
     if memory.recompute == "full":
         return 0
-    return sum(received_by_layer(memory, layer, row, ranks) for layer in layers)
+    return sum(received_by_layer(memory, layer, rows, ranks) for layer in layers)
 
 
-def received_by_layer(memory: MemoryModel, layer: int, row: RecurrentRow, ranks: RankSizes) -> int:
+def received_by_layer(
+    memory: MemoryModel, layer: int, rows: RecurrentRows, ranks: RankSizes
+) -> int:
     """Bytes that autograd keeps of what comes from other ranks in a recurrent layer, else 0."""
-    recurrent = memory.recurrent_of(layer)
+    recurrent = memory.shape.recurrent_of(layer)
     if recurrent is None:
         return 0
+    row = rows[recurrent]
     states = recurrent_states(recurrent, row.begins, tensor=ranks.tensor, wide=memory.wide)
     return states + row.copied * memory.element
 
@@ -77,7 +80,7 @@ def kept_of_root(memory: MemoryModel, layers: list[int], tokens: int, ranks: Ran
     """Bytes that a series holds of its root's T tokens beside what autograd keeps of them:
     copies of keys and values, or states, and the wide sums of their gradients, in these
     layers."""
-    kinds = [memory.recurrent_of(layer) for layer in layers]
+    kinds = [memory.shape.recurrent_of(layer) for layer in layers]
     widths = 2 * memory.key_width // ranks.tensor
     of_keys = (
         sum(map(memory.shape.attends, layers)) * tokens * widths * (memory.element + memory.wide)
@@ -119,7 +122,7 @@ def layer_activations(
     kept = normed // ranks.sequence * (_hidden_norm(memory) + h * b)
     if not s.mixes(layer):
         return kept + mlp_activations(memory, layer, rows, ranks)
-    recurrent = memory.recurrent_of(layer)
+    recurrent = memory.shape.recurrent_of(layer)
     if recurrent is not None:
         kept += recurrent_kept(
             recurrent, tokens=tokens, rows=rows, tensor=tp, element=b, wide=memory.wide

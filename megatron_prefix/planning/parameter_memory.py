@@ -40,7 +40,7 @@ def layer_parameters(memory: MemoryModel, layer: int, ranks: RankSizes) -> tuple
         return dense + 3 * h * (1 if memory.rms_norm else 2) + 2 * h * h // tp, expert
     biases = memory.linear_bias
     norm = 1 if memory.rms_norm else 2
-    recurrent = memory.recurrent_of(layer)
+    recurrent = memory.shape.recurrent_of(layer)
     dense = 0
     if s.attends(layer):
         dense += norm * h + _attention_parameters(memory, tp) + h * biases

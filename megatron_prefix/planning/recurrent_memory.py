@@ -54,14 +54,13 @@ def recurrent_root(recurrent: RecurrentShape, *, tensor: int, element: int, wide
     """
     r = recurrent
     inputs = (r.width - 1) * r.convolved * (element + wide)
-    state = r.num_value_heads * r.key_channels * r.value_channels * 2 * wide
+    state = r.num_states * r.state_size * 2 * wide
     return (inputs + state) // tensor
 
 
 def recurrent_states(recurrent: RecurrentShape, count: int, *, tensor: int, wide: int) -> int:
     """Bytes of `count` states; tensor, wide: see `recurrent_kept`."""
-    size = recurrent.num_value_heads * recurrent.key_channels * recurrent.value_channels
-    return count * size // tensor * wide
+    return count * recurrent.num_states * recurrent.state_size // tensor * wide
 
 
 def recurrent_backward(recurrent: RecurrentShape, *, tokens: int, tensor: int, wide: int) -> int:
