@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_prefix.attention.comm_types import exchanges_heads
 from megatron_prefix.attention.context_parallel.heads import from_packed_row, to_packed_row
 from megatron_prefix.attention.delta_rule import gated_delta_rule
-from megatron_prefix.attention.row_recurrence import LayerPaths
+from megatron_prefix.attention.row_recurrence import LayerPaths, layer_paths
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.gated_delta_net import (
@@ -81,15 +81,8 @@ class _PrefixGatedDeltaNet:
             return super().forward(
                 hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
             )
-        rows = packed_seq_params.recurrence
-        if rows is None:
-            raise ValueError(
-                f"layer {self.layer_number} is recurrent, but the row was not planned for that: "
-                "give the batch's AttentionSetup the model's recurrence_width, as "
-                "AttentionSetup.of does"
-            )
         by_heads = exchanges_heads(self.config, self.layer_number)
-        paths = rows.of_layer(self.layer_number, by_heads=by_heads)
+        paths = layer_paths(packed_seq_params.recurrence, self.layer_number, by_heads=by_heads)
         out, gate = self._mix(hidden_states, paths)
         if packed_seq_params.query_rows is not None:
             out, gate = (x.index_select(0, packed_seq_params.query_rows) for x in (out, gate))
@@ -191,7 +184,7 @@ class _PrefixGatedDeltaNet:
         v = v.unflatten(-1, (-1, self.value_head_dim))
         wide = torch.promote_types(alpha.dtype, torch.float32)
         g = -heads.log_decay.exp() * F.softplus(alpha.to(wide) + heads.step_bias)
-        return paths.delta_rule(q, k, v, g, beta.sigmoid())
+        return paths.apply(paths.delta_rule, q, k, v, g, beta.sigmoid())
 
 
 def prefix_gated_delta_net(base: type) -> type:

@@ -44,7 +44,7 @@ from megatron_prefix.layout.hybrid_pattern import (
 from megatron_prefix.layout.layer_shapes import PredictionShape
 from megatron_prefix.layout.recurrence import CHUNK_TOKENS
 from megatron_prefix.megatron.expert_biases import let_experts_have_biases
-from megatron_prefix.megatron.gated_delta_net import hybrid_block_spec, recurrent_layers
+from megatron_prefix.megatron.gated_delta_net import delta_net_layers, hybrid_block_spec
 from megatron_prefix.megatron.latent_attention import complete_local_spec
 from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.prediction_layers import prediction_layer_numbers
@@ -93,7 +93,7 @@ def build_gpt_model(
     pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage)
     post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage)
     transformer_engine = use_transformer_engine(config)
-    make_spec = hybrid_block_spec if any(recurrent_layers(config)) else get_gpt_decoder_block_spec
+    make_spec = hybrid_block_spec if any(delta_net_layers(config)) else get_gpt_decoder_block_spec
     spec = make_spec(config, use_transformer_engine=transformer_engine, vp_stage=vp_stage)
     if model.qk_norm_all_heads:
         norm_over_all_heads(spec)
@@ -210,7 +210,7 @@ def _prediction_shape(config: TransformerConfig) -> PredictionShape:
 
 def _recurrent_layers(config: TransformerConfig) -> tuple[RecurrentShape | None, ...]:
     kinds = hybrid_layers(config) or "".join(
-        GATED_DELTA_NET if is_one else ATTENTION for is_one in recurrent_layers(config)
+        GATED_DELTA_NET if is_one else ATTENTION for is_one in delta_net_layers(config)
     )
     make = {GATED_DELTA_NET: _delta_net_shape, MAMBA: _mamba_shape}
     shapes = {kind: make[kind](config) for kind in {*kinds} & make.keys()}

@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_prefix.config import ModelConfig, ParallelConfig
-from megatron_prefix.megatron.gated_delta_net import is_gated_delta_net, recurrent_layers
+from megatron_prefix.megatron.gated_delta_net import delta_net_layers, is_gated_delta_net
 from megatron_prefix.model.build import ModelChunks, build_model, build_model_chunks
 from megatron_prefix.model.full_tensors import (
     FullTensors,
@@ -99,7 +99,7 @@ def unmodified(config: ModelConfig, weights: FullTensors | ModelChunks) -> GPTMo
     if isinstance(weights, ModelChunks):
         weights = full_parameters(weights)
     megatron_config = transformer_config(config, ParallelConfig(), TRAINING)
-    has_delta_nets = any(recurrent_layers(megatron_config))
+    has_delta_nets = any(delta_net_layers(megatron_config))
     # Megatron builds gated delta nets without flash-linear-attention only so.
     megatron_config.deterministic_mode = has_delta_nets
     model = build_model(config, megatron_config, shared_prefixes=False)
