@@ -120,6 +120,11 @@ class ModelShape:
         """The sizes of a layer, from 0, that is recurrent; None: it is not."""
         return next(iter(self.recurrent_layers[layer : layer + 1]), None)
 
+    @property
+    def recurrence_width(self) -> int:
+        """Inputs of a token that a row's paths have at hand for convolutions; 0: there are none."""
+        return max((r.width for r in self.recurrent_layers if r is not None), default=0)
+
     def mixes(self, layer: int) -> bool:
         """Whether a layer, from 0, has attention or is recurrent."""
         return self.attends(layer) or self.recurrent_of(layer) is not None

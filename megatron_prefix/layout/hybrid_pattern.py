@@ -17,7 +17,6 @@ from collections.abc import Iterator
 
 MAMBA = "M"
 GATED_DELTA_NET = "G"
-MAMBA = "M"
 ATTENTION = "*"
 DENSE = "-"
 EXPERTS = "E"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class RecurrentShape(ABC):
     """Inputs that the convolution reads."""
     chunk_tokens: int
     """That are computed together, at most."""
+    reads_wide: ClassVar[bool] = False
+    """What tokens read stays in float32 or wider until it is gated."""
 
     @property
     @abstractmethod
@@ -150,6 +153,7 @@ class DeltaNetShape(RecurrentShape):
 class MambaShape(RecurrentShape):
     """The sizes of a Mamba-2 layer."""
 
+    reads_wide = True
     num_heads: int
     """A state of each runs along every sequence."""
     num_groups: int

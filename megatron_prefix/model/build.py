@@ -18,7 +18,11 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_prefix.attention.layer_kinds import hybrid_layers, hybrid_pattern
+from megatron_prefix.attention.layer_kinds import (
+    MAMBA_CONVOLUTION_WIDTH,
+    hybrid_layers,
+    hybrid_pattern,
+)
 from megatron_prefix.attention.row_attention import head_dim
 from megatron_prefix.attention.windows import layer_window, model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
@@ -46,6 +50,7 @@ from megatron_prefix.layout.recurrence import CHUNK_TOKENS
 from megatron_prefix.megatron.expert_biases import let_experts_have_biases
 from megatron_prefix.megatron.gated_delta_net import delta_net_layers, hybrid_block_spec
 from megatron_prefix.megatron.latent_attention import complete_local_spec
+from megatron_prefix.megatron.mamba import mamba_heads
 from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.prediction_layers import prediction_layer_numbers
 from megatron_prefix.megatron.releases import have_transformer_engine, option
@@ -218,14 +223,12 @@ def _recurrent_layers(config: TransformerConfig) -> tuple[RecurrentShape | None,
 
 
 def _mamba_shape(config: TransformerConfig) -> MambaShape:
-    head = config.mamba_head_dim
     return MambaShape(
-        # As many as twice the hidden size has heads, where they are not given.
-        num_heads=config.mamba_num_heads or 2 * config.hidden_size // head,
+        num_heads=mamba_heads(config),
         num_groups=config.mamba_num_groups,
-        head_channels=head,
+        head_channels=config.mamba_head_dim,
         state_channels=config.mamba_state_dim,
-        width=4,
+        width=MAMBA_CONVOLUTION_WIDTH,
         chunk_tokens=CHUNK_TOKENS,
     )
 

@@ -6,9 +6,9 @@ from megatron_prefix.planning.activation_memory import (
     kept_by_final_norm,
     kept_by_layer,
     kept_by_outer,
+    kept_of_exchange,
     layer_activations,
     mlp_activations,
-    received_by_layer,
 )
 from megatron_prefix.planning.latent_memory import latent_expansion
 from megatron_prefix.planning.memory import MemoryModel
@@ -62,7 +62,7 @@ def largest_transient(
         again = 0
         if memory.recompute == "full":
             again = layer_activations(memory, layer, tokens, labels, ranks)
-            again += received_by_layer(memory, layer, recurrent_rows, ranks)
+            again += kept_of_exchange(memory, layer, recurrent_rows, tokens, labels, ranks)
         # Gathered, in the order of the stages, and the gradients of both.
         windowed = s.is_windowed(layer)
         width = 2 * memory.key_width // ranks.tensor * s.attends(layer)
@@ -130,8 +130,11 @@ def _layer_backward(
     if recurrent is not None:
         again = recurrent_backward(
             recurrent,
-            tokens=recurrent_rows[recurrent].chunk_tokens,
+            chunk_tokens=recurrent_rows[recurrent].chunk_tokens,
+            tokens=tokens,
+            rows=rows,
             tensor=tp,
+            element=b,
             wide=memory.wide,
         )
         return max(mlp, row + again - mlp_activations(memory, layer, rows, ranks))

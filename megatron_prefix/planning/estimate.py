@@ -229,7 +229,14 @@ def _stage_memory(
                 memory, m.tokens_per_rank, m.labels_per_rank, ranks=ranks, **ends(chunk)
             )
             + kept_at_borders(memory, m.tokens_per_rank, ranks, **ends(chunk))
-            + kept_of_ranks(memory, chunks[chunk], m.recurrent, ranks)
+            + kept_of_ranks(
+                memory,
+                chunks[chunk],
+                m.recurrent,
+                m.tokens_per_rank,
+                m.labels_per_rank,
+                ranks,
+            )
         )
 
     def transient(chunk: int, m: RowEstimate, root_tokens: int = 0) -> int:

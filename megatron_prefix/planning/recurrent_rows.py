@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
-from megatron_prefix.layout import RecurrentShape
+from megatron_prefix.layout import ModelShape, RecurrentShape
 from megatron_prefix.layout.packing import PackedLayout
 from megatron_prefix.layout.recurrence import chunked_tokens
 from megatron_prefix.layout.sharding import ContextShards
@@ -38,7 +38,7 @@ RecurrentRows: TypeAlias = Mapping[RecurrentShape, RecurrentRow]
 def recurrent_rows(
     layout: PackedLayout,
     shards: ContextShards | None,
-    layers: Iterable[RecurrentShape | None],
+    shape: ModelShape,
     *,
     by_heads: bool,
     tensor: int,
@@ -49,16 +49,23 @@ def recurrent_rows(
 
     Args:
         layout, shards: the row; shards None: it is whole.
-        layers: of the model; None: the layer is not recurrent.
+        shape: of the model.
         by_heads: the layers exchange heads, where the row is distributed; otherwise states.
         tensor: tensor-parallel ranks.
         element, wide: bytes of an element, and of one that is at least float32.
     """
     return {
         kind: _recurrent_row(
-            layout, shards, kind, by_heads=by_heads, tensor=tensor, element=element, wide=wide
+            layout,
+            shards,
+            kind,
+            width=shape.recurrence_width,
+            by_heads=by_heads,
+            tensor=tensor,
+            element=element,
+            wide=wide,
         )
-        for kind in dict.fromkeys(layers)
+        for kind in dict.fromkeys(shape.recurrent_layers)
         if kind is not None
     }
 
@@ -68,6 +75,7 @@ def _recurrent_row(
     shards: ContextShards | None,
     recurrent: RecurrentShape,
     *,
+    width: int,
     by_heads: bool,
     tensor: int,
     element: int,
@@ -80,16 +88,16 @@ def _recurrent_row(
         size = shards.num_ranks
         moved = recurrent.projected - recurrent.values
         # There, and the output back.
-        numbers = shards.tokens_per_rank * (moved + recurrent.values) * (size - 1)
+        once = moved * element + recurrent.values * (wide if recurrent.reads_wide else element)
         return RecurrentRow(
             chunk_tokens=whole // size,
             copied=shards.tokens_per_rank * moved // tensor,
-            received_per_layer=2 * numbers // size // tensor * element,
+            received_per_layer=2 * shards.tokens_per_rank * (size - 1) * once // size // tensor,
         )
     ranks = RankRows.of_ranks(shards)
     placed = placed_states(shards, ranks, 0)
     states = None if placed is None else placed.shared
-    asked = positions_asked_for(layout, ranks, recurrent.width - 1)
+    asked = positions_asked_for(layout, ranks, width - 1)
     halos = np.array([[len(positions) for positions in of_rank] for of_rank in asked])
     # Inputs of the convolution in forward, and the gradients of what was sent.
     received = (halos.sum(axis=1) + halos.sum(axis=0)) * recurrent.convolved // tensor * element

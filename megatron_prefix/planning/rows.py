@@ -224,7 +224,7 @@ def _row(
         recurrent=recurrent_rows(
             layout,
             shards,
-            memory.shape.recurrent_layers,
+            memory.shape,
             by_heads=setup.comm_type == "a2a",
             tensor=ranks.tensor,
             element=memory.element,
