@@ -22,6 +22,7 @@ from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
 from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.sampling.sampler import Response, SamplingSpec, Wanted
+from tests.megatron.mamba_reference import run_token_by_token
 from tests.megatron.models import TRAINING, sequence_logits
 
 CPU = torch.device("cpu")
@@ -95,7 +96,7 @@ def sampler(chunks: ModelChunks, **options: Any) -> PromptSampler:
 
 
 def unmodified(config: ModelConfig, weights: FullTensors | ModelChunks) -> GPTModel:
-    """Megatron's own model, of the same weights; its gated delta nets as their equations."""
+    """Megatron's own model, of the same weights; its recurrent layers as their equations."""
     if isinstance(weights, ModelChunks):
         weights = full_parameters(weights)
     megatron_config = transformer_config(config, ParallelConfig(), TRAINING)
@@ -109,6 +110,7 @@ def unmodified(config: ModelConfig, weights: FullTensors | ModelChunks) -> GPTMo
         for module in model.modules():
             if is_gated_delta_net(type(module)):
                 module.__class__ = TokenByToken
+    run_token_by_token(model)
     load_full_parameters(
         ModelChunks(wrapped=[], bare=[model], config=megatron_config, head=None), weights
     )
