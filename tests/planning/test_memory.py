@@ -234,6 +234,11 @@ SERIES_CASES = [
 ]
 if HAS_GATED_DELTA_NET:
     SERIES_CASES.append(("bfloat16", "full", True, SERIES[0], HYBRID))
+if HAS_HYBRID_MODEL:
+    SERIES_CASES += [
+        ("float32", "none", True, SERIES[0], RECURRENT["Mamba"]),
+        ("bfloat16", "full", False, SERIES[1], RECURRENT["Mamba"]),
+    ]
 
 
 @pytest.mark.parametrize(("dtype", "recompute", "trim", "shape", "transformer"), SERIES_CASES)

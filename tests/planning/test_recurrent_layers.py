@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from megatron.core import parallel_state
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_prefix.attention.row_attention import AttentionSetup
 from megatron_prefix.config import OptimizerSettings, ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
-from megatron_prefix.model.build import build_model_chunks
+from megatron_prefix.layout import MambaShape, pack
+from megatron_prefix.model.build import build_model, build_model_chunks, model_shape
+from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.objective import ObjectiveConfig
 from megatron_prefix.planning.activation_memory import kept_of_ranks
 from megatron_prefix.planning.parameter_memory import static_bytes
@@ -26,6 +30,8 @@ from tests.megatron.models import (
     HYBRID,
     MAMBA,
     ON_CPU,
+    packed_logits,
+    random_groups,
     single_process,
 )
 from tests.planning.measured_memory import group_batch, kept_bytes
@@ -106,6 +112,33 @@ def test_kept_tensors_and_peaks_are_those_of_real_models() -> None:
             ), case
             peak = stage.activations + stage.transient
             assert peak == pytest.approx(_step_peak(chunks, [batch]), rel=PEAK_TOLERANCE), case
+
+
+@pytest.mark.skipif(not HAS_HYBRID_MODEL, reason="megatron-core before 0.18")
+@pytest.mark.parametrize("sizes", [WIDE_STATES, WIDE_HEADS])
+def test_flops_of_mamba_layers_are_those_that_a_real_model_runs(sizes: dict[str, Any]) -> None:
+    """In chunks that are full; the convolution is no matrix product."""
+    model = _model(hybrid_layer_pattern="M-*M", **sizes)
+    tree = random_groups(np.random.default_rng(0), [(193, [128, 64, 64])])
+    with single_process(float64=False):
+        config = transformer_config(model, ParallelConfig(), _training("float32"))
+        layout, built = pack(tree), build_model(model, config)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            packed_logits(built, layout)
+    shape = model_shape(model, config)
+    mamba = shape.recurrent_of(0)
+    assert isinstance(mamba, MambaShape) and layout.num_tokens == 7 * mamba.chunk_tokens
+    # Nothing is read from a state before the first chunk.
+    first = mamba.chunk_tokens * 2 * mamba.num_states * mamba.state_size
+    attended = sum(
+        count for op, count in counter.get_flop_counts()["Global"].items() if "attention" in str(op)
+    )
+    expected = layout.num_tokens * (
+        shape.linear_flops_per_token()
+        + shape.head_flops_per_label()
+        - 2 * mamba.convolution_flops_per_token()
+    )
+    assert counter.get_total_flops() - attended == expected - 2 * first
 
 
 def _on_two_ranks(
