@@ -16,7 +16,6 @@ from megatron_prefix.config import (
 )
 from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.layout.hybrid_pattern import stages_of
-from megatron_prefix.megatron.mamba import mamba_layers
 from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.releases import gate_has_offset, option
 from megatron_prefix.model.build import model_shape
@@ -28,11 +27,6 @@ def memory_model(
     model: ModelConfig, config: TransformerConfig, training: TrainingConfig
 ) -> MemoryModel:
     """What memory depends on; on the GPU, Megatron's fused operations are taken to be there."""
-    if any(mamba_layers(config)):
-        raise ConfigError(
-            f"model.hybrid_layer_pattern: {model.hybrid_layer_pattern}: what a step with Mamba (M) "
-            "needs cannot be planned; runs can have it"
-        )
     fused = training.device != "cpu"
     rotary = model.position_embedding_type in ("rope", "mrope", "yarn")
     shape = model_shape(model, config)
