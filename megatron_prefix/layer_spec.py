@@ -26,6 +26,7 @@ from megatron_prefix.layers.gated_delta_net import prefix_gated_delta_net
 from megatron_prefix.layers.hybrid import prefix_hybrid_stack
 from megatron_prefix.layers.last_layer import prefix_transformer_layer
 from megatron_prefix.layers.latent_attention import prefix_latent_attention
+from megatron_prefix.layers.mamba import prefix_mamba_layer, prefix_mamba_mixer
 from megatron_prefix.layers.predicting_model import is_prediction_layer, prefix_prediction_layer
 from megatron_prefix.layers.recurrent import refused_recurrent_layer
 from megatron_prefix.megatron.gated_delta_net import is_gated_delta_net
@@ -35,6 +36,7 @@ from megatron_prefix.megatron.latent_attention import (
     is_latent,
     local_latent_core,
 )
+from megatron_prefix.megatron.mamba import is_mamba_layer, is_mamba_mixer
 from megatron_prefix.megatron.norms import IN_PLACE_OF, use_in_blocks
 from megatron_prefix.megatron.recurrent_layers import RECURRENT_LAYERS
 from megatron_prefix.megatron.releases import have_transformer_engine
@@ -51,21 +53,21 @@ def prefix_grouped(spec: Spec) -> Spec:
             dataclass of specs (local, Transformer Engine, MoE, heterogeneous). It is not changed.
 
     Returns:
-        The same structure with every `SelfAttention`, `MLASelfAttention` and `GatedDeltaNet`, their
-        core attention and their layer replaced by subclasses of themselves; everything else as it
-        was. Torch's norms also take sequence parallelism, and Apex's give way to them for RMSNorm
-        and on the CPU.
+        The same structure with every `SelfAttention`, `MLASelfAttention`, `GatedDeltaNet` and
+        `MambaMixer`, their core attention and their layer replaced by subclasses of themselves;
+        everything else as it was. Torch's norms also take sequence parallelism, and Apex's give way
+        to them for RMSNorm and on the CPU.
 
     Raises:
-        ValueError: the spec has no self attention that can share prefixes. (Recurrent layers
-            beside it, such as Mamba's, are refused where one is built: a spec of a hybrid model
+        ValueError: the spec has no self attention that can share prefixes. (Mamba's layers beside
+            it are refused before megatron-core 0.18, where one is built: a spec of a hybrid model
             names them whether the model has any or not.)
     """
     grouped, found = _rewrite(copy.deepcopy(spec))
     if not found:
         raise ValueError(
-            f"prefix_grouped: no self attention in this spec ({spec!r:.200}). State-space layers "
-            "cannot share prefixes; pass a GPT layer or block spec"
+            f"prefix_grouped: no self attention in this spec ({spec!r:.200}). Pass a "
+            "GPT layer or block spec, or that of a HybridModel's stack"
         )
     return grouped
 
@@ -74,7 +76,8 @@ def _rewrite(spec: Any) -> tuple[Any, bool]:
     """The rewritten spec, and whether a self attention was found in it."""
     if isinstance(spec, functools.partial):
         keywords, found = _rewrite(dict(spec.keywords))
-        return functools.partial(spec.func, *spec.args, **keywords), found
+        function = IN_PLACE_OF.get(spec.func, spec.func)
+        return functools.partial(function, *spec.args, **keywords), found
     if isinstance(spec, ModuleSpec):
         return _rewrite_module_spec(spec)
     if isinstance(spec, type) and spec in IN_PLACE_OF:
@@ -106,6 +109,12 @@ def _rewrite_module_spec(spec: ModuleSpec) -> tuple[ModuleSpec, bool]:
         return spec, found
     if is_gated_delta_net(module):
         spec.module = prefix_gated_delta_net(module)
+        return spec, True
+    if is_mamba_mixer(module):
+        spec.module = prefix_mamba_mixer(module)
+        return spec, True
+    if found and is_mamba_layer(module):
+        spec.module = prefix_mamba_layer(module)
         return spec, True
     if isinstance(module, type) and issubclass(module, RECURRENT_LAYERS):
         spec.module = refused_recurrent_layer(module)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_prefix.attention.delta_rule import gated_delta_rule
 from megatron_prefix.attention.delta_rules import DeltaRule, TorchRule
-from megatron_prefix.attention.row_attention import attention_dtype, recurrence_width
+from megatron_prefix.attention.layer_kinds import has_delta_nets
+from megatron_prefix.attention.row_attention import attention_dtype
 from megatron_prefix.attention.self_check import KernelCheckError
 from megatron_prefix.device_copy import record_to_device
 from megatron_prefix.layout import PrefixTree, Recurrence, pack, rank_row
@@ -95,12 +96,12 @@ def rule_errors(
 
 
 def check_delta_rule_of_model(rule: DeltaRule, config: Any, device: torch.device) -> None:
-    """`check_delta_rule` for the recurrent layers of a model, if it has any.
+    """`check_delta_rule` for the gated delta nets of a model, if it has any.
 
     Args:
         config: Megatron's `TransformerConfig`.
     """
-    if recurrence_width(config) is not None:
+    if has_delta_nets(config):
         check_delta_rule(
             rule,
             device=device,

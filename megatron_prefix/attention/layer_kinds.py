@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_prefix.layout.hybrid_pattern import layers_of
+from megatron_prefix.layout.hybrid_pattern import GATED_DELTA_NET, MAMBA, layers_of
 
 _PATTERN = "prefix_hybrid_layer_pattern"
+
+MAMBA_CONVOLUTION_WIDTH = 4
+"""Inputs that the convolution of Megatron's Mamba layers reads; no option of a config says it."""
 
 
 def set_hybrid_pattern(config: Any, pattern: str) -> None:
@@ -26,3 +29,17 @@ def hybrid_pattern(config: Any) -> str | None:
 def hybrid_layers(config: Any) -> str:
     """[num_layers] the symbol of each layer; "": the model is a GPTModel."""
     return layers_of(hybrid_pattern(config) or "")
+
+
+def has_delta_nets(config: Any) -> bool:
+    """Whether a model with Megatron's config `config` has gated delta nets."""
+    if kinds := hybrid_layers(config):
+        return GATED_DELTA_NET in kinds
+    return getattr(config, "experimental_attention_variant", None) == "gated_delta_net"
+
+
+def convolution_widths(config: Any) -> list[int]:
+    """Inputs that the convolution reads, the token's own included, of each kind of recurrent layers
+    that a model with Megatron's config `config` has."""
+    widths = [config.linear_conv_kernel_dim] if has_delta_nets(config) else []
+    return widths + [MAMBA_CONVOLUTION_WIDTH] * (MAMBA in hybrid_layers(config))

@@ -21,12 +21,11 @@ from megatron_prefix.attention.delta_rules import DeltaRule, TorchRule, select_d
 from megatron_prefix.attention.exchange import Exchange
 from megatron_prefix.attention.function import prefix_attention
 from megatron_prefix.attention.kernels import Kernel, select_kernel
-from megatron_prefix.attention.layer_kinds import hybrid_layers
+from megatron_prefix.attention.layer_kinds import convolution_widths, has_delta_nets
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.stage_compute import StageCompute
 from megatron_prefix.attention.windows import model_window
 from megatron_prefix.layout import CommType, RowStages
-from megatron_prefix.layout.hybrid_pattern import GATED_DELTA_NET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +47,10 @@ class AttentionSetup:
     """Keys before its own that a query sees in the layers with a sliding window; None: the model
     has no such layer."""
     recurrence_width: int | None = None
-    """Inputs that the convolution of recurrent layers reads; None: the model has no such layer."""
+    """Inputs that the convolution of recurrent layers reads, at most; None: the model has no such
+    layer."""
     delta_rule: DeltaRule = field(default_factory=TorchRule)
-    """What computes the delta rule of recurrent layers, from `select_delta_rule`."""
+    """What computes the delta rule of gated delta nets, from `select_delta_rule`."""
     mrope: bool = False
     """The model has mRoPE: each token has three positions."""
 
@@ -70,7 +70,7 @@ class AttentionSetup:
         Args:
             config: Megatron's `TransformerConfig`.
             kernel: attention kernel by name; None takes the best for the device.
-            delta_rule: what computes recurrent layers, by name; None takes the best likewise.
+            delta_rule: what computes gated delta nets, by name; None takes the best likewise.
             device, deterministic, context_parallel_group: see the fields.
 
         Raises:
@@ -109,11 +109,7 @@ def has_mrope(config: Any) -> bool:
 
 def recurrence_width(config: Any) -> int | None:
     """See `AttentionSetup`, of a model with Megatron's config `config`."""
-    if kinds := hybrid_layers(config):
-        is_recurrent = GATED_DELTA_NET in kinds
-    else:
-        is_recurrent = getattr(config, "experimental_attention_variant", None) == "gated_delta_net"
-    return config.linear_conv_kernel_dim if is_recurrent else None
+    return max(convolution_widths(config), default=None)
 
 
 def attention_dtype(config: Any) -> torch.dtype:
@@ -152,9 +148,9 @@ def delta_rule_of_model(
 ) -> DeltaRule:
     """The delta rule called `name`, or the best one, for a model with Megatron's config `config`.
 
-    Models without recurrent layers, which compute none, have that of torch.
+    Models without gated delta nets, which compute none, have that of torch.
     """
-    if recurrence_width(config) is None:
+    if not has_delta_nets(config):
         return TorchRule()
     return select_delta_rule(
         name,

@@ -10,13 +10,10 @@ from torch import Tensor
 from megatron_prefix.attention.context_parallel.halo import with_halo
 from megatron_prefix.attention.context_parallel.layer import LayerExchange
 from megatron_prefix.attention.context_parallel.states import RankStates
-from megatron_prefix.attention.delta_rule import (
-    causal_convolution,
-    gated_delta_rule,
-    rule_and_last_state,
-)
+from megatron_prefix.attention.convolution import causal_convolution
 from megatron_prefix.attention.delta_rules import DeltaRule, TorchRule
 from megatron_prefix.attention.exchange import Exchange
+from megatron_prefix.attention.recurrent_rule import Rule, apply_rule, apply_rule_to_root
 from megatron_prefix.attention.root_keys import RootKeys
 from megatron_prefix.attention.root_states import keep
 from megatron_prefix.layout import Recurrence
@@ -30,13 +27,15 @@ class LayerPaths(Protocol):
     """How heads are exchanged; None: they are not."""
     exchange: LayerExchange | None
     """With other ranks; None: the row is here."""
+    delta_rule: DeltaRule
+    """What computes the delta rule."""
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[T, d] see `causal_convolution`, of [T, d] inputs."""
         ...
 
-    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-        """[T, H, V] see `gated_delta_rule`."""
+    def apply(self, rule: Rule, *inputs: Tensor) -> Tensor:
+        """[T, H, V] the outputs of a rule, see `apply_rule`."""
         ...
 
 
@@ -46,6 +45,24 @@ class RowPaths(Protocol):
     def of_layer(self, number: int, *, by_heads: bool) -> LayerPaths:
         """See `RowRecurrence.of_layer`."""
         ...
+
+
+def layer_paths(rows: RowPaths | None, number: int, *, by_heads: bool) -> LayerPaths:
+    """The paths of one recurrent layer.
+
+    Args:
+        rows: of the batch.
+        number, by_heads: see `RowRecurrence.of_layer`.
+
+    Raises:
+        ValueError: the row was not planned for recurrent layers, or not for this one.
+    """
+    if rows is None:
+        raise ValueError(
+            f"layer {number} is recurrent, but the row was not planned for that: give the batch's "
+            "AttentionSetup the model's recurrence_width, as AttentionSetup.of does"
+        )
+    return rows.of_layer(number, by_heads=by_heads)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,7 +78,7 @@ class RowRecurrence:
     root: RootKeys | None = None
     keeps_root: bool = False
     """See `RowAttention`; so is `root`."""
-    rule: DeltaRule = field(default_factory=TorchRule)
+    delta_rule: DeltaRule = field(default_factory=TorchRule)
     """What computes the delta rule."""
 
     def of_layer(self, number: int, *, by_heads: bool) -> LayerPaths:
@@ -89,8 +106,10 @@ class RowRecurrence:
         if self.root is not None:
             assert layer is None, "no series of rows with context parallelism"
             of_series = RootRecurrence if self.keeps_root else LaterRecurrence
-            return of_series(row=row, number=number, root=self.root, rule=self.rule)
-        return LayerRecurrence(row=row, whole_row=whole_row, exchange=layer, rule=self.rule)
+            return of_series(row=row, number=number, root=self.root, delta_rule=self.delta_rule)
+        return LayerRecurrence(
+            row=row, whole_row=whole_row, exchange=layer, delta_rule=self.delta_rule
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,7 +122,7 @@ class LayerRecurrence:
     """How heads are exchanged; None: they are not."""
     exchange: LayerExchange | None
     """None: the row is here."""
-    rule: DeltaRule
+    delta_rule: DeltaRule
     """See `RowRecurrence`."""
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,9 +131,9 @@ class LayerRecurrence:
             x = with_halo(x, self.row.halo, self.exchange)
         return causal_convolution(x, weight, bias, self.row)
 
-    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    def apply(self, rule: Rule, *inputs: Tensor) -> Tensor:
         """See `LayerPaths`. Collective where segments are sharded."""
-        return gated_delta_rule(q, k, v, g, beta, self.row, self.states, rule=self.rule)
+        return apply_rule(rule, inputs, self.row, states=self.states)
 
     @property
     def states(self) -> RankStates | None:
@@ -132,7 +151,7 @@ class _RecurrenceInSeries:
     number: int
     """Of the layer."""
     root: RootKeys
-    rule: DeltaRule
+    delta_rule: DeltaRule
     """See `RowRecurrence`."""
     whole_row: None = None
     exchange: None = None
@@ -145,13 +164,13 @@ class RootRecurrence(_RecurrenceInSeries):
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `LayerPaths`."""
         end = self.root.num_tokens
-        last = x[max(0, end + 1 - weight.shape[1]) : end]
+        last = x[max(0, end + 1 - self.row.inputs.shape[1]) : end]
         x = keep(self.root.recurrent.inputs, self.number, last, along=x)
         return causal_convolution(x, weight, bias, self.row)
 
-    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    def apply(self, rule: Rule, *inputs: Tensor) -> Tensor:
         """See `LayerPaths`."""
-        out, state = rule_and_last_state(q, k, v, g, beta, self.row, self.rule)
+        out, state = apply_rule_to_root(rule, inputs, self.row)
         return keep(self.root.recurrent.states, self.number, state, along=out)
 
 
@@ -164,7 +183,7 @@ class LaterRecurrence(_RecurrenceInSeries):
         behind = self.root.recurrent.inputs[self.number].leaf()
         return causal_convolution(x, weight, bias, self.row, behind)
 
-    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    def apply(self, rule: Rule, *inputs: Tensor) -> Tensor:
         """See `LayerPaths`."""
         begin = self.root.recurrent.states[self.number].leaf()
-        return gated_delta_rule(q, k, v, g, beta, self.row, begin=begin, rule=self.rule)
+        return apply_rule(rule, inputs, self.row, begin=begin)

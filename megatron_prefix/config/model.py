@@ -76,9 +76,10 @@ class ModelConfig:
     """The norms that `qk_layernorm: true` asks for take all heads of a token at once, as
     MiniMax-M2's do, and not each head alone."""
     hybrid_layer_pattern: str | None = None
-    """Build Megatron's HybridModel (megatron-core 0.18 or newer) of these layers: G a gated delta
-    net, * attention, - a dense MLP, E experts, | before a layer that begins another pipeline stage,
-    such as `G-G-|*-GE`. It says how many layers there are, and which have experts."""
+    """Build Megatron's HybridModel (megatron-core 0.18 or newer) of these layers: M Mamba-2, G a
+    gated delta net, * attention, - a dense MLP, E experts, | before a layer that begins another
+    pipeline stage, such as `M-M-|*-GE`. It says how many layers there are, and which have
+    experts."""
     transformer: dict[str, Any] = field(default_factory=dict)
     """Any other field of Megatron's `TransformerConfig`: `num_layers`, `hidden_size`, ..."""
 

@@ -61,7 +61,7 @@ REFUSED = {
     "glm4_moe_lite": "its latent attention and routers are not compared with deepseek_v3's yet",
     "glm_moe_dsa": "its sparse attention (an indexer chooses keys) has no shared prefixes yet",
     "llama4": "its attention in chunks and its routers are not converted",
-    "nemotron_h": "its state-space layers (Mamba) have no shared prefixes yet",
+    "nemotron_h": "weights of its state-space layers (Mamba) are not converted yet",
     "qwen2_5_vl": "it reads images too, which runs do not yet",
     "qwen3_vl": "it reads images too, which runs do not yet",
     "qwen3_vl_moe": "it reads images too, which runs do not yet",

@@ -68,10 +68,10 @@ class _PrefixTransformerLayer:
             packed_seq_params = last_params
             if trimming == "here":
                 if isinstance(self.self_attention, IdentityOp):
-                    hidden_states = _rows(hidden_states, last_params, self.config)
+                    hidden_states = needed_rows(hidden_states, last_params, self.config)
                 else:
                     context = residual_through(
-                        self, functools.partial(_rows, params=last_params, config=self.config)
+                        self, functools.partial(needed_rows, params=last_params, config=self.config)
                     )
         replay: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if shares_prefixes:
@@ -82,7 +82,7 @@ class _PrefixTransformerLayer:
             )
         if counts and last_params is not None:
             hidden, *rest = output
-            output = (_rows(hidden, last_params, self.config), *rest)
+            output = (needed_rows(hidden, last_params, self.config), *rest)
         return output
 
     def _trimming(self) -> Trimming:
@@ -99,7 +99,7 @@ def prefix_transformer_layer(base: type) -> type:
     return prefix_subclass(_PrefixTransformerLayer, base)
 
 
-def _rows(hidden: Tensor, params: PrefixPackedSeqParams, config: TransformerConfig) -> Tensor:
+def needed_rows(hidden: Tensor, params: PrefixPackedSeqParams, config: TransformerConfig) -> Tensor:
     """[T, 1, h] -> [N, 1, h]; under sequence parallelism [T/tp, 1, h] -> [N/tp, 1, h].
 
     There each rank contributes the rows that lie in its part, and all get theirs from the sum.

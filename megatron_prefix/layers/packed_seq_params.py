@@ -185,7 +185,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
                 exchange=exchange,
                 root=root,
                 keeps_root=keeps_root,
-                rule=setup.delta_rule,
+                delta_rule=setup.delta_rule,
             )
         params = cls(
             qkv_format="thd",

@@ -8,7 +8,12 @@ parallelism distributes the row (`shard_layout`) and plans this rank's part of i
 from megatron_prefix.layout.cost import ModelShape
 from megatron_prefix.layout.dispatch import shard_layout
 from megatron_prefix.layout.labels import masked_labels, trained_labels, trained_labels_of_lengths
-from megatron_prefix.layout.layer_shapes import LatentShape, RecurrentShape
+from megatron_prefix.layout.layer_shapes import (
+    DeltaNetShape,
+    LatentShape,
+    MambaShape,
+    RecurrentShape,
+)
 from megatron_prefix.layout.packing import PackedLayout, Segment, pack
 from megatron_prefix.layout.padding import activation_tokens
 from megatron_prefix.layout.planner import (
@@ -42,11 +47,13 @@ __all__ = [
     "AttentionStage",
     "CommType",
     "ContextShards",
+    "DeltaNetShape",
     "GatheredStages",
     "GroupSlice",
     "MicrobatchPlan",
     "ModelRow",
     "LatentShape",
+    "MambaShape",
     "ModelShape",
     "PackedLayout",
     "Packing",

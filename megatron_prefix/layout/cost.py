@@ -1,10 +1,10 @@
 """The sizes of a decoder, and its forward FLOPs per token, pair and label.
 
 A multiply-add counts as two FLOPs. Counted are the matrix products of the layers and of the output
-layer, attention's two products over the visible (query, key) pairs only, and the products of a
-recurrent layer's chunks. Not counted: embedding look-ups, norms, activations, softmax, rotary
-embedding, short convolutions. A backward pass costs twice the forward pass, so ratios are the same
-for both.
+layer, attention's two products over the visible (query, key) pairs only, and a recurrent layer's
+convolution and the products of its chunks. Not counted: embedding look-ups, norms, activations,
+softmax, rotary embedding. A backward pass costs twice the forward pass, so ratios are the same for
+both.
 
 All counts are Python integers, hence exact and equal on every machine: ranks that plan from them
 cannot come to differ.
@@ -53,10 +53,8 @@ class ModelShape:
     """Keys before its own that a query sees in these layers."""
     latent: LatentShape | None = None
     """Of multi-latent attention, which every layer that attends then has."""
-    recurrent_layers: tuple[bool, ...] = ()
-    """[num_layers] whether each is recurrent, and does not attend; (): none is."""
-    recurrent: RecurrentShape | None = None
-    """Of these layers."""
+    recurrent_layers: tuple[RecurrentShape | None, ...] = ()
+    """[num_layers] of each layer that is recurrent, and does not attend; (): none is."""
     kinds: str = ""
     """[num_layers] of a HybridModel, what each layer is, see `hybrid_pattern`; "": each layer has
     an MLP or experts, behind attention or a recurrence."""
@@ -95,7 +93,6 @@ class ModelShape:
             )
         assert len(self.windowed_layers) in (0, self.num_layers) and self.window >= 0
         assert len(self.recurrent_layers) in (0, self.num_layers)
-        assert self.recurrent is not None or not any(self.recurrent_layers)
         assert len(self.kinds) in (0, self.num_layers)
         assert 0 <= self.num_trimmed_layers <= self.num_layers
 
@@ -104,7 +101,7 @@ class ModelShape:
         """Layers with attention."""
         if self.kinds:
             return self.kinds.count(ATTENTION)
-        return self.num_layers - sum(self.recurrent_layers)
+        return self.num_layers - sum(map(bool, self.recurrent_layers))
 
     @property
     def num_dense_layers(self) -> int:
@@ -117,11 +114,20 @@ class ModelShape:
         """Whether a layer, from 0, has attention."""
         if self.kinds:
             return self.kinds[layer] == ATTENTION
-        return not any(self.recurrent_layers[layer : layer + 1])
+        return self.recurrent_of(layer) is None
+
+    def recurrent_of(self, layer: int) -> RecurrentShape | None:
+        """The sizes of a layer, from 0, that is recurrent; None: it is not."""
+        return next(iter(self.recurrent_layers[layer : layer + 1]), None)
+
+    @property
+    def recurrence_width(self) -> int:
+        """Inputs of a token that a row's paths have at hand for convolutions; 0: there are none."""
+        return max((r.width for r in self.recurrent_layers if r is not None), default=0)
 
     def mixes(self, layer: int) -> bool:
         """Whether a layer, from 0, has attention or is recurrent."""
-        return self.attends(layer) or any(self.recurrent_layers[layer : layer + 1])
+        return self.attends(layer) or self.recurrent_of(layer) is not None
 
     def has_mlp(self, layer: int) -> bool:
         """Whether a layer, from 0, has a dense MLP or experts."""
@@ -179,17 +185,13 @@ class ModelShape:
         )
 
     def _recurrent_flops_per_token(self) -> int:
-        """Projections and delta rule of all recurrent layers, for one token."""
-        if self.recurrent is None:
-            return 0
-        weights = self.hidden_size * (self.recurrent.projected + self.recurrent.values)
-        return self.rule_flops_per_token() + sum(self.recurrent_layers) * 2 * weights
+        """Projections, convolution and chunks of all recurrent layers, for one token."""
+        numbers = sum(r.projected + r.values for r in self.recurrent_layers if r is not None)
+        return 2 * self.hidden_size * numbers + self.mixing_flops_per_token()
 
-    def rule_flops_per_token(self) -> int:
-        """The delta rule of all recurrent layers, for one token."""
-        if self.recurrent is None:
-            return 0
-        return sum(self.recurrent_layers) * self.recurrent.rule_flops_per_token()
+    def mixing_flops_per_token(self) -> int:
+        """The convolution and chunks of all recurrent layers, for one token."""
+        return sum(r.mixing_flops_per_token() for r in self.recurrent_layers if r is not None)
 
     def attention_flops_per_pair(self, *, windowed: bool = False) -> int:
         """QK^T and PV of all heads, for one query that sees one key.
@@ -282,8 +284,8 @@ class ModelShape:
         a pair."""
         last = self._trimmed
         weights = self.key_weights
-        if any(last.recurrent_layers) and self.recurrent is not None:
-            kept = 2 * self.hidden_size * self.recurrent.projected + last.rule_flops_per_token()
+        if (recurrent := last.recurrent_of(0)) is not None:
+            kept = 2 * self.hidden_size * recurrent.projected + last.mixing_flops_per_token()
             return last.linear_flops_per_token() - kept, 0
         if not last.num_attending_layers:
             return last.linear_flops_per_token(), 0

@@ -1,12 +1,13 @@
 """The pattern of a HybridModel's layers, as Megatron writes it: a symbol for each layer.
 
+M   Mamba-2
 G   gated delta net
 *   attention
 -   dense MLP
 E   experts
 |   the layers behind it are on the next pipeline stage
 
-The first two kinds mix a sequence's tokens. The others go on with each token by itself, so that
+The first three kinds mix a sequence's tokens. The others go on with each token by itself, so that
 behind the last layer that mixes, rows that nothing depends on are left out.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+MAMBA = "M"
 GATED_DELTA_NET = "G"
 ATTENTION = "*"
 DENSE = "-"
@@ -21,12 +23,12 @@ EXPERTS = "E"
 _STAGE = "|"
 _PREDICTIONS = "/"
 
-_INSTEAD = f"use {GATED_DELTA_NET} (gated delta net) or {ATTENTION} (attention) there, or train "
+MIXING = (MAMBA, GATED_DELTA_NET, ATTENTION)
+"""Kinds of layers that mix a sequence's tokens."""
+
 _REFUSED = {
-    "M": f"Mamba, whose state is not handed from a prompt to its responses; {_INSTEAD}without "
-    "shared prefixes",
-    "D": f"DeepSeek's sparse attention, which chooses keys by position in a row; {_INSTEAD}without "
-    "shared prefixes",
+    "D": "DeepSeek's sparse attention, which chooses keys by position in a row; use "
+    f"{ATTENTION} (attention) there, or train without shared prefixes",
     "+": "multi-latent attention, which shares prefixes in a GPTModel only "
     "(multi_latent_attention: true); use that model",
 }
@@ -56,10 +58,10 @@ def faults_of_pattern(pattern: str) -> Iterator[str]:
     for number, symbol in enumerate(layers_of(pattern), start=1):
         if symbol in _REFUSED:
             yield f"layer {number} is {symbol}: {_REFUSED[symbol]}"
-        elif symbol not in (GATED_DELTA_NET, ATTENTION, DENSE, EXPERTS):
+        elif symbol not in (*MIXING, DENSE, EXPERTS):
             yield (
                 f"layer {number} is {symbol}, which is no kind of layer that shares prefixes; use "
-                f"{GATED_DELTA_NET}, {ATTENTION}, {DENSE} or {EXPERTS}"
+                f"{', '.join(MIXING)}, {DENSE} or {EXPERTS}"
             )
 
 
@@ -77,7 +79,7 @@ def first_trimmed(last_stage: str, *, experts_collect: bool) -> int:
     Returns:
         Its index in the stage.
     """
-    needing = {GATED_DELTA_NET, ATTENTION, *(EXPERTS if experts_collect else ())}
+    needing = {*MIXING, *(EXPERTS if experts_collect else ())}
     return max((i for i, symbol in enumerate(last_stage) if symbol in needing), default=0)
 
 

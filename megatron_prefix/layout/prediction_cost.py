@@ -80,7 +80,6 @@ def _of_runs(
         num_moe_layers=int(predictions.experts),
         windowed_layers=(),
         recurrent_layers=(),
-        recurrent=None,
         predictions=None,
     )
     # The projection reads both norms' outputs.

@@ -88,16 +88,17 @@ def _lent(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def residual_through(
-    layer: Any, change: Callable[[Tensor], Tensor]
+    layer: Any, change: Callable[[Tensor], Tensor], *, adding: str = "self_attn_bda"
 ) -> contextlib.AbstractContextManager[None]:
     """Within the block, a layer adds its attention's output to `change(residual)`.
 
     Args:
-        layer: a Megatron transformer layer, whose `self_attn_bda` makes the function that adds: a
-            plain function as a rule, but it may be a module.
+        layer: a Megatron layer.
         change: the residual as the layer has it -> as the attention's output needs it.
+        adding: attribute of the layer that makes the function that adds: a plain function as a
+            rule, but it may be a module.
     """
-    bias_dropout_add = layer.self_attn_bda
+    bias_dropout_add = getattr(layer, adding)
 
     def add_to_changed(training: bool, fused: bool) -> Callable[..., Tensor]:
         add = bias_dropout_add(training, fused)
@@ -107,7 +108,7 @@ def residual_through(
 
         return run
 
-    return _lent(layer, "self_attn_bda", add_to_changed)
+    return _lent(layer, adding, add_to_changed)
 
 
 def without_prediction_loss(model: Any) -> contextlib.AbstractContextManager[None]:

@@ -47,7 +47,7 @@ def have_flash_linear_attention() -> bool:
     return any(getattr(home, "chunk_gated_delta_rule", None) is not None for home in homes)
 
 
-def recurrent_layers(config: Any) -> tuple[bool, ...]:
+def delta_net_layers(config: Any) -> tuple[bool, ...]:
     """[num_layers] whether each layer is a gated delta net; () if none is.
 
     Args:
@@ -72,7 +72,7 @@ def attending_layers(config: Any) -> tuple[bool, ...]:
     """
     if kinds := hybrid_layers(config):
         return tuple(kind == ATTENTION for kind in kinds)
-    recurrent = recurrent_layers(config) or (False,) * config.num_layers
+    recurrent = delta_net_layers(config) or (False,) * config.num_layers
     return tuple(not is_recurrent for is_recurrent in recurrent)
 
 
@@ -94,7 +94,7 @@ def hybrid_block_spec(
     plain.experimental_attention_variant = None
     block = get_gpt_decoder_block_spec(plain, use_transformer_engine=False, vp_stage=vp_stage)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    kinds = recurrent_layers(config)[first:]
+    kinds = delta_net_layers(config)[first:]
     layers = [
         local_recurrent_layer(layer, config) if recurrent else layer
         for layer, recurrent in zip(block.layer_specs, kinds, strict=False)

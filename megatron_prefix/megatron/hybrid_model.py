@@ -19,6 +19,7 @@ from megatron_prefix.megatron.gated_delta_net import (
     build_without_flash_linear_attention,
     local_recurrent_layer,
 )
+from megatron_prefix.megatron.mamba import build_without_mamba_ssm, local_mamba_layer
 from megatron_prefix.megatron.releases import release
 
 try:
@@ -81,6 +82,7 @@ def hybrid_stack_spec(config: Any, *, use_transformer_engine: bool) -> ModuleSpe
     """
     require_hybrid_model()
     build_without_flash_linear_attention()
+    build_without_mamba_ssm()
     if use_transformer_engine:
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
@@ -98,6 +100,7 @@ def hybrid_stack_spec(config: Any, *, use_transformer_engine: bool) -> ModuleSpe
     return ModuleSpec(
         module=LocalHybridStack,
         submodules=LocalStackSubmodules(
+            mamba_layer=local_mamba_layer(plain, config),
             gdn_layer=recurrent,
             attention_layer=attention,
             mlp_layer=_by_token(plain, MLPLayer, norm_of="mlp.linear_fc1"),

@@ -35,6 +35,10 @@ _SIZES = {
     "linear_key_head_dim",
     "linear_value_head_dim",
     "linear_conv_kernel_dim",
+    "mamba_state_dim",
+    "mamba_head_dim",
+    "mamba_num_groups",
+    "mamba_num_heads",
 }
 _NOT_NEGATIVE = {"mtp_num_layers", "mtp_loss_scaling_factor"}
 _PLAIN = (bool, int, float, str, type(None))

@@ -18,7 +18,11 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_prefix.attention.layer_kinds import hybrid_pattern
+from megatron_prefix.attention.layer_kinds import (
+    MAMBA_CONVOLUTION_WIDTH,
+    hybrid_layers,
+    hybrid_pattern,
+)
 from megatron_prefix.attention.row_attention import head_dim
 from megatron_prefix.attention.windows import layer_window, model_window, windowed_layers
 from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
@@ -26,13 +30,27 @@ from megatron_prefix.layer_spec import prefix_grouped
 from megatron_prefix.layers.all_heads_norm import norm_over_all_heads
 from megatron_prefix.layers.predicting_model import prefix_gpt_model
 from megatron_prefix.layers.router import has_statistics
-from megatron_prefix.layout import LatentShape, ModelShape, RecurrentShape
-from megatron_prefix.layout.hybrid_pattern import layers_of, num_trimmed, stages_of
+from megatron_prefix.layout import (
+    DeltaNetShape,
+    LatentShape,
+    MambaShape,
+    ModelShape,
+    RecurrentShape,
+)
+from megatron_prefix.layout.hybrid_pattern import (
+    ATTENTION,
+    GATED_DELTA_NET,
+    MAMBA,
+    layers_of,
+    num_trimmed,
+    stages_of,
+)
 from megatron_prefix.layout.layer_shapes import PredictionShape
 from megatron_prefix.layout.recurrence import CHUNK_TOKENS
 from megatron_prefix.megatron.expert_biases import let_experts_have_biases
-from megatron_prefix.megatron.gated_delta_net import hybrid_block_spec, recurrent_layers
+from megatron_prefix.megatron.gated_delta_net import delta_net_layers, hybrid_block_spec
 from megatron_prefix.megatron.latent_attention import complete_local_spec
+from megatron_prefix.megatron.mamba import mamba_heads
 from megatron_prefix.megatron.moe_layers import moe_layers
 from megatron_prefix.megatron.prediction_layers import prediction_layer_numbers
 from megatron_prefix.megatron.releases import have_transformer_engine, option
@@ -80,7 +98,7 @@ def build_gpt_model(
     pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage)
     post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage)
     transformer_engine = use_transformer_engine(config)
-    make_spec = hybrid_block_spec if any(recurrent_layers(config)) else get_gpt_decoder_block_spec
+    make_spec = hybrid_block_spec if any(delta_net_layers(config)) else get_gpt_decoder_block_spec
     spec = make_spec(config, use_transformer_engine=transformer_engine, vp_stage=vp_stage)
     if model.qk_norm_all_heads:
         norm_over_all_heads(spec)
@@ -139,10 +157,10 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         }
     if config.mtp_num_layers:
         of_kind |= {"whole_last_layer": True, "predictions": _prediction_shape(config)}
-    recurrent = recurrent_layers(config)
+    recurrent = _recurrent_layers(config)
     windowed = windowed_layers(config)
     if any(recurrent):
-        windowed = tuple(w and not r for w, r in zip(windowed, recurrent, strict=True))
+        windowed = tuple(w and r is None for w, r in zip(windowed, recurrent, strict=True))
     return ModelShape(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -156,7 +174,6 @@ def model_shape(model: HasVocabulary, config: TransformerConfig) -> ModelShape:
         window=model_window(config) or 0,
         latent=_latent_shape(config),
         recurrent_layers=recurrent,
-        recurrent=_recurrent_shape(config) if any(recurrent) else None,
         **(of_kind | _of_hybrid(config)),
     )
 
@@ -196,8 +213,28 @@ def _prediction_shape(config: TransformerConfig) -> PredictionShape:
     )
 
 
-def _recurrent_shape(config: TransformerConfig) -> RecurrentShape:
-    return RecurrentShape(
+def _recurrent_layers(config: TransformerConfig) -> tuple[RecurrentShape | None, ...]:
+    kinds = hybrid_layers(config) or "".join(
+        GATED_DELTA_NET if is_one else ATTENTION for is_one in delta_net_layers(config)
+    )
+    make = {GATED_DELTA_NET: _delta_net_shape, MAMBA: _mamba_shape}
+    shapes = {kind: make[kind](config) for kind in {*kinds} & make.keys()}
+    return tuple(map(shapes.get, kinds)) if shapes else ()
+
+
+def _mamba_shape(config: TransformerConfig) -> MambaShape:
+    return MambaShape(
+        num_heads=mamba_heads(config),
+        num_groups=config.mamba_num_groups,
+        head_channels=config.mamba_head_dim,
+        state_channels=config.mamba_state_dim,
+        width=MAMBA_CONVOLUTION_WIDTH,
+        chunk_tokens=CHUNK_TOKENS,
+    )
+
+
+def _delta_net_shape(config: TransformerConfig) -> DeltaNetShape:
+    return DeltaNetShape(
         num_key_heads=config.linear_num_key_heads,
         num_value_heads=config.linear_num_value_heads,
         key_channels=config.linear_key_head_dim,

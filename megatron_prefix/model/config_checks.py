@@ -11,7 +11,8 @@ from megatron_prefix.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_prefix.config.bounds import refuse
 from megatron_prefix.config.loader import ConfigError
 from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
-from megatron_prefix.megatron.gated_delta_net import recurrent_layers
+from megatron_prefix.megatron.gated_delta_net import delta_net_layers
+from megatron_prefix.megatron.mamba import mamba_heads, mamba_layers
 from megatron_prefix.megatron.releases import (
     option,
     position_embedding_types,
@@ -79,6 +80,8 @@ def check_config(
     if training.replayed_routes in ("exact", "first"):
         _check_replay(training, config)
     _check_sizes(model, config)
+    if any(mamba_layers(config)):
+        _check_mamba(config)
     if config.num_moe_experts is not None:
         _check_experts(config)
     if config.pipeline_model_parallel_size > 1 and model.hybrid_layer_pattern is None:
@@ -157,7 +160,7 @@ def _check_recurrent_layers(config: TransformerConfig) -> None:
         raise ConfigError(f"{name}: {every} needs one entry for each of {config.num_layers} layers")
     if isinstance(every, int) and every < 1:
         raise ConfigError(f"{name}: {every} must be at least 1: one in so many layers attends")
-    if not any(recurrent_layers(config)):
+    if not any(delta_net_layers(config)):
         raise ConfigError(
             f"{name}: {every}: no layer is a gated delta net then; change it, or remove it and "
             "model.transformer.experimental_attention_variant"
@@ -200,6 +203,40 @@ def _check_sizes(model: ModelConfig, config: TransformerConfig) -> None:
             )
     if config.normalization not in ("LayerNorm", "RMSNorm"):
         _refuse(config, "normalization", "is none that GPTModel has; choose LayerNorm or RMSNorm")
+
+
+def _check_mamba(config: TransformerConfig) -> None:
+    """The same of Mamba's layers."""
+    if config.mamba_num_heads is None and 2 * config.hidden_size % config.mamba_head_dim:
+        _refuse(
+            config,
+            "mamba_head_dim",
+            f"does not divide twice the hidden_size: {config.hidden_size}; set mamba_num_heads",
+        )
+    heads, groups = mamba_heads(config), config.mamba_num_groups
+    tensor, context = config.tensor_model_parallel_size, config.context_parallel_size
+    if heads % groups:
+        _refuse(config, "mamba_num_groups", f"does not divide the {heads} heads")
+    if groups % tensor:
+        _refuse(
+            config, "mamba_num_groups", f"does not divide by tensor_model_parallel_size: {tensor}"
+        )
+    local = groups // tensor
+    # Megatron asks for both whatever the kind of communication.
+    if heads % (tensor * context):
+        _refuse(
+            config,
+            "mamba_num_heads",
+            f"({heads} heads) does not divide by tensor_model_parallel_size: {tensor} times "
+            f"context_parallel_size: {context}",
+        )
+    if local % context and context % local:
+        _refuse(
+            config,
+            "mamba_num_groups",
+            f"over tensor_model_parallel_size: {tensor} is neither a multiple nor a divisor of "
+            f"context_parallel_size: {context}",
+        )
 
 
 def _check_experts(config: TransformerConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_prefix.layout.layer_shapes import LatentShape
+from megatron_prefix.layout.layer_shapes import DeltaNetShape, LatentShape
 from megatron_prefix.planning.latent_memory import latent_kept
 from megatron_prefix.planning.memory import MemoryModel
 from megatron_prefix.planning.rank_sizes import RankSizes
@@ -11,7 +11,7 @@ from megatron_prefix.planning.recurrent_memory import (
     recurrent_root,
     recurrent_states,
 )
-from megatron_prefix.planning.recurrent_rows import RecurrentRow
+from megatron_prefix.planning.recurrent_rows import RecurrentRows
 
 _INDEX = 8
 
@@ -55,35 +55,57 @@ def kept_at_borders(
 
 
 def kept_of_ranks(
-    memory: MemoryModel, layers: list[int], row: RecurrentRow, ranks: RankSizes
+    memory: MemoryModel,
+    layers: list[int],
+    rows: RecurrentRows,
+    tokens: int,
+    labels: int,
+    ranks: RankSizes,
 ) -> int:
-    """Bytes that autograd keeps of what comes from other ranks, in recurrent ones of these
-    layers."""
+    """Bytes that autograd keeps more of these layers, where they are recurrent and something comes
+    from other ranks."""
     if memory.recompute == "full":
         return 0
-    return sum(received_by_layer(memory, layer, row, ranks) for layer in layers)
+    return sum(kept_of_exchange(memory, layer, rows, tokens, labels, ranks) for layer in layers)
 
 
-def received_by_layer(memory: MemoryModel, layer: int, row: RecurrentRow, ranks: RankSizes) -> int:
-    """Bytes that autograd keeps of what comes from other ranks in a recurrent layer, else 0."""
-    recurrent = memory.recurrent_of(layer)
+def kept_of_exchange(
+    memory: MemoryModel,
+    layer: int,
+    rows: RecurrentRows,
+    tokens: int,
+    labels: int,
+    ranks: RankSizes,
+) -> int:
+    """Bytes that autograd keeps more of a recurrent layer for what comes from other ranks, or less;
+    0 in other layers."""
+    recurrent = memory.shape.recurrent_of(layer)
     if recurrent is None:
         return 0
-    states = recurrent_states(recurrent, row.begins, tensor=ranks.tensor, wide=memory.wide)
-    return states + row.copied * memory.element
+    row, b = rows[recurrent], memory.element
+    kept = recurrent_states(recurrent, row.begins, tensor=ranks.tensor, wide=memory.wide)
+    kept += row.copied * b
+    gate_is_copied = b < memory.wide or memory.rows_of(layer, tokens, labels, ranks) < tokens
+    if row.copied and gate_is_copied:
+        # Then nothing reads what the first projection has made any longer.
+        kept -= tokens * recurrent.projected // ranks.tensor * b
+    return kept
 
 
 def kept_of_root(memory: MemoryModel, layers: list[int], tokens: int, ranks: RankSizes) -> int:
     """Bytes that a series holds of its root's T tokens beside what autograd keeps of them:
     copies of keys and values, or states, and the wide sums of their gradients, in these
     layers."""
-    kinds = [memory.recurrent_of(layer) for layer in layers]
+    kinds = [memory.shape.recurrent_of(layer) for layer in layers]
+    width = memory.shape.recurrence_width
     widths = 2 * memory.key_width // ranks.tensor
     of_keys = (
         sum(map(memory.shape.attends, layers)) * tokens * widths * (memory.element + memory.wide)
     )
     return of_keys + sum(
-        recurrent_root(kind, tensor=ranks.tensor, element=memory.element, wide=memory.wide)
+        recurrent_root(
+            kind, width=width, tensor=ranks.tensor, element=memory.element, wide=memory.wide
+        )
         for kind in kinds
         if kind is not None
     )
@@ -119,14 +141,15 @@ def layer_activations(
     kept = normed // ranks.sequence * (_hidden_norm(memory) + h * b)
     if not s.mixes(layer):
         return kept + mlp_activations(memory, layer, rows, ranks)
-    recurrent = memory.recurrent_of(layer)
+    recurrent = memory.shape.recurrent_of(layer)
     if recurrent is not None:
         kept += recurrent_kept(
             recurrent, tokens=tokens, rows=rows, tensor=tp, element=b, wide=memory.wide
         )
-        kept += rows * _head_norm(
-            memory, recurrent.values // tp, copied=True, size=recurrent.value_channels
-        )
+        if isinstance(recurrent, DeltaNetShape):
+            kept += rows * _head_norm(
+                memory, recurrent.values // tp, copied=True, size=recurrent.value_channels
+            )
         return kept + mlp_activations(memory, layer, rows, ranks)
     if s.latent is not None:
         kept += _of_latent_attention(memory, s.latent, tokens, rows, ranks)

@@ -6,15 +6,15 @@ from megatron_prefix.planning.activation_memory import (
     kept_by_final_norm,
     kept_by_layer,
     kept_by_outer,
+    kept_of_exchange,
     layer_activations,
     mlp_activations,
-    received_by_layer,
 )
 from megatron_prefix.planning.latent_memory import latent_expansion
 from megatron_prefix.planning.memory import MemoryModel
 from megatron_prefix.planning.rank_sizes import RankSizes
 from megatron_prefix.planning.recurrent_memory import recurrent_backward
-from megatron_prefix.planning.recurrent_rows import RecurrentRow
+from megatron_prefix.planning.recurrent_rows import RecurrentRow, RecurrentRows
 
 
 def largest_transient(
@@ -29,7 +29,7 @@ def largest_transient(
     root_tokens: int = 0,
     halo_tokens: int = 0,
     window_copies: int = 0,
-    recurrent_row: RecurrentRow | None = None,
+    recurrent_rows: RecurrentRows | None = None,
 ) -> int:
     """The most that exists at once beside what is kept, while a microbatch runs.
 
@@ -46,11 +46,13 @@ def largest_transient(
         root_tokens: of a root that an earlier row has run, which the row attends to.
         halo_tokens: the same as `travelling` in layers with a sliding window.
         window_copies: rows of keys that such a layer copies side by side.
-        recurrent_row: of recurrent layers; None: their chunks are full, and no rank sends
+        recurrent_rows: in recurrent layers; None: their chunks are full, and no rank sends
             states.
     """
     candidates = [0]
-    recurrent_row = recurrent_row or RecurrentRow(chunk_tokens=tokens)
+    if recurrent_rows is None:
+        full = RecurrentRow(chunk_tokens=tokens)
+        recurrent_rows = {r: full for r in memory.shape.recurrent_layers if r is not None}
     s, b = memory.shape, memory.element
     if last:
         candidates += _head_transients(memory, tokens, labels, ranks)
@@ -60,7 +62,7 @@ def largest_transient(
         again = 0
         if memory.recompute == "full":
             again = layer_activations(memory, layer, tokens, labels, ranks)
-            again += received_by_layer(memory, layer, recurrent_row, ranks)
+            again += kept_of_exchange(memory, layer, recurrent_rows, tokens, labels, ranks)
         # Gathered, in the order of the stages, and the gradients of both.
         windowed = s.is_windowed(layer)
         width = 2 * memory.key_width // ranks.tensor * s.attends(layer)
@@ -68,7 +70,7 @@ def largest_transient(
         # The row's share of the gradients of the root's keys and values.
         gathered += root_tokens * width * b
         copies = window_copies if windowed else 0
-        backward = _layer_backward(memory, layer, tokens, labels, ranks, copies, recurrent_row)
+        backward = _layer_backward(memory, layer, tokens, labels, ranks, copies, recurrent_rows)
         if layer >= s.num_layers:
             # The final norm's backward is behind theirs, and waits for its gradient's sum.
             backward += kept_by_final_norm(memory, tokens, labels, ranks)
@@ -99,11 +101,11 @@ def _layer_backward(
     labels: int,
     ranks: RankSizes,
     copies: int,
-    recurrent_row: RecurrentRow,
+    recurrent_rows: RecurrentRows,
 ) -> int:
     """The most that exists at once in a layer's backward, beside all of its activations.
 
-    `copies`: rows of keys that its attention copies. `recurrent_row`: of recurrent layers.
+    `copies`: rows of keys that its attention copies. `recurrent_rows`: in recurrent layers.
     """
     s, b, tp = memory.shape, memory.element, ranks.tensor
     layer = min(layer, s.num_layers - 1)
@@ -124,10 +126,16 @@ def _layer_backward(
         return mlp
     if not s.has_mlp(layer):
         mlp = 0
-    recurrent = memory.recurrent_of(layer)
+    recurrent = memory.shape.recurrent_of(layer)
     if recurrent is not None:
         again = recurrent_backward(
-            recurrent, tokens=recurrent_row.chunk_tokens, tensor=tp, wide=memory.wide
+            recurrent,
+            chunk_tokens=recurrent_rows[recurrent].chunk_tokens,
+            tokens=tokens,
+            rows=rows,
+            tensor=tp,
+            element=b,
+            wide=memory.wide,
         )
         return max(mlp, row + again - mlp_activations(memory, layer, rows, ranks))
     # dq, dk and dv in a wide dtype, then in their own, and dout; the MLP's activations are

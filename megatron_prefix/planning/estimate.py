@@ -79,19 +79,21 @@ class StepEstimate:
 
         That is a layer without a sliding window, if there is one, that attends.
         """
-        if all(self.setup.memory.shape.recurrent_layers or (False,)):
-            return 0
         shape = self.setup.memory.shape
-        windowed = shape.windowed_layers
-        recurrent = shape.recurrent_layers or (False,) * len(windowed)
-        if windowed and all(w or r for w, r in zip(windowed, recurrent, strict=True)):
+        attending = [n for n in range(shape.num_layers) if shape.attends(n)]
+        if not attending:
+            return 0
+        if all(map(shape.is_windowed, attending)):
             return max((row.windows.received_per_layer for row in self._rows), default=0)
         return max((row.received_per_layer for row in self._rows), default=0)
 
     @property
     def recurrent_bytes(self) -> int:
-        """The same in a recurrent layer; 0: there is none."""
-        return max((row.recurrent.received_per_layer for row in self._rows), default=0)
+        """The same in the recurrent layer that receives most; 0: there is none."""
+        return max(
+            (kind.received_per_layer for row in self._rows for kind in row.recurrent.values()),
+            default=0,
+        )
 
     @property
     def num_series(self) -> int:
@@ -143,11 +145,14 @@ class StepEstimate:
             shape = setup.memory.shape
             numbers = range(shape.num_layers + shape.prediction_depths)
             num_windowed = sum(map(shape.is_windowed, numbers))
-            num_recurrent = sum(shape.recurrent_layers)
             others = sum(map(shape.attends, numbers)) - num_windowed
             received = m.received_per_layer * others
             received += m.windows.received_per_layer * num_windowed
-            received += m.recurrent.received_per_layer * num_recurrent
+            received += sum(
+                m.recurrent[layer].received_per_layer
+                for layer in shape.recurrent_layers
+                if layer is not None
+            )
             seconds += received / stages / bytes_per_second
         return seconds
 
@@ -224,7 +229,14 @@ def _stage_memory(
                 memory, m.tokens_per_rank, m.labels_per_rank, ranks=ranks, **ends(chunk)
             )
             + kept_at_borders(memory, m.tokens_per_rank, ranks, **ends(chunk))
-            + kept_of_ranks(memory, chunks[chunk], m.recurrent, ranks)
+            + kept_of_ranks(
+                memory,
+                chunks[chunk],
+                m.recurrent,
+                m.tokens_per_rank,
+                m.labels_per_rank,
+                ranks,
+            )
         )
 
     def transient(chunk: int, m: RowEstimate, root_tokens: int = 0) -> int:
@@ -239,7 +251,7 @@ def _stage_memory(
             root_tokens=root_tokens,
             halo_tokens=m.windows.travelling,
             window_copies=m.windows.copied,
-            recurrent_row=m.recurrent,
+            recurrent_rows=m.recurrent,
         )
 
     for step in pipeline_passes(

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_prefix.layout.cost import ModelShape
-from megatron_prefix.layout.layer_shapes import RecurrentShape
 from megatron_prefix.planning.rank_sizes import RankSizes
 
 Recompute = Literal["none", "selective", "full"]
@@ -82,10 +81,6 @@ class MemoryModel:
     def key_width(self) -> int:
         """kv"""
         return self.shape.num_query_groups * self.shape.kv_channels
-
-    def recurrent_of(self, layer: int) -> RecurrentShape | None:
-        """Of a recurrent layer; None: the layer is none."""
-        return self.shape.recurrent if any(self.shape.recurrent_layers[layer : layer + 1]) else None
 
     def rows_of(self, layer: int, tokens: int, labels: int, ranks: RankSizes) -> int:
         """Rows that a layer goes on with: the labelled ones, filled up, where it is trimmed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_prefix.layout import DeltaNetShape
 from megatron_prefix.planning.latent_memory import latent_parameters
 from megatron_prefix.planning.memory import MemoryModel
 from megatron_prefix.planning.rank_sizes import RankSizes
@@ -40,13 +41,14 @@ def layer_parameters(memory: MemoryModel, layer: int, ranks: RankSizes) -> tuple
         return dense + 3 * h * (1 if memory.rms_norm else 2) + 2 * h * h // tp, expert
     biases = memory.linear_bias
     norm = 1 if memory.rms_norm else 2
-    recurrent = memory.recurrent_of(layer)
+    recurrent = memory.shape.recurrent_of(layer)
     dense = 0
     if s.attends(layer):
         dense += norm * h + _attention_parameters(memory, tp) + h * biases
     elif recurrent is not None:
-        dense += norm * (h + recurrent.value_channels)
-        dense += recurrent_parameters(recurrent, h, tensor=tp)
+        dense += norm * h + recurrent_parameters(recurrent, h, tensor=tp)
+        if isinstance(recurrent, DeltaNetShape):
+            dense += norm * recurrent.value_channels
     if not s.has_mlp(layer):
         return dense, 0
     dense += norm * h

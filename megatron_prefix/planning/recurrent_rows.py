@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
-from megatron_prefix.layout import RecurrentShape
+from megatron_prefix.layout import ModelShape, RecurrentShape
 from megatron_prefix.layout.packing import PackedLayout
 from megatron_prefix.layout.recurrence import chunked_tokens
 from megatron_prefix.layout.sharding import ContextShards
@@ -17,10 +19,10 @@ from megatron_prefix.layout.windows import RankRows, positions_asked_for
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrentRow:
-    """Of one row, in every recurrent layer. Numbers are those of the rank with most."""
+    """Of one row, in every recurrent layer of a kind. Numbers are those of the rank with most."""
 
     chunk_tokens: int = 0
-    """Tokens of a rank's chunks, which are filled up; 0: the model has no recurrent layer."""
+    """Tokens of a rank's chunks, which are filled up."""
     begins: int = 0
     """States of other ranks that a rank's runs begin with, which it keeps for backward."""
     copied: int = 0
@@ -29,44 +31,73 @@ class RecurrentRow:
     """Bytes that the busiest context-parallel rank receives, forward and backward."""
 
 
-def recurrent_row(
+RecurrentRows: TypeAlias = Mapping[RecurrentShape, RecurrentRow]
+"""The same of each kind of recurrent layer that the model has."""
+
+
+def recurrent_rows(
     layout: PackedLayout,
     shards: ContextShards | None,
-    recurrent: RecurrentShape | None,
+    shape: ModelShape,
     *,
     by_heads: bool,
     tensor: int,
     element: int,
     wide: int,
-) -> RecurrentRow:
-    """Count what a row costs in each recurrent layer.
+) -> RecurrentRows:
+    """Count what a row costs in each kind of recurrent layer.
 
     Args:
         layout, shards: the row; shards None: it is whole.
-        recurrent: None: the model has no such layer.
+        shape: of the model.
         by_heads: the layers exchange heads, where the row is distributed; otherwise states.
         tensor: tensor-parallel ranks.
         element, wide: bytes of an element, and of one that is at least float32.
     """
-    if recurrent is None:
-        return RecurrentRow()
+    return {
+        kind: _recurrent_row(
+            layout,
+            shards,
+            kind,
+            width=shape.recurrence_width,
+            by_heads=by_heads,
+            tensor=tensor,
+            element=element,
+            wide=wide,
+        )
+        for kind in dict.fromkeys(shape.recurrent_layers)
+        if kind is not None
+    }
+
+
+def _recurrent_row(
+    layout: PackedLayout,
+    shards: ContextShards | None,
+    recurrent: RecurrentShape,
+    *,
+    width: int,
+    by_heads: bool,
+    tensor: int,
+    element: int,
+    wide: int,
+) -> RecurrentRow:
     whole = chunked_tokens([segment.length for segment in layout.segments])
     if shards is None:
         return RecurrentRow(chunk_tokens=whole)
     if by_heads:
         size = shards.num_ranks
-        moved = recurrent.convolved + 2 * recurrent.num_value_heads
+        moved = recurrent.projected - recurrent.values
         # There, and the output back.
-        numbers = shards.tokens_per_rank * (moved + recurrent.values) * (size - 1)
+        once = moved * element + recurrent.values * (wide if recurrent.reads_wide else element)
         return RecurrentRow(
             chunk_tokens=whole // size,
             copied=shards.tokens_per_rank * moved // tensor,
-            received_per_layer=2 * numbers // size // tensor * element,
+            received_per_layer=2 * shards.tokens_per_rank * (size - 1) * once // size // tensor,
         )
     ranks = RankRows.of_ranks(shards)
     placed = placed_states(shards, ranks, 0)
     states = None if placed is None else placed.shared
-    asked = positions_asked_for(layout, ranks, recurrent.width - 1)
+    asked = positions_asked_for(layout, ranks, width - 1)
     halos = np.array([[len(positions) for positions in of_rank] for of_rank in asked])
     # Inputs of the convolution in forward, and the gradients of what was sent.
     received = (halos.sum(axis=1) + halos.sum(axis=0)) * recurrent.convolved // tensor * element
@@ -89,7 +120,7 @@ def _run_lengths(held: RankRows) -> list[int]:
 
 def _received_states(states: SharedStates[np.ndarray], recurrent: RecurrentShape) -> np.ndarray:
     """[ranks] numbers: maps in forward; factors and gradients of states in backward."""
-    k, v = recurrent.key_channels, recurrent.value_channels
+    factor, state = recurrent.factor_size, recurrent.state_size
     pieces, begins = (np.array(x) for x in (states.pieces_of_ranks, states.begins_of_ranks))
-    of_head = (pieces.sum() - pieces) * k * (2 * k + v) + (begins.sum() - begins) * k * v
-    return recurrent.num_value_heads * of_head
+    of_head = (pieces.sum() - pieces) * (2 * factor + state) + (begins.sum() - begins) * state
+    return recurrent.num_states * of_head

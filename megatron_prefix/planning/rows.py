@@ -26,7 +26,7 @@ from megatron_prefix.layout.tree import PrefixTree
 from megatron_prefix.layout.windows import RankRows, positions_asked_for
 from megatron_prefix.planning.memory import MemoryModel
 from megatron_prefix.planning.rank_sizes import RankSizes
-from megatron_prefix.planning.recurrent_rows import RecurrentRow, recurrent_row
+from megatron_prefix.planning.recurrent_rows import RecurrentRows, recurrent_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class RowEstimate:
     travelling: int
     """Tokens whose keys and values a rank receives."""
     windows: WindowEstimate
-    recurrent: RecurrentRow
+    recurrent: RecurrentRows
     flops: int
     """Of the whole row, forward, backward and recompute."""
     outer_flops: int
@@ -128,8 +128,8 @@ def step_flops(
     attention += predictions.attention
     attention -= shape.last_layer_flops(tokens=0, pairs=trimmed_pairs)
     head = predictions.head + labels * shape.head_flops_per_label()
-    # The head's logits and the chunks of the delta rule are made again in backward.
-    total = 3 * (linear + attention) + 4 * head + tokens * shape.rule_flops_per_token()
+    # The head's logits, and a recurrent layer's convolution and chunks, are made again in backward.
+    total = 3 * (linear + attention) + 4 * head + tokens * shape.mixing_flops_per_token()
     return total + {"none": 0, "selective": attention, "full": linear + attention}[again]
 
 
@@ -221,10 +221,10 @@ def _row(
         pairs_per_rank=pairs_per_rank,
         travelling=travelling,
         windows=_windows(layout, shards, setup, windowed_pairs, travelling, received),
-        recurrent=recurrent_row(
+        recurrent=recurrent_rows(
             layout,
             shards,
-            memory.shape.recurrent,
+            memory.shape,
             by_heads=setup.comm_type == "a2a",
             tensor=ranks.tensor,
             element=memory.element,

@@ -27,7 +27,9 @@ from megatron_prefix.training.step import train_step
 from tests.distributed import RankError, run_distributed
 from tests.megatron.models import (
     HAS_GATED_DELTA_NET,
+    HAS_HYBRID_MODEL,
     HYBRID,
+    MAMBA,
     TRAINING,
     model_config,
     relative_error,
@@ -61,12 +63,13 @@ def _run(
     save: bool = False,
     dtype: str = "float64",
     sharded: bool = True,
-    transformer: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
 ) -> FullTensors | None:
     """Train for `steps` (after loading), optionally save, and return the whole parameters."""
     parallel = ParallelConfig(**layout)
     training = dataclasses.replace(TRAINING, dtype=dtype)
-    config = model_config({"num_layers": 4, **(transformer or {})}, vocab_size=64)
+    options = {"transformer": {"num_layers": 4}, **(model or {})}
+    config = model_config(**options, vocab_size=64)
     with runtime(
         parallel, device="cpu", seed=rank, timeout_minutes=1, float64=dtype == "float64"
     ) as place:
@@ -201,10 +204,18 @@ def test_another_layout_loads_the_same_weights_and_optimizer_state(
         assert relative_error(continued[name], tensor) < 1e-4, name
 
 
+RECURRENT = {"gated delta nets": {"transformer": {"num_layers": 4, **HYBRID}}}
+if HAS_HYBRID_MODEL:
+    RECURRENT["Mamba"] = {"transformer": MAMBA, "hybrid_layer_pattern": "M*-M"}
+
+
 @pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core before 0.16")
-def test_projections_of_gated_delta_nets_are_divided_anew_by_another_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", RECURRENT.values(), ids=RECURRENT.keys())
+def test_projections_of_recurrent_layers_are_divided_anew_by_another_layout(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
     """A rank has its heads' part of queries, keys, values and gates, one behind the other."""
-    common = {"folder": tmp_path, "dtype": "float32", "transformer": HYBRID}
+    common = {"folder": tmp_path, "dtype": "float32", "model": model}
     steps = [{**common, "steps": range(2, n), "load": True} for n in (2, 4)]
     saved, undisturbed, resumed = _train(
         2,

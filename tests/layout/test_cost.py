@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prefix.layout import (
+    DeltaNetShape,
+    MambaShape,
     ModelShape,
     PrefixTree,
-    RecurrentShape,
     activation_tokens,
     pack,
 )
@@ -248,25 +249,45 @@ def test_sequences_one_by_one_have_windows_too():
     assert ungrouped_flops(TWO_LAYERS, tree) - ungrouped_flops(windowed, tree) == (3 + 1) * pair
 
 
-RECURRENT = RecurrentShape(
+DELTA_NET = DeltaNetShape(
     num_key_heads=2, num_value_heads=4, key_channels=3, value_channels=5, width=4, chunk_tokens=64
 )
+MAMBA = MambaShape(
+    num_heads=6, num_groups=2, head_channels=5, state_channels=3, width=4, chunk_tokens=64
+)
+# Numbers that are projected, and read; FLOPs of the convolution, and of the chunks.
+RECURRENT = {
+    # Queries and keys, values and gate, and a decay and a strength for each value head. Chunks of
+    # 64: two products of keys, one of values and a triangular solution of both; and three products
+    # with the state.
+    DELTA_NET: (
+        2 * 2 * 3 + 2 * 4 * 5 + 2 * 4,
+        4 * 5,
+        2 * 4 * (2 * 2 * 3 + 4 * 5),
+        4 * (2 * 64 * (2 * 3 + 5) + 64 * (3 + 5) + 6 * 3 * 5),
+    ),
+    # x and gate, B and C of each group, and a step for each head. Chunks of 64: a product of C and
+    # B of each group; of each head one with x, and two with the state.
+    MAMBA: (
+        2 * 6 * 5 + 2 * 2 * 3 + 6,
+        6 * 5,
+        2 * 4 * (6 * 5 + 2 * 2 * 3),
+        2 * 2 * 64 * 3 + 6 * (2 * 64 * 5 + 2 * 2 * 3 * 5),
+    ),
+}
 
 
 @settings(max_examples=60)
-@given(trees(), st.booleans())
-def test_recurrent_layers_cost_the_same_for_every_token_and_see_no_keys(tree, last):
-    hybrid = dataclasses.replace(TWO_LAYERS, recurrent_layers=(not last, last), recurrent=RECURRENT)
+@given(trees(), st.booleans(), st.sampled_from(list(RECURRENT)))
+def test_recurrent_layers_cost_the_same_for_every_token_and_see_no_keys(tree, last, recurrent):
+    layers = (None, recurrent) if last else (recurrent, None)
+    hybrid = dataclasses.replace(TWO_LAYERS, recurrent_layers=layers)
     h, tokens = TWO_LAYERS.hidden_size, int(tree.packed_lengths.sum())
-    # Queries and keys, values and gate, and a decay and a strength for each value head; back.
-    projected, values = 2 * 2 * 3 + 2 * 4 * 5 + 2 * 4, 4 * 5
-    # Chunks of 64: two products of keys, one of values and a triangular solution of both; and
-    # three products with the state.
-    rule = 4 * (2 * 64 * (2 * 3 + 5) + 64 * (3 + 5) + 6 * 3 * 5)
+    projected, values, convolution, chunks = RECURRENT[recurrent]
     attention = 2 * (
         TWO_LAYERS.query_weights + TWO_LAYERS.key_weights + TWO_LAYERS.projection_weights
     )
-    per_token = 2 * h * (projected + values) + rule - attention
+    per_token = 2 * h * (projected + values) + convolution + chunks - attention
     pairs = int(attention_pairs(tree).sum()) * TWO_LAYERS.attention_flops_per_pair() // 2
     assert tree_flops(hybrid, tree) - tree_flops(TWO_LAYERS, tree) == tokens * per_token - pairs
     if last:
@@ -275,3 +296,17 @@ def test_recurrent_layers_cost_the_same_for_every_token_and_see_no_keys(tree, la
         before = int((tree.packed_lengths - response_labels(tree)).sum())
         trimmed = tree_flops(hybrid, tree, trim_last_layer=True)
         assert tree_flops(hybrid, tree) - trimmed == before * (2 * h * values + mlp)
+
+
+def test_a_model_may_have_recurrent_layers_of_both_kinds():
+    kinds = dataclasses.replace(
+        TWO_LAYERS, num_layers=3, kinds="GM-", recurrent_layers=(DELTA_NET, MAMBA, None)
+    )
+    h = TWO_LAYERS.hidden_size
+    recurrent = sum(
+        2 * h * (projected + values) + convolution + chunks
+        for projected, values, convolution, chunks in RECURRENT.values()
+    )
+    assert kinds.linear_flops_per_token() == recurrent + 2 * 2 * h * TWO_LAYERS.ffn_hidden_size
+    assert [kinds.mixes(layer) for layer in range(3)] == [True, True, False]
+    assert kinds.num_attending_layers == kinds.attention_flops_per_pair() == 0

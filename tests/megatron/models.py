@@ -69,6 +69,13 @@ DELTA_NET: dict[str, Any] = {
     "linear_num_value_heads": 4,
 }
 """Sizes of gated delta nets."""
+MAMBA: dict[str, Any] = {
+    "mamba_state_dim": 6,
+    "mamba_head_dim": 8,
+    "mamba_num_groups": 2,
+    "mamba_num_heads": 4,
+}
+"""Sizes of Mamba's layers."""
 HYBRID: dict[str, Any] = {
     "experimental_attention_variant": "gated_delta_net",
     "linear_attention_freq": 2,

@@ -23,16 +23,19 @@ from megatron_prefix.layers.hybrid import prefix_hybrid_model
 from megatron_prefix.layout import PrefixTree, pack
 from megatron_prefix.megatron.gated_delta_net import is_gated_delta_net
 from megatron_prefix.megatron.hybrid_model import HybridModel, hybrid_stack_spec
+from megatron_prefix.megatron.mamba import is_mamba_layer
 from megatron_prefix.megatron.options import UnsupportedOptionError, refuse_unsupported
 from megatron_prefix.model.build import ModelChunks, build_model
 from megatron_prefix.model.full_tensors import full_parameters, load_full_parameters
 from megatron_prefix.model.transformer_config import transformer_config
 from tests.megatron import stub_transformer_engine as stubs
+from tests.megatron.mamba_reference import run_token_by_token
 from tests.megatron.models import (
     BASE,
     DELTA_NET,
     HAS_GATED_DELTA_NET,
     HAS_HYBRID_MODEL,
+    MAMBA,
     TRAINING,
     assert_equal_training,
     model_config,
@@ -53,7 +56,8 @@ STATISTICS = {"moe_z_loss_coeff": 0.1}
 
 def hybrid(pattern: str, **transformer: Any) -> ModelConfig:
     experts = EXPERTS if "E" in pattern else {}
-    return model_config({**DELTA_NET, **experts, **transformer}, hybrid_layer_pattern=pattern)
+    sizes = {**DELTA_NET, **MAMBA, **experts, **transformer}
+    return model_config(sizes, hybrid_layer_pattern=pattern)
 
 
 def deep_tree() -> PrefixTree:
@@ -70,19 +74,20 @@ def deep_tree() -> PrefixTree:
 
 
 def unmodified(model: ModelConfig) -> torch.nn.Module:
-    """Megatron's own model; its gated delta nets as their equations."""
+    """Megatron's own model; its recurrent layers as their equations."""
     config = transformer_config(model, ParallelConfig(), TRAINING)
     config.deterministic_mode = True
     built = build_model(model, config, shared_prefixes=False)
     for module in built.modules():
         if is_gated_delta_net(type(module)):
             module.__class__ = TokenByToken
+    run_token_by_token(built)
     return built
 
 
 @needs_hybrid_model
 @pytest.mark.parametrize("trim_last_layer", [False, True], ids=["", "trimmed last layers"])
-@pytest.mark.parametrize("pattern", ["GE*-G-*E-", "*-G", "--G*"])
+@pytest.mark.parametrize("pattern", ["GE*-G-*E-", "*-G", "--G*", "M*-M", "ME*-", "GMM"])
 def test_training_equals_every_sequence_alone(pattern: str, trim_last_layer: bool) -> None:
     with single_process():
         model = hybrid(pattern)
@@ -103,6 +108,7 @@ def test_training_equals_every_sequence_alone(pattern: str, trim_last_layer: boo
         ("G-*E-", {}, [39, 39, 39, 10, 10]),
         ("G-*E-", STATISTICS, [39, 39, 39, 39, 10]),
         ("G-*-E", STATISTICS, [39, 39, 39, 39, 39]),
+        ("*-M-E", {}, [39, 39, 39, 10, 10]),
     ],
 )
 def test_layers_behind_the_last_one_that_mixes_compute_the_needed_rows_only(
@@ -115,8 +121,11 @@ def test_layers_behind_the_last_one_that_mixes_compute_the_needed_rows_only(
         grouped = build_model(model, transformer_config(model, ParallelConfig(), TRAINING))
         found: list[int] = []
         for layer in grouped.decoder.layers:
-            mixes = not isinstance(layer.self_attention, IdentityOp)
-            norm = layer.input_layernorm if mixes else layer.pre_mlp_layernorm
+            if is_mamba_layer(type(layer)):
+                norm = layer.norm
+            else:
+                mixes = not isinstance(layer.self_attention, IdentityOp)
+                norm = layer.input_layernorm if mixes else layer.pre_mlp_layernorm
             norm.register_forward_pre_hook(lambda _, args: found.append(len(args[0])))
         grouped.eval()
         packed_logits(grouped, layout, np.arange(29, 39))
@@ -137,7 +146,7 @@ def test_megatrons_own_stack_spec_has_the_same_weights_and_gives_the_same_logits
             monkeypatch.setattr(transformer_engine, name, stub)
     monkeypatch.setattr(moe_module_specs, "TESpecProvider", stubs.StubProvider, raising=False)
     monkeypatch.setattr(hybrid_block, "TENorm", stubs.StubTENorm)
-    model = hybrid("G-*-", softmax_scale=8**-0.5)
+    model = hybrid("G-*-M", softmax_scale=8**-0.5)
     tree = deep_tree()
     logits, weights = [], None
     try:
@@ -151,7 +160,7 @@ def test_megatrons_own_stack_spec_has_the_same_weights_and_gives_the_same_logits
                     prefix_grouped(spec),
                     vocab_size=61,
                     max_sequence_length=64,
-                    hybrid_layer_pattern="G-*-",
+                    hybrid_layer_pattern="G-*-M",
                     position_embedding_type="rope",
                 )
                 chunks = ModelChunks(wrapped=[], bare=[built], config=config, head=None)
@@ -184,8 +193,7 @@ def test_what_cannot_share_prefixes_is_refused_by_its_place_in_the_pattern() -> 
 
     with single_process():
         for pattern, message in (
-            ("G-M", r"'G-M': layer 3 is M: Mamba, whose state .* use G \(gated delta net\) or \*"),
-            ("-DG", r"layer 2 is D: DeepSeek's sparse attention"),
+            ("-DG", r"'-DG': layer 2 is D: DeepSeek's sparse attention, .* use \* \(attention\)"),
             ("+-G", r"layer 1 is \+: multi-latent attention, which shares prefixes in a GPTModel"),
             ("G-X", r"layer 3 is X, which is no kind of layer that shares prefixes"),
             ("G-*/G-", r"/ begins layers of multi-token prediction"),
@@ -212,7 +220,7 @@ def test_what_cannot_share_prefixes_is_refused_by_its_place_in_the_pattern() -> 
 @pytest.mark.parametrize(
     ("pattern", "options", "parallel", "message"),
     [
-        ("GM*", {}, {}, r"hybrid_layer_pattern: GM\*: layer 2 is M: Mamba"),
+        ("GD*", {}, {}, r"hybrid_layer_pattern: GD\*: layer 2 is D: DeepSeek's"),
         ("", {}, {}, r"hybrid_layer_pattern: '' has no layer"),
         ("G*", {"transformer": {"num_moe_experts": 2}}, {}, r"num_moe_experts: 2: layers with exp"),
         ("GE", {"transformer": {"num_moe_experts": None}}, {}, r"num_moe_experts: None: layers wi"),

@@ -123,7 +123,19 @@ if HAS_WINDOWS:
 if HAS_SHARED_EXPERT_GATE:
     gated = {"moe_shared_expert_intermediate_size": 64, "moe_shared_expert_gate": True}
     CASES.append(("float32", "none", 64, (300, [256, 128]), {**EXPERTS, **gated}))
+RECURRENT: dict[str, dict[str, Any]] = {}
+STAGES: dict[str, dict[str, Any]] = {}
+if HAS_GATED_DELTA_NET:
+    RECURRENT["gated delta nets"] = HYBRID
 if HAS_HYBRID_MODEL:
+    mamba = {
+        "mamba_num_heads": 16,
+        "mamba_head_dim": 16,
+        "mamba_num_groups": 4,
+        "mamba_state_dim": 32,
+    }
+    RECURRENT["Mamba"] = {"hybrid_layer_pattern": "M-M", **mamba}
+    STAGES["Mamba"] = {"hybrid_layer_pattern": "M-*|M-", **mamba}
     for pattern in ("*E-", "-*G"):
         hybrid = {"hybrid_layer_pattern": pattern, **DELTA_NET}
         experts = EXPERTS if "E" in pattern else {}
@@ -222,6 +234,11 @@ SERIES_CASES = [
 ]
 if HAS_GATED_DELTA_NET:
     SERIES_CASES.append(("bfloat16", "full", True, SERIES[0], HYBRID))
+if HAS_HYBRID_MODEL:
+    SERIES_CASES += [
+        ("float32", "none", True, SERIES[0], RECURRENT["Mamba"]),
+        ("bfloat16", "full", False, SERIES[1], RECURRENT["Mamba"]),
+    ]
 
 
 @pytest.mark.parametrize(("dtype", "recompute", "trim", "shape", "transformer"), SERIES_CASES)
@@ -328,12 +345,14 @@ def _two_ranks(rank: int, world_size: int) -> dict[str, Any]:
             "dense": _tensor_parallel({}),
             "split experts": _tensor_parallel(EXPERTS),
             "spread experts": _tensor_parallel(EXPERTS, expert_model_parallel_size=2),
+            **{name: _tensor_parallel(options) for name, options in RECURRENT.items()},
         },
         "optimizer": {dtype: _optimizer_bytes(dtype) for dtype in ("bfloat16", "float32")},
         "pipeline": {
             "a chunk": _pipeline_peak(),
             "two chunks": _pipeline_peak(2),
             **({"predictions": _pipeline_peak(mtp_num_layers=1)} if HAS_PREDICTIONS else {}),
+            **{name: _pipeline_peak(**options) for name, options in STAGES.items()},
         },
         "context parallel": {name: _received(**options) for name, options in RECEIVED.items()},
     }
@@ -347,12 +366,17 @@ def _tensor_parallel(transformer: dict[str, Any], **sizes: int) -> tuple[int, in
         chunks = build_model_chunks(model, parallel, training, use_distributed_optimizer=True)
         ranks = rank_sizes(parallel, OptimizerSettings(), data_parallel_size=1)
         memory = memory_model(model, chunks.config, training)
-        batch = group_batch(300, [256, 128, 200], pad_to_multiple=2, output_multiple=2)
+        batch = group_batch(
+            *(300, [256, 128, 200]),
+            setup=AttentionSetup.of(chunks.config, ON_CPU.device),
+            pad_to_multiple=2,
+            output_multiple=2,
+        )
         parameters = sum(p.numel() * p.element_size() for p in chunks.bare[0].parameters())
         return (
             _kept(memory, batch, ranks),
             kept_bytes(chunks, batch),
-            static_bytes(memory, [0, 1, 2], ranks, first=True, last=True).parameters,
+            static_bytes(memory, _layers(memory), ranks, first=True, last=True).parameters,
             parameters,
         )
 
@@ -386,7 +410,7 @@ def _pipeline_peak(num_chunks: int = 1, **transformer: Any) -> tuple[int, int]:
         pipeline_model_parallel_size=2,
         virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
     )
-    model, training = _model(num_layers=4, **transformer), _training("float32")
+    model, training = _model(**{"num_layers": 4, **transformer}), _training("float32")
     shapes = [(200, [150, 60]), (300, [80, 90]), (100, [100]), (150, [150, 30])]
     with runtime(parallel, device="cpu", seed=3, timeout_minutes=2):
         chunks = build_model_chunks(model, parallel, training, use_distributed_optimizer=False)
@@ -407,7 +431,8 @@ def _pipeline_peak(num_chunks: int = 1, **transformer: Any) -> tuple[int, int]:
         )
         # In the order of the plan, which is by cost.
         depths = memory.shape.prediction_depths
-        made = [group_batch(*shape, depths=depths) for shape in shapes]
+        setup = AttentionSetup.of(chunks.config, ON_CPU.device)
+        made = [group_batch(*shape, setup=setup, depths=depths) for shape in shapes]
         by_tokens = {batch.num_tokens: batch for batch in made}
         batches = [by_tokens[m.tokens] for m in estimate.microbatches[0]]
         stage = estimate.stages[parallel_state.get_pipeline_model_parallel_rank()]

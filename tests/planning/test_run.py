@@ -16,6 +16,7 @@ from megatron_prefix.planning.report import flops_unit
 from megatron_prefix.planning.run import Plan, load_planned_run, plan_run, read_sections
 from megatron_prefix.planning.shapes import parse_case
 from megatron_prefix.planning.sizes import memory_model
+from tests.megatron.models import HAS_HYBRID_MODEL
 
 CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "configs"
 QWEN = CONFIGS / "qwen2.5-7b.yaml"
@@ -97,6 +98,50 @@ def test_example_configs_are_of_the_published_size(name: str) -> None:
     layers = list(range(memory.shape.num_layers))
     static = static_bytes(memory, layers, RankSizes(), first=True, last=True)
     assert static.parameters == 2 * PARAMETERS[name]
+
+
+NEMOTRON_3_NANO = {
+    "vocab_size": 131072,
+    "max_sequence_length": 65536,
+    "position_embedding_type": "none",
+    "activation": "squared_relu",
+    "hybrid_layer_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    "transformer": {
+        "hidden_size": 2688,
+        "ffn_hidden_size": 1856,
+        "num_attention_heads": 32,
+        "num_query_groups": 2,
+        "kv_channels": 128,
+        "normalization": "RMSNorm",
+        "num_moe_experts": 128,
+        "moe_router_topk": 6,
+        "moe_ffn_hidden_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712,
+        "mamba_num_heads": 64,
+        "mamba_head_dim": 64,
+        "mamba_num_groups": 8,
+        "mamba_state_dim": 128,
+    },
+}
+
+
+@pytest.mark.skipif(not HAS_HYBRID_MODEL, reason="megatron-core before 0.18")
+def test_a_hybrid_with_mamba_layers_is_planned_at_its_published_size() -> None:
+    def plan(**parallel: int) -> Plan:
+        run = load_planned_run(
+            {"model": NEMOTRON_3_NANO},
+            parallel=parallel,
+            training={"token_budget": 65536},
+            data_parallel_size=1,
+        )
+        return plan_run(run, [parse_case("8,16384,2048")])
+
+    one = plan()
+    assert round(one.grouped.worst.static.parameters / 2 / 1e9, 1) == 31.6
+    states = plan(context_parallel_size=4).grouped.recurrent_bytes
+    # Tensor-parallel ranks have half of the heads each.
+    of_half = plan(context_parallel_size=4, tensor_model_parallel_size=2).grouped.recurrent_bytes
+    assert of_half == states / 2 > 0
 
 
 def test_sharding_divides_what_it_should() -> None:

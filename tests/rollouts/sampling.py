@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_prefix.config import ModelConfig, ParallelConfig
-from megatron_prefix.megatron.gated_delta_net import is_gated_delta_net, recurrent_layers
+from megatron_prefix.megatron.gated_delta_net import delta_net_layers, is_gated_delta_net
 from megatron_prefix.model.build import ModelChunks, build_model, build_model_chunks
 from megatron_prefix.model.full_tensors import (
     FullTensors,
@@ -22,6 +22,7 @@ from megatron_prefix.model.transformer_config import transformer_config
 from megatron_prefix.rollouts.embedded.sampler import EmbeddedSampler
 from megatron_prefix.rollouts.prompts import Prompt
 from megatron_prefix.rollouts.sampling.sampler import Response, SamplingSpec, Wanted
+from tests.megatron.mamba_reference import run_token_by_token
 from tests.megatron.models import TRAINING, sequence_logits
 
 CPU = torch.device("cpu")
@@ -95,11 +96,11 @@ def sampler(chunks: ModelChunks, **options: Any) -> PromptSampler:
 
 
 def unmodified(config: ModelConfig, weights: FullTensors | ModelChunks) -> GPTModel:
-    """Megatron's own model, of the same weights; its gated delta nets as their equations."""
+    """Megatron's own model, of the same weights; its recurrent layers as their equations."""
     if isinstance(weights, ModelChunks):
         weights = full_parameters(weights)
     megatron_config = transformer_config(config, ParallelConfig(), TRAINING)
-    has_delta_nets = any(recurrent_layers(megatron_config))
+    has_delta_nets = any(delta_net_layers(megatron_config))
     # Megatron builds gated delta nets without flash-linear-attention only so.
     megatron_config.deterministic_mode = has_delta_nets
     model = build_model(config, megatron_config, shared_prefixes=False)
@@ -109,6 +110,7 @@ def unmodified(config: ModelConfig, weights: FullTensors | ModelChunks) -> GPTMo
         for module in model.modules():
             if is_gated_delta_net(type(module)):
                 module.__class__ = TokenByToken
+    run_token_by_token(model)
     load_full_parameters(
         ModelChunks(wrapped=[], bare=[model], config=megatron_config, head=None), weights
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.megatron.models import (
     HAS_WINDOWS,
     HYBRID,
     LATENT,
+    MAMBA,
     TRAINING,
     model_config,
     single_process,
@@ -80,6 +82,14 @@ if HAS_HYBRID_MODEL:
     MODELS["a pattern of layers"] = {
         "hybrid_layer_pattern": "G-*E",
         "transformer": {**DELTA_NET, "num_moe_experts": 4, "moe_router_topk": 2},
+    }
+    MODELS["Mamba among others"] = {
+        "hybrid_layer_pattern": "M-*GM",
+        "transformer": {**DELTA_NET, **MAMBA},
+    }
+    MODELS["Mamba, a wider convolution beside"] = {
+        "hybrid_layer_pattern": "MG",
+        "transformer": {**DELTA_NET, **MAMBA, "linear_conv_kernel_dim": 6},
     }
 
 # One-token prompts, prompts of equal length, and in any order.
@@ -214,9 +224,22 @@ def test_batches_change_no_response():
     assert sampler(chunks).sample(prompts[:2], **options) == whole[:2]
 
 
-@pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core before 0.16")
-def test_recurrent_states_count_as_the_tokens_that_take_as_much_memory():
-    chunks = sampling_model(model_config(**PADDED_VOCABULARY, transformer=DELTA_NETS))
+HAVE_STATES: list[tuple[dict[str, Any], int]] = []
+"""Models with one layer of attention, and numbers of a sequence's inputs and states."""
+if HAS_GATED_DELTA_NET:
+    HAVE_STATES.append(({"transformer": DELTA_NETS}, 3 * (3 * (2 * 16 + 24) + 4 * 8 * 6)))
+if HAS_HYBRID_MODEL:
+    HAVE_STATES.append(
+        (
+            MODELS["Mamba among others"],
+            3 * (2 * 16 + 24) + 4 * 8 * 6 + 2 * (3 * (32 + 2 * 12) + 4 * 6 * 8),
+        )
+    )
+
+
+@pytest.mark.parametrize(("model", "numbers"), HAVE_STATES)
+def test_recurrent_states_count_as_the_tokens_that_take_as_much_memory(model, numbers):
+    chunks = sampling_model(model_config(**PADDED_VOCABULARY, **model))
     cache = KeyValueCache(
         prompt_row([[1, 2, 3], [4]]),
         AttentionSetup.of(chunks.config, torch.device("cpu")),
@@ -235,7 +258,7 @@ def test_recurrent_states_count_as_the_tokens_that_take_as_much_memory():
     )
     # One layer of attention, two heads of 8 channels in float64.
     of_token = 2 * 2 * 8 * 8
-    assert held == 10 * 3 * 8 * (3 * (2 * 16 + 24) + 4 * 8 * 6)
+    assert held == 10 * 8 * numbers
     assert state_tokens(chunks.config) == -(-held // (10 * of_token))
     # A group that fits without them runs alone with them.
     small = EmbeddedSampler(
@@ -326,6 +349,15 @@ HYBRID_LAYOUTS = {
     for name in ("tp2", "cp2", "pp2, vpp2")
     if HAS_GATED_DELTA_NET
 }
+MAMBA_LAYOUTS = {
+    f"Mamba, {name}": {"hybrid_layer_pattern": pattern, **LAYOUTS[name]}
+    for name, pattern in (
+        ("tp2, sequence parallel", "M-*M"),
+        ("cp2", "M-*M"),
+        ("pp2", "M-|*M"),
+    )
+    if HAS_HYBRID_MODEL
+}
 SAMPLING = {
     "num_responses": 3,
     "max_response_length": 6,
@@ -344,6 +376,9 @@ def _sample_in_layouts(
 ) -> dict[str, list[Any]]:
     responses = {}
     for name, config, weights, layout in cases:
+        pattern = layout.pop("hybrid_layer_pattern", None)
+        if pattern is not None:
+            config = dataclasses.replace(config, hybrid_layer_pattern=pattern)
         parallel = ParallelConfig(**layout)
         with runtime(parallel, device="cpu", seed=9, timeout_minutes=1, float64=True):
             chunks = build_model_chunks(config, parallel, TRAINING, use_distributed_optimizer=False)
@@ -362,17 +397,33 @@ def _sample_in_layouts(
 @pytest.mark.parametrize(
     ("world_size", "layouts"),
     [
-        (2, [(DENSE, LAYOUTS), (EXPERTS, EXPERT_LAYOUTS), (DELTA_NETS, HYBRID_LAYOUTS)]),
-        (4, [(DENSE, {"tp2, pp2, vpp2": {**LAYOUTS["tp2"], **LAYOUTS["pp2, vpp2"]}})]),
+        (
+            2,
+            [
+                ({"transformer": DENSE}, LAYOUTS),
+                ({"transformer": EXPERTS}, EXPERT_LAYOUTS),
+                ({"transformer": DELTA_NETS}, HYBRID_LAYOUTS),
+                ({"transformer": MAMBA, "hybrid_layer_pattern": "M-*M"}, MAMBA_LAYOUTS),
+            ],
+        ),
+        (
+            4,
+            [
+                (
+                    {"transformer": DENSE},
+                    {"tp2, pp2, vpp2": {**LAYOUTS["tp2"], **LAYOUTS["pp2, vpp2"]}},
+                )
+            ],
+        ),
     ],
     ids=["two ranks", "four ranks"],
 )
 def test_every_layout_gives_the_responses_of_one_process(world_size, layouts):
     cases, expected = [], {}
-    for transformer, named in layouts:
+    for options, named in layouts:
         if not named:
             continue
-        config = model_config(**PADDED_VOCABULARY, transformer=transformer)
+        config = model_config(**PADDED_VOCABULARY, **options)
         chunks = sampling_model(config)
         weights = full_parameters(chunks)
         for name, layout in named.items():

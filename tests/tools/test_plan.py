@@ -9,6 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
+
+from tests.megatron.models import HAS_HYBRID_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN = ROOT / "examples" / "configs" / "qwen2.5-7b.yaml"
@@ -88,6 +91,42 @@ def test_a_prompt_that_runs_once_across_microbatches(tool, monkeypatch, capsys) 
     assert 1.6 < pieces["flops"] / series["flops"] < 1.75
     # The root waits while a row runs: its keys, values and their gradients come on top.
     assert series["memory_bytes"] > pieces["memory_bytes"]
+
+
+@pytest.mark.skipif(not HAS_HYBRID_MODEL, reason="megatron-core before 0.18")
+def test_a_model_with_mamba_layers_has_a_line_of_what_they_receive(
+    tool, monkeypatch, capsys, tmp_path
+) -> None:
+    path = tmp_path / "model.yaml"
+    model = {
+        "vocab_size": 512,
+        "max_sequence_length": 8192,
+        "hybrid_layer_pattern": "M-|M*-M",
+        "transformer": {
+            "hidden_size": 256,
+            "ffn_hidden_size": 1024,
+            "num_attention_heads": 8,
+            "mamba_head_dim": 32,
+            "mamba_state_dim": 64,
+        },
+    }
+    results = {}
+    for pattern in ("M-|M*-M", "*-|**-*"):
+        path.write_text(yaml.safe_dump({"model": {**model, "hybrid_layer_pattern": pattern}}))
+        code = _run(
+            tool, monkeypatch, "--model", str(path), "--case", "8,4096,256", "--tp", "2", "--pp",
+            "2", "--cp", "2", "--json",
+        )  # fmt: skip
+        out = capsys.readouterr().out
+        assert code == 0
+        assert ("MB received in a recurrent one" in out) == ("M" in pattern)
+        results[pattern] = json.loads(out.splitlines()[-1])["grouped"]
+    mamba, attention = results.values()
+    # The same attention layer; the states of 16 heads are less than the keys of a prompt.
+    key, of_recurrent = (
+        f"context_parallel_bytes_per_{layer}" for layer in ("layer", "recurrent_layer")
+    )
+    assert mamba[key] == attention[key] > mamba[of_recurrent] > 0 == attention[of_recurrent]
 
 
 @pytest.mark.parametrize(

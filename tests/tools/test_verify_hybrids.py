@@ -1,4 +1,4 @@
-"""`verify_equivalence.py` of models with gated delta nets, against Megatron's own layer."""
+"""`verify_equivalence.py` of models with recurrent layers, against Megatron's own ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.megatron.models import (
     HAS_GATED_DELTA_NET,
     HAS_HYBRID_MODEL,
     HYBRID,
+    MAMBA,
     model_config,
 )
 from tests.tools.proofs import ALWAYS, SERIES, assert_exact, small_model, tool
@@ -100,11 +101,24 @@ OVER_THE_BUDGET: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        None,
+        pytest.param(
+            "M*-M",
+            marks=pytest.mark.skipif(not HAS_HYBRID_MODEL, reason="megatron-core before 0.18"),
+        ),
+    ],
+)
 def test_pieces_of_a_large_group_go_on_from_the_state_behind_its_prompt(
-    tool: ModuleType, capfd: pytest.CaptureFixture[str]
+    tool: ModuleType, capfd: pytest.CaptureFixture[str], pattern: str | None
 ) -> None:
+    model = small_model(tool, **HYBRID, num_layers=2)
+    if pattern is not None:
+        model = model_config(MAMBA, hybrid_layer_pattern=pattern, max_sequence_length=128)
     report = tool.verify(
-        model=small_model(tool, **HYBRID, num_layers=2),
+        model=model,
         shapes=OVER_THE_BUDGET,
         parallel=ParallelConfig(),
         token_budget=95,
@@ -131,8 +145,29 @@ def test_pieces_of_a_large_group_go_on_from_the_state_behind_its_prompt(
             ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2),
             "none",
         ),
+        (
+            "ME*|M|*-|GM",
+            {},
+            ParallelConfig(
+                tensor_model_parallel_size=2,
+                pipeline_model_parallel_size=2,
+                virtual_pipeline_model_parallel_size=2,
+            ),
+            "full",
+        ),
+        (
+            "MG*MEM-",
+            {"cp_comm_type": ["all_gather", "p2p", "a2a", "a2a", "p2p", "p2p", "p2p"]},
+            ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2),
+            "full",
+        ),
     ],
-    ids=["tensor and pipeline parallel", "context and expert parallel"],
+    ids=[
+        "tensor and pipeline parallel",
+        "context and expert parallel",
+        "Mamba, tensor parallel, interleaved pipeline",
+        "Mamba, context and expert parallel",
+    ],
 )
 def test_patterns_of_layers(
     tool: ModuleType,
@@ -143,7 +178,7 @@ def test_patterns_of_layers(
 ) -> None:
     report = tool.verify(
         model=model_config(
-            {**DELTA_NET, **EXPERTS, **transformer},
+            {**DELTA_NET, **MAMBA, **EXPERTS, **transformer},
             hybrid_layer_pattern=pattern,
             max_sequence_length=128,
         ),

@@ -1,4 +1,4 @@
-"""Runs of models with gated delta nets."""
+"""Runs of models with recurrent layers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.megatron.models import (
     HAS_GATED_DELTA_NET,
     HAS_HYBRID_MODEL,
     HYBRID,
+    MAMBA,
     TRAINING,
     model_config,
     relative_error,
@@ -45,7 +46,13 @@ HYBRID_MODEL = {
     },
 }
 
-MODELS = {"GPTModel": GPT_MODEL} | ({"HybridModel": HYBRID_MODEL} if HAS_HYBRID_MODEL else {})
+MAMBA_MODEL = {
+    "hybrid_layer_pattern": "M*EM",
+    "transformer": {**HYBRID_MODEL["transformer"], **MAMBA},
+}
+MODELS = {"GPTModel": GPT_MODEL}
+if HAS_HYBRID_MODEL:
+    MODELS |= {"HybridModel": HYBRID_MODEL, "HybridModel with Mamba": MAMBA_MODEL}
 
 
 def _values(

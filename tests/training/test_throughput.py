@@ -10,6 +10,7 @@ import pytest
 from megatron_prefix.config import RunConfig
 from megatron_prefix.config.loader import ConfigError, load_dataclass
 from tests.distributed import run_distributed
+from tests.megatron.models import HAS_HYBRID_MODEL, MAMBA
 from tests.training.runs import good_records, read_rows, run_values, trainer, write_records
 
 PEAK = 0.25
@@ -54,6 +55,32 @@ def test_throughput_counts_every_pass_and_every_rank_and_phases_add_up(tmp_path:
     assert teraflops["old policy, two epochs"] == pytest.approx(
         [7 / 3 * found for found in first], rel=1e-6
     )
+
+
+@pytest.mark.skipif(not HAS_HYBRID_MODEL, reason="megatron-core before 0.18")
+def test_throughput_counts_mamba_layers(tmp_path: Path) -> None:
+    records = write_records(tmp_path / "records.jsonl", good_records(2))
+    flops = {}
+    for pattern in ("*-", "M*-", "M*-M"):
+        # The same rows whatever the layers cost.
+        training = {"steps": 1, "trim_last_layer": False, "share_only_where_it_pays": False}
+        values = run_values(tmp_path / pattern, records=records, training=training)
+        values["model"]["hybrid_layer_pattern"] = pattern
+        del values["model"]["transformer"]["num_layers"]
+        values["model"]["transformer"] |= MAMBA
+        with trainer(values) as run:
+            run.run()
+        (row,) = read_rows(tmp_path / pattern)
+        computed = row["tflops_per_second_per_gpu"] * row["train_seconds"] * 1e12
+        flops[pattern] = computed / row["tokens_computed"]
+    # Of the hidden size 32: x and gate of 4 heads of 8, B and C of 2 groups of 6, and 4 steps, and
+    # back from what is read; the convolution of x, B and C; the products of chunks of 64.
+    projections = 2 * 32 * (2 * 32 + 2 * 12 + 4 + 32)
+    convolution = 2 * 4 * (32 + 2 * 12)
+    chunks = 2 * 64 * 12 + 4 * (2 * 64 * 8 + 2 * 2 * 6 * 8)
+    of_layer = 3 * (projections + convolution + chunks)
+    assert flops["M*-"] - flops["*-"] == pytest.approx(of_layer, rel=1e-6)
+    assert flops["M*-M"] - flops["*-"] == pytest.approx(2 * of_layer, rel=1e-6)
 
 
 def test_a_peak_is_above_nothing_and_without_one_there_is_no_utilisation(tmp_path: Path) -> None:

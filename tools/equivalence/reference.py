@@ -21,7 +21,7 @@ from equivalence.microbatches import Name, planned_microbatches
 from equivalence.norms import use_zero_centred_norms
 from equivalence.objectives import ResponseTerms, response_terms, token_losses
 from equivalence.predictions import OwnPredictions
-from equivalence.recurrence import use_exact_delta_rule
+from equivalence.recurrence import hold_in_dtype, use_exact_recurrences
 from equivalence.routers import RouterLosses
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed.runtime import runtime
@@ -158,9 +158,10 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
         config = transformer_config(model_config, ParallelConfig(), training)
         if case.training.replayed_routes is not None:
             config.moe_enable_routing_replay = True
-        use_exact_delta_rule(config)
+        use_exact_recurrences(config)
         use_zero_centred_norms(config)
         model = build_model(model_config, config, shared_prefixes=False)
+        hold_in_dtype(model, config.params_dtype)
         if config.bf16:
             model.bfloat16()
         routers = RouterLosses(model, config)

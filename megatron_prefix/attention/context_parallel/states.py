@@ -1,10 +1,11 @@
 """States of recurrent layers: what ranks' pieces of sharded segments make of them is gathered.
 
-A piece makes the state M S + U of the state S before it. What travels are M [K, K] and U [K, V] of
-each head and piece, whatever the number of their tokens; every rank composes them along the paths.
-In backward M travels again, beside the gradients of the states that runs begin with.
+A piece makes the state M S + U of the state S before it. What travels are M and U [K, V] of each
+head and piece, whatever the number of their tokens; every rank composes them along the paths. In
+backward M travels again, beside the gradients of the states that runs begin with.
 
-Shapes: P pieces of all ranks, in order; H heads, K and V the sizes of keys and values.
+Shapes: P pieces of all ranks, in order; H heads, K and V the sizes of keys and values. M is [K, F]:
+a matrix, F = K, or a number for each key channel, F = 1.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ class RankStates:
     plan: SharedStates[Tensor]
     layer: LayerExchange
 
-    def before_runs(self, maps: Tensor) -> Tensor:
+    def before_runs(self, maps: Tensor, *, value_size: int) -> Tensor:
         """[begins, H, K, V] the states that runs of this rank begin with.
 
         Args:
-            maps: [own pieces, H, K, K + V] M and U, side by side.
+            maps: [own pieces, H, K, F + V] M and U, side by side.
+            value_size: V
         """
-        plan, size = self.plan, maps.shape[-2]
+        plan, size = self.plan, maps.shape[-1] - value_size
         maps = self._of_all_pieces(maps, in_backward=False)
         ends = self._behind_pieces(maps[..., :size], maps[..., size:])
         return ends[plan.begins[plan.own_begins]]
@@ -40,7 +42,7 @@ class RankStates:
         """[own pieces, H, K, V] the gradients of the states behind this rank's pieces.
 
         Args:
-            factors: [own pieces, H, K, K] M of the pieces.
+            factors: [own pieces, H, K, F] M of the pieces.
             d_begins: [begins, H, K, V] gradients of the states that runs of this rank begin with,
                 without what its pieces hand on to other runs through their last states.
         """
@@ -69,6 +71,7 @@ class RankStates:
         for wave in self.plan.waves:
             state = added[wave.chunks]
             if ends:
-                state = state + factors[wave.chunks] @ ends[-1][wave.before]
+                factor, before = factors[wave.chunks], ends[-1][wave.before]
+                state = state + (factor * before if factor.shape[-1] == 1 else factor @ before)
             ends.append(state)
         return torch.cat(ends)

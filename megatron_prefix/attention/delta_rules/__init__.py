@@ -7,14 +7,12 @@ import logging
 
 import torch
 
-from megatron_prefix.attention.delta_rules.base import ComputedRule, DeltaRule, RuleInputs
+from megatron_prefix.attention.delta_rules.base import DeltaRule, RuleInputs
 from megatron_prefix.attention.delta_rules.fla_rule import FlashLinearAttentionRule
-from megatron_prefix.attention.delta_rules.torch_rule import Chunks, TorchRule
+from megatron_prefix.attention.delta_rules.torch_rule import TorchRule
 from megatron_prefix.attention.kernel_names import delta_rule_names
 
 __all__ = [
-    "Chunks",
-    "ComputedRule",
     "DeltaRule",
     "FlashLinearAttentionRule",
     "RuleInputs",

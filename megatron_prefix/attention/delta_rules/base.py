@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.recurrent_rule import ComputedRule
 from megatron_prefix.layout import Recurrence
 
 
@@ -28,26 +29,6 @@ class RuleInputs:
     """K"""
     deterministic: bool = False
     """The same inputs give the same bits in every run."""
-
-
-class ComputedRule(Protocol):
-    """A row's inputs, ready to be read from states. Autograd goes through it."""
-
-    def read(self, row: Recurrence[Tensor], begins: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, H, V] what tokens read, 0 on padding; [pieces, H, K, V] the states behind the row's
-        pieces; and [H, K, V] that behind the last token, of a row of one segment.
-
-        Args:
-            begins: [begins, H, K, V] states that runs of the row begin with; None: all begin with
-                none.
-        """
-        ...
-
-    def maps(self, row: Recurrence[Tensor], *, added: bool) -> Tensor:
-        """[pieces, H, K, K + V] what each of the row's pieces makes of the state before it: the
-        factor, and with `added` behind it the state that is added; else [pieces, H, K, K]. Without
-        gradients."""
-        ...
 
 
 class DeltaRule(Protocol):

@@ -14,7 +14,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import (
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
 from megatron_prefix.attention.comm_types import COMM_TYPES, RUN_AS, layer_comm_type
-from megatron_prefix.megatron.gated_delta_net import attending_layers, recurrent_layers
+from megatron_prefix.megatron.gated_delta_net import attending_layers, delta_net_layers
+from megatron_prefix.megatron.mamba import mamba_layers
 from megatron_prefix.megatron.options.record import (
     Option,
     Reason,
@@ -132,11 +133,15 @@ def _exchanged_heads(config: Any) -> list[str]:
     """Options with the numbers of heads that layers with a2a exchange."""
     attending = [n for n, attends in enumerate(attending_layers(config), start=1) if attends]
     attending += prediction_layer_numbers(config)
-    recurrent = [n for n, is_one in enumerate(recurrent_layers(config), start=1) if is_one]
+    delta_nets, mamba = (
+        [n for n, is_one in enumerate(layers, start=1) if is_one]
+        for layers in (delta_net_layers(config), mamba_layers(config))
+    )
     options = []
     for numbers, heads in (
         (attending, ["num_attention_heads", "num_query_groups"]),
-        (recurrent, ["linear_num_key_heads", "linear_num_value_heads"]),
+        (delta_nets, ["linear_num_key_heads", "linear_num_value_heads"]),
+        (mamba, ["mamba_num_groups"]),
     ):
         if any(layer_comm_type(config, number) == "a2a" for number in numbers):
             options += heads

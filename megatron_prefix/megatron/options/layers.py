@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_prefix.attention.layer_kinds import hybrid_pattern
 from megatron_prefix.megatron.auxiliary_losses import auxiliary_losses
-from megatron_prefix.megatron.gated_delta_net import recurrent_layers
+from megatron_prefix.megatron.gated_delta_net import delta_net_layers
 from megatron_prefix.megatron.options.record import (
     Option,
     Reason,
@@ -48,7 +48,7 @@ def _predictions(value: Any, config: Any) -> Reason | None:
             instead=without,
             beside=f"pipeline_model_parallel_layout={layout!r}",
         )
-    if any(recurrent_layers(config)[-1:]):
+    if any(delta_net_layers(config)[-1:]):
         return Reason(
             why="these layers are as the model's last one, and a gated delta net has not been seen "
             "right there",
@@ -84,8 +84,8 @@ def _hybrid(value: Any, config: Any) -> Reason | None:
     if not value or hybrid_pattern(config) is not None:
         return None
     return Reason(
-        why="state-space layers would run through a packed row as if it were one sequence, and a "
-        "model whose last layer has no attention is trimmed elsewhere",
+        why="its layers go by a pattern that the config does not say, and a model whose last layer "
+        "has no attention is trimmed elsewhere",
         instead="Build prefix_hybrid_model(HybridModel), with prefix_grouped(hybrid_stack_spec) "
         "(megatron-core 0.18 or newer), or set is_hybrid_model to False",
     )
@@ -179,17 +179,21 @@ OPTIONS: list[Option] = [
         why="it scales first weights; layers that cannot share prefixes are refused by the pattern "
         "of a prefix_hybrid_model",
     ),
-    *harmless(
+    *used(
         "mamba_state_dim",
         "mamba_head_dim",
         "mamba_num_groups",
         "mamba_num_heads",
+        why="M in the pattern of a prefix_hybrid_model: our layer reads the sizes off Megatron's "
+        "mixer",
+    ),
+    *harmless(
         "use_mamba_mem_eff_path",
-        why="only state-space layers read it, which are refused",
+        why="our layer keeps rows only for backward, and no states, whatever it says",
     ),
     *harmless(
         "mamba_training_ssm_states_dtype",
-        why="only state-space layers read it, which are refused",
+        why="states of our layer are in float32 or wider, whatever it says",
         first="0.19",
     ),
     *used(

@@ -1,8 +1,8 @@
 """The states of recurrent layers, of one batch of prompts and of the responses being sampled.
 
 All prompts run once, as one packed row; what each recurrent layer holds behind their last tokens
-stays here: the state of the delta rule, and the last inputs of the convolution. Every response
-begins with its prompt's, and replaces its own with each token.
+stays here: the state of its rule, and the last inputs of the convolution. Every response begins
+with its prompt's, and replaces its own with each token.
 
 Legend: P prompts; n responses in the cache, those of a prompt adjacent and in the prompts' order; H
 value heads; K and V the sizes of keys and values; d channels and w inputs of the convolution.
@@ -17,15 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prefix.attention.delta_rule import (
-    causal_convolution,
-    delta_rule_step,
-    rule_and_states,
-)
+from megatron_prefix.attention.chunks import Chunks
+from megatron_prefix.attention.convolution import causal_convolution
+from megatron_prefix.attention.delta_rules import TorchRule
+from megatron_prefix.attention.layer_kinds import MAMBA_CONVOLUTION_WIDTH
+from megatron_prefix.attention.recurrent_rule import VALUES, SteppedRule
 from megatron_prefix.attention.row_attention import attention_dtype, head_dim
 from megatron_prefix.attention.row_recurrence import LayerPaths, RowRecurrence
 from megatron_prefix.layout import Recurrence
-from megatron_prefix.megatron.gated_delta_net import attending_layers, recurrent_layers
+from megatron_prefix.megatron.gated_delta_net import attending_layers, delta_net_layers
+from megatron_prefix.megatron.mamba import mamba_heads, mamba_layers
+
+_TORCH = TorchRule()
 
 
 @dataclass
@@ -35,7 +38,7 @@ class _LayerStates:
     inputs: Tensor
     """[P or n, w - 1, d] of the convolution."""
     state: Tensor | None = None
-    """[P or n, H, K, V] of the delta rule, in float32 or wider."""
+    """[P or n, H, K, V] of the rule, in float32 or wider."""
 
 
 class RecurrentStates:
@@ -102,6 +105,7 @@ class _PrefillLayer:
     prefill: PrefillStates
     whole_row: None = None
     exchange: None = None
+    delta_rule: TorchRule = _TORCH
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As in training."""
@@ -111,16 +115,23 @@ class _PrefillLayer:
         self.prefill.states.layers[self.number] = layer
         return causal_convolution(x, weight, bias, row)
 
-    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    def apply(self, rule: SteppedRule, *inputs: Tensor) -> Tensor:
         """As in training."""
-        layer, last_chunks = self.prefill.states.layers[self.number], self.prefill.last_chunks
-        if not len(last_chunks):
-            wide = torch.promote_types(v.dtype, torch.float32)
-            layer.state = v.new_zeros(0, *k.shape[1:], v.shape[-1], dtype=wide)
-            return torch.zeros_like(v)
-        row = self.prefill.row
-        out, layer.state = rule_and_states(q, k, v, g, beta, row, behind=last_chunks)
-        return out
+        row, values = self.prefill.row, inputs[VALUES]
+        layer, last_chunks = (
+            self.prefill.states.layers[self.number],
+            self.prefill.last_chunks.tolist(),
+        )
+        computed = rule.of(*inputs, row)
+        assert isinstance(computed, Chunks)
+        if not last_chunks:
+            heads, keys, size = *computed.keys.shape[1::2], values.shape[-1]
+            layer.state = computed.keys.new_zeros(0, heads, keys, size)
+            return torch.zeros_like(values)
+        states = dict.fromkeys(last_chunks)
+        out, *_ = computed.read(row, None, states)
+        layer.state = torch.stack([states[chunk] for chunk in last_chunks])
+        return out.to(values.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,6 +152,7 @@ class _DecodeLayer:
     layer: _LayerStates
     whole_row: None = None
     exchange: None = None
+    delta_rule: TorchRule = _TORCH
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution of each response's last inputs; without meaning for padding."""
@@ -148,16 +160,17 @@ class _DecodeLayer:
         window = torch.cat((self.layer.inputs, x[:n, None]), dim=1)
         self.layer.inputs = window[:, 1:]
         out = torch.zeros_like(x)
-        out[:n] = sum(window[:, i] * weight[:, i] for i in range(weight.shape[1]))
+        last = window[:, window.shape[1] - weight.shape[1] :]
+        out[:n] = sum(last[:, i] * weight[:, i] for i in range(weight.shape[1]))
         return out if bias is None else out + bias
 
-    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    def apply(self, rule: SteppedRule, *inputs: Tensor) -> Tensor:
         """One step of each response; 0 for padding."""
         state = self.layer.state
         assert state is not None
-        out = torch.zeros_like(v)
+        out = torch.zeros_like(inputs[VALUES])
         if n := len(state):
-            out[:n] = delta_rule_step(*(x[:n] for x in (q, k, v, g, beta)), state)
+            out[:n] = rule.step(*(x[:n] for x in inputs), state)
         return out
 
 
@@ -167,18 +180,18 @@ def state_tokens(config: Any) -> int:
     Args:
         config: Megatron's `TransformerConfig`.
     """
-    recurrent = sum(recurrent_layers(config))
-    if not recurrent:
-        return 0
     dtype = attention_dtype(config)
     wide = torch.promote_types(dtype, torch.float32)
-    keys = config.linear_num_key_heads * config.linear_key_head_dim
-    values = config.linear_num_value_heads * config.linear_value_head_dim
-    inputs = (config.linear_conv_kernel_dim - 1) * (2 * keys + values) * dtype.itemsize
-    states = (
-        config.linear_num_value_heads
-        * config.linear_key_head_dim
-        * (config.linear_value_head_dim * wide.itemsize)
-    )
+    size = 0
+    if delta_nets := sum(delta_net_layers(config)):
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        values = config.linear_num_value_heads * config.linear_value_head_dim
+        inputs = (config.linear_conv_kernel_dim - 1) * (2 * keys + values) * dtype.itemsize
+        size += delta_nets * (inputs + config.linear_key_head_dim * values * wide.itemsize)
+    if mamba := sum(mamba_layers(config)):
+        values = mamba_heads(config) * config.mamba_head_dim
+        channels = values + 2 * config.mamba_num_groups * config.mamba_state_dim
+        inputs = (MAMBA_CONVOLUTION_WIDTH - 1) * channels * dtype.itemsize
+        size += mamba * (inputs + config.mamba_state_dim * values * wide.itemsize)
     of_token = 2 * config.num_query_groups * head_dim(config) * dtype.itemsize
-    return -(-recurrent * (inputs + states) // (max(1, sum(attending_layers(config))) * of_token))
+    return -(-size // (max(1, sum(attending_layers(config))) * of_token))
