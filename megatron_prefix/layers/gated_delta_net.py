@@ -20,9 +20,10 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_prefix.attention.comm_types import exchanges_heads
-from megatron_prefix.attention.context_parallel.heads import from_packed_row, to_packed_row
+from megatron_prefix.attention.context_parallel.heads import from_packed_row
 from megatron_prefix.attention.delta_rule import gated_delta_rule
 from megatron_prefix.attention.row_recurrence import LayerPaths, layer_paths
+from megatron_prefix.layers.head_shares import HeadShare, rows_of_share
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
 from megatron_prefix.megatron.gated_delta_net import (
@@ -126,14 +127,11 @@ class _PrefixGatedDeltaNet:
         values = self.v_dim // self.tp_size
         widths = [sum(self._channels()), values, heads, heads]
         qkv, gate, beta, alpha = projected[:, 0].split(widths, dim=-1)
+        share = self._heads(HeadShare.of_paths(paths))
         if paths.whole_row is None:
-            out = self._read(qkv, beta, alpha, self._heads(), paths)
+            out = self._read(qkv, beta, alpha, share, paths)
         else:
-            exchange = paths.exchange.exchange
-            share = self._heads(exchange.rank, exchange.size)
-            parts = [*qkv.split(self._channels(), dim=-1), beta, alpha]
-            parts = [x.unflatten(-1, (exchange.size, -1)) for x in parts]
-            moved = to_packed_row(torch.cat(parts, dim=-1), paths.whole_row, paths.exchange)
+            moved = rows_of_share([*qkv.split(self._channels(), dim=-1), beta, alpha], paths)
             of_heads = moved.split([len(share.conv_weight), share.num_values, share.num_values], -1)
             out = self._read(*of_heads, share, paths)
             out = from_packed_row(out.flatten(1), paths.whole_row, paths.exchange)
@@ -144,25 +142,15 @@ class _PrefixGatedDeltaNet:
         """Of q, k and v on this tensor-parallel rank."""
         return [size // self.tp_size for size in (self.qk_dim, self.qk_dim, self.v_dim)]
 
-    def _heads(self, index: int = 0, num_shares: int = 1) -> _Heads:
-        """One of equal shares of this tensor-parallel rank's heads."""
-
-        def share(x: Tensor) -> Tensor:
-            return x.unflatten(0, (num_shares, -1))[index]
-
-        def of_channels(x: Tensor) -> Tensor:
-            return (
-                x if num_shares == 1 else torch.cat([share(y) for y in x.split(self._channels())])
-            )
-
-        bias = self.conv1d.bias
+    def _heads(self, share: HeadShare) -> _Heads:
+        bias, channels = self.conv1d.bias, self._channels()
         return _Heads(
-            num_keys=self.num_key_heads // self.tp_size // num_shares,
-            num_values=self.num_value_heads // self.tp_size // num_shares,
-            conv_weight=of_channels(self.conv1d.weight[:, 0]),
-            conv_bias=None if bias is None else of_channels(bias),
-            log_decay=share(self.A_log),
-            step_bias=share(self.dt_bias),
+            num_keys=self.num_key_heads // self.tp_size // share.number,
+            num_values=self.num_value_heads // self.tp_size // share.number,
+            conv_weight=share.of_parts(self.conv1d.weight[:, 0], channels),
+            conv_bias=None if bias is None else share.of_parts(bias, channels),
+            log_decay=share.of(self.A_log),
+            step_bias=share.of(self.dt_bias),
         )
 
     def _read(

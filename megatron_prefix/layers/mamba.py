@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_prefix.attention.comm_types import exchanges_heads
-from megatron_prefix.attention.context_parallel.heads import from_packed_row, to_packed_row
+from megatron_prefix.attention.context_parallel.heads import from_packed_row
 from megatron_prefix.attention.layer_kinds import MAMBA_CONVOLUTION_WIDTH
 from megatron_prefix.attention.row_recurrence import LayerPaths, layer_paths
 from megatron_prefix.attention.state_space import StateSpaceRule
 from megatron_prefix.layers.dropout import refuse_dropout
+from megatron_prefix.layers.head_shares import HeadShare, rows_of_share
 from megatron_prefix.layers.last_layer import Trimming, needed_rows
 from megatron_prefix.layers.packed_seq_params import PrefixPackedSeqParams
 from megatron_prefix.layers.subclass import prefix_subclass
@@ -45,6 +46,8 @@ _RULE = StateSpaceRule()
 class _Heads:
     """Some of a tensor-parallel rank's heads, and their parameters."""
 
+    num_groups: int
+    """Of heads that share B and C."""
     conv_weight: Tensor
     """[channels of x, B and C, width]"""
     conv_bias: Tensor | None
@@ -55,7 +58,6 @@ class _Heads:
     """[heads] dt_bias"""
     skip: Tensor
     """[heads, 1 or V] D"""
-    num_groups: int
 
 
 class _PrefixMambaMixer:
@@ -110,13 +112,10 @@ class _PrefixMambaMixer:
         channels = self._channels()
         widths = [self.d_inner_local_tp, sum(channels), self.nheads_local_tp]
         gate, xbc, dt = projected[:, 0].split(widths, dim=-1)
+        share = self._heads(HeadShare.of_paths(paths))
         if paths.whole_row is None:
-            return self._read(xbc, dt, self._heads(), paths), gate
-        exchange = paths.exchange.exchange
-        share = self._heads(exchange.rank, exchange.size)
-        parts = [*xbc.split(channels, dim=-1), dt]
-        parts = [x.unflatten(-1, (exchange.size, -1)) for x in parts]
-        moved = to_packed_row(torch.cat(parts, dim=-1), paths.whole_row, paths.exchange)
+            return self._read(xbc, dt, share, paths), gate
+        moved = rows_of_share([*xbc.split(channels, dim=-1), dt], paths)
         of_heads = moved.split([len(share.conv_weight), len(share.step_bias)], dim=-1)
         out = self._read(*of_heads, share, paths)
         return from_packed_row(out, paths.whole_row, paths.exchange).flatten(1), gate
@@ -126,25 +125,15 @@ class _PrefixMambaMixer:
         of_groups = self.ngroups_local_tp * self.d_state
         return [self.d_inner_local_tp, of_groups, of_groups]
 
-    def _heads(self, index: int = 0, num_shares: int = 1) -> _Heads:
-        """One of equal shares of this tensor-parallel rank's heads."""
-
-        def share(x: Tensor) -> Tensor:
-            return x.unflatten(0, (num_shares, -1))[index]
-
-        def of_channels(x: Tensor) -> Tensor:
-            if num_shares == 1:
-                return x
-            return torch.cat([share(y) for y in x.split(self._channels())])
-
+    def _heads(self, share: HeadShare) -> _Heads:
         weight, bias = self._convolution()
         return _Heads(
-            conv_weight=of_channels(weight[:, 0]),
-            conv_bias=None if bias is None else of_channels(bias),
-            log_decay=share(self.A_log),
-            step_bias=share(self.dt_bias),
-            skip=share(self.D.unflatten(0, (self.nheads_local_tp, -1))),
-            num_groups=self.ngroups_local_tp // num_shares,
+            num_groups=self.ngroups_local_tp // share.number,
+            conv_weight=share.of_parts(weight[:, 0], self._channels()),
+            conv_bias=None if bias is None else share.of_parts(bias, self._channels()),
+            log_decay=share.of(self.A_log),
+            step_bias=share.of(self.dt_bias),
+            skip=share.of(self.D.unflatten(0, (self.nheads_local_tp, -1))),
         )
 
     def _convolution(self) -> tuple[Tensor, Tensor | None]:
