@@ -141,6 +141,9 @@ def _layer_backward(
             wide=memory.wide,
         )
         again -= kept_by_delta_net_norm(memory, recurrent, rows, ranks)
+        if of_row.copied and b == memory.wide and rows == tokens:
+            # The gate, whose backward is through, alone has read what the first projection made.
+            again -= tokens * recurrent.projected // tp * b
         return max(mlp, row + again - mlp_activations(memory, layer, rows, ranks))
     # dq, dk and dv in a wide dtype, then in their own, and dout; the MLP's activations are
     # gone by then.
