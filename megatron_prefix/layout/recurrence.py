@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -181,6 +182,24 @@ def _waves(
     if num_begins:
         waves[0] = dataclasses.replace(waves[0], before=begins[waves[0].chunks])
     return np.array(rows)[order], tuple(waves)
+
+
+def widest_wave(lengths: Sequence[int], parents: Sequence[int]) -> int:
+    """Chunks that are computed at once, at most, of runs of these lengths.
+
+    Args:
+        parents: of each run the one before it that it goes on from; -1: none.
+    """
+    size = _chunk_size(lengths)
+    ends: list[int] = []
+    # Of each wave, by how many chunks it has more than the one before it.
+    changes: Counter[int] = Counter()
+    for length, parent in zip(lengths, parents, strict=True):
+        begin = ends[parent] if parent >= 0 else 0
+        ends.append(begin + -(-max(length, 1) // size))
+        changes[begin] += 1
+        changes[ends[-1]] -= 1
+    return max(itertools.accumulate(changes[wave] for wave in sorted(changes)), default=0)
 
 
 def chunked_tokens(lengths: Sequence[int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_prefix.layout.layer_shapes import DeltaNetShape, LatentShape
+from megatron_prefix.layout.layer_shapes import DeltaNetShape, LatentShape, RecurrentShape
 from megatron_prefix.planning.latent_memory import latent_kept
 from megatron_prefix.planning.memory import MemoryModel
 from megatron_prefix.planning.rank_sizes import RankSizes
@@ -146,10 +146,7 @@ def layer_activations(
         kept += recurrent_kept(
             recurrent, tokens=tokens, rows=rows, tensor=tp, element=b, wide=memory.wide
         )
-        if isinstance(recurrent, DeltaNetShape):
-            kept += rows * _head_norm(
-                memory, recurrent.values // tp, copied=True, size=recurrent.value_channels
-            )
+        kept += kept_by_delta_net_norm(memory, recurrent, rows, ranks)
         return kept + mlp_activations(memory, layer, rows, ranks)
     if s.latent is not None:
         kept += _of_latent_attention(memory, s.latent, tokens, rows, ranks)
@@ -197,6 +194,16 @@ def _of_latent_attention(
     if memory.recompute == "none":
         kept += rows * memory.shape.num_attention_heads // ranks.tensor * memory.wide
     return kept
+
+
+def kept_by_delta_net_norm(
+    memory: MemoryModel, recurrent: RecurrentShape, rows: int, ranks: RankSizes
+) -> int:
+    """Bytes that the norm of a gated delta net's heads keeps beside its output, 0 in others."""
+    if not isinstance(recurrent, DeltaNetShape):
+        return 0
+    width, size = recurrent.values // ranks.tensor, recurrent.value_channels
+    return rows * _head_norm(memory, width, copied=True, size=size)
 
 
 def mlp_activations(memory: MemoryModel, layer: int, tokens: int, ranks: RankSizes) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_prefix.planning.activation_memory import (
+    kept_by_delta_net_norm,
     kept_by_final_norm,
     kept_by_layer,
     kept_by_outer,
@@ -128,15 +129,21 @@ def _layer_backward(
         mlp = 0
     recurrent = memory.shape.recurrent_of(layer)
     if recurrent is not None:
+        of_row = recurrent_rows[recurrent]
         again = recurrent_backward(
             recurrent,
-            chunk_tokens=recurrent_rows[recurrent].chunk_tokens,
+            chunk_tokens=of_row.chunk_tokens,
+            widest_wave=of_row.widest_wave,
             tokens=tokens,
             rows=rows,
             tensor=tp,
             element=b,
             wide=memory.wide,
         )
+        again -= kept_by_delta_net_norm(memory, recurrent, rows, ranks)
+        if of_row.copied and b == memory.wide and rows == tokens:
+            # The gate, whose backward is through, alone has read what the first projection made.
+            again -= tokens * recurrent.projected // tp * b
         return max(mlp, row + again - mlp_activations(memory, layer, rows, ranks))
     # dq, dk and dv in a wide dtype, then in their own, and dout; the MLP's activations are
     # gone by then.

@@ -40,19 +40,45 @@ def delta_net_kept(
     kept += tokens * 2 * (r.num_value_heads * r.key_channels + r.num_key_heads) * element
     # Of each head the decay, what it is made of, and how much is written.
     kept += tokens * r.num_value_heads * (3 * wide + element)
+    # A copy of the gate, where it is widened or rows are picked.
     gate = wide if element < wide else element * (rows < tokens)
-    # The gate before and behind its activation, and what it is multiplied by, and the product.
-    return (kept + rows * r.values * (gate + wide + 2 * element)) // tensor
+    return (kept + rows * r.values * gate) // tensor + _gated(
+        r, rows=rows, tensor=tensor, element=element, wide=wide
+    )
 
 
-def delta_net_backward(delta_net: DeltaNetShape, *, tokens: int, tensor: int, wide: int) -> int:
-    """Bytes of the chunks, which are computed again in backward, and of their gradients.
+def _gated(delta_net: DeltaNetShape, *, rows: int, tensor: int, element: int, wide: int) -> int:
+    """Bytes of what is kept behind the norm: the activated gate, what it is multiplied by, and the
+    product."""
+    return rows * delta_net.values * (wide + 2 * element) // tensor
+
+
+def delta_net_backward(
+    delta_net: DeltaNetShape,
+    *,
+    chunk_tokens: int,
+    widest_wave: int,
+    tokens: int,
+    rows: int,
+    tensor: int,
+    element: int,
+    wide: int,
+) -> int:
+    """Bytes that backward needs at most, beside all that is kept of the layer; the norm of the
+    heads has given back its own by then.
 
     Args:
-        tokens: of the chunks, which are filled up.
-        tensor, wide: see `delta_net_kept`.
+        chunk_tokens, widest_wave: see `RecurrentRow`.
+        tokens, rows, tensor, element, wide: see `delta_net_kept`.
     """
     r = delta_net
-    of_head = 12 * r.key_channels + 9 * r.value_channels + 9 * r.chunk_tokens
-    states = 3 * r.key_channels * r.value_channels // r.chunk_tokens
-    return tokens * r.num_value_heads * (of_head + states) * wide // tensor
+    k, v, c = r.key_channels, r.value_channels, r.chunk_tokens
+    # The chunks, which are computed again, and their gradients, when those of a chunk's decays or
+    # of its keys come together.
+    of_head = max(12 * k + 4 * v + 9 * c, 15 * k + 4 * v + 7 * c)
+    read = v * (element < wide)  # the gradient of what is read, widened
+    states = 3 * widest_wave * r.state_size
+    again = r.num_value_heads * (chunk_tokens * (of_head + read) + states) * wide // tensor
+    # Gradients of the gate, and of what is read.
+    around = tokens * 2 * r.values * element // tensor
+    return again + around - _gated(r, rows=rows, tensor=tensor, element=element, wide=wide)

@@ -54,6 +54,7 @@ def mamba_backward(
     mamba: MambaShape,
     *,
     chunk_tokens: int,
+    widest_wave: int,
     tokens: int,
     rows: int,
     tensor: int,
@@ -63,7 +64,7 @@ def mamba_backward(
     """Bytes that backward needs at most, beside all that is kept of the layer.
 
     Args:
-        chunk_tokens: of the chunks, which are filled up and are computed again.
+        chunk_tokens, widest_wave: see `RecurrentRow`.
         tokens, rows, tensor, element, wide: see `mamba_kept`.
     """
     m = mamba
@@ -76,9 +77,9 @@ def mamba_backward(
         m.num_heads * (4 * k + 6 * v + 5 * c) + 2 * m.groups,
         m.num_heads * (2 * k + 3 * v + 7 * c) + 4 * m.groups,
     )
-    states = m.num_heads * m.state_size // c
     read = m.values * (element < wide)  # the gradient of what is read, widened
-    again = chunk_tokens * (chunks + states + read) * wide // tensor
+    states = 2 * widest_wave * m.num_heads * m.state_size
+    again = (chunk_tokens * (chunks + read) + states) * wide // tensor
     # Gradients of the gate, of what is read, and of what goes round the state.
     around = tokens * 3 * m.values * element // tensor
     return again + around - _gated(m, rows=rows, tensor=tensor, element=element, wide=wide)

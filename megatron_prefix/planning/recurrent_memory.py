@@ -72,6 +72,7 @@ def recurrent_backward(
     recurrent: RecurrentShape,
     *,
     chunk_tokens: int,
+    widest_wave: int,
     tokens: int,
     rows: int,
     tensor: int,
@@ -79,16 +80,17 @@ def recurrent_backward(
     wide: int,
 ) -> int:
     """Bytes of the chunks, which are computed again in backward, and of their gradients; less what
-    is kept and gone by then.
+    is kept and gone by then, but for the norm of a gated delta net's heads.
 
     Args:
-        chunk_tokens: of the chunks, which are filled up.
+        chunk_tokens, widest_wave: see `RecurrentRow`.
         tokens, rows, tensor, element, wide: see `recurrent_kept`.
     """
     if isinstance(recurrent, MambaShape):
         return mamba_backward(
             recurrent,
             chunk_tokens=chunk_tokens,
+            widest_wave=widest_wave,
             tokens=tokens,
             rows=rows,
             tensor=tensor,
@@ -96,4 +98,13 @@ def recurrent_backward(
             wide=wide,
         )
     assert isinstance(recurrent, DeltaNetShape)
-    return delta_net_backward(recurrent, tokens=chunk_tokens, tensor=tensor, wide=wide)
+    return delta_net_backward(
+        recurrent,
+        chunk_tokens=chunk_tokens,
+        widest_wave=widest_wave,
+        tokens=tokens,
+        rows=rows,
+        tensor=tensor,
+        element=element,
+        wide=wide,
+    )

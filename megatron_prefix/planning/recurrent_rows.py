@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_prefix.layout import ModelShape, RecurrentShape
 from megatron_prefix.layout.packing import PackedLayout
-from megatron_prefix.layout.recurrence import chunked_tokens
+from megatron_prefix.layout.recurrence import chunked_tokens, widest_wave
 from megatron_prefix.layout.sharding import ContextShards
 from megatron_prefix.layout.shared_states import placed_states
 from megatron_prefix.layout.stages import SharedStates
@@ -23,6 +23,8 @@ class RecurrentRow:
 
     chunk_tokens: int = 0
     """Tokens of a rank's chunks, which are filled up."""
+    widest_wave: int = 1
+    """Chunks that a rank computes at once, at most."""
     begins: int = 0
     """States of other ranks that a rank's runs begin with, which it keeps for backward."""
     copied: int = 0
@@ -81,9 +83,11 @@ def _recurrent_row(
     element: int,
     wide: int,
 ) -> RecurrentRow:
-    whole = chunked_tokens([segment.length for segment in layout.segments])
+    lengths = [segment.length for segment in layout.segments]
+    whole = chunked_tokens(lengths)
+    widest = widest_wave(lengths, [segment.parent for segment in layout.segments])
     if shards is None:
-        return RecurrentRow(chunk_tokens=whole)
+        return RecurrentRow(chunk_tokens=whole, widest_wave=widest)
     if by_heads:
         size = shards.num_ranks
         moved = recurrent.projected - recurrent.values
@@ -91,6 +95,7 @@ def _recurrent_row(
         once = moved * element + recurrent.values * (wide if recurrent.reads_wide else element)
         return RecurrentRow(
             chunk_tokens=whole // size,
+            widest_wave=-(-widest // size),
             copied=shards.tokens_per_rank * moved // tensor,
             received_per_layer=2 * shards.tokens_per_rank * (size - 1) * once // size // tensor,
         )
@@ -103,8 +108,11 @@ def _recurrent_row(
     received = (halos.sum(axis=1) + halos.sum(axis=0)) * recurrent.convolved // tensor * element
     if states is not None:
         received = received + _received_states(states, recurrent) // tensor * wide
+    runs = [_run_lengths(held) for held in ranks]
     return RecurrentRow(
-        chunk_tokens=max(chunked_tokens(_run_lengths(held)) for held in ranks),
+        chunk_tokens=max(chunked_tokens(lengths) for lengths in runs),
+        # Most runs begin at once, with states of other ranks.
+        widest_wave=max(map(len, runs)),
         begins=0 if states is None else max(states.begins_of_ranks),
         copied=int(halos.any())
         * (shards.tokens_per_rank + int(halos.sum(axis=1).max()))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_prefix.layout import PackedLayout, PrefixTree, RankRow, Recurrence, pack, rank_row
+from megatron_prefix.layout.recurrence import chunked_tokens, recurrence, widest_wave
 from tests.layout.strategies import trees
 
 WIDTH = 4
@@ -109,3 +110,16 @@ def test_a_row_goes_on_from_a_root_that_an_earlier_row_has_run(
                 assert inputs[position].tolist() == nothing + read
     # Every path begins with the one state that the root leaves behind.
     assert plan.waves[0].before.tolist() == [0] * plan.waves[0].chunks.stop
+
+
+@settings(deadline=None, max_examples=60)
+@given(tree=trees(max_nodes=14), stretch=st.sampled_from([1, 40]))
+def test_chunks_are_counted_without_planning_them(tree: PrefixTree, stretch: int) -> None:
+    longer = [np.repeat(tree.sequence_tokens(i), stretch) for i in range(tree.num_sequences)]
+    layout = pack(PrefixTree.from_sequences(longer))
+    lengths = [segment.length for segment in layout.segments]
+    assume(lengths)
+    plan = recurrence(layout, width=WIDTH)
+    assert chunked_tokens(lengths) == plan.chunks.size
+    widest = max(wave.chunks.stop - wave.chunks.start for wave in plan.waves)
+    assert widest_wave(lengths, [segment.parent for segment in layout.segments]) == widest

@@ -51,6 +51,7 @@ pytestmark = pytest.mark.skipif(not HAS_GATED_DELTA_NET, reason="megatron-core b
 
 THREE_TO_ONE = {**HYBRID, "num_layers": 4, "linear_attention_freq": 4}
 RECURRENT_LAST = {**HYBRID, "linear_attention_freq": [1, 0, 1]}
+WIDE_VALUES = {"linear_key_head_dim": 16, "linear_value_head_dim": 32}
 # As long as chunks, a little longer, and much shorter.
 LONG, SHORT = (300, [256, 128, 200]), (100, [30] * 8)
 CASES = [
@@ -58,6 +59,7 @@ CASES = [
     ("bfloat16", "none", SHORT, THREE_TO_ONE, False),
     ("float32", "none", SHORT, RECURRENT_LAST, True),
     ("bfloat16", "full", LONG, RECURRENT_LAST, True),
+    ("bfloat16", "none", LONG, {**RECURRENT_LAST, **WIDE_VALUES}, True),
 ]
 # Sizes as in real models: states wider than heads, or heads wider than states.
 WIDE_STATES = {
@@ -144,7 +146,7 @@ def test_flops_of_mamba_layers_are_those_that_a_real_model_runs(sizes: dict[str,
 def _on_two_ranks(
     kind: str, shape: tuple[int, list[int]], dtype: str, options: dict[str, Any]
 ) -> dict[str, tuple[int, int]]:
-    """Predicted and measured: bytes that the layers receive, and bytes that are kept."""
+    """Predicted and measured: bytes that the layers receive, that are kept, and at the peak."""
     parallel = ParallelConfig(context_parallel_size=2)
     model = _model(**{"num_layers": 1, "cp_comm_type": kind, **options})
     training = _training(dtype, trim_last_layer=False)
@@ -170,9 +172,11 @@ def _on_two_ranks(
         ]
         assert estimate.context_parallel_bytes == 0
         assert estimate.recurrent_bytes == max(received)
+        (stage,) = estimate.stages
         return {
             "received": (sum(received), counted),
             "kept": (kept, kept_bytes(chunks, batch)),
+            "peak": (stage.activations + stage.transient, _step_peak(chunks, [batch])),
         }
 
 
@@ -181,7 +185,9 @@ KINDS = {
     "states of a deep row": ("p2p", (7, [600, 20])),
     "heads": ("a2a", (300, [100, 90, 110, 64])),
 }
-LAYERS: dict[str, dict[str, Any]] = {"gated delta net": {**HYBRID, "linear_attention_freq": [1]}}
+LAYERS: dict[str, dict[str, Any]] = {
+    "gated delta net": {**HYBRID, **WIDE_VALUES, "linear_attention_freq": [1]}
+}
 if HAS_HYBRID_MODEL:
     LAYERS["Mamba"] = {"hybrid_layer_pattern": "M", **WIDE_STATES}
     # A row has the inputs of the widest convolution at hand for all.
@@ -209,5 +215,7 @@ def test_two_ranks_receive_and_keep_what_is_predicted() -> None:
         received = [result[name]["received"] for result in results]
         assert received[0][0] == max(counted for _, counted in received) > 0, name
         # States are those of the rank that begins with most.
-        kept = [result[name]["kept"] for result in results]
-        assert max(p for p, _ in kept) == pytest.approx(max(m for _, m in kept), rel=0.005), name
+        for what, tolerance in (("kept", 0.005), ("peak", PEAK_TOLERANCE)):
+            found = [result[name][what] for result in results]
+            expected = pytest.approx(max(int(measured) for _, measured in found), rel=tolerance)
+            assert max(predicted for predicted, _ in found) == expected, f"{what}, {name}"
