@@ -1,6 +1,7 @@
 """Fresh processes for tools that start their own, alone or finding each other as under torchrun.
 
-They are forks of a server process that has imported torch and Megatron once and has run nothing.
+They are forks of a server process that has imported torch and Megatron once and has run nothing. On
+a machine with a GPU they import for themselves: CUDA does not survive the fork.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from megatron_prefix.megatron.known_messages import hide_known_messages
 
 
 def fresh_processes(preload: Sequence[str] = ()) -> multiprocessing.context.BaseContext:
-    """The context whose processes begin with their imports made; spawned where there is no fork.
+    """The context whose processes begin with their imports made; spawned where that cannot be.
 
     Args:
         preload: modules that are imported, too. Only the first call's are: it starts the server.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    if "forkserver" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # The server finds our package only where it is installed or in the current folder.

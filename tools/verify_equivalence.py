@@ -9,7 +9,8 @@ rollouts, but shares each prompt, packs, and runs through the trainer's own step
 dp processes. Loss, every log-probability, every parameter's whole gradient and the parameters after
 the optimizer steps are compared; the exit status is 0 only if all are within tolerance.
 
-The last line of stdout is a JSON object. Runs on the CPU (gloo); no GPU is needed.
+The last line of stdout is a JSON object. Runs on the CPU (gloo); no GPU is needed. With --device
+cuda the candidate has a GPU for each of its processes (nccl), and the reference stays on the CPU.
 """
 
 from __future__ import annotations
@@ -112,6 +113,8 @@ def verify(
     optimizer_steps: int = 1,
     recompute: str = "none",
     token_budget: int | None = None,
+    device: str = "cpu",
+    kernel: str | None = None,
     distributed_optimizer: bool = True,
     objective: str = "grpo",
     objective_options: dict[str, Any] | None = None,
@@ -121,6 +124,7 @@ def verify(
     """Run both sides and compare; returns the report that the tool prints as JSON.
 
     Args:
+        device, kernel: of the candidate, as in `training`.
         objective: its name.
         objective_options: other keys of the `objective` section; see `objective_of`.
         packing: options of the `training` section that change how a run packs; without them the
@@ -142,7 +146,8 @@ def verify(
         token_budget=token_budget or max(2 * largest, 64),
         dtype=dtype,
         recompute=recompute,
-        device="cpu",
+        device=device,
+        kernel=kernel,
         log_prob_chunk_tokens=16,
         timeout_minutes=5,
         # The reference's multi-token prediction trains all layers.
@@ -205,6 +210,19 @@ def objective_of(name: str, options: dict[str, Any], *, longest: int) -> Objecti
                 "of the step that is compared; leave it out"
             )
     return config
+
+
+def check_gpus(processes: int) -> None:
+    """Raises:
+    ValueError: there are fewer GPUs here than processes.
+    """
+    import torch
+
+    if torch.cuda.device_count() < processes:
+        raise ValueError(
+            f"--device cuda: {processes} processes need a GPU each, and torch {torch.__version__} "
+            f"sees {torch.cuda.device_count()} here"
+        )
 
 
 def packing_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -298,6 +316,16 @@ def main() -> int:
         help="records say which experts tokens go to (training.replayed_routes: exact); the model "
         "has experts",
     )
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="of the candidate; cuda: a GPU for each process, with --dtype float32 or bfloat16",
+    )
+    parser.add_argument(
+        "--kernel",
+        help="the candidate's attention kernel; in float32 on a GPU only `reference` can compute",
+    )
     parser.add_argument("--token-budget", type=int, help="tokens of one microbatch at most")
     parser.add_argument("--seed", type=int, help="of weights and rollouts; a fresh one by default")
     args = parser.parse_args()
@@ -326,10 +354,19 @@ def main() -> int:
         for override in args.set:
             apply_override(options, override)
         objective_of(args.objective, options, longest=1)
-        training = TrainingConfig(steps=1, token_budget=1, **packing_options(args))
+        training = TrainingConfig(
+            steps=1,
+            token_budget=1,
+            dtype=args.dtype,
+            device=args.device,
+            kernel=args.kernel,
+            **packing_options(args),
+        )
         refuse(faults_of_layout(training, parallel))
         require_megatron(parser)
-        check_layout(model, parallel, args.dp, args.optimizer_steps, packing_options(args))
+        if args.device == "cuda":
+            check_gpus(parallel.model_parallel_size * args.dp)
+        check_layout(model, parallel, args.dp, args.optimizer_steps, training)
         if args.replay and not model.transformer.get("num_moe_experts"):
             raise ValueError("--replay: the model has no experts")
     except (ValueError, OSError) as error:
@@ -345,6 +382,8 @@ def main() -> int:
         recompute=args.recompute,
         token_budget=args.token_budget,
         distributed_optimizer=not args.no_distributed_optimizer,
+        device=args.device,
+        kernel=args.kernel,
         objective=args.objective,
         objective_options=options,
         packing=packing_options(args),

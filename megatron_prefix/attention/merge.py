@@ -4,7 +4,7 @@
 
 On CUDA one Triton kernel reads each side once and writes the result over the first; elsewhere a few
 torch operations do the same. Bytes moved per merged element of out, with an output of w bytes per
-element, a stage of n, and 12 more per row and head for the lse's:
+element, a stage of n, and 12 to 20 more per row and head for the lse's:
 
     Triton    2 w + n       6 for bfloat16 into bfloat16, 10 into float32
     torch     2 w + n       where all have the lse's dtype; else more, for copies in it

@@ -2,6 +2,10 @@
 
 A program merges some rows of one head, with the whole head dimension: it reads both sides once and
 writes over the first. Rows may be chosen by an index, so nothing is gathered or scattered apart.
+
+The merged lse goes to a buffer of its own. A program may have fewer rows than threads, so several
+threads read the same lse, and where one has written it back the others would read that (seen on an
+H100). An element of out belongs to one thread, since a program has more of them than threads.
 """
 
 from __future__ import annotations
@@ -21,8 +25,10 @@ def _merge_kernel(
     lse,
     other_out,
     other_lse,
+    merged_lse,
     rows,
     num_rows,
+    num_heads,
     out_row,
     out_head,
     lse_row,
@@ -44,8 +50,7 @@ def _merge_kernel(
     is_element = is_row[:, None] & (dim < HEAD_DIM)[None, :]
     target = tl.load(rows + source, mask=is_row, other=0) if CHOSEN else source
 
-    lse_at = lse + target * lse_row + head * lse_head
-    lse_a = tl.load(lse_at, mask=is_row, other=0.0)
+    lse_a = tl.load(lse + target * lse_row + head * lse_head, mask=is_row, other=0.0)
     lse_b = tl.load(
         other_lse + source * other_lse_row + head * other_lse_head, mask=is_row, other=0.0
     ).to(tl.float32)
@@ -55,7 +60,7 @@ def _merge_kernel(
     weight_a = tl.exp(lse_a - shift)
     weight_b = tl.exp(lse_b - shift)
     total = weight_a + weight_b
-    tl.store(lse_at, shift + tl.log(total), mask=is_row)
+    tl.store(merged_lse + source * num_heads + head, shift + tl.log(total), mask=is_row)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
     weight_a = (weight_a * inverse)[:, None]
     weight_b = (weight_b * inverse)[:, None]
@@ -87,14 +92,17 @@ def merge_with_triton(
         return
     block_dim = triton.next_power_of_2(head_dim)
     block_rows = max(1, _ELEMENTS // block_dim)
+    merged_lse = lse.new_empty(num_rows, num_heads)
     with torch.cuda.device_of(out):
         _merge_kernel[triton.cdiv(num_rows, block_rows), num_heads](
             out,
             lse,
             other_out,
             other_lse,
+            merged_lse,
             lse if rows is None else rows,
             num_rows,
+            num_heads,
             out.stride(0),
             out.stride(1),
             lse.stride(0),
@@ -108,3 +116,4 @@ def merge_with_triton(
             BLOCK_DIM=block_dim,
             CHOSEN=rows is not None,
         )
+    lse[slice(None) if rows is None else rows] = merged_lse

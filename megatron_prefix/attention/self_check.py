@@ -4,6 +4,7 @@ A kernel calls private functions of torch or of a package, whose meaning may cha
 a GPU or a build. So before it is trusted it computes a few tiny rows on the run's own device, with
 its dtype and heads. The rows hold what the stages of real rows hold: grouped heads, rectangles
 without queries, queries and keys that are picked row by row, and a context-parallel rank's stages.
+The merge of stages is checked apart, on more rows.
 
 Shapes: N queries and T keys of a row; H query heads, Hk key/value heads, D head dimension.
 """
@@ -22,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_prefix.attention.kernels import Kernel, MergedAttention, usable_kernels
 from megatron_prefix.attention.kernels.reference import ReferenceKernel
+from megatron_prefix.attention.merge_check import merge_errors
 from megatron_prefix.attention.stage_compute import StageCompute
 from megatron_prefix.device_copy import record_to_device
 from megatron_prefix.layout import AttentionStage, PackedLayout, PrefixTree, pack, rank_row
@@ -85,12 +87,14 @@ def check_kernel(
 
     Raises:
         KernelCheckError: the kernel raises, or is off by more than `TOLERANCES`. The message, one
-            line, has its name, the numbers, and the names of other kernels.
+            line, has its name, the numbers, and the names of other kernels. Or the merge of stages
+            is off, on this device, whatever the kernel.
     """
     if dtype not in TOLERANCES:
         raise ValueError(f"{dtype}: kernels are checked in {', '.join(map(str, TOLERANCES))} only")
     device = torch.device(device)
     heads = _Heads(queries=num_heads, keys=num_key_heads, dim=head_dim)
+    _check_merge(device, dtype, heads)
     problems = _problems() + _window_problems() if windows else _problems()
     try:
         wrong = [
@@ -119,6 +123,18 @@ class _Heads:
     queries: int
     keys: int
     dim: int
+
+
+def _check_merge(device: torch.device, dtype: torch.dtype, heads: _Heads) -> None:
+    tolerance = {"lse": TOLERANCES[dtype].lse, "out": TOLERANCES[dtype].out}
+    for what, error in merge_errors(device, dtype, heads.queries, heads.dim):
+        if not error <= tolerance[what]:
+            raise KernelCheckError(
+                f"the merge of attention stages is wrong on {device} in {dtype} with "
+                f"{heads.queries} heads of {heads.dim}: {what} is off by {error:.1e} (tolerance "
+                f"{tolerance[what]:.1e}). It is the same for all kernels; on a GPU Triton "
+                "compiles it: install another release of it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

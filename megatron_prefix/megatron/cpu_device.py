@@ -8,9 +8,10 @@ places to the CPU, so that the unmodified schedules, optimizers and parallel lay
     torch.cuda.{synchronize, set_device, Stream, Event, ...}              -> no work to order
     CUDA random state (torch's, and Megatron's getter and setter)         -> the CPU generator
     Tensor.type()                                                         -> "torch.cuda.*Tensor"
+    torch.compile                                                         -> runs uncompiled
 
-The last is what Megatron's optimizers sort parameters by. The switch is explicit, process-wide and
-reversible; nothing happens on import.
+`Tensor.type()` is what Megatron's optimizers sort parameters by. The switch is explicit,
+process-wide and reversible; nothing happens on import.
 """
 
 from __future__ import annotations
@@ -143,9 +144,6 @@ def _replace_tensor_methods(float64: bool) -> None:
     if float64:
         _replace(torch.Tensor, "float", float_)
         _replace(torch, "softmax", softmax)
-        # Compiled code has not seen the two.
-        torch.compiler.set_stance("force_eager")
-        _undo.append(lambda: torch.compiler.set_stance("default"))
 
 
 def _replace_torch_cuda() -> None:
@@ -194,14 +192,23 @@ def _repair_experts() -> None:
         _undo.append(lambda: delattr(moe_utils, "te_general_gemm"))
 
 
+def _run_uncompiled() -> None:
+    """torch.compile knows nothing of what is replaced here.
+
+    Compiled for float64, a gate or an activation would round to float32; and on a machine with a
+    GPU the compiler asks `torch.cuda.current_device()` for the GPU that it describes.
+    """
+    torch.compiler.set_stance("force_eager")
+    _undo.append(lambda: torch.compiler.set_stance("default"))
+
+
 def enable_cpu_device(*, float64: bool = False) -> None:
     """Run Megatron-Core on the CPU in this process from now on.
 
     Args:
         float64: also let models be held in float64 (for proofs of equality): `Tensor.float()`
-            and the router's softmax keep doubles, Megatron's optimizers take doubles as main
-            parameters, and what Megatron compiles runs uncompiled (compiled, a gate or an
-            activation would round to float32).
+            and the router's softmax keep doubles, and Megatron's optimizers take doubles as main
+            parameters.
 
     Calling it again with the same or a weaker choice changes nothing. `disable_cpu_device` puts
     everything back.
@@ -217,6 +224,7 @@ def enable_cpu_device(*, float64: bool = False) -> None:
     _replace_tensor_methods(float64)
     _replace_torch_cuda()
     _repair_experts()
+    _run_uncompiled()
 
 
 def disable_cpu_device() -> None:

@@ -152,7 +152,10 @@ def test_flash_linear_attention_computes_the_rule_under_tritons_interpreter() ->
 def test_flash_linear_attention_computes_the_rule_on_a_gpu(
     dtype: torch.dtype, num_heads: int, key_dim: int, value_dim: int
 ) -> None:
-    rule = select_delta_rule("flash_linear_attention", device=GPU, dtype=dtype, key_dim=key_dim)
+    rule = FlashLinearAttentionRule()
+    reason = rule.unsupported(RuleInputs(device=GPU, dtype=dtype, key_dim=key_dim))
+    if reason is not None:
+        pytest.skip(reason)
     sizes = {"num_heads": num_heads, "key_dim": key_dim, "value_dim": value_dim}
     check_delta_rule(rule, device=GPU, dtype=dtype, **sizes)
 
@@ -181,6 +184,30 @@ def test_the_cpu_has_torch_and_names_why_not_another(caplog: pytest.LogCaptureFi
 def test_what_flash_linear_attention_does_not_compute(inputs: dict[str, Any], reason: str) -> None:
     fits = {"device": GPU, "dtype": torch.bfloat16, "key_dim": 128}
     assert reason in FlashLinearAttentionRule().unsupported(RuleInputs(**{**fits, **inputs}))
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "tilelang", "refused"),
+    [
+        ("3.3.1", 9, None, False),
+        ("3.4.0", 9, None, True),
+        ("3.7.0+git1234", 9, None, True),
+        ("3.7.0", 9, object(), False),
+        ("3.7.0", 10, None, False),
+        ("3.7.1", 9, None, False),
+    ],
+)
+def test_releases_of_triton_whose_backward_is_wrong_on_hopper_are_told_before_a_run(
+    monkeypatch: pytest.MonkeyPatch, triton: str, capability: int, tilelang: object, refused: bool
+) -> None:
+    monkeypatch.setattr(fla_rule, "_function", lambda: select_delta_rule)
+    monkeypatch.setattr(fla_rule, "version", lambda _: triton)
+    monkeypatch.setattr(fla_rule.importlib.util, "find_spec", lambda _: tilelang)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    fits = RuleInputs(device=GPU, dtype=torch.bfloat16, key_dim=128)
+    reason = FlashLinearAttentionRule().unsupported(fits)
+    assert (reason is not None) == refused
+    assert reason is None or reason.startswith(f"Triton {triton[:5]} compiles its backward wrongly")
 
 
 class _Wrong:

@@ -20,6 +20,7 @@ from tests.attention.oracle import (
     dense_attention,
     gradients,
     group,
+    in_window,
     random_qkv,
     stages_of,
     visible_keys,
@@ -37,7 +38,7 @@ DEEP = [[1] * 60 + [2 + i // 2] * 30 + [9 + i] * (20 + 7 * i) for i in range(4)]
 HEAD_DIMS = {"cpu": (64,), **({"cuda": (64, 128, 256)} if torch.cuda.is_available() else {})}
 
 
-def usable() -> list[object]:
+def usable(*, windows: bool = False) -> list[object]:
     """(device, kernel, dtype, head_dim) as far as kernels go, for each device that is here."""
     found = []
     for device, head_dims in HEAD_DIMS.items():
@@ -45,7 +46,8 @@ def usable() -> list[object]:
             for dtype in (torch.bfloat16, torch.float16):
                 for head_dim in head_dims:
                     try:
-                        select_kernel(name, device=device, dtype=dtype, head_dim=head_dim)
+                        inputs = {"device": device, "dtype": dtype, "head_dim": head_dim}
+                        select_kernel(name, **inputs, windows=windows)
                     except ValueError:
                         continue
                     marks = [pytest.mark.gpu] if device == "cuda" else []
@@ -56,10 +58,12 @@ def usable() -> list[object]:
     return found
 
 
-def layouts() -> list[PackedLayout]:
-    """Rows of even length, of two levels and of three."""
+def layouts(pad_to_multiple: int = 8) -> list[PackedLayout]:
+    """Rows of such lengths, of two levels and of three."""
     trees = [PrefixTree.from_groups([group(p, r) for p, r in g]) for g in LAYOUTS.values()]
-    return [pack(t, pad_to_multiple=8) for t in (*trees, PrefixTree.from_sequences(DEEP))]
+    return [
+        pack(t, pad_to_multiple=pad_to_multiple) for t in (*trees, PrefixTree.from_sequences(DEEP))
+    ]
 
 
 @pytest.mark.parametrize(("device", "name", "dtype", "head_dim"), usable())
@@ -85,6 +89,15 @@ def test_relative_error_of_a_trimmed_layer(rng, device, name, dtype, head_dim):
         queries = stages.queries.cpu().numpy()
         check_stages(Row(layout, dtype, head_dim), stages, queries, device, name)
     assert all(picked.values())
+
+
+@pytest.mark.parametrize(("device", "name", "dtype", "head_dim"), usable(windows=True))
+def test_relative_error_of_sliding_windows(rng, device, name, dtype, head_dim):
+    for layout in layouts(pad_to_multiple=1):  # what padding sees does not matter
+        for window in (1, 63, 400):
+            row = Row(layout, dtype, head_dim, window)
+            stages = stages_of(layout, device, window=window)
+            check_stages(row, stages, np.arange(layout.num_tokens), device, name)
 
 
 @pytest.mark.parametrize(("device", "name", "dtype", "head_dim"), usable())
@@ -120,8 +133,10 @@ class Row:
 
     heads, kv_heads = 4, 2
 
-    def __init__(self, layout: PackedLayout, dtype: torch.dtype, head_dim: int) -> None:
-        self.scale, self.dtype = head_dim**-0.5, dtype
+    def __init__(
+        self, layout: PackedLayout, dtype: torch.dtype, head_dim: int, window: int | None = None
+    ) -> None:
+        self.scale, self.dtype, self.window = head_dim**-0.5, dtype, window
         self._layout = layout
         self.q, self.k, self.v = random_qkv(
             layout.num_tokens, self.heads, self.kv_heads, head_dim, dtype
@@ -132,7 +147,12 @@ class Row:
     def expected(self, queries: np.ndarray) -> list[torch.Tensor]:
         """out of these rows of queries, and dq, dk, dv of all, from a dense mask in float64."""
         exact = tuple(x.double().requires_grad_() for x in (self.q, self.k, self.v))
-        out = dense_attention(*exact, visible_keys(self._layout), self.scale)[queries]
+        visible = (
+            visible_keys(self._layout)
+            if self.window is None
+            else in_window(self._layout, self.window)
+        )
+        out = dense_attention(*exact, visible, self.scale)[queries]
         return [out, *gradients(out, self.dout[queries].double(), exact)]
 
 
@@ -142,9 +162,16 @@ def check_stages(
     """Out, dq, dk and dv; twice, the second time deterministic and compared to the bit."""
     inputs = tuple(x.to(device).requires_grad_() for x in (row.q[queries], row.k, row.v))
     dout = row.dout[queries].to(device)
-    choice = {"device": device, "dtype": row.dtype, "head_dim": row.q.shape[-1]}
+    windowed = row.window is not None
+    choice = {
+        "device": device,
+        "dtype": row.dtype,
+        "head_dim": row.q.shape[-1],
+        "windows": windowed,
+    }
+    options = {"scale": row.scale, "windowed": windowed}
     kernel = select_kernel(name, **choice)
-    out = prefix_attention(*inputs, stages, scale=row.scale, kernel=kernel)
+    out = prefix_attention(*inputs, stages, **options, kernel=kernel)
     out_expected, dq_expected, *others = row.expected(queries)
     assert_accurate(
         [out, *gradients(out, dout, inputs)], [out_expected, dq_expected[queries], *others]
@@ -156,7 +183,7 @@ def check_stages(
         return  # it says so, and has been measured
     runs = []
     for _ in range(2):
-        out = prefix_attention(*inputs, stages, scale=row.scale, kernel=kernel, deterministic=True)
+        out = prefix_attention(*inputs, stages, **options, kernel=kernel, deterministic=True)
         runs.append((out, *gradients(out, dout, inputs)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 

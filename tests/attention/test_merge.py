@@ -185,3 +185,16 @@ def test_merging_with_the_triton_kernel_under_its_interpreter():
 def test_merging_with_the_triton_kernel_on_a_gpu():
     check_fused("cuda")
     check_all(with_torch, "cuda")
+    from megatron_prefix.attention.merge_triton import merge_with_triton
+
+    # Many programs at once, of which each has fewer rows than threads.
+    for head_dim in (64, 128, 256) * 5:
+        check(
+            merge_with_triton,
+            num_rows=8192,
+            heads=8,
+            head_dim=head_dim,
+            out_dtype=torch.float32,
+            stage_dtype=torch.float32,
+            device="cuda",
+        )

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_prefix.attention import self_check
+from megatron_prefix.attention import merge_check, self_check
 from megatron_prefix.attention.kernels import Rectangles, select_kernel, usable_kernels
 from megatron_prefix.attention.kernels.reference import ReferenceKernel
 from megatron_prefix.attention.kernels.torch_cpu import TorchCpuKernel
+from megatron_prefix.attention.merge import merge_
 from megatron_prefix.attention.self_check import TOLERANCES, KernelCheckError, check_kernel
 
 DTYPES = list(TOLERANCES)
@@ -52,6 +53,26 @@ def test_rows_with_sliding_windows_are_checked_where_the_model_has_them(dtype, n
     check(short, dtype)
     with pytest.raises(KernelCheckError, match=r"in a row with a window of 6 keys .* is off by"):
         check_kernel(short, device="cpu", dtype=dtype, windows=True, **HEADS)
+
+
+def test_a_merge_that_reads_what_it_has_written_is_told_from_a_wrong_kernel(monkeypatch):
+    """As a kernel does whose threads write the merged lse before others have read it."""
+
+    def racing(out, lse, other_out, other_lse, rows=None):
+        of_rows = slice(None) if rows is None else rows
+        before = lse[of_rows].clone()
+        merge_(out, lse, other_out, other_lse, rows=rows)
+        late = slice(8, 12)
+        merged = lse[of_rows][late]
+        weight = torch.sigmoid(other_lse[late] - merged).unsqueeze(-1)
+        assert not torch.equal(merged, before[late])
+        of_out = torch.arange(len(lse))[of_rows][late]
+        out[of_out] = torch.lerp(out[of_out], other_out[late].to(out.dtype), weight.to(out.dtype))
+
+    monkeypatch.setattr(merge_check, "merge_", racing)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(KernelCheckError, match=r"the merge of .* out is off by .*Triton"):
+            check(TorchCpuKernel(), dtype)
 
 
 class OneKeyShort(TorchCpuKernel):
@@ -214,6 +235,8 @@ def test_it_takes_less_than_a_second():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_kernel_of_the_gpu_passes(dtype):
-    for name in usable_kernels("cuda", dtype, 64):
-        kernel = select_kernel(name, device="cuda", dtype=dtype, head_dim=64)
-        check_kernel(kernel, device="cuda", dtype=dtype, **{**HEADS, "head_dim": 64})
+    for windows in (False, True):
+        inputs = {"device": "cuda", "dtype": dtype, "head_dim": 64}
+        for name in usable_kernels(*inputs.values(), windows=windows):
+            kernel = select_kernel(name, **inputs, windows=windows)
+            check_kernel(kernel, **{**HEADS, **inputs}, windows=windows)

@@ -39,7 +39,7 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
     parallel, training = case.parallel, case.training
     with runtime(
         parallel,
-        device="cpu",
+        device=training.device,
         seed=1,
         timeout_minutes=training.timeout_minutes,
         float64=training.dtype == "float64",
@@ -67,6 +67,7 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
             attention=AttentionSetup.of(
                 chunks.config,
                 place.device,
+                kernel=training.kernel,
                 context_parallel_group=place.context_parallel_group,
             ),
             data_parallel_rank=place.data_parallel_rank,
@@ -98,15 +99,17 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
                     mine.append((names[sequence], token, value))
         gathered: list[Any] = [None] * place.world_size
         dist.all_gather_object(gathered, mine)
-        own_tokens = torch.tensor([minibatch.packed_tokens / parallel.context_parallel_size])
-        packed_tokens = round(float(reduce_sums(own_tokens, contributes=place.reports_metrics)))
-        labels = torch.tensor([float(sum(len(row.labels) for row in minibatch.rows))])
+        own_tokens = minibatch.packed_tokens / parallel.context_parallel_size
+        own_labels = float(sum(len(row.labels) for row in minibatch.rows))
+        counted = torch.tensor([own_tokens, own_labels], device=place.device)
+        counted = reduce_sums(counted, contributes=place.reports_metrics)
+        packed_tokens, labels = (round(count) for count in counted.tolist())
         result: dict[str, Any] = {
             "logprobs": _by_sequence(gathered),
             "num_microbatches": plan.num_microbatches,
             "packed_tokens": packed_tokens,
             "ungrouped_tokens": minibatch.step.ungrouped_tokens,
-            "labels": round(float(reduce_sums(labels, contributes=place.reports_metrics))),
+            "labels": labels,
             "split": _num_splits(plan),
             "series": sum(bool(p.parts) for rank in plan.microbatches for m in rank for p in m),
             "unshared": _num_unshared(case.groups, packing),
@@ -116,7 +119,7 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
 
         def losses_of(metrics: list[PolicyMetrics]) -> list[float]:
             objective = case.objective
-            total = torch.zeros(2, dtype=torch.float64)
+            total = torch.zeros(2, dtype=torch.float64, device=place.device)
             for m in metrics:
                 total[0] += m.policy_loss + objective.kl_coefficient * m.kl
                 total[0] -= objective.entropy_coefficient * m.entropy
@@ -140,8 +143,11 @@ def run_candidate(case: Case, initial: dict[str, torch.Tensor]) -> dict[str, Any
 def _values_of_entries(batch: PackedBatch, values: list[np.ndarray]) -> torch.Tensor:
     """[E] each entry's value, from those of all trained tokens of the microbatch's sequences."""
     starts = np.cumsum([0, *map(len, values)])
-    flat = torch.from_numpy(np.concatenate([*values, np.zeros(0)]))
-    return flat[torch.from_numpy(starts)[batch.sequence_ids] + batch.sequence_tokens]
+    flat, first = (
+        torch.from_numpy(numbers).to(batch.sequence_ids.device)
+        for numbers in (np.concatenate([*values, np.zeros(0)]), starts)
+    )
+    return flat[first[batch.sequence_ids] + batch.sequence_tokens]
 
 
 def _by_sequence(

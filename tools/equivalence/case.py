@@ -216,12 +216,9 @@ def check_layout(
     parallel: ParallelConfig,
     data_parallel_size: int,
     optimizer_steps: int,
-    packing: dict[str, Any],
+    training: TrainingConfig,
 ) -> None:
     """Refuse, before any process starts, what a run's configuration would be refused for.
-
-    Args:
-        packing: options of the `training` section.
 
     Raises:
         ValueError: naming the option.
@@ -232,7 +229,6 @@ def check_layout(
         if value < 1:
             raise ValueError(f"{name}: {value} must be at least 1")
     parallel.data_parallel_size(parallel.model_parallel_size * data_parallel_size)
-    training = TrainingConfig(steps=1, token_budget=1, dtype="float32", device="cpu", **packing)
     transformer_config(model, parallel, training)
 
 

@@ -147,7 +147,7 @@ def run_reference(case: Case, seed: int) -> dict[str, Any]:
         # One process has one stage.
         hybrid_layer_pattern=None if pattern is None else layers_of(pattern),
     )
-    training = dataclasses.replace(case.training, recompute="none")
+    training = dataclasses.replace(case.training, recompute="none", device="cpu", kernel=None)
     with runtime(
         ParallelConfig(),
         device="cpu",

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +50,7 @@ class FlashLinearAttentionRule:
         if inputs.deterministic:
             return "it picks the sizes of its blocks by their time, so two runs may differ"
         found = _function()
-        return found if isinstance(found, str) else None
+        return found if isinstance(found, str) else _unsupported_compiler(inputs.device)
 
     def of(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, row: Recurrence[Tensor]
@@ -75,6 +78,19 @@ def _function() -> Callable[..., tuple[Tensor, Tensor]] | str:
             f"no argument {missing[0]!r}"
         )
     return function
+
+
+def _unsupported_compiler(device: torch.device) -> str | None:
+    """What newer releases of the package raise in their first backward (its issue 640)."""
+    if torch.cuda.get_device_capability(device)[0] != 9 or importlib.util.find_spec("tilelang"):
+        return None
+    triton = tuple(int(n) for n in re.findall(r"\d+", version("triton"))[:3])
+    if not (3, 4, 0) <= triton < (3, 7, 1):
+        return None
+    return (
+        f"Triton {'.'.join(map(str, triton))} compiles its backward wrongly on Hopper GPUs; "
+        "install Triton 3.7.1 or newer, or tilelang"
+    )
 
 
 @functools.cache

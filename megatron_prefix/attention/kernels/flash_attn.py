@@ -34,6 +34,7 @@ from megatron_prefix.attention.kernels.flash_attn_calls import (
     FLASH_ATTN_2,
     FLASH_ATTN_3,
     FLASH_ATTN_4,
+    WINDOW,
     Package,
     load,
 )
@@ -46,6 +47,7 @@ class FlashAttnKernel(CudaVarlenKernel):
     package: Package
     max_head_dim: int
     lse_name = "softmax_lse"
+    windows = True
 
     def unsupported(self, inputs: KernelInputs) -> str | None:
         """See `Kernel.unsupported`."""
@@ -55,6 +57,8 @@ class FlashAttnKernel(CudaVarlenKernel):
         if reason is None:
             loaded = load(self.package)
             reason = loaded if isinstance(loaded, str) else None
+            if reason is None and inputs.windows and not loaded.windows:
+                reason = f"this release of {self.package.name} takes no {WINDOW[0]}"
         if reason is None:
             reason = self.unsupported_build(inputs)
         return reason
@@ -165,6 +169,7 @@ class FlashAttn4Kernel(FlashAttnKernel):
 
 def _described(on: Rectangles, options: CallOptions) -> dict[str, Any]:
     """The arguments that forward and backward have in common, by the packages' names."""
+    window = {} if on.window is None else dict(zip(WINDOW, (on.window, 0), strict=True))
     return {
         "cu_seqlens_q": on.cu_q,
         "cu_seqlens_k": on.cu_k,
@@ -172,6 +177,7 @@ def _described(on: Rectangles, options: CallOptions) -> dict[str, Any]:
         "max_seqlen_k": on.max_k,
         "softmax_scale": options.scale,
         "causal": on.causal,
+        **window,
     }
 
 

@@ -31,6 +31,8 @@ Parameters = Mapping[str, bool]
 _TENSORS = ("q", "k", "v")
 _GEOMETRY = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale")
 _GRADIENTS = ("dq", "dk", "dv")
+WINDOW = ("window_size_left", "window_size_right")
+"""What a call with a sliding window has in addition."""
 
 
 class UnknownSignatureError(Exception):
@@ -47,7 +49,7 @@ class Call:
     other_names: Mapping[str, str] = field(default_factory=dict)
     """Of some of these: what another release calls them."""
     constants: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments that are always the same, given where the function has them."""
+    """Arguments that are the same unless they are given, where the function has them."""
     marks: tuple[str, ...] = ()
     """Of the constants: without these the release is too old."""
 
@@ -73,11 +75,11 @@ class Call:
         return names, constants
 
     def bound_to(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, taking our names as keywords."""
+        """The function, taking our names as keywords, and others by its own."""
         names, constants = self.bind(parameters_of(function))
 
         def call(**values: Any) -> Any:
-            return function(**{names[k]: v for k, v in values.items()}, **constants)
+            return function(**constants | {names.get(k, k): v for k, v in values.items()})
 
         return call
 
@@ -101,6 +103,8 @@ class BoundPackage:
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    windows: bool
+    """Whether both take `WINDOW`."""
 
 
 _PLAIN_ATTENTION: dict[str, object] = {
@@ -189,6 +193,7 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, bool]:
 @functools.cache
 def load(package: Package) -> BoundPackage | str:
     """The package's calls, or why there are none, as the end of a sentence."""
+    windows = True
     try:
         module = importlib.import_module(package.module)
     except ModuleNotFoundError as error:
@@ -206,4 +211,5 @@ def load(package: Package) -> BoundPackage | str:
             calls.append(call.bound_to(function))
         except UnknownSignatureError as error:
             return f"this release of {package.name} is not known: {error}"
-    return BoundPackage(forward=calls[0], backward=calls[1])
+        windows &= set(WINDOW) <= set(parameters_of(function))
+    return BoundPackage(forward=calls[0], backward=calls[1], windows=windows)

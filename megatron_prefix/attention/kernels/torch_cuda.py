@@ -58,6 +58,7 @@ class TorchCudaKernel(CudaVarlenKernel):
     """FlashAttention-2 as torch carries it, in bfloat16 and float16."""
 
     name = "torch_cuda"
+    windows = True
 
     def unsupported(self, inputs: KernelInputs) -> str | None:
         """See `Kernel.unsupported`. It can always be deterministic."""
@@ -85,6 +86,7 @@ class TorchCudaKernel(CudaVarlenKernel):
             *(q, k, v, on.cu_q, on.cu_k, on.max_q, on.max_k),
             *(0.0, on.causal, False),
             scale=options.scale,
+            **_window(on),
         )
         if lse_is_padded():
             return out, lse_from_padded(lse, on.cu_q, q.shape[0])
@@ -102,7 +104,13 @@ class TorchCudaKernel(CudaVarlenKernel):
                 *(on.cu_q, on.cu_k, on.max_q, on.max_k, 0.0, on.causal),
                 *_random_state(q.device),
                 scale=options.scale,
+                **_window(on),
             )
+
+
+def _window(on: Rectangles) -> dict[str, int]:
+    """Counted from a rectangle's last query and last key, which are the same token."""
+    return {} if on.window is None else {"window_size_left": on.window, "window_size_right": 0}
 
 
 @functools.cache
