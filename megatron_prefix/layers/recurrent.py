@@ -22,5 +22,5 @@ def refuse_recurrent_layer(layer: type) -> NoReturn:
     raise ValueError(
         f"{layer.__name__} cannot be combined with shared prefixes: its state would run through a "
         "packed row as if this were one sequence. Use a model whose layers all have softmax "
-        "attention"
+        "attention, or a HybridModel of prefix_hybrid_model (megatron-core 0.18 or newer)"
     )
