@@ -6,6 +6,8 @@ right shapes without data. The numbers are checked in test_kernel_accuracy.py, w
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -33,9 +35,11 @@ from megatron_prefix.attention.kernels.flash_attn import (
     FlashAttn3Kernel,
     FlashAttn4Kernel,
 )
+from megatron_prefix.attention.kernels.flash_attn_calls import WINDOW, BoundPackage
 from tests.attention.oracle import rectangles
 
 CUDA = torch.device("cuda")
+RANDOM_STATE = torch_cuda_kernel._random_state(torch.device("meta"))
 
 
 def test_torch_still_has_the_cuda_ops():
@@ -77,6 +81,29 @@ def test_torch_cuda_binds_and_returns_the_contracts_shapes(heads, kv_heads, q_le
             CallOptions(scale=0.2, deterministic=deterministic),
         )
         assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+
+
+def test_torch_cuda_hands_windows_to_forward_and_backward(monkeypatch):
+    """Bound to the ops of this torch by meta tensors; a window is one-sided."""
+    given = []
+    for name in ("_FORWARD", "_BACKWARD"):
+        op = getattr(torch_cuda_kernel, name)
+
+        def call(*arguments, op=op, **options):
+            given.append((options.get("window_size_left"), options.get("window_size_right")))
+            return op(*arguments, **options)
+
+        monkeypatch.setattr(torch_cuda_kernel, name, call)
+    monkeypatch.setattr(torch_cuda_kernel, "lse_is_padded", lambda: False)
+    monkeypatch.setattr(torch_cuda_kernel, "_random_state", lambda _: RANDOM_STATE)
+    q, k = (torch.empty(n, 4, 32, device="meta", dtype=torch.bfloat16) for n in (6, 11))
+    cu = torch.empty(3, device="meta", dtype=torch.int32)
+    kernel, options = TorchCudaKernel(), CallOptions(scale=0.2)
+    for window in (5, None):
+        on = Rectangles(cu_q=cu, cu_k=cu, max_q=6, max_k=9, causal=True, window=window)
+        out, lse = kernel.forward(q, k, k, on, options)
+        kernel.backward(MergedAttention(dout=q, q=q, out=out, lse=lse), k, k, on, options)
+    assert given == [(5, 0), (5, 0), (None, None), (None, None)]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2)])
@@ -206,6 +233,36 @@ def test_the_beta_of_flash_attention_4_is_only_chosen_by_name(on_gpu):
     assert usable_kernels(*inputs.values())[0] == "flash_attn_4"
     assert select_kernel(None, **inputs).name == "flash_attn_2"
     assert select_kernel("flash_attn_4", **inputs).name == "flash_attn_4"
+
+
+@pytest.mark.parametrize("kernel", [FlashAttn2Kernel(), FlashAttn3Kernel(), FlashAttn4Kernel()])
+def test_windows_of_flash_attn_packages(on_gpu, monkeypatch, kernel):
+    """They are handed to both calls, and refused where a release does not take them."""
+    on_gpu((9, 0))
+    inputs = KernelInputs(device=CUDA, dtype=torch.bfloat16, head_dim=64, windows=True)
+    given = []
+
+    def call(**values):
+        given.append({name: values.get(name, "nothing") for name in WINDOW})
+        return values["q"], values["q"][..., 0].T
+
+    def package(windows):
+        return BoundPackage(forward=call, backward=call, windows=windows)
+
+    monkeypatch.setattr(flash_attn_kernels, "load", lambda _: package(False))
+    assert kernel.unsupported(inputs) == (
+        f"this release of {kernel.package.name} takes no window_size_left"
+    )
+    monkeypatch.setattr(flash_attn_kernels, "load", lambda _: package(True))
+    assert kernel.unsupported(inputs) is None
+    q = torch.empty(3, 2, 8).bfloat16()
+    for window in (4, None):
+        on = dataclasses.replace(rectangles([3], [3], causal=True), window=window)
+        out, lse = kernel.forward(q, q, q, on, CallOptions(scale=1.0))
+        merged = MergedAttention(dout=q, q=q, out=out, lse=lse.float())
+        kernel.backward(merged, q, q, on, CallOptions(scale=1.0))
+    none = dict.fromkeys(WINDOW, "nothing")
+    assert given == [dict(zip(WINDOW, (4, 0), strict=True))] * 2 + [none] * 2
 
 
 def test_without_packages_torchs_own_kernel_is_chosen(on_gpu, monkeypatch):

@@ -19,6 +19,7 @@ from megatron_prefix.attention.kernels.flash_attn_calls import (
     FLASH_ATTN_2,
     FLASH_ATTN_3,
     FLASH_ATTN_4,
+    WINDOW,
     Call,
     Package,
     UnknownSignatureError,
@@ -183,6 +184,18 @@ def test_parameters_of_a_custom_op_are_those_of_its_schema():
     assert torch.equal(bound(q=torch.ones(2)), torch.full((2,), -2.0))
 
 
+def test_a_window_takes_the_place_of_the_constants_and_old_releases_have_none():
+    function = function_with(FA2_BACKWARD)
+    values = {name: name for name in FLASH_ATTN_2.backward.needed}
+    call = FLASH_ATTN_2.backward.bound_to(function)
+    assert [call(**values)[name] for name in WINDOW] == [-1, -1]
+    window = dict(zip(WINDOW, (7, 0), strict=True))
+    assert [call(**values, **window)[name] for name in WINDOW] == [7, 0]
+    old = FLASH_ATTN_3.forward.bound_to(function_with(FA3_FORWARD_2025_04))
+    with pytest.raises(TypeError, match="window_size_left"):
+        old(**{name: name for name in FLASH_ATTN_3.forward.needed}, **window)
+
+
 def package(module: str, forward: str = "forward") -> Package:
     return Package(
         name="some-package",
@@ -199,6 +212,10 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     (tmp_path / "kernels_parent").mkdir()
     (tmp_path / "kernels_parent" / "__init__.py").write_text("import no_such_extension")
     assert load(package("no_such_module.part")) == "the package some-package is not installed"
+    (tmp_path / "kernels_windows.py").write_text(
+        "def forward(x, window_size_left=-1, window_size_right=-1): ...\ndef backward(x): ..."
+    )
+    assert not load(package("kernels_windows")).windows
     assert load(package("kernels_broken")) == (
         "importing some-package fails with OSError: undefined symbol"
     )
