@@ -168,7 +168,11 @@ def group_strategy(
     if given == "turn_rewards":
         few = st.floats(-1e6, 1e6)
         masks = loss_mask or [None] * count
-        turn_rewards = tuple(tuple(draw(few) for _ in range(num_turns(mask))) for mask in masks)
+        # Quarters: their sum is the same in any order.
+        quarters = few.map(lambda value: round(4 * value) / 4)
+        turn_rewards = tuple(
+            tuple(draw(quarters) for _ in range(num_turns(mask))) for mask in masks
+        )
         rewards = tuple(map(float, map(sum, turn_rewards)))
     elif given == "advantages":
         advantages = tuple(tuple(draw(finite) for _ in response) for response in responses)
