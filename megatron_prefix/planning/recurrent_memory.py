@@ -86,25 +86,16 @@ def recurrent_backward(
         chunk_tokens, widest_wave: see `RecurrentRow`.
         tokens, rows, tensor, element, wide: see `recurrent_kept`.
     """
+    sizes = {
+        "chunk_tokens": chunk_tokens,
+        "widest_wave": widest_wave,
+        "tokens": tokens,
+        "rows": rows,
+        "tensor": tensor,
+        "element": element,
+        "wide": wide,
+    }
     if isinstance(recurrent, MambaShape):
-        return mamba_backward(
-            recurrent,
-            chunk_tokens=chunk_tokens,
-            widest_wave=widest_wave,
-            tokens=tokens,
-            rows=rows,
-            tensor=tensor,
-            element=element,
-            wide=wide,
-        )
+        return mamba_backward(recurrent, **sizes)
     assert isinstance(recurrent, DeltaNetShape)
-    return delta_net_backward(
-        recurrent,
-        chunk_tokens=chunk_tokens,
-        widest_wave=widest_wave,
-        tokens=tokens,
-        rows=rows,
-        tensor=tensor,
-        element=element,
-        wide=wide,
-    )
+    return delta_net_backward(recurrent, **sizes)
